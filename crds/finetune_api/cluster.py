@@ -1,0 +1,124 @@
+"""What a job runs on: machines, sharding, storage and the policy of its run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from finetune_api.base import ApiModel, cel, check_exactly_one, exactly_one, rules
+from finetune_api.model import Path, Uri
+
+Quantity = Annotated[str, Field(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")]
+NodeCount = Annotated[int, Field(ge=1, le=4096)]
+
+
+class Resources(ApiModel):
+    """Nodes and what each offers. A node is one pod; each of its GPUs is one Ray Train worker."""
+
+    model_config = rules(
+        cel(
+            "has(self.minNodes) == has(self.maxNodes) && (!has(self.minNodes) || self.minNodes <= self.maxNodes)",
+            "minNodes and maxNodes go together, and minNodes <= maxNodes",
+        ),
+        cel("!has(self.nodes) || !has(self.minNodes)", "set nodes, or minNodes and maxNodes"),
+        cel(
+            "!has(self.workersPerNode) || !has(self.gpusPerNode) || self.gpusPerNode == 0",
+            "workersPerNode is for CPU nodes: with GPUs there is one worker per GPU",
+        ),
+    )
+
+    nodes: NodeCount | None = None
+    """Number of nodes. Default: 1, where `minNodes` and `maxNodes` are not set."""
+    min_nodes: NodeCount | None = None
+    """Fewest nodes an elastic job starts with."""
+    max_nodes: NodeCount | None = None
+    """Most nodes an elastic job uses."""
+    gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = None
+    """GPUs per node. Default: on one machine every GPU it has; on a cluster none."""
+    workers_per_node: Annotated[int, Field(ge=1, le=256)] | None = None
+    """Ray Train workers per node without GPUs. Default: 1."""
+    cpus_per_node: Quantity | None = None
+    """CPUs per node, such as `8`. Default: on one machine all it has."""
+    memory_per_node: Quantity | None = None
+    """Memory per node, such as `64Gi`. Default: on one machine all it has."""
+    pod_template: dict[str, Any] | None = Field(
+        default=None, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True}
+    )
+    """A `PodTemplateSpec` that the job's pods start from: node selectors, tolerations, volumes, environment."""
+
+    @model_validator(mode="after")
+    def _nodes(self) -> Resources:
+        if (self.min_nodes is None) != (self.max_nodes is None) or (self.min_nodes or 1) > (self.max_nodes or 1):
+            raise ValueError("minNodes and maxNodes go together, and minNodes <= maxNodes")
+        if self.nodes is not None and self.min_nodes is not None:
+            raise ValueError("set nodes, or minNodes and maxNodes")
+        if self.workers_per_node is not None and self.gpus_per_node:
+            raise ValueError("workersPerNode is for CPU nodes: with GPUs there is one worker per GPU")
+        return self
+
+
+class Sharding(ApiModel):
+    """How weights, gradients and optimizer states are divided among the workers (DeepSpeed's ZeRO)."""
+
+    zero: Literal["auto", 0, 1, 2, 3] = Field(
+        default="auto",
+        json_schema_extra={
+            "x-kubernetes-int-or-string": True,
+            "x-kubernetes-validations": [
+                cel("self == 'auto' || (type(self) == int && self >= 0 && self <= 3)", "zero is auto, 0, 1, 2 or 3")
+            ],
+        },
+    )
+    """ZeRO stage: 0 keeps all on each worker, 1 divides optimizer states, 2 also gradients, 3 also weights.
+    `auto`: the least that fits, by the memory estimate."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in the host's memory. Needs `zero` 1 to 3."""
+    offload_param: bool = False
+    """Keep weights in the host's memory. Needs `zero: 3`."""
+
+    model_config = rules(
+        cel("!self.offloadOptimizer || self.zero != 0", "offloadOptimizer needs zero 1, 2 or 3"),
+        cel("!self.offloadParam || self.zero == 3", "offloadParam needs zero: 3"),
+    )
+
+    @model_validator(mode="after")
+    def _offload(self) -> Sharding:
+        if self.offload_optimizer and self.zero == 0:
+            raise ValueError("offloadOptimizer needs zero 1, 2 or 3")
+        if self.offload_param and self.zero != 3:
+            raise ValueError("offloadParam needs zero: 3")
+        return self
+
+
+STORAGE_KINDS = ("path", "uri")
+
+
+class Storage(ApiModel):
+    """Where checkpoints and results go: a directory named after the job, below `path` or `uri`."""
+
+    model_config = rules(exactly_one(*STORAGE_KINDS))
+
+    path: Path | None = None
+    """Directory; a relative one starts where the command runs."""
+    uri: Uri | None = None
+    """Storage URI, such as `s3://bucket/runs`."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Storage:
+        check_exactly_one(self, *STORAGE_KINDS)
+        return self
+
+
+class RunPolicy(ApiModel):
+    """How long a job may run and what happens when it fails, in the terms of a Kubernetes Job."""
+
+    backoff_limit: Annotated[int, Field(ge=0, le=100)] = 3
+    """How often a run that failed for no fault of the user's is started again from its last checkpoint, before it
+    counts as failed. Progress sets the count back."""
+    active_deadline_seconds: Annotated[int, Field(ge=1)] | None = None
+    """Seconds after which a running job is stopped, its last checkpoint kept. Default: none."""
+    suspend: bool = False
+    """Save a checkpoint and stop; false goes on from it."""
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0)] | None = None
+    """Seconds after which a finished job is deleted; its results stay. Default: never."""

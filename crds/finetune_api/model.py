@@ -1,0 +1,46 @@
+"""Which model a job trains, and in which numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from finetune_api.base import ApiModel, check_exactly_one, exactly_one, rules
+
+HubId = Annotated[str, Field(max_length=256, pattern=r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")]
+Path = Annotated[str, Field(min_length=1, max_length=4096)]
+Uri = Annotated[str, Field(max_length=4096, pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://.+$")]
+Revision = Annotated[str, Field(min_length=1, max_length=256)]
+
+MODEL_SOURCES = ("hub", "path", "uri", "config")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class ModelSpec(ApiModel):
+    """The model that the first stage starts from: exactly one of `hub`, `path`, `uri` and `config`."""
+
+    model_config = rules(exactly_one(*MODEL_SOURCES))
+
+    hub: HubId | None = None
+    """Model id on the Hugging Face hub, such as `Qwen/Qwen3-0.6B`."""
+    path: Path | None = None
+    """Directory with a saved transformers model."""
+    uri: Uri | None = None
+    """Storage URI of a directory with a saved transformers model, such as `s3://bucket/model`."""
+    config: dict[str, Any] | None = Field(default=None, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
+    """transformers configuration of a model to build from scratch: `model_type` and the family's own snake_case
+    fields. `vocab_size` and the special token ids default to the tokenizer's."""
+    revision: Revision | None = None
+    """Branch, tag or commit of the hub model. Default: the repository's main branch."""
+    tokenizer: Path | None = None
+    """Directory or hub id of the tokenizer, where it isn't the model's own and no stage trains one."""
+    dtype: Dtype = "auto"
+    """Precision of the weights. `auto`: bfloat16 on an accelerator that has it, else float32."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention kernel of transformers. `auto`: what transformers picks for the model and the machine."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSpec:
+        check_exactly_one(self, *MODEL_SOURCES)
+        return self

@@ -1,0 +1,58 @@
+"""Where everything of a job lies below its root in storage: the one truth about paths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+RUN_CONFIG = "run.json"
+REPORT = "report.html"
+MANIFEST = "manifest.json"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.json"
+DATA_REPORT = "data.json"
+DONE = "done.json"
+
+
+@dataclass(frozen=True)
+class StageLayout:
+    """Paths of one stage, relative to the job's root, such as `stages/01-sft`."""
+
+    index: int
+    title: str
+
+    @property
+    def root(self) -> str:
+        return f"stages/{self.index:02d}-{self.title}"
+
+    @property
+    def result(self) -> str:
+        """What `from_pretrained` loads."""
+        return f"{self.root}/result"
+
+    @property
+    def done(self) -> str:
+        """Written last: a stage that has it is finished and never runs again."""
+        return f"{self.root}/{DONE}"
+
+    @property
+    def metrics(self) -> str:
+        """One JSON object per line, one line per logged step."""
+        return f"{self.root}/{METRICS}"
+
+    @property
+    def samples(self) -> str:
+        """Generations before and after the stage."""
+        return f"{self.root}/{SAMPLES}"
+
+    @property
+    def data_report(self) -> str:
+        """What preparation read, cut and dropped."""
+        return f"{self.root}/{DATA_REPORT}"
+
+    @property
+    def checkpoints(self) -> str:
+        return f"{self.root}/checkpoints"
+
+    def checkpoint(self, step: int) -> str:
+        """Directory of the checkpoint after `step` optimizer steps; complete once it holds a manifest."""
+        return f"{self.checkpoints}/step-{step:08d}"

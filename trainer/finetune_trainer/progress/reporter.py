@@ -1,0 +1,68 @@
+"""What a run tells the outside world, and the interface by which it is told."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of one stage.
+
+    Rates are of the whole job, all workers together. None means: not known.
+    """
+
+    stage: int
+    """Index of the stage, from 0."""
+    stages: int
+    """Number of stages."""
+    title: str
+    """The stage's name."""
+    step: int
+    """Optimizer steps done."""
+    total: int
+    """Optimizer steps in all."""
+    epoch: float | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens: int | None = None
+    """Tokens trained on since the stage's start, padding left out."""
+    samples: int | None = None
+    """Rows trained on since the stage's start."""
+    tokens_per_second: float | None = None
+    samples_per_second: float | None = None
+    mfu: float | None = None
+    """Model FLOPs utilisation, 0 to 1; None where the device's peak is unknown."""
+    memory: int | None = None
+    """Peak bytes: of the device on an accelerator, else resident of the worker's process."""
+    seconds: float | None = None
+    """Seconds this stage has trained, earlier attempts included."""
+    eta: float | None = None
+    """Seconds to the stage's end."""
+    metrics: dict[str, float] | None = None
+    """What the stage adds: `eval_loss`, `rewards/accuracies`, …"""
+
+    def to_json(self) -> dict[str, Any]:
+        """The known fields."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+class Reporter(Protocol):
+    """Told what happens, in order, from the driver's process. Implementations must not raise and not block for long."""
+
+    def stage_started(self, index: int, title: str, stages: int, message: str) -> None:
+        """A stage begins or, after a failure, begins again; `message` says how («resumed at step 40»)."""
+
+    def log(self, message: str) -> None:
+        """A line for people."""
+
+    def progress(self, progress: Progress) -> None:
+        """The newest step. Steps may be left out."""
+
+    def stage_finished(self, index: int, title: str, result: str, metrics: dict[str, float]) -> None:
+        """A stage is done and its result is at `result`."""
+
+    def close(self) -> None:
+        """No more calls follow."""
