@@ -5,9 +5,10 @@ A docstring under a field is its description, in Python and in the CRD alike.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic.alias_generators import to_camel
 
 Json = dict[str, Any]
@@ -27,6 +28,16 @@ class ApiModel(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
     )
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong between this object's fields, one message each: the Python twins of its CEL rules."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _no_faults(self) -> Self:
+        if faults := list(self.faults()):
+            raise ValueError("; ".join(faults))
+        return self
 
     def to_json(self) -> Json:
         """The model as JSON values under its wire names: every default written out, what is unset left out."""
@@ -49,14 +60,15 @@ def rules(*validations: Json) -> ConfigDict:
     return ConfigDict(json_schema_extra={"x-kubernetes-validations": list(validations)})
 
 
-def check_exactly_one(model: BaseModel, *names: str) -> None:
-    """The Python twin of `exactly_one`; `names` are wire names.
+def expects(words: str) -> Json:
+    """What a pattern expects, in plain words for messages; the CRD leaves it out."""
+    return {"expects": words}
 
-    Raises:
-        ValueError: none or several of the members are set.
-    """
+
+def not_exactly_one(model: BaseModel, *names: str) -> Iterator[str]:
+    """The Python twin of `exactly_one`: a message where none or several of the members (wire names) are set."""
     fields = {info.alias or name: name for name, info in type(model).model_fields.items()}
     given = [name for name in names if getattr(model, fields[name]) is not None]
     if len(given) != 1:
         got = f"got {' and '.join(given)}" if given else "none is set"
-        raise ValueError(f"set exactly one of {', '.join(names)}; {got}")
+        yield f"set exactly one of {', '.join(names)}; {got}"

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from finetune_api.base import ApiModel, cel, check_exactly_one, exactly_one, rules
+from finetune_api.base import ApiModel, cel, exactly_one, expects, not_exactly_one, rules
 from finetune_api.model import Path, Uri
 
-Quantity = Annotated[str, Field(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")]
+Quantity = Annotated[
+    str,
+    Field(
+        max_length=32,
+        pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$",
+        json_schema_extra=expects("a quantity such as `8`, `500m` or `64Gi`"),
+    ),
+]
 NodeCount = Annotated[int, Field(ge=1, le=4096)]
 
 
@@ -47,15 +55,13 @@ class Resources(ApiModel):
     )
     """A `PodTemplateSpec` that the job's pods start from: node selectors, tolerations, volumes, environment."""
 
-    @model_validator(mode="after")
-    def _nodes(self) -> Resources:
+    def faults(self) -> Iterator[str]:
         if (self.min_nodes is None) != (self.max_nodes is None) or (self.min_nodes or 1) > (self.max_nodes or 1):
-            raise ValueError("minNodes and maxNodes go together, and minNodes <= maxNodes")
+            yield "minNodes and maxNodes go together, and minNodes <= maxNodes"
         if self.nodes is not None and self.min_nodes is not None:
-            raise ValueError("set nodes, or minNodes and maxNodes")
+            yield "set nodes, or minNodes and maxNodes"
         if self.workers_per_node is not None and self.gpus_per_node:
-            raise ValueError("workersPerNode is for CPU nodes: with GPUs there is one worker per GPU")
-        return self
+            yield "workersPerNode is for CPU nodes: with GPUs there is one worker per GPU"
 
 
 class Sharding(ApiModel):
@@ -82,13 +88,11 @@ class Sharding(ApiModel):
         cel("!self.offloadParam || self.zero == 3", "offloadParam needs zero: 3"),
     )
 
-    @model_validator(mode="after")
-    def _offload(self) -> Sharding:
+    def faults(self) -> Iterator[str]:
         if self.offload_optimizer and self.zero == 0:
-            raise ValueError("offloadOptimizer needs zero 1, 2 or 3")
+            yield "offloadOptimizer needs zero 1, 2 or 3"
         if self.offload_param and self.zero != 3:
-            raise ValueError("offloadParam needs zero: 3")
-        return self
+            yield "offloadParam needs zero: 3"
 
 
 STORAGE_KINDS = ("path", "uri")
@@ -104,10 +108,8 @@ class Storage(ApiModel):
     uri: Uri | None = None
     """Storage URI, such as `s3://bucket/runs`."""
 
-    @model_validator(mode="after")
-    def _one_kind(self) -> Storage:
-        check_exactly_one(self, *STORAGE_KINDS)
-        return self
+    def faults(self) -> Iterator[str]:
+        yield from not_exactly_one(self, *STORAGE_KINDS)
 
 
 class RunPolicy(ApiModel):
@@ -116,9 +118,9 @@ class RunPolicy(ApiModel):
     backoff_limit: Annotated[int, Field(ge=0, le=100)] = 3
     """How often a run that failed for no fault of the user's is started again from its last checkpoint, before it
     counts as failed. Progress sets the count back."""
-    active_deadline_seconds: Annotated[int, Field(ge=1)] | None = None
+    active_deadline_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     """Seconds after which a running job is stopped, its last checkpoint kept. Default: none."""
     suspend: bool = False
     """Save a checkpoint and stop; false goes on from it."""
-    ttl_seconds_after_finished: Annotated[int, Field(ge=0)] | None = None
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     """Seconds after which a finished job is deleted; its results stay. Default: never."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from finetune_api.base import ApiModel, cel, check_exactly_one, exactly_one, rules
+from finetune_api.base import ApiModel, cel, exactly_one, not_exactly_one, rules
 from finetune_api.model import HubId, Path, Revision, Uri
 
 DATA_SOURCES = ("inline", "file", "directory", "hub", "uri")
@@ -36,7 +37,7 @@ class DataSource(ApiModel):
         cel("has(self.hub) || !has(self.revision)", "revision goes with hub"),
     )
 
-    inline: Annotated[list[Any], Field(min_length=1, max_length=1000)] | None = Field(
+    inline: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1000)] | None = Field(
         default=None,
         json_schema_extra={"items": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
     )
@@ -60,16 +61,11 @@ class DataSource(ApiModel):
     join: Join | None = None
     """Table whose columns are added to this source's rows."""
 
-    @model_validator(mode="after")
-    def _one_source(self) -> DataSource:
-        check_exactly_one(self, *DATA_SOURCES)
+    def faults(self) -> Iterator[str]:
+        yield from not_exactly_one(self, *DATA_SOURCES)
         for name in ("subset", "revision"):
             if getattr(self, name) is not None and self.hub is None:
-                raise ValueError(f"{name} goes with hub")
-        for index, row in enumerate(self.inline or []):
-            if not isinstance(row, dict):
-                raise ValueError(f"inline[{index}]: got {row!r}, expected a mapping from column to value")
-        return self
+                yield f"{name} goes with hub"
 
 
 class Columns(ApiModel):
@@ -126,7 +122,7 @@ class DataSpec(ApiModel):
     """Texts made from the columns. Default: the columns as they are."""
     transcript: Transcript | None = None
     """Set (`{}` is enough for the hh-rlhf form) where a string holds a whole dialogue of marked turns."""
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1, le=2**53 - 1)] | None = None
     """Use only so many rows, the first of the shuffled table. Default: all."""
     validation_split: Annotated[float, Field(ge=0, le=0.9)] = 0.0
     """Share of the rows held out for evaluation, chosen by `seed`."""
@@ -145,8 +141,6 @@ class DataSpec(ApiModel):
         )
     )
 
-    @model_validator(mode="after")
-    def _streaming(self) -> DataSpec:
+    def faults(self) -> Iterator[str]:
         if self.streaming and (self.validation_split or self.limit is not None):
-            raise ValueError("streaming data has no validationSplit and no limit: give evalData instead")
-        return self
+            yield "streaming data has no validationSplit and no limit: give evalData instead"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from finetune_api.base import ApiModel, cel, rules
+from finetune_api.base import ApiModel, cel, expects, rules
 from finetune_api.cluster import Resources, RunPolicy, Sharding, Storage
 from finetune_api.model import ModelSpec
 from finetune_api.stages import Stage
@@ -20,7 +21,16 @@ SHORT_NAME = "ftj"
 API_VERSION = f"{GROUP}/{VERSION}"
 NAME_MAX = 40
 
-JobName = Annotated[str, Field(max_length=NAME_MAX, pattern=r"^[a-z]([a-z0-9-]*[a-z0-9])?$")]
+NAME_PATTERN = r"^[a-z]([a-z0-9-]*[a-z0-9])?$"
+
+JobName = Annotated[
+    str,
+    Field(
+        max_length=NAME_MAX,
+        pattern=NAME_PATTERN,
+        json_schema_extra=expects(f"up to {NAME_MAX} lower-case letters, digits and inner dashes, a letter first"),
+    ),
+]
 
 
 class Metadata(ApiModel):
@@ -30,9 +40,9 @@ class Metadata(ApiModel):
     """Name of the job, also of its directory in storage."""
     namespace: Annotated[str, Field(max_length=63)] | None = None
     """Namespace on a cluster."""
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = Field(default={})
     """Labels on a cluster."""
-    annotations: dict[str, str] = {}
+    annotations: dict[str, str] = Field(default={})
     """Annotations on a cluster."""
 
 
@@ -49,6 +59,10 @@ class FineTuneJobSpec(ApiModel):
             "!has(self.stages[0].tokenizer) || has(self.model.config)",
             "a tokenizer stage needs model.config: a model that exists has a tokenizer of its own",
         ),
+        cel(
+            "self.stages.all(s, !has(s.name) || self.stages.exists_one(t, has(t.name) && t.name == s.name))",
+            "a stage's name is its own",
+        ),
     )
 
     model: ModelSpec
@@ -64,21 +78,15 @@ class FineTuneJobSpec(ApiModel):
     run_policy: RunPolicy = RunPolicy()
     """Retries, deadline, suspension and clean-up."""
 
-    @model_validator(mode="after")
-    def _tokenizer_first(self) -> FineTuneJobSpec:
+    def faults(self) -> Iterator[str]:
         where = [index for index, stage in enumerate(self.stages) if stage.tokenizer is not None]
         if where and where != [0]:
-            raise ValueError("a tokenizer stage is the first one, and the only one of its kind")
-        if where and self.model.config is None:
-            raise ValueError("a tokenizer stage needs model.config: a model that exists has a tokenizer of its own")
-        return self
-
-    @model_validator(mode="after")
-    def _distinct_names(self) -> FineTuneJobSpec:
+            yield "a tokenizer stage is the first one, and the only one of its kind"
+        if 0 in where and self.model.config is None:
+            yield "a tokenizer stage needs model.config: a model that exists has a tokenizer of its own"
         for name, count in Counter(stage.name for stage in self.stages if stage.name).items():
             if count > 1:
-                raise ValueError(f"{count} stages are named {name!r}: a stage's name is its own")
-        return self
+                yield f"{count} stages are named {name!r}: a stage's name is its own"
 
 
 class FineTuneJob(ApiModel):
@@ -96,4 +104,15 @@ class FineTuneJob(ApiModel):
     """Written by the operator; ignored in a job file."""
 
 
-__all__ = ["API_VERSION", "GROUP", "KIND", "NAME_MAX", "PLURAL", "SHORT_NAME", "VERSION", "FineTuneJob", "FineTuneJobSpec"]
+__all__ = [
+    "API_VERSION",
+    "GROUP",
+    "KIND",
+    "NAME_MAX",
+    "NAME_PATTERN",
+    "PLURAL",
+    "SHORT_NAME",
+    "VERSION",
+    "FineTuneJob",
+    "FineTuneJobSpec",
+]

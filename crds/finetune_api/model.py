@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from finetune_api.base import ApiModel, check_exactly_one, exactly_one, rules
+from finetune_api.base import ApiModel, exactly_one, expects, not_exactly_one, rules
 
-HubId = Annotated[str, Field(max_length=256, pattern=r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")]
+HubId = Annotated[
+    str,
+    Field(
+        max_length=256,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?$",
+        json_schema_extra=expects("a hub id such as `Qwen/Qwen3-0.6B`"),
+    ),
+]
 Path = Annotated[str, Field(min_length=1, max_length=4096)]
-Uri = Annotated[str, Field(max_length=4096, pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://.+$")]
+Uri = Annotated[
+    str,
+    Field(
+        max_length=4096,
+        pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://.+$",
+        json_schema_extra=expects("a URI such as `s3://bucket/path`"),
+    ),
+]
 Revision = Annotated[str, Field(min_length=1, max_length=256)]
 
 MODEL_SOURCES = ("hub", "path", "uri", "config")
@@ -28,7 +43,9 @@ class ModelSpec(ApiModel):
     """Directory with a saved transformers model."""
     uri: Uri | None = None
     """Storage URI of a directory with a saved transformers model, such as `s3://bucket/model`."""
-    config: dict[str, Any] | None = Field(default=None, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
+    config: dict[str, Any] | None = Field(
+        default=None, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True}
+    )
     """transformers configuration of a model to build from scratch: `model_type` and the family's own snake_case
     fields. `vocab_size` and the special token ids default to the tokenizer's."""
     revision: Revision | None = None
@@ -40,7 +57,5 @@ class ModelSpec(ApiModel):
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
     """Attention kernel of transformers. `auto`: what transformers picks for the model and the machine."""
 
-    @model_validator(mode="after")
-    def _one_source(self) -> ModelSpec:
-        check_exactly_one(self, *MODEL_SOURCES)
-        return self
+    def faults(self) -> Iterator[str]:
+        yield from not_exactly_one(self, *MODEL_SOURCES)

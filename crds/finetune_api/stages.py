@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from finetune_api.base import ApiModel, cel, check_exactly_one, exactly_one, rules
+from finetune_api.base import ApiModel, cel, exactly_one, expects, not_exactly_one, rules
 from finetune_api.data import DataSpec
 from finetune_api.training import STREAMING_RULE, Lora, PositiveInt, Quantization, TrainingSpec
 
 STAGE_KINDS = ("tokenizer", "pretrain", "sft", "dpo")
 
+LossWeight = Annotated[float, Field(ge=0, le=1000)]
 Overflow = Literal["auto", "error", "truncate", "drop", "split"]
-StageName = Annotated[str, Field(max_length=40, pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
+StageName = Annotated[
+    str,
+    Field(
+        max_length=40,
+        pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$",
+        json_schema_extra=expects("up to 40 lower-case letters, digits and inner dashes"),
+    ),
+]
 
-_QUANTIZED_LORA = cel("!has(self.quantization) || has(self.lora)", "quantization needs lora: quantized weights don't train")
+_QUANTIZED_LORA = cel(
+    "!has(self.quantization) || has(self.lora)", "quantization needs lora: quantized weights don't train"
+)
 _PACKING = cel("!self.packing || has(self.maxLength)", "packing needs maxLength, the length of a packed row")
 
 
@@ -28,7 +39,9 @@ class TokenizerSpec(ApiModel):
     """Tokens in the vocabulary, special tokens included."""
     min_frequency: PositiveInt = 2
     """How often a pair must occur to be merged."""
-    special_tokens: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=256)] = []
+    special_tokens: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=256)] = Field(
+        default=[]
+    )
     """Special tokens beside the built-in ones (end of text, start and end of a turn, mask, padding)."""
     model_max_length: PositiveInt | None = None
     """Longest input in tokens, saved with the tokenizer. Default: the model's context."""
@@ -51,11 +64,6 @@ class PretrainSpec(TrainingSpec):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """AdamW's decay rate of the second moment."""
 
-    @model_validator(mode="after")
-    def _check(self) -> PretrainSpec:
-        _check_streaming(self)
-        return self
-
 
 class SftSpec(TrainingSpec):
     """Supervised fine-tuning: the loss is on the assistant's tokens of every turn."""
@@ -74,13 +82,11 @@ class SftSpec(TrainingSpec):
     quantization: Quantization | None = None
     """Quantize the base model under the adapters. Default: not quantized."""
 
-    @model_validator(mode="after")
-    def _check(self) -> SftSpec:
-        _check_streaming(self)
-        _check_quantization(self)
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        yield from _quantization_faults(self)
         if self.packing and self.max_length is None:
-            raise ValueError("packing needs maxLength, the length of a packed row")
-        return self
+            yield "packing needs maxLength, the length of a packed row"
 
 
 class DpoSpec(TrainingSpec):
@@ -97,7 +103,14 @@ class DpoSpec(TrainingSpec):
             "self.reference != 'precomputed' || !self.data.streaming",
             "reference precomputed needs data that is not streaming",
         ),
-        cel("!('exo_pair' in self.lossType) || self.labelSmoothing > 0.0", "lossType exo_pair needs labelSmoothing > 0"),
+        cel(
+            "!('exo_pair' in self.lossType) || self.labelSmoothing > 0.0",
+            "lossType exo_pair needs labelSmoothing > 0",
+        ),
+        cel(
+            "!has(self.lossWeights) || self.lossWeights.size() == self.lossType.size()",
+            "lossWeights needs one value for each loss type",
+        ),
     )
 
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
@@ -128,9 +141,9 @@ class DpoSpec(TrainingSpec):
             ]
         ],
         Field(min_length=1, max_length=8),
-    ] = ["sigmoid"]
+    ] = Field(default=["sigmoid"])
     """TRL's loss types; several are added up by `lossWeights`."""
-    loss_weights: Annotated[list[Annotated[float, Field(ge=0, le=1000)]], Field(min_length=1, max_length=8)] | None = None
+    loss_weights: Annotated[list[LossWeight], Field(min_length=1, max_length=8)] | None = None
     """Weight of each loss type. Default: 1 each."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Assumed share of pairs whose preference is the wrong way round."""
@@ -144,19 +157,17 @@ class DpoSpec(TrainingSpec):
     quantization: Quantization | None = None
     """Quantize the base model under the adapters. Default: not quantized."""
 
-    @model_validator(mode="after")
-    def _check(self) -> DpoSpec:
-        _check_streaming(self)
-        _check_quantization(self)
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        yield from _quantization_faults(self)
         if self.reference == "adapterDisabled" and self.lora is None:
-            raise ValueError("reference adapterDisabled needs lora: without adapters there is none to disable")
+            yield "reference adapterDisabled needs lora: without adapters there is none to disable"
         if self.reference == "precomputed" and self.data.streaming:
-            raise ValueError("reference precomputed needs data that is not streaming")
+            yield "reference precomputed needs data that is not streaming"
         if "exo_pair" in self.loss_type and self.label_smoothing == 0:
-            raise ValueError("lossType exo_pair needs labelSmoothing > 0")
+            yield "lossType exo_pair needs labelSmoothing > 0"
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
-            raise ValueError(f"lossWeights has {len(self.loss_weights)} values for {len(self.loss_type)} loss types")
-        return self
+            yield f"lossWeights has {len(self.loss_weights)} values for {len(self.loss_type)} loss types"
 
 
 AdapterSpec = SftSpec | DpoSpec
@@ -180,10 +191,8 @@ class Stage(ApiModel):
     dpo: DpoSpec | None = None
     """Preference tuning."""
 
-    @model_validator(mode="after")
-    def _one_kind(self) -> Stage:
-        check_exactly_one(self, *STAGE_KINDS)
-        return self
+    def faults(self) -> Iterator[str]:
+        yield from not_exactly_one(self, *STAGE_KINDS)
 
     @property
     def kind(self) -> str:
@@ -202,11 +211,6 @@ class Stage(ApiModel):
         return self.name or self.kind
 
 
-def _check_streaming(spec: TrainingSpec) -> None:
-    if spec.data.streaming and spec.max_steps is None:
-        raise ValueError("streaming data has no known length: set maxSteps")
-
-
-def _check_quantization(spec: AdapterSpec) -> None:
+def _quantization_faults(spec: AdapterSpec) -> Iterator[str]:
     if spec.quantization is not None and spec.lora is None:
-        raise ValueError("quantization needs lora: quantized weights don't train")
+        yield "quantization needs lora: quantized weights don't train"

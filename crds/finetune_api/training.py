@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -30,7 +31,7 @@ class Lora(ApiModel):
     """Scale of the update: alpha/r, or alpha/sqrt(r) with `useRslora`."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapters' input."""
-    target_modules: Modules = [ALL_LINEAR]
+    target_modules: Modules = Field(default=[ALL_LINEAR])
     """Names (or endings of names) of the modules that get an adapter. `all-linear`: every linear layer but the
     output head and an expert model's router."""
     modules_to_save: Modules | None = None
@@ -80,7 +81,7 @@ class TrainingSpec(ApiModel):
     """Shape of the learning rate after warm-up."""
     warmup_ratio: Rate = 0.03
     """Share of the steps in which the learning rate rises from 0, where `warmupSteps` is not set."""
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     """Steps in which the learning rate rises from 0. Default: by `warmupRatio`."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Decoupled weight decay; norms and biases have none."""
@@ -106,3 +107,7 @@ class TrainingSpec(ApiModel):
     """Steps between two checkpoints; one more is saved at the stage's end."""
     save_total_limit: PositiveInt = 2
     """Complete checkpoints kept per stage; older ones are deleted."""
+
+    def faults(self) -> Iterator[str]:
+        if self.data.streaming and self.max_steps is None:
+            yield "streaming data has no known length: set maxSteps"

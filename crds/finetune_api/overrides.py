@@ -1,0 +1,121 @@
+"""`--set stages[0].sft.learningRate=1e-4`: assignments on top of a job as it was written."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+from finetune_api.base import Json
+from finetune_api.crd import structural_schema
+from finetune_api.job import FineTuneJob
+from finetune_api.problems import Problem, did_you_mean
+from finetune_api.wording import Loc, counted, field_path, place, shown
+
+_PART = re.compile(r"\.?([^.\[\]=\s]+)|\[([^\[\]]+)\]")
+
+
+class OverrideError(ValueError):
+    """Assignments that cannot be made; one problem for each."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(map(str, problems)))
+
+    def __reduce__(self) -> tuple[type[OverrideError], tuple[list[Problem]]]:
+        """Keep the problems when pickled, as `UserError` does."""
+        return type(self), (self.problems,)
+
+
+class _Refused(Exception):
+    """Why one assignment cannot be made."""
+
+
+def apply_overrides(data: Json, assignments: list[str], parse: Callable[[str], object]) -> Json:
+    """A copy of the job `data` with `path=value` assignments made in order; `check_job` judges the result.
+
+    A path is as messages write it, with or without a leading `spec.`; `labels[app.kubernetes.io/name]` quotes a name
+    with dots. `parse` reads a value (YAML); known parents that are missing are made.
+
+    Raises:
+        OverrideError: assignments without `=`, with a broken path, an index out of range or an unknown parent.
+    """
+    result = copy.deepcopy(data)
+    problems = []
+    for assignment in assignments:
+        try:
+            _assign(result, assignment, parse)
+        except _Refused as refused:
+            problems.append(Problem("", f"--set {assignment}: {refused}"))
+    if problems:
+        raise OverrideError(problems)
+    return result
+
+
+def _assign(data: Json, assignment: str, parse: Callable[[str], object]) -> None:
+    path, equals, text = assignment.partition("=")
+    if not equals:
+        raise _Refused("expected path=value, such as stages[0].sft.learningRate=1e-4")
+    loc = _parsed_path(path.strip())
+    try:
+        value = parse(text)
+    except Exception as error:
+        raise _Refused(f"the value cannot be read: {error}") from error
+    schema = structural_schema(FineTuneJob)
+    target: Any = data
+    for depth, part in enumerate(loc[:-1]):
+        target, schema = _child(target, schema, loc[: depth + 1], make=[] if isinstance(loc[depth + 1], int) else {})
+    _check_index(target, loc)
+    target[loc[-1]] = value
+
+
+def _parsed_path(path: str) -> Loc:
+    """`stages[0].sft` as the place it names in the document."""
+    loc: list[str | int] = []
+    end = 0
+    for match in _PART.finditer(path):
+        if match.start() != end or (not loc and path[:1] in ".["):
+            break
+        end = match.end()
+        name, index = match.groups()
+        loc.append(
+            name if name is not None else int(index) if re.fullmatch("[0-9]{1,9}", index) else index.strip("\"'")
+        )
+    if not loc or end != len(path):
+        raise _Refused("the path is empty" if not path else f"{path!r} is no path such as stages[0].sft.learningRate")
+    top = structural_schema(FineTuneJob)["properties"]
+    return tuple(loc) if loc[0] in top else ("spec", *loc)
+
+
+def _child(target: Any, schema: Json, loc: Loc, make: Any) -> tuple[Any, Json]:
+    """What `target` has at the end of `loc`, made where it is missing and known, and its schema."""
+    _check_index(target, loc)
+    name = loc[-1]
+    known: Json = schema.get("properties", {})
+    inner: Json = schema.get("items", {}) if isinstance(name, int) else known.get(name, {})
+    if isinstance(target, dict) and target.get(name) is None:
+        if known and name not in known:
+            raise _Refused(f"unknown field `{name}` in {place(loc[:-1])}{did_you_mean(str(name), known)}")
+        if isinstance(make, list):
+            raise _Refused(f"{field_path(loc)}: the job has no {name}")
+        target[name] = make
+    elif isinstance(target, list) and target[int(name)] is None:
+        target[int(name)] = make
+    return target[name], inner
+
+
+def _check_index(target: Any, loc: Loc) -> None:
+    """Refuses a name in a list, an index in a mapping or out of range, and anything in a plain value."""
+    part, parent = loc[-1], place(loc[:-1])
+    if isinstance(target, list):
+        if not isinstance(part, int):
+            raise _Refused(f"{parent} is a list: expected an index, such as {parent}[0]")
+        if part >= len(target):
+            owner, noun = ("the job", parent) if parent == "stages" else (parent, "items")
+            count = counted(len(target), noun.removesuffix("s"))
+            raise _Refused(f"{field_path(loc)}: {owner} has {count}")
+    elif not isinstance(target, dict):
+        raise _Refused(f"{parent} is {shown(target)}, not a mapping")
+    elif isinstance(part, int):
+        raise _Refused(f"{parent} is a mapping: expected a field, got index {part}")
