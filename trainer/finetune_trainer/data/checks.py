@@ -1,0 +1,144 @@
+"""A cheap look at a spec's data before anything is claimed: no tokenizer, and of large files only a sample."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import fsspec
+from finetune_api.data import DataSpec
+from finetune_api.problems import Problem
+
+from finetune_trainer.data.forms import EmptyRow, Example, FormError, Kind, normalise
+from finetune_trainer.data.readers import Row
+from finetune_trainer.data.sources import Located, join_row, locate, source_rows
+from finetune_trainer.errors import UserError
+
+SAMPLE_ROWS = 1000
+SMALL = 64 << 20
+MAX_FAULTS = 3
+
+
+@dataclass
+class _Seen:
+    """What the rows looked at showed."""
+
+    rows: int = 0
+    usable: int = 0
+    identical: int = 0
+    pairs: int = 0
+    unjoined: list[str] = field(default_factory=list)
+    forms: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+
+def inspect(spec: DataSpec, kind: Kind, where: str, base_dir: Path) -> list[Problem]:
+    """Every fault found in a spec's data; `where` is its path, such as `stages[1].sft.data`.
+
+    Files up to 64 MiB in all per source are read to their end, of larger ones and of hub datasets the first 1000
+    rows. Never raises for what a user can mend.
+    """
+    located, problems = locate(spec, where, base_dir)
+    numbers = {id(source): index for index, source in enumerate(spec.sources)}
+    looked = []
+    for one in located:
+        seen, found = _look(one, f"{where}.sources[{numbers[id(one.source)]}]", spec, kind)
+        looked.append(seen)
+        problems += found
+    return problems + _identical(looked, where) + _too_few(looked, problems, spec, where)
+
+
+def _look(located: Located, where: str, spec: DataSpec, kind: Kind) -> tuple[_Seen, list[Problem]]:
+    seen = _Seen()
+    try:
+        for row, place in _rows(located):
+            seen.rows += 1
+            _see(row, place, located, where, spec, kind, seen)
+    except UserError as error:
+        return seen, [Problem(where, problem.message) for problem in error.problems]
+    except OSError as error:
+        return seen, [Problem(where, f"can't be read: {error}")]
+    return seen, _faults(seen, located, where)
+
+
+def _rows(located: Located) -> Iterator[tuple[Row, str]]:
+    rows = ((row, place) for row, _, place in source_rows(located, 0))
+    return rows if _is_small(located) else islice(rows, SAMPLE_ROWS)
+
+
+def _is_small(located: Located) -> bool:
+    if located.source.hub is not None:
+        return False
+    return sum(int(fsspec.core.url_to_fs(file.url)[0].size(file.url) or SMALL) for file in located.files) <= SMALL
+
+
+def _see(row: Row, place: str, located: Located, where: str, spec: DataSpec, kind: Kind, seen: _Seen) -> None:
+    try:
+        joined = join_row(row, located, where)
+    except UserError:
+        seen.unjoined.append(place)
+        return
+    try:
+        example = normalise(joined, spec, kind)
+    except EmptyRow:
+        return
+    except FormError as error:
+        seen.forms[str(error)] += 1
+        seen.first.setdefault(str(error), place)
+        return
+    seen.usable += 1
+    _see_pair(example, kind, seen)
+
+
+def _see_pair(example: Example, kind: Kind, seen: _Seen) -> None:
+    if kind == "preference":
+        seen.pairs += 1
+        seen.identical += example["chosen"] == example["rejected"]
+
+
+def _faults(seen: _Seen, located: Located, where: str) -> list[Problem]:
+    if not seen.rows:
+        return [Problem(where, f"{_name(located)} is empty: it has no rows")]
+    found = [
+        Problem(where, f"{seen.first[message]}: {message}" + (f" (and {count - 1} more rows)" if count > 1 else ""))
+        for message, count in islice(seen.forms.items(), MAX_FAULTS)
+    ]
+    if seen.unjoined:
+        found.append(_unjoined(seen, located, where))
+    return found
+
+
+def _unjoined(seen: _Seen, located: Located, where: str) -> Problem:
+    join = located.source.join
+    assert join is not None
+    return Problem(
+        f"{where}.join",
+        f"{len(seen.unjoined)} of {seen.rows} rows find no row with the same `{join.on}` in {join.file}; "
+        f"the first is {seen.unjoined[0]}",
+    )
+
+
+def _identical(looked: list[_Seen], where: str) -> list[Problem]:
+    identical, pairs = sum(seen.identical for seen in looked), sum(seen.pairs for seen in looked)
+    if 2 * identical <= pairs:
+        return []
+    return [Problem(where, f"chosen equals rejected in {identical} of {pairs} pairs: there is no preference to learn")]
+
+
+def _too_few(looked: list[_Seen], problems: list[Problem], spec: DataSpec, where: str) -> list[Problem]:
+    if problems:
+        return []
+    usable = sum(seen.usable for seen in looked)
+    if not usable:
+        return [Problem(where, "no row has anything to train on")]
+    if spec.validation_split and usable < 2:
+        return [Problem(f"{where}.validationSplit", "there is 1 row, so none can be held out: set evalData")]
+    return []
+
+
+def _name(located: Located) -> str:
+    source = located.source
+    return source.file or source.directory or source.uri or source.hub or "inline"

@@ -1,0 +1,263 @@
+"""Row forms: what a row of the data means to a stage, in one normal form per kind of stage.
+
+Names and forms are TRL's. The normal forms, all JSON-able:
+
+- text: `{text}`
+- sft: `{text}`, `{messages}` or `{prompt, completion}`, the last two of strings or of lists of messages
+- preference: `{prompt, chosen, rejected}`, all strings or all lists of messages
+
+As in TRL, strings in `prompt`/`completion` columns are plain text (prompt, completion, end of text), because nothing
+says that they are turns of a chat. Texts made by `template` do say so: they become a conversation
+(system, user, assistant), marked `templated`, which a tokenizer without a chat template reads as plain text.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from finetune_api.data import DataSpec, Transcript
+from finetune_api.problems import did_you_mean
+from finetune_api.stages import DpoSpec, PretrainSpec, SftSpec
+
+from finetune_trainer.data.readers import Row
+
+Kind = Literal["text", "sft", "preference"]
+Message = dict[str, Any]
+Example = dict[str, Any]
+
+NEEDED = {
+    "text": "`text`",
+    "sft": "`messages`, `prompt` and `completion`, or `text`",
+    "preference": "`chosen` and `rejected`",
+}
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+
+
+class FormError(ValueError):
+    """A row that does not have the form its stage needs; the message says why."""
+
+
+class EmptyRow(ValueError):
+    """A row in the right form that has no text, or a pair that shares no prompt: left out and counted."""
+
+
+def kind_of(stage: PretrainSpec | SftSpec | DpoSpec) -> Kind:
+    """The kind of rows that a stage trains on."""
+    if isinstance(stage, PretrainSpec):
+        return "text"
+    return "sft" if isinstance(stage, SftSpec) else "preference"
+
+
+def template_columns(template: str) -> list[str]:
+    """The columns that a template names."""
+    return [name for name in _FIELD.findall(template) if name]
+
+
+def fill(template: str, row: Row) -> str:
+    """The template with a row's values; an absent value (null) is empty text.
+
+    Raises:
+        FormError: the row has no such column.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        if match.group(0) in ("{{", "}}"):
+            return match.group(0)[0]
+        name = match.group(1)
+        if name not in row:
+            raise FormError(f"template names the column `{name}`, which is not there{did_you_mean(name, row)}")
+        return "" if row[name] is None else str(row[name])
+
+    return _FIELD.sub(value, template)
+
+
+def normalise(row: Row, spec: DataSpec, kind: Kind) -> Example:
+    """A row in its normal form.
+
+    Raises:
+        FormError: it has another form.
+        EmptyRow: it has nothing to train on.
+    """
+    fields, templated = _fields(row, spec)
+    if kind == "text":
+        return {"text": _text(_need(fields, "text", spec, row, kind))}
+    if kind == "preference":
+        return _preference(fields, templated, spec, row)
+    return _sft(fields, templated, spec, row)
+
+
+def _fields(row: Row, spec: DataSpec) -> tuple[Row, set[str]]:
+    """Values by standard name, and which of them a template made."""
+    names = spec.columns.model_dump()
+    fields = {name: row[column] for name, column in names.items() if row.get(column) is not None}
+    templates = spec.template.model_dump(exclude_none=True) if spec.template else {}
+    fields |= {name: fill(template, row) for name, template in templates.items()}
+    return fields, set(templates)
+
+
+def _need(fields: Row, name: str, spec: DataSpec, row: Row, kind: Kind) -> Any:
+    if name in fields:
+        return fields[name]
+    column = getattr(spec.columns, name)
+    if column in row:
+        raise EmptyRow("empty")
+    there = ", ".join(f"`{key}`" for key in row)
+    raise FormError(
+        f"no column `{column}`{did_you_mean(column, row)}. The row has {there or 'no columns'}; "
+        f"this stage needs {NEEDED[kind]} (see `columns` and `template`)"
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise FormError(f"`text` is a {type(value).__name__}, expected a string")
+    if not value:
+        raise EmptyRow("empty")
+    return value
+
+
+def _sft(fields: Row, templated: set[str], spec: DataSpec, row: Row) -> Example:
+    if "text" in templated:
+        return _plain_or_transcript(fields["text"], spec)
+    if {"prompt", "completion"} & templated:
+        prompt = _turns(_need(fields, "prompt", spec, row, "sft"), "user", "prompt", spec)
+        completion = _turns(_need(fields, "completion", spec, row, "sft"), "assistant", "completion", spec)
+        return {"prompt": _system(fields) + prompt, "completion": completion, "templated": True}
+    if "messages" in fields:
+        messages = _messages(fields["messages"], "messages", spec)
+        return {"messages": _check_turns(_system(fields) + messages)}
+    if "prompt" in fields or "completion" in fields or "text" not in fields:
+        return _prompt_completion(fields, spec, row)
+    return _plain_or_transcript(fields["text"], spec)
+
+
+def _plain_or_transcript(text: Any, spec: DataSpec) -> Example:
+    if spec.transcript is None:
+        return {"text": _text(text)}
+    return {"messages": _check_turns(parse_transcript(_text(text), spec.transcript))}
+
+
+def _prompt_completion(fields: Row, spec: DataSpec, row: Row) -> Example:
+    if "prompt" not in fields and "completion" not in fields and spec.columns.messages != "messages":
+        _need(fields, "messages", spec, row, "sft")
+    prompt = _need(fields, "prompt", spec, row, "sft")
+    completion = _need(fields, "completion", spec, row, "sft")
+    if isinstance(prompt, str) and isinstance(completion, str) and "system" not in fields:
+        return {"prompt": prompt, "completion": _text_of(completion)}
+    prompt = _system(fields) + _turns(prompt, "user", "prompt", spec)
+    return {"prompt": prompt, "completion": _turns(completion, "assistant", "completion", spec)}
+
+
+def _text_of(completion: str) -> str:
+    if not completion:
+        raise EmptyRow("empty")
+    return completion
+
+
+def _check_turns(messages: list[Message]) -> list[Message]:
+    if not messages:
+        raise EmptyRow("empty")
+    return messages
+
+
+def _system(fields: Row) -> list[Message]:
+    return [{"role": "system", "content": fields["system"]}] if fields.get("system") else []
+
+
+def _turns(value: Any, role: str, name: str, spec: DataSpec) -> list[Message]:
+    """Messages as they are; a string as one turn of `role`."""
+    if isinstance(value, str) and spec.transcript is None:
+        return [{"role": role, "content": value}]
+    return _messages(value, name, spec)
+
+
+def _messages(value: Any, name: str, spec: DataSpec) -> list[Message]:
+    if isinstance(value, str) and spec.transcript is not None:
+        return parse_transcript(value, spec.transcript)
+    if not isinstance(value, list):
+        raise FormError(f"`{name}` is a {type(value).__name__}, expected a list of messages")
+    return [_message(message, f"{name}[{index}]") for index, message in enumerate(value)]
+
+
+def _message(message: Any, where: str) -> Message:
+    if not isinstance(message, dict):
+        raise FormError(f"{where} is a {type(message).__name__}, expected a message with `role` and `content`")
+    if "from" in message and "value" in message:
+        role, content, extra = message["from"], message["value"], {}
+        if role not in ROLES:
+            raise FormError(f"{where}.from is {role!r}{did_you_mean(str(role), ROLES)}")
+        role = ROLES[role]
+    else:
+        if "role" not in message or "content" not in message:
+            raise FormError(f"{where} has {sorted(message)}, expected `role` and `content`")
+        role, content = message["role"], message["content"]
+        extra = {key: item for key, item in message.items() if key not in ("role", "content") and item is not None}
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise FormError(f"{where}: `role` and `content` must be strings")
+    return {"role": role, "content": content, **extra}
+
+
+def parse_transcript(text: str, transcript: Transcript) -> list[Message]:
+    """The turns of a dialogue in one string; white space around a turn is not part of it.
+
+    Raises:
+        FormError: it holds no marker, or text comes before the first one.
+    """
+    markers = {transcript.user: "user", transcript.assistant: "assistant"}
+    pieces = re.split(
+        "(" + "|".join(re.escape(marker) for marker in sorted(markers, key=len, reverse=True)) + ")", text
+    )
+    if len(pieces) == 1 or pieces[0].strip():
+        raise FormError(f"a transcript must begin with {transcript.user!r} or {transcript.assistant!r}")
+    turns = zip(pieces[1::2], pieces[2::2], strict=True)
+    return [{"role": markers[marker], "content": content.strip()} for marker, content in turns]
+
+
+def _preference(fields: Row, templated: set[str], spec: DataSpec, row: Row) -> Example:
+    chosen = _need(fields, "chosen", spec, row, "preference")
+    rejected = _need(fields, "rejected", spec, row, "preference")
+    if type(chosen) is not type(rejected):
+        raise FormError(f"`chosen` is a {type(chosen).__name__} and `rejected` a {type(rejected).__name__}")
+    prompt = fields.get("prompt")
+    marked = bool({"prompt", "chosen", "rejected"} & templated)
+    strings = isinstance(chosen, str) and spec.transcript is None and not isinstance(prompt, list)
+    if strings and not marked and "system" not in fields:
+        return _plain_pair(prompt, chosen, rejected)
+    good, bad = _turns(chosen, "assistant", "chosen", spec), _turns(rejected, "assistant", "rejected", spec)
+    if prompt is None:
+        return _split_pair(_system(fields), good, bad, marked)
+    start = _system(fields) + _turns(prompt, "user", "prompt", spec)
+    good, bad = _after(start, good), _after(start, bad)
+    return {"prompt": start, "chosen": good, "rejected": bad, "templated": marked}
+
+
+def _plain_pair(prompt: Any, chosen: str, rejected: str) -> Example:
+    if prompt is not None:
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    if chosen == rejected:
+        return {"prompt": "", "chosen": chosen, "rejected": rejected}
+    from trl.data_utils import extract_prompt
+
+    pair: Example = extract_prompt({"chosen": chosen, "rejected": rejected})
+    return pair
+
+
+def _after(prompt: list[Message], answer: list[Message]) -> list[Message]:
+    """The answer without the prompt, where it repeats it."""
+    repeated = len(answer) > len(prompt) and answer[: len(prompt)] == prompt
+    return answer[len(prompt) :] if repeated else answer
+
+
+def _split_pair(system: list[Message], chosen: list[Message], rejected: list[Message], marked: bool) -> Example:
+    """The prompt is the longest common run of messages that ends in a user's turn."""
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    while shared and chosen[shared - 1]["role"] != "user":
+        shared -= 1
+    if not shared:
+        raise EmptyRow("no shared prompt")
+    prompt = system + chosen[:shared]
+    return {"prompt": prompt, "chosen": chosen[shared:], "rejected": rejected[shared:], "templated": marked}

@@ -1,0 +1,186 @@
+"""Rows of one file, one at a time and in constant memory, each with the position that reading can go on from."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from finetune_api.problems import Problem
+
+from finetune_trainer.errors import UserError
+
+Row = dict[str, Any]
+
+TEXT_PIECE = 64 * 1024
+"""Bytes: a longer text file is cut at line ends into documents of at most this size."""
+PARQUET_BATCH = 256
+
+csv.field_size_limit(2**31 - 1)
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place between two rows: `offset` in bytes of the unpacked file (parquet: in rows), `line` counted from 0."""
+
+    offset: int = 0
+    line: int = 0
+
+
+START = Position()
+Rows = Iterator[tuple[Row, Position]]
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of known format; `url` is a local path or a URI that fsspec knows."""
+
+    url: str
+    format: str
+
+
+def open_binary(url: str) -> BinaryIO:
+    """The file's unpacked bytes; the ending (`.gz`, `.bz2`, `.xz`, `.zst`) says how it is packed.
+
+    Raises:
+        OSError: it can't be opened.
+    """
+    raw = fsspec.open(url, "rb").open()
+    if url.endswith(".gz"):
+        return cast(BinaryIO, gzip.open(raw))
+    if url.endswith(".bz2"):
+        return cast(BinaryIO, bz2.open(raw))
+    if url.endswith(".xz"):
+        return cast(BinaryIO, lzma.open(raw))
+    if url.endswith(".zst"):
+        return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))
+    return cast(BinaryIO, raw)
+
+
+def read_rows(file: DataFile, start: Position = START) -> Rows:
+    """Rows from `start` on, each with the position after it. A packed file is unpacked, not parsed, up to `start`.
+
+    Raises:
+        UserError: the file is malformed; the message has its name, the line and why.
+        OSError: it can't be read.
+    """
+    try:
+        yield from READERS[file.format](file, start)
+    except (pa.ArrowInvalid, EOFError, gzip.BadGzipFile, lzma.LZMAError, csv.Error) as error:
+        raise UserError([Problem("", f"{file.url}: not a readable {file.format} file: {error}")]) from error
+
+
+def _lines(stream: BinaryIO, file: DataFile, start: Position) -> Iterator[tuple[str, Position]]:
+    stream.seek(start.offset)
+    position = start
+    while raw := stream.readline():
+        position = Position(position.offset + len(raw), position.line + 1)
+        yield _decode(raw, file, position.line), position
+
+
+def _decode(raw: bytes, file: DataFile, line: int) -> str:
+    try:
+        return raw.decode("utf-8-sig" if line == 1 and file.format != "text" else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError([Problem("", f"{file.url}, line {line}: not UTF-8 text: {error.reason}")]) from error
+
+
+def _read_jsonl(file: DataFile, start: Position) -> Rows:
+    with open_binary(file.url) as stream:
+        for line, position in _lines(stream, file, start):
+            if line.strip():
+                yield _parse_json(line, file, position.line), position
+
+
+def _parse_json(line: str, file: DataFile, number: int) -> Row:
+    where = f"{file.url}, line {number}"
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        hint = "; the file must have one JSON object per line" if line.strip() in ("[", "{") else ""
+        raise UserError([Problem("", f"{where}: malformed JSON: {error}{hint}")]) from error
+    if not isinstance(row, dict):
+        raise UserError([Problem("", f"{where}: got a {type(row).__name__}, expected one JSON object per line")])
+    return row
+
+
+def _read_csv(file: DataFile, start: Position) -> Rows:
+    with open_binary(file.url) as stream:
+        reached = Position()
+
+        def tracked(origin: Position) -> Iterator[str]:
+            nonlocal reached
+            for line, reached in _lines(stream, file, origin):  # noqa: B007
+                yield line
+
+        header = next(csv.reader(tracked(START), strict=True), [])
+        for fields in csv.reader(tracked(reached if start == START else start), strict=True):
+            if fields:
+                yield _csv_row(header, fields, file, reached.line), reached
+
+
+def _csv_row(header: list[str], fields: list[str], file: DataFile, line: int) -> Row:
+    if len(fields) != len(header):
+        message = f"{file.url}, line {line}: {len(fields)} fields, but the header has {len(header)} columns"
+        raise UserError([Problem("", message)])
+    return dict(zip(header, fields, strict=True))
+
+
+def _read_parquet(file: DataFile, start: Position) -> Rows:
+    with open_binary(file.url) as stream:
+        table = pq.ParquetFile(stream)
+        done = 0
+        for group in range(table.num_row_groups):
+            size = table.metadata.row_group(group).num_rows
+            if done + size > start.offset:
+                yield from _row_group(table, group, done, start.offset)
+            done += size
+
+
+def _row_group(table: pq.ParquetFile, group: int, done: int, skip_to: int) -> Rows:
+    number = done
+    for batch in table.iter_batches(batch_size=PARQUET_BATCH, row_groups=[group]):
+        first = min(max(skip_to - number, 0), len(batch))
+        number += first
+        for row in batch.slice(first).to_pylist():
+            number += 1
+            yield row, Position(number, number)
+
+
+def _read_text(file: DataFile, start: Position) -> Rows:
+    with open_binary(file.url) as stream:
+        stream.seek(start.offset)
+        offset, line, rest = start.offset, start.line, b""
+        while chunk := rest + stream.read(TEXT_PIECE - len(rest)):
+            piece = chunk if len(chunk) < TEXT_PIECE else chunk[: _cut(chunk)]
+            rest = chunk[len(piece) :]
+            offset, line = offset + len(piece), line + piece.count(b"\n")
+            yield {"text": _decode(piece, file, line)}, Position(offset, line)
+
+
+def _cut(chunk: bytes) -> int:
+    """Where to end a piece: after its last line end, else before a character that may be incomplete."""
+    end = chunk.rfind(b"\n") + 1
+    if end:
+        return end
+    end = len(chunk) - 1
+    while end > 1 and chunk[end] & 0xC0 == 0x80:
+        end -= 1
+    return end
+
+
+READERS: dict[str, Callable[[DataFile, Position], Rows]] = {
+    "jsonl": _read_jsonl,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+    "text": _read_text,
+}

@@ -1,0 +1,230 @@
+"""From the sources of a spec to files that exist, and from those to rows with their joins done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from finetune_api.data import DataSource, DataSpec, Join
+from finetune_api.problems import Problem, did_you_mean
+
+from finetune_trainer.data.readers import START, DataFile, Position, Row, read_rows
+from finetune_trainer.errors import UserError
+
+ENDINGS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+}
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in a spec's table: which source, which of its files, and where in that file."""
+
+    source: int = 0
+    file: int = 0
+    position: Position = START
+
+    def to_json(self) -> list[int]:
+        return [self.source, self.file, self.position.offset, self.position.line]
+
+    @classmethod
+    def from_json(cls, values: list[int]) -> Cursor:
+        return cls(values[0], values[1], Position(values[2], values[3]))
+
+
+@dataclass(frozen=True)
+class Located:
+    """One source with its files found (`files` is empty for inline and hub rows) and its join table read."""
+
+    source: DataSource
+    files: list[DataFile]
+    joined: dict[str, Row] | None
+
+
+def resolve(path: str, base_dir: Path) -> str:
+    """An absolute path or URI: relative paths start from `base_dir`, else from the current directory."""
+    if "://" in path or os.path.isabs(path):
+        return path
+    first = os.path.join(base_dir, path)
+    there = os.path.exists(first) or any(True for _ in Path(base_dir).glob(path)) if path else False
+    return os.path.abspath(first if there or not _here(path) else path)
+
+
+def _here(path: str) -> bool:
+    return os.path.exists(path) or any(True for _ in Path().glob(path))
+
+
+def locate(spec: DataSpec, where: str, base_dir: Path) -> tuple[list[Located], list[Problem]]:
+    """Every source's files, and what is wrong with them; a source with problems is left out."""
+    located: list[Located] = []
+    problems: list[Problem] = []
+    for index, source in enumerate(spec.sources):
+        try:
+            located.append(locate_source(source, f"{where}.sources[{index}]", base_dir))
+        except UserError as error:
+            problems += error.problems
+    return located, problems
+
+
+def locate_source(source: DataSource, where: str, base_dir: Path) -> Located:
+    """Raises UserError where files or the join table are missing or unreadable."""
+    joined = read_join(source.join, f"{where}.join", base_dir) if source.join else None
+    if source.inline is not None or source.hub is not None:
+        return Located(source, [], joined)
+    kind = next(name for name in ("file", "directory", "uri") if getattr(source, name) is not None)
+    return Located(source, find_files(getattr(source, kind), kind, source.format, where, base_dir), joined)
+
+
+def find_files(path: str, kind: str, format: str, where: str, base_dir: Path) -> list[DataFile]:
+    """Files named by a path, a glob, a directory or a URI, in order of name.
+
+    Raises:
+        UserError: none is there, or a file's format is unknown.
+    """
+    field = f"{where}.{kind}"
+    url = resolve(path, base_dir)
+    directory = kind == "directory" or (kind == "uri" and url.endswith("/"))
+    try:
+        found = _list(url, directory)
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError([Problem(field, f"{path}: can't be reached: {error}")]) from error
+    if not found:
+        raise UserError([Problem(field, _missing(path, url, directory))])
+    return _with_formats(found, format, directory, where, field)
+
+
+def _list(url: str, directory: bool) -> list[str]:
+    fs, path = fsspec.core.url_to_fs(url)
+    if directory:
+        names = [name for name in fs.find(path) if not os.path.basename(name).startswith(".")]
+    elif any(mark in path for mark in "*?["):
+        names = [name for name in fs.glob(path) if fs.isfile(name)]
+    else:
+        names = [path] if fs.isfile(path) else []
+    return sorted(str(fs.unstrip_protocol(name)) if "://" in url else str(name) for name in names)
+
+
+def _missing(path: str, url: str, directory: bool) -> str:
+    if directory:
+        return f"{path}: no files in {url}" if os.path.isdir(url) else f"{path}: no such directory ({url})"
+    if os.path.isdir(url):
+        return f"{path} is a directory: use `directory:` in place of `file:`"
+    parent = os.path.dirname(url)
+    if "://" in url or not os.path.isdir(parent):
+        return f"{path}: no such file ({url})"
+    return f"{path}: no such file ({url}){did_you_mean(os.path.basename(url), _shown(os.listdir(parent)))}"
+
+
+def _shown(names: list[str]) -> list[str]:
+    return sorted(name for name in names if not name.startswith("."))[:20]
+
+
+def format_of(name: str) -> str | None:
+    """The format by a file's ending, packing aside; None where it says nothing."""
+    stem, ending = os.path.splitext(name.lower())
+    if ending in PACKED:
+        ending = os.path.splitext(stem)[1]
+    return ENDINGS.get(ending)
+
+
+def _with_formats(found: list[str], format: str, directory: bool, where: str, field: str) -> list[DataFile]:
+    if format != "auto":
+        matching = [name for name in found if format_of(name) == format] if directory else found
+        return [DataFile(name, format) for name in matching or found]
+    known = [DataFile(name, ending) for name in found if (ending := format_of(name))]
+    if not known or (not directory and len(known) < len(found)):
+        odd = next(name for name in found if format_of(name) is None)
+        raise UserError([Problem(f"{where}.format", f"can't tell the format of {odd} by its ending: set format")])
+    formats = sorted({file.format for file in known})
+    if len(formats) > 1:
+        raise UserError([Problem(field, f"holds files of several formats ({', '.join(formats)}): set format")])
+    return known
+
+
+def read_join(join: Join, where: str, base_dir: Path) -> dict[str, Row]:
+    """The second table by its key, written as text.
+
+    Raises:
+        UserError: it is missing, has no such column, or a key is there twice.
+    """
+    files = find_files(join.file, "file", join.format, where, base_dir)
+    table: dict[str, Row] = {}
+    for row in (row for file in files for row, _ in read_rows(file)):
+        if join.on not in row:
+            raise UserError(
+                [Problem(f"{where}.on", f"{join.file} has no column `{join.on}`{did_you_mean(join.on, row)}")]
+            )
+        if str(row[join.on]) in table:
+            raise UserError([Problem(f"{where}.on", f"{join.file} has `{join.on}` = {row[join.on]!r} more than once")])
+        table[str(row[join.on])] = row
+    if not table:
+        raise UserError([Problem(f"{where}.file", f"{join.file} has no rows")])
+    return table
+
+
+def join_row(row: Row, located: Located, where: str) -> Row:
+    """The row with the second table's columns; a column of both keeps the row's own value.
+
+    Raises:
+        UserError: the row has no key column, or the key is not in the second table.
+    """
+    join = located.source.join
+    if join is None or located.joined is None:
+        return row
+    if join.on not in row:
+        raise UserError([Problem(f"{where}.join.on", f"no column `{join.on}`{did_you_mean(join.on, row)}")])
+    other = located.joined.get(str(row[join.on]))
+    if other is None:
+        raise UserError([Problem(f"{where}.join", f"{join.file} has no row with `{join.on}` = {row[join.on]!r}")])
+    return {**other, **row}
+
+
+def source_rows(located: Located, index: int, start: Cursor = Cursor()) -> Iterator[tuple[Row, Cursor, str]]:
+    """Rows of one source from `start` on, not yet joined: (row, cursor after it, where it stands, for messages)."""
+    if located.files:
+        yield from _file_rows(located.files, index, start)
+        return
+    skip = start.position.offset
+    rows = located.source.inline if located.source.inline is not None else hub_rows(located.source, skip)
+    for number, row in enumerate(rows if located.source.inline is None else rows[skip:], skip):  # type: ignore[index]
+        yield dict(row), Cursor(index, 0, Position(number + 1, number + 1)), f"row {number}"
+
+
+def _file_rows(files: list[DataFile], index: int, start: Cursor) -> Iterator[tuple[Row, Cursor, str]]:
+    for number, file in enumerate(files[start.file :], start.file):
+        first = start.position if number == start.file else START
+        for row, position in read_rows(file, first):
+            yield row, Cursor(index, number, position), f"{file.url}, line {position.line}"
+
+
+def hub_dataset(source: DataSource, streaming: bool) -> Any:
+    """The hub dataset's split, through `datasets`.
+
+    Raises:
+        UserError: it can't be had (offline, no such dataset, no access).
+    """
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(
+            source.hub, source.subset, split=source.split, revision=source.revision, streaming=streaming
+        )
+    except Exception as error:  # datasets raises many types, none of which a user can act on without the text
+        message = f"hub dataset {source.hub} can't be loaded: {type(error).__name__}: {error}"
+        raise UserError([Problem("", message)]) from error
+
+
+def hub_rows(source: DataSource, skip: int = 0, streaming: bool = False) -> Iterator[Row]:
+    data = hub_dataset(source, streaming)
+    return iter(data.skip(skip) if skip else data)

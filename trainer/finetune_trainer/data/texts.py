@@ -1,0 +1,80 @@
+"""Untokenised rows: a corpus for a tokenizer, and prompts for samples before and after a stage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from finetune_api.data import DataSpec
+from finetune_api.stages import DpoSpec, PretrainSpec, SftSpec
+from numpy.typing import NDArray
+
+from finetune_trainer.data.forms import Example, Kind, kind_of
+from finetune_trainer.data.prepare import open_table
+from finetune_trainer.data.rows import RowStore, order_rows
+
+HELD_OUT = 0.05
+PROMPT_WORDS = 32
+Prompt = dict[str, Any]
+
+
+def corpus_texts(spec: DataSpec, base_dir: Path, cache_dir: Path) -> tuple[Iterator[str], Iterator[str], int]:
+    """A corpus in constant memory: texts to train a tokenizer on, texts held out, and the bytes of both.
+
+    `validationSplit` (0.05 where it is 0) is held out; of one single text the training texts serve for both.
+
+    Raises:
+        UserError: the data can't be read or has no texts.
+    """
+    store = open_table(spec, "text", "data", cache_dir, base_dir, lambda message: None)
+    share = spec.validation_split or HELD_OUT
+    if len(store) < 2:
+        only = np.arange(len(store))
+        return _texts(store, only), _texts(store, only), store.bytes
+    train, held = order_rows(len(store), spec.model_copy(update={"validation_split": share}), "data")
+    return _texts(store, train), _texts(store, held), int(store.sizes(np.concatenate([train, held])).sum())
+
+
+def _texts(store: RowStore, indices: NDArray[np.int64]) -> Iterator[str]:
+    return (store[int(index)]["text"] for index in indices)
+
+
+def eval_prompts(stage: PretrainSpec | SftSpec | DpoSpec, base_dir: Path, cache_dir: Path, n: int) -> list[Prompt]:
+    """The first `n` held-out rows (training rows, where none are held out) as prompts to generate from.
+
+    Each has `messages` (a conversation) or `prompt` (plain text), and `reference`, what the data goes on with. For
+    text the prompt is the first 32 words; a conversation's is all before its last assistant turn. Streaming data
+    has none.
+    """
+    if stage.data.streaming and stage.eval_data is None:
+        return []
+    spec, kind = stage.eval_data or stage.data, kind_of(stage)
+    where = "evalData" if stage.eval_data else "data"
+    store = open_table(spec, kind, where, cache_dir, base_dir, lambda message: None)
+    train, held = order_rows(len(store), spec, where)
+    indices = train if stage.eval_data or not len(held) else held
+    found = (prompt_of(store[int(index)], kind) for index in indices)
+    return [prompt for prompt, _ in zip((one for one in found if one), range(n), strict=False)]
+
+
+def prompt_of(example: Example, kind: Kind) -> Prompt | None:
+    """A row as a prompt; None where nothing is left to answer."""
+    if "text" in example:
+        words = list(re.finditer(r"\S+", example["text"]))
+        end = words[min(len(words) // 2, PROMPT_WORDS) - 1].end() if len(words) > 1 else len(example["text"])
+        return {"prompt": example["text"][:end], "reference": example["text"][end:]}
+    if "messages" in example:
+        return _last_turn(example["messages"])
+    answer = example["chosen" if kind == "preference" else "completion"]
+    if isinstance(answer, str):
+        return {"prompt": example["prompt"], "reference": answer}
+    reply = next((message["content"] for message in answer if message["role"] == "assistant"), None)
+    return None if reply is None else {"messages": example["prompt"], "reference": reply}
+
+
+def _last_turn(messages: list[dict[str, Any]]) -> Prompt | None:
+    last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+    return {"messages": messages[:last], "reference": messages[last]["content"]} if last else None
