@@ -1,0 +1,171 @@
+"""A job's `lora` as PEFT's configuration, its names resolved and checked against the model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from peft import LoraConfig
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from finetune_api.problems import Problem, did_you_mean
+from finetune_api.training import ALL_LINEAR, Lora
+from finetune_trainer.errors import UserError
+
+_ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate|wg)(\.|$)")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What of a model an adapter can be put on, by full name."""
+
+    linears: tuple[str, ...]
+    """Linear layers but the output head and routers."""
+    experts: tuple[str, ...]
+    """Stacked expert weights: Parameters `[experts, …, …]`, not modules."""
+    embeddings: tuple[str, ...]
+    head: str | None
+    """The output head."""
+
+
+def lora_config(spec: Lora, model: PreTrainedModel, path: str = "lora") -> LoraConfig:
+    """PEFT's configuration of an adapter on `model`, which may be on the meta device or quantized.
+
+    `all-linear` is every linear layer and every stack of expert weights, without the output head and the routers
+    (PEFT's own `all-linear` adapts Qwen3-MoE's routers too).
+
+    Args:
+        path: where the job has this spec, such as `stages[1].sft.lora`; it heads every problem.
+
+    Raises:
+        UserError: a name that nothing goes by, or what PEFT can't do: dropout or DoRA on stacked expert weights,
+            an adapter on the output head (TRL's loss reads the head's weight directly).
+    """
+    targets = find_targets(model)
+    modules, parameters, problems = _resolve(spec, model, targets, path)
+    problems += _expert_problems(spec, parameters, path) + _saved_problems(spec, model, path)
+    if problems:
+        raise UserError(problems)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=spec.r,
+        lora_alpha=spec.lora_alpha,
+        lora_dropout=spec.lora_dropout,
+        target_modules=sorted(modules),
+        target_parameters=sorted(parameters) or None,
+        modules_to_save=list(spec.modules_to_save) if spec.modules_to_save else None,
+        use_rslora=spec.use_rslora,
+        use_dora=spec.use_dora,
+        ensure_weight_tying=_needs_tying(spec, model, modules),
+    )
+
+
+def find_targets(model: PreTrainedModel) -> Targets:
+    """The layers of a model that an adapter can be put on."""
+    named = dict(model.named_modules())
+    head = next((name for name, module in named.items() if module is model.get_output_embeddings()), None)
+    experts = tuple(name for name, weight in model.named_parameters() if weight.ndim == 3 and ".experts." in name)
+    routed = bool(experts) or is_moe(model)
+    linears = tuple(
+        name
+        for name, module in named.items()
+        if isinstance(module, (nn.Linear, Conv1D)) and name != head and not (routed and _ROUTERS.search(name))
+    )
+    embeddings = tuple(name for name, module in named.items() if isinstance(module, nn.Embedding))
+    return Targets(linears, experts, embeddings, head)
+
+
+def is_moe(model: PreTrainedModel) -> bool:
+    """Whether a model has experts, by its configuration."""
+    config = model.config.get_text_config()
+    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
+def _resolve(
+    spec: Lora, model: PreTrainedModel, targets: Targets, path: str
+) -> tuple[set[str], set[str], list[Problem]]:
+    """Names for PEFT's `target_modules` and `target_parameters`, and what is wrong with the given ones."""
+    modules: set[str] = set()
+    parameters: set[str] = set()
+    problems: list[Problem] = []
+    rewritten = _rewritten_by_peft(model)
+    usable = [name for name in targets.linears if _leaf(name) not in rewritten]
+    for given in spec.target_modules:
+        if given == ALL_LINEAR:
+            modules |= _short(usable, model)
+            parameters |= {_leaf(name) for name in targets.experts if not name.endswith("_bias")}
+            continue
+        stacked = {_leaf(name) for name in targets.experts if _goes_by(name, given)}
+        layers = any(_goes_by(name, given) for name in (*usable, *targets.embeddings))
+        parameters |= stacked
+        modules |= {given} if layers else set()
+        if not stacked and not layers:
+            problems.append(Problem(f"{path}.targetModules", _no_match(given, usable, targets)))
+    return modules, parameters, problems
+
+
+def _no_match(given: str, usable: list[str], targets: Targets) -> str:
+    if targets.head is not None and _goes_by(targets.head, given):
+        return f"{given!r} is the output head, which takes no adapter: put it in modulesToSave to train it in full"
+    valid = {_leaf(name) for name in (*usable, *targets.experts, *targets.embeddings)} | {ALL_LINEAR}
+    return f"no module of the model goes by {given!r}{did_you_mean(given, valid)}"
+
+
+def _expert_problems(spec: Lora, parameters: set[str], path: str) -> list[Problem]:
+    """What PEFT's ParamWrapper refuses for stacked expert weights."""
+    if not parameters:
+        return []
+    what = f"does not work on the experts' stacked weights ({', '.join(sorted(parameters))})"
+    advice = "or name the other modules in targetModules, such as q_proj"
+    problems = []
+    if spec.lora_dropout:
+        problems.append(Problem(f"{path}.loraDropout", f"{spec.lora_dropout} {what}: set 0, {advice}"))
+    if spec.use_dora:
+        problems.append(Problem(f"{path}.useDora", f"DoRA {what}: set false, {advice}"))
+    return problems
+
+
+def _saved_problems(spec: Lora, model: PreTrainedModel, path: str) -> list[Problem]:
+    names = [name for name, _ in model.named_modules() if name]
+    leaves = {_leaf(name) for name in names if not _leaf(name).isdigit()}
+    return [
+        Problem(f"{path}.modulesToSave", f"no module of the model goes by {given!r}{did_you_mean(given, leaves)}")
+        for given in spec.modules_to_save or []
+        if not any(_goes_by(name, given) for name in names)
+    ]
+
+
+def _needs_tying(spec: Lora, model: PreTrainedModel, modules: set[str]) -> bool:
+    """Tied embeddings that are trained must stay tied; PEFT warns where this is set without need."""
+    touched = {_leaf(name) for name in (*modules, *(spec.modules_to_save or []))}
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    return tied and bool(touched & set(EMBEDDING_LAYER_NAMES))
+
+
+def _rewritten_by_peft(model: PreTrainedModel) -> frozenset[str]:
+    """Names that PEFT, in families whose experts transformers 5 stacked, takes for an expert's or the router's.
+
+    There a linear layer of that name (a shared expert's, a dense first layer's) can't be told apart, and gets no
+    adapter.
+    """
+    family = _MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type, "")
+    return frozenset(_MOE_TARGET_MODULE_MAPPING.get(family, {}))
+
+
+def _short(names: list[str], model: PreTrainedModel) -> set[str]:
+    """Last parts of the names, where they mean these modules and no others; else the names in full."""
+    chosen = set(names)
+    other_leaves = {_leaf(name) for name, _ in model.named_modules() if name not in chosen}
+    return {_leaf(name) if _leaf(name) not in other_leaves else name for name in names}
+
+
+def _goes_by(name: str, given: str) -> bool:
+    return name == given or name.endswith(f".{given}")
+
+
+def _leaf(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
