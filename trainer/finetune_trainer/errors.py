@@ -21,3 +21,11 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """Training was asked to stop and did, after saving a checkpoint."""
+
+
+class TrainingFailed(Exception):
+    """A stage failed for a reason that is not the user's, and retries were of no use."""
+
+
+class OutOfMemory(TrainingFailed):
+    """A device or the host ran out of memory."""

@@ -11,6 +11,12 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.json"
 DATA_REPORT = "data.json"
 DONE = "done.json"
+CHECKPOINT_PREFIX = "checkpoint-"  # transformers' own, so that its Trainer writes straight into place
+
+
+def stage_layouts(titles: list[str]) -> list[StageLayout]:
+    """The layouts of a job's stages, given their titles in order."""
+    return [StageLayout(index, title) for index, title in enumerate(titles)]
 
 
 @dataclass(frozen=True)
@@ -55,4 +61,4 @@ class StageLayout:
 
     def checkpoint(self, step: int) -> str:
         """Directory of the checkpoint after `step` optimizer steps; complete once it holds a manifest."""
-        return f"{self.checkpoints}/step-{step:08d}"
+        return f"{self.checkpoints}/{CHECKPOINT_PREFIX}{step}"

@@ -1,0 +1,130 @@
+"""`run`, `validate`, `plan` and `init`: what is done with a job file."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from finetune_api.exit_codes import ExitCode
+from finetune_api.runconfig import RunConfig
+
+from finetune_cli.outcome import guarded
+from finetune_cli.starter import init_command
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file; `finetune init` writes one.")]
+Assignments = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Override a field, such as `stages[0].sft.learningRate=1e-4`. May be given several times.",
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    app.command("run")(run_command)
+    app.command("validate")(validate_command)
+    app.command("plan")(plan_command)
+    app.command("init")(init_command)
+
+
+def run_command(
+    job: JobFile,
+    assignments: Assignments = [],  # noqa: B006  # typer's form
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an earlier run, from its last checkpoint.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Set an earlier run's directory aside and start over.")] = False,
+) -> None:
+    """Run a job on this machine, all its stages in order.
+
+    Results, metrics, checkpoints and `report.html` go to `<storage>/<name of the job>`. Exit codes: 0 done, 1 failed
+    (a retry may help), 2 the job or its data is wrong, 3 out of memory, 75 stopped with a checkpoint (`--resume`).
+    """
+    if resume and fresh:
+        raise typer.BadParameter("--resume and --fresh exclude each other")
+    guarded(lambda: _run(_config(job, assignments), resume, fresh))
+
+
+def validate_command(
+    job: JobFile,
+    assignments: Assignments = [],  # noqa: B006
+    offline: Annotated[bool, typer.Option("--schema-only", help="Check the fields alone, not models and data.")] = False,
+) -> None:
+    """Check a job without running it: its fields, its model, its data. Says every fault at once; exit code 2 if any."""
+    guarded(lambda: _validate(_config(job, assignments), offline))
+
+
+def plan_command(
+    job: JobFile,
+    assignments: Assignments = [],  # noqa: B006
+    device: Annotated[
+        str | None,
+        typer.Option(help="Plan for this device, such as `H100` or `80Gi`. Default: what this machine has."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Show what a job needs: parameters, tokens, steps, and memory per worker by part, and whether it fits."""
+    guarded(lambda: _plan(_config(job, assignments), device, as_json))
+
+
+def _config(path: Path, assignments: list[str]) -> Callable[[], RunConfig]:
+    def load() -> RunConfig:
+        from finetune_cli.jobfile import read_job, run_config
+
+        return run_config(read_job(path, assignments), path)
+
+    return load
+
+
+def _run(config: Callable[[], RunConfig], resume: bool, fresh: bool) -> None:
+    run = config()
+    from finetune_trainer.runtime import apply_environment, quiet_environment
+
+    apply_environment(quiet_environment(accelerator=True))
+    from finetune_trainer.launch.driver import Pipeline
+    from finetune_trainer.progress.console import reporter_for
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _Stopper(stop))
+    reporter = reporter_for(sys.stdout)
+    try:
+        Pipeline(run, reporter, stop).execute(resume=resume, fresh=fresh)
+    finally:
+        reporter.close()
+
+
+class _Stopper:
+    """The first signal asks for a checkpoint; a second one ends the process at once."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self.stop = stop
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.stop.is_set():
+            raise SystemExit(ExitCode.FAILED)
+        self.stop.set()
+        print("stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
+
+
+def _validate(config: Callable[[], RunConfig], schema_only: bool) -> None:
+    run = config()
+    if not schema_only:
+        from finetune_trainer.preflight import preflight
+
+        preflight(run)
+    stages = ", ".join(stage.title for stage in run.job.spec.stages)
+    print(f"{run.job.metadata.name}: valid ({stages})")
+
+
+def _plan(config: Callable[[], RunConfig], device: str | None, as_json: bool) -> None:
+    run = config()
+    from finetune_cli.plan_view import show_plan
+
+    show_plan(run, device, as_json)

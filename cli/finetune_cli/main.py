@@ -1,0 +1,23 @@
+"""The `finetune` command."""
+
+from __future__ import annotations
+
+import typer
+
+from finetune_cli import job_commands, talk_commands
+
+app = typer.Typer(
+    name="finetune",
+    help="Train a language model from a job file: from a corpus to a preference-tuned model, on one machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+job_commands.register(app)
+talk_commands.register(app)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,34 @@
+"""Errors as messages and exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import typer
+from finetune_api.exit_codes import ExitCode
+
+
+def guarded(action: Callable[[], None]) -> None:
+    """Run an action; an expected error becomes its message on standard error and its exit code."""
+    from finetune_trainer.errors import Interrupted, OutOfMemory, TrainingFailed, UserError
+
+    try:
+        action()
+    except UserError as error:
+        _fail(ExitCode.USER_ERROR, [str(problem) for problem in error.problems])
+    except Interrupted as error:
+        _fail(ExitCode.INTERRUPTED, [f"{error}; run again with --resume"])
+    except OutOfMemory as error:
+        _fail(ExitCode.OUT_OF_MEMORY, [str(error), "out of memory: `finetune plan` shows what takes it"])
+    except TrainingFailed as error:
+        _fail(ExitCode.FAILED, [str(error), "failed; checkpoints are kept: run again with --resume"])
+
+
+def _fail(code: ExitCode, lines: list[str]) -> None:
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    if code is ExitCode.USER_ERROR and len(lines) > 1:
+        print(f"{len(lines)} problems; nothing was started", file=sys.stderr)
+    sys.stderr.flush()
+    raise typer.Exit(int(code))

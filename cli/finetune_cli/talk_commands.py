@@ -1,0 +1,13 @@
+"""`chat` and `generate`: what a trained model says. Their libraries load only when they are called."""
+
+from __future__ import annotations
+
+import typer
+
+from finetune_cli.chat import chat_command, generate_command
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    app.command("chat")(chat_command)
+    app.command("generate")(generate_command)

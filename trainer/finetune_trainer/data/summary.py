@@ -1,0 +1,19 @@
+"""A preparation's report in one line."""
+
+from __future__ import annotations
+
+from finetune_trainer.data.report import DataReport
+from finetune_trainer.progress.format import count, percent
+
+
+def data_line(report: DataReport) -> str:
+    """What will be trained on, and what was cut or left out, for people."""
+    if report.streaming:
+        return "data is read while training"
+    parts = [f"{count(report.kept)} of {count(report.rows)} rows", f"{count(report.tokens)} tokens"]
+    if report.packed_rows is not None:
+        parts.append(f"packed into {count(report.packed_rows)} rows ({percent(report.packing_efficiency or 0)} full)")
+    if report.truncated_examples:
+        parts.append(f"{count(report.truncated_examples)} cut by {count(report.truncated_tokens)} tokens")
+    parts += [f"{count(number)} dropped ({reason})" for reason, number in report.dropped.items() if number]
+    return ", ".join(parts) + (" · prepared before" if report.cached else "")

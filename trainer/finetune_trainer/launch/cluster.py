@@ -1,0 +1,69 @@
+"""The Ray cluster a job runs on: one started here, or the one the environment names."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import ray
+import torch
+
+from finetune_api.cluster import Resources
+from finetune_trainer.plan.quantities import parse_quantity
+from finetune_trainer.runtime import quiet_environment
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many Ray Train workers a job has and what each gets."""
+
+    least: int
+    most: int
+    accelerator: bool
+    cpus: int
+    """Threads per worker."""
+
+    @property
+    def elastic(self) -> bool:
+        return self.least != self.most
+
+
+def plan_workers(resources: Resources) -> Workers:
+    """The workers a job asks for, on this machine where it leaves the question open."""
+    gpus = resources.gpus_per_node if resources.gpus_per_node is not None else torch.cuda.device_count()
+    per_node = gpus or resources.workers_per_node or 1
+    nodes = resources.nodes or 1
+    least, most = (resources.min_nodes or nodes) * per_node, (resources.max_nodes or nodes) * per_node
+    return Workers(least, most, gpus > 0, max(1, _cpus(resources) // _sharers(per_node, most)))
+
+
+def start_ray(workers: Workers, temp_dir: Path | None = None) -> None:
+    """Connect to the cluster that RAY_ADDRESS names, or start one on this machine."""
+    env = quiet_environment(workers.accelerator)
+    runtime = {"env_vars": env | {"OMP_NUM_THREADS": str(workers.cpus)}}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(runtime_env=runtime, logging_level=logging.ERROR, log_to_driver=False)
+        return
+    ray.init(
+        num_cpus=max(psutil.cpu_count() or 1, workers.most * workers.cpus + 1),
+        include_dashboard=False,
+        runtime_env=runtime,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        object_store_memory=256 * 2**20,
+        _temp_dir=str(temp_dir) if temp_dir else None,
+    )
+
+
+def _cpus(resources: Resources) -> int:
+    if resources.cpus_per_node is not None:
+        return max(1, int(parse_quantity(resources.cpus_per_node)))
+    return len(os.sched_getaffinity(0))
+
+
+def _sharers(per_node: int, most: int) -> int:
+    """Workers that share a machine's CPUs: a node's, or all of them where every node is this machine."""
+    return per_node if os.environ.get("RAY_ADDRESS") else most

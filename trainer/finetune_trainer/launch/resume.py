@@ -1,0 +1,69 @@
+"""Whether a job may go on in a directory that holds an earlier run of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from finetune_api.problems import Problem
+from finetune_api.runconfig import RunConfig
+from finetune_trainer.errors import UserError
+from finetune_trainer.layout import RUN_CONFIG
+from finetune_trainer.model.source import layouts
+from finetune_trainer.storage import Storage
+
+# Fields that change how a run is watched and saved, but not what it trains.
+_HARMLESS = {"loggingSteps", "evalSteps", "saveSteps", "saveTotalLimit", "dataloaderNumWorkers", "perDeviceEvalBatchSize"}
+
+
+def open_run(run: RunConfig, storage: Storage, *, resume: bool, fresh: bool) -> None:
+    """Claim the job's directory: begin there, go on there, or set aside what is there.
+
+    Raises:
+        UserError: there is an earlier run and neither flag says what to do with it, or it had other settings.
+    """
+    if not storage.exists(RUN_CONFIG):
+        if storage.names(""):
+            raise UserError(f"{storage.root} is not empty and holds no run of ours: choose another metadata.name")
+    elif fresh:
+        _set_aside(storage)
+    elif not resume:
+        raise UserError(f"{storage.root} holds an earlier run: --resume goes on with it, --fresh sets it aside")
+    else:
+        _check_same(json.loads(storage.read_text(RUN_CONFIG)), run, storage)
+    storage.write_text(RUN_CONFIG, run.model_dump_json(by_alias=True, exclude_none=True, indent=1))
+
+
+def finished(run: RunConfig, storage: Storage) -> list[bool]:
+    """For each stage, whether it is done."""
+    return [storage.exists(layout.done) for layout in layouts(run)]
+
+
+def _set_aside(storage: Storage) -> None:
+    old = f"{storage.root}.{time.strftime('%Y%m%d-%H%M%S')}"
+    storage.fs.mv(storage.root, old, recursive=True)
+
+
+def _check_same(before: dict[str, Any], run: RunConfig, storage: Storage) -> None:
+    """What has been trained, or is being trained, must be what the job still says."""
+    now = run.to_json()
+    old, new = before["job"]["spec"], now["job"]["spec"]
+    begun = sum(bool(storage.names(layout.root)) for layout in layouts(run))
+    problems = _differences("model", old["model"], new["model"])
+    for index in range(begun):
+        pair = (stages[index] if index < len(stages) else {} for stages in (old["stages"], new["stages"]))
+        problems += _differences(f"stages[{index}]", *pair)
+    if problems:
+        raise UserError(problems)
+
+
+def _differences(path: str, old: Any, new: Any) -> list[Problem]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [name for name in (old | new) if name not in _HARMLESS]
+        return [fault for name in names for fault in _differences(f"{path}.{name}", old.get(name), new.get(name))]
+    if old == new:
+        return []
+    return [
+        Problem(path, f"was {old!r} when this stage began and is {new!r} now: set it back, or start over with --fresh")
+    ]

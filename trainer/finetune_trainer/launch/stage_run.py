@@ -1,0 +1,188 @@
+"""One trained stage on one worker: build, resume from wherever storage says it stands, train, save."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+
+from finetune_api.runconfig import RunConfig
+from finetune_api.stages import PretrainSpec
+from finetune_trainer.checkpoint.store import CheckpointStore
+from finetune_trainer.data import eval_prompts, prepare
+from finetune_trainer.errors import Interrupted
+from finetune_trainer.launch.channel import WorkerEnd
+from finetune_trainer.layout import METRICS
+from finetune_trainer.model.load import context_length, load_config, load_tokenizer
+from finetune_trainer.model.source import layouts, stage_source
+from finetune_trainer.training.flops import training_flops
+from finetune_trainer.progress.metrics_log import MetricsLog
+from finetune_trainer.stages import TRAINERS
+from finetune_trainer.storage import Storage
+from finetune_trainer.training.callbacks import PROGRESS_STATE, CheckpointCallback, ProgressCallback, StopCallback
+from finetune_trainer.training.context import Placement, StageContext
+from finetune_trainer.training.deepspeed import join_process_group
+from finetune_trainer.training.peers import Peers
+from finetune_trainer.training.results import save_result
+from finetune_trainer.training.samples import SamplesCallback
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "datasets", "bitsandbytes")
+SAMPLE_PROMPTS = 4
+
+
+def run_stage(config: dict[str, Any]) -> None:
+    """See `launch.worker.train_loop`."""
+    torch.set_num_threads(config["threads"])
+    placement = _placement(config["accelerator"])
+    join_process_group(config["zero"], placement.accelerator)
+    run = RunConfig.model_validate_json(config["run"])
+    storage = Storage(run.root)
+    context = _context(run, config["stage"], config["zero"], config["threads"], placement, storage)
+    StageRun(context, storage, WorkerEnd(config["channel"])).train()
+
+
+@dataclass(frozen=True)
+class _Callbacks:
+    progress: ProgressCallback
+    checkpoint: CheckpointCallback
+    stop: StopCallback
+    samples: SamplesCallback
+
+
+class StageRun:
+    """Ties a stage's trainer to storage, to the other workers and to the driver."""
+
+    def __init__(self, context: StageContext, storage: Storage, end: WorkerEnd) -> None:
+        self.context, self.storage, self.end = context, storage, end
+        self.peers = Peers()
+        self.first = context.placement.rank == 0
+        self.scratch = _scratch(context.run, context.layout.index)
+        self.store = CheckpointStore(storage, context.layout, self.scratch)
+
+    def train(self) -> None:
+        """Run the stage to its end, or to where it is asked to stop."""
+        started = time.monotonic()
+        trainer = TRAINERS[self.context.run.job.spec.stages[self.context.layout.index].kind](self.context)
+        resumed = self._resume_point()
+        trainer.args.eval_on_start = resumed is None and self.context.data.eval is not None
+        callbacks = self._attach(trainer, resumed)
+        self._log(f"model ready after {time.monotonic() - started:.1f} s")
+        trainer.train(resume_from_checkpoint=resumed)
+        if callbacks.stop.stopped:
+            raise Interrupted(f"stopped at step {trainer.state.global_step}, checkpoint saved")
+        self._finish(trainer, callbacks)
+
+    def _resume_point(self) -> str | None:
+        """The newest complete checkpoint as a local directory; what a killed run left half-written is deleted."""
+        newest = self.store.newest()
+        self.peers.wait()
+        if self.first:
+            self.store.clean()
+        self.peers.wait()
+        if newest is None:
+            return None
+        self._log(f"resumes at step {newest.step} from its last checkpoint")
+        return str(self.store.fetch(newest.step))
+
+    def _attach(self, trainer: Any, resumed: str | None) -> _Callbacks:
+        progress = ProgressCallback(self.context, self.peers, self.end, *training_flops(trainer.model, self.context))
+        progress.trainer, trainer.paused = trainer, progress.paused
+        if self.first:
+            progress.log_file = MetricsLog(self._metrics_path())
+        if resumed is not None:
+            progress.restore(json.loads(Path(resumed, PROGRESS_STATE).read_text()))
+        callbacks = _Callbacks(
+            progress,
+            CheckpointCallback(self.context, self.store, self.peers, progress),
+            StopCallback(self.peers, self.end, self.context.placement.rank),
+            SamplesCallback(self.context, self.storage, _prompts(self.context), self.peers),
+        )
+        for callback in (callbacks.samples, callbacks.stop, callbacks.checkpoint, callbacks.progress):
+            trainer.add_callback(callback)
+        return callbacks
+
+    def _finish(self, trainer: Any, callbacks: _Callbacks) -> None:
+        """Save the last checkpoint, measure, save the result, and only then call the stage done."""
+        step = trainer.state.global_step
+        if self.peers.any(self.first and self.store.manifest(step) is None):
+            trainer._save_checkpoint(trainer.model, None)
+            callbacks.checkpoint.publish(step)
+        metrics = {} if self.context.data.eval is None else trainer.evaluate()
+        callbacks.samples.after(trainer.model)
+        result = self.storage.local(self.context.layout.result) or self.scratch / "result"
+        save_result(trainer, self.context, result)
+        if self.first:
+            self._publish(result)
+            self._write_done(step, callbacks.progress, metrics)
+        self.peers.wait()
+
+    def _publish(self, result: Path) -> None:
+        report = json.dumps(self.context.data.report.to_json(), indent=1)
+        self.storage.write_text(self.context.layout.data_report, report)
+        if not self.storage.is_local:
+            self.storage.upload(result, self.context.layout.result)
+            self.storage.write_text(self.context.layout.metrics, self._metrics_path().read_text())
+
+    def _write_done(self, step: int, progress: ProgressCallback, metrics: dict[str, float]) -> None:
+        last = progress.last
+        done = {
+            "steps": step,
+            "seconds": progress.rates.seconds,
+            "tokens": progress.tokens,
+            "metrics": {"loss": last.loss if last else None} | metrics,
+            "world_size": self.context.placement.world_size,
+            "zero": self.context.zero,
+            "environment": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        }
+        self.storage.write_text(self.context.layout.done, json.dumps(done, indent=1))
+
+    def _metrics_path(self) -> Path:
+        return self.storage.local(self.context.layout.metrics) or self.scratch / METRICS
+
+    def _log(self, line: str) -> None:
+        if self.first:
+            self.end.log(f"{self.context.layout.title}: {line}")
+
+
+def _placement(accelerator: bool) -> Placement:
+    place = ray.train.get_context()
+    return Placement(place.get_world_rank(), place.get_local_rank(), place.get_world_size(), accelerator)
+
+
+def _context(
+    run: RunConfig, index: int, zero: int, threads: int, placement: Placement, storage: Storage
+) -> StageContext:
+    stage, layout = run.job.spec.stages[index], layouts(run)[index]
+    source = stage_source(run, index, storage)
+    tokenizer = load_tokenizer(source)
+    config = load_config(source, tokenizer)
+    data = prepare(
+        stage.spec,  # type: ignore[arg-type]  # a tokenizer stage has no worker
+        tokenizer,
+        context_length(config),
+        where=f"stages[{index}].{stage.kind}",
+        cache_dir=Path(run.cache_dir),
+        base_dir=Path(run.base_dir),
+        num_proc=threads,
+    )
+    output = storage.local(layout.checkpoints) or _scratch(run, index)
+    return StageContext(run, layout, source, tokenizer, config, data, placement, zero, output)
+
+
+def _scratch(run: RunConfig, index: int) -> Path:
+    return Path(run.cache_dir, "scratch", run.job.metadata.name, str(index))
+
+
+def _prompts(context: StageContext) -> list[dict[str, Any]]:
+    """Prompts to sample with; a masked model answers none."""
+    spec = context.spec
+    if isinstance(spec, PretrainSpec) and spec.objective == "masked":
+        return []
+    return eval_prompts(spec, Path(context.run.base_dir), Path(context.run.cache_dir), SAMPLE_PROMPTS)

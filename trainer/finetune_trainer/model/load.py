@@ -1,0 +1,177 @@
+"""Tokenizers, configurations and weights, loaded the same way by every stage."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from finetune_api.model import ModelSpec
+from finetune_api.problems import Problem, did_you_mean
+from finetune_api.training import Quantization
+from finetune_trainer.errors import UserError
+from finetune_trainer.model.precision import Precision
+from finetune_trainer.model.source import ModelSource
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
+    """The stage's tokenizer, with a padding token.
+
+    Raises:
+        UserError: there is none, or it can't be read.
+    """
+    if not source.tokenizer:
+        raise UserError([Problem("model.tokenizer", "the model has no tokenizer: set it, or add a tokenizer stage")])
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise UserError([Problem("model", f"no tokenizer at {source.tokenizer!r}: {_first_line(error)}")]) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(source: ModelSource, tokenizer: PreTrainedTokenizerFast | None) -> PretrainedConfig:
+    """The configuration of the stage's model.
+
+    Raises:
+        UserError: unknown family or field, or nothing readable at the given place.
+    """
+    if source.config is not None:
+        return build_config(source.config, tokenizer)
+    assert source.name is not None
+    name = _base_of_adapter(source.name)
+    try:
+        return AutoConfig.from_pretrained(name, revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise UserError([Problem("model", f"no model at {name!r}: {_first_line(error)}")]) from error
+
+
+def build_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None) -> PretrainedConfig:
+    """A configuration from a job's `model.config`, the vocabulary's size and special ids taken from the tokenizer.
+
+    Raises:
+        UserError: `model_type` or a field is unknown, or the vocabulary is smaller than the tokenizer's.
+    """
+    values = dict(fields)
+    family = values.pop("model_type", None)
+    if family not in CONFIG_MAPPING_NAMES:
+        hint = did_you_mean(str(family), CONFIG_MAPPING_NAMES) if family else ""
+        problem = f"unknown model_type {family!r}{hint}" if family else "model_type is required, such as `qwen3`"
+        raise UserError([Problem("model.config", problem)])
+    unknown = _unknown_fields(family, values)
+    if unknown:
+        raise UserError(unknown)
+    try:
+        config = AutoConfig.for_model(family, **(_tokenizer_fields(tokenizer) | values))
+    except (TypeError, ValueError) as error:
+        raise UserError([Problem("model.config", _first_line(error))]) from error
+    if tokenizer is not None and config.vocab_size < len(tokenizer):
+        raise UserError(
+            [Problem("model.config.vocab_size", f"{config.vocab_size} is less than the tokenizer's {len(tokenizer)}")]
+        )
+    return config
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Most tokens the model takes at once, or None where its configuration does not say."""
+    value = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(value) if isinstance(value, int) and value > 0 else None
+
+
+def load_model(
+    source: ModelSource,
+    spec: ModelSpec,
+    precision: Precision,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    masked: bool = False,
+    quantization: Quantization | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """The stage's model with its weights, on the CPU or, under ZeRO-3, divided among the workers as it loads.
+
+    A LoRA result carried on as an adapter loads as its base model; the adapter is attached by the caller.
+    """
+    auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    options: dict[str, Any] = {"dtype": precision.weights}
+    if spec.attn_implementation != "auto":
+        options["attn_implementation"] = spec.attn_implementation
+    config = load_config(source, tokenizer)
+    if source.config is not None:
+        torch.manual_seed(seed)
+        model = auto.from_config(config, **options)
+    else:
+        assert source.name is not None
+        if quantization is not None:
+            options["quantization_config"] = quantization_config(quantization, precision.compute)
+        model = auto.from_pretrained(
+            _base_of_adapter(source.name), revision=source.revision, config=config, use_safetensors=True, **options
+        )
+    model.config.use_cache = False
+    return model
+
+
+def quantization_config(spec: Quantization, compute: torch.dtype) -> BitsAndBytesConfig:
+    """bitsandbytes' configuration of a QLoRA base (arXiv 2305.14314)."""
+    if spec.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=spec.quant_type,
+        bnb_4bit_use_double_quant=spec.double_quant,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def is_adapter(path: str | None) -> bool:
+    """Whether a directory holds an adapter and not a whole model."""
+    return path is not None and os.path.isfile(os.path.join(path, ADAPTER_CONFIG))
+
+
+def _base_of_adapter(name: str) -> str:
+    if not is_adapter(name):
+        return name
+    from peft import PeftConfig
+
+    return str(PeftConfig.from_pretrained(name).base_model_name_or_path)
+
+
+def _tokenizer_fields(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, Any]:
+    if tokenizer is None:
+        return {}
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _unknown_fields(family: str, values: dict[str, Any]) -> list[Problem]:
+    known = set(AutoConfig.for_model(family).to_dict()) | set(PretrainedConfig().to_dict())
+    aliases = getattr(type(AutoConfig.for_model(family)), "attribute_map", {})
+    valid = known | set(aliases)
+    return [
+        Problem("", f"unknown field `{name}` in model.config{did_you_mean(name, valid)}")
+        for name in values
+        if name not in valid
+    ]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,71 @@
+"""Which model and tokenizer a stage starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_api.model import ModelSpec
+from finetune_api.runconfig import RunConfig
+from finetune_trainer.layout import StageLayout
+from finetune_trainer.storage import Storage
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where weights come from: a local directory or hub id in `name`, or a configuration in `config`."""
+
+    name: str | None
+    config: dict[str, Any] | None
+    revision: str | None
+    tokenizer: str
+    """Local directory or hub id of the tokenizer; empty where there is none yet."""
+
+
+def local_path(path: str, base_dir: str) -> Path:
+    """A relative path starts at the job's file; where nothing is there, at the current directory."""
+    beside_job = Path(base_dir, path)
+    return beside_job if beside_job.exists() or not Path(path).exists() else Path(path).absolute()
+
+
+def layouts(run: RunConfig) -> list[StageLayout]:
+    """The layout of every stage, in order."""
+    return [StageLayout(index, stage.title) for index, stage in enumerate(run.job.spec.stages)]
+
+
+def stage_source(run: RunConfig, index: int, storage: Storage) -> ModelSource:
+    """What stage `index` starts from: the result of the stage before it, or the job's model."""
+    stages, places = run.job.spec.stages, layouts(run)
+    if index == 0:
+        return _job_source(run, tokenizer="")
+    before = _fetch_result(run, storage, places[index - 1])
+    if stages[index - 1].tokenizer is not None:
+        return _job_source(run, tokenizer=before)
+    return ModelSource(name=before, config=None, revision=None, tokenizer=before)
+
+
+def _job_source(run: RunConfig, tokenizer: str) -> ModelSource:
+    spec = run.job.spec.model
+    name = _name(spec, run)
+    own = _tokenizer_name(spec, run) or name or ""
+    return ModelSource(name, spec.config, spec.revision, tokenizer or own)
+
+
+def _name(spec: ModelSpec, run: RunConfig) -> str | None:
+    if spec.path is not None:
+        return str(local_path(spec.path, run.base_dir))
+    if spec.uri is not None:
+        return str(Storage(spec.uri).download("", Path(run.cache_dir, "models", spec.uri.replace("/", "_"))))
+    return spec.hub
+
+
+def _tokenizer_name(spec: ModelSpec, run: RunConfig) -> str | None:
+    if spec.tokenizer is None:
+        return None
+    path = local_path(spec.tokenizer, run.base_dir)
+    return str(path) if path.exists() else spec.tokenizer
+
+
+def _fetch_result(run: RunConfig, storage: Storage, place: StageLayout) -> str:
+    return str(storage.download(place.result, Path(run.cache_dir, "results", run.job.metadata.name, place.root)))

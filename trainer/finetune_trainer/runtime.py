@@ -1,0 +1,38 @@
+"""The process environment that makes the libraries quiet, steady and private."""
+
+from __future__ import annotations
+
+import os
+
+QUIET_ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line of a worker appears twice
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
+    "PYTHONWARNINGS": "ignore",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
+
+
+def quiet_environment(accelerator: bool) -> dict[str, str]:
+    """Variables for every process of a run.
+
+    Args:
+        accelerator: whether the run uses GPUs; DeepSpeed otherwise picks one where it finds CUDA's libraries.
+    """
+    return QUIET_ENVIRONMENT | ({} if accelerator else {"DS_ACCELERATOR": "cpu"})
+
+
+def apply_environment(variables: dict[str, str]) -> None:
+    """Set what the user hasn't set."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,61 @@
+"""The model of a stage that may train adapters: new ones, or those that the stage before carried on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel
+
+from finetune_api.stages import PretrainSpec
+from finetune_trainer.adapters import lora_config
+from finetune_trainer.model.load import load_model
+from finetune_trainer.training.context import StageContext
+
+
+def adapted_model(context: StageContext) -> tuple[PreTrainedModel | PeftModel, LoraConfig | None]:
+    """The model, and the configuration of the adapter that TRL is to add to it; None where it adds none."""
+    spec = context.spec
+    assert not isinstance(spec, PretrainSpec)
+    if spec.lora is None:
+        return starting_model(context), None
+    model = _base(context)
+    if context.carries_adapter:
+        assert context.source.name is not None
+        return PeftModel.from_pretrained(model, context.source.name, is_trainable=True), None
+    torch.manual_seed(spec.seed)
+    return model, lora_config(spec.lora, model)
+
+
+def starting_model(context: StageContext) -> PreTrainedModel:
+    """The model as the stage finds it, an adapter that the stage before carried on merged in."""
+    model = _base(context)
+    if not context.carries_adapter:
+        return model
+    assert context.source.name is not None
+    return PeftModel.from_pretrained(model, context.source.name).merge_and_unload()
+
+
+def finish_adapters(model: Any, context: StageContext) -> None:
+    """Adapters in float32 on a quantized base: TRL casts them to bfloat16, in which AdamW's small updates vanish."""
+    spec = context.spec
+    assert not isinstance(spec, PretrainSpec)
+    if spec.quantization is None or context.zero == 3:
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+
+
+def _base(context: StageContext) -> PreTrainedModel:
+    spec = context.spec
+    assert not isinstance(spec, PretrainSpec)
+    return load_model(
+        context.source,
+        context.run.job.spec.model,
+        context.precision,
+        context.tokenizer,
+        quantization=spec.quantization,
+        seed=spec.seed,
+    )

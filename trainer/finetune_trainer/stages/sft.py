@@ -1,0 +1,47 @@
+"""Supervised fine-tuning, in full or by (quantized) low-rank adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trl
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from finetune_api.stages import SftSpec
+from finetune_trainer.data import PackedCollator
+from finetune_trainer.stages.adapted import adapted_model, finish_adapters
+from finetune_trainer.training.arguments import training_arguments
+from finetune_trainer.training.context import StageContext
+from finetune_trainer.training.stage_trainer import StageTrainer
+
+
+class SftTrainer(StageTrainer, trl.SFTTrainer):
+    """TRL's SFTTrainer on rows whose labels are prepared."""
+
+
+def make_trainer(context: StageContext) -> Any:
+    """The trainer of an `sft` stage."""
+    spec = context.spec
+    assert isinstance(spec, SftSpec)
+    # The arguments come first: with ZeRO-3 they divide the model among the workers while it loads.
+    args = trl.SFTConfig(**training_arguments(context), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+    model, peft_config = adapted_model(context)
+    trainer = SftTrainer(
+        model=model,
+        args=args,
+        train_dataset=context.data.train,
+        eval_dataset=context.data.eval,
+        data_collator=_collator(context, spec),
+        processing_class=context.tokenizer,
+        peft_config=peft_config,
+    )
+    finish_adapters(trainer.model, context)
+    return trainer
+
+
+def _collator(context: StageContext, spec: SftSpec) -> Any:
+    pad = context.tokenizer.pad_token_id
+    if spec.packing:
+        assert spec.max_length is not None
+        return PackedCollator(pad, spec.max_length)
+    return DataCollatorForLanguageModeling(pad_token_id=pad)

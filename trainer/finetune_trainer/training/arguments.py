@@ -1,0 +1,66 @@
+"""A stage's fields as transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_api.training import TrainingSpec
+from finetune_trainer.training.context import StageContext
+from finetune_trainer.training.deepspeed import deepspeed_config
+
+# transformers calls a constant rate without warm-up `constant`; ours always has the warm-up that the job asks for.
+_SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def training_arguments(context: StageContext) -> dict[str, Any]:
+    """Keyword arguments for `TrainingArguments` and what derives from it (SFTConfig, DPOConfig)."""
+    spec = context.spec
+    return {
+        "output_dir": str(context.output_dir),
+        **_optimization(spec),
+        **_cadence(spec, has_eval=context.data.eval is not None),
+        **context.precision.autocast,
+        "use_cpu": not context.placement.accelerator,
+        "gradient_checkpointing": spec.gradient_checkpointing,
+        "dataloader_num_workers": spec.dataloader_num_workers,
+        "dataloader_pin_memory": context.placement.accelerator,
+        "ddp_find_unused_parameters": False,
+        "deepspeed": deepspeed_config(context.run.job.spec.sharding, context.zero, context.placement.accelerator),
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def _optimization(spec: TrainingSpec) -> dict[str, Any]:
+    return {
+        "num_train_epochs": spec.num_train_epochs,
+        "max_steps": spec.max_steps or -1,
+        "per_device_train_batch_size": spec.per_device_train_batch_size,
+        "per_device_eval_batch_size": spec.per_device_eval_batch_size,
+        "gradient_accumulation_steps": spec.gradient_accumulation_steps,
+        "learning_rate": spec.learning_rate,
+        "lr_scheduler_type": _SCHEDULERS[spec.lr_scheduler_type],
+        # transformers 5 reads a number below 1 as a share of all steps.
+        "warmup_steps": spec.warmup_steps if spec.warmup_steps is not None else spec.warmup_ratio,
+        "weight_decay": spec.weight_decay,
+        "adam_beta1": spec.adam_beta1,
+        "adam_beta2": spec.adam_beta2,
+        "adam_epsilon": spec.adam_epsilon,
+        "max_grad_norm": spec.max_grad_norm,
+        "seed": spec.seed,
+        "data_seed": spec.seed,
+    }
+
+
+def _cadence(spec: TrainingSpec, has_eval: bool) -> dict[str, Any]:
+    periodic = has_eval and spec.eval_steps is not None
+    return {
+        "logging_steps": spec.logging_steps,
+        "logging_nan_inf_filter": False,  # a loss that is not a number must be seen, not averaged away
+        "eval_strategy": "steps" if periodic else "no",
+        "eval_steps": spec.eval_steps if periodic else None,
+        "save_strategy": "steps",
+        "save_steps": spec.save_steps,
+        "save_total_limit": None,  # the checkpoint store keeps the last complete ones
+    }

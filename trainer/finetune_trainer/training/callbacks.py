@@ -1,0 +1,195 @@
+"""What happens beside training: progress told, checkpoints published, the wish to stop heard."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finetune_api.problems import Problem
+from finetune_trainer.checkpoint.store import CheckpointStore
+from finetune_trainer.errors import UserError
+from finetune_trainer.layout import CHECKPOINT_PREFIX
+from finetune_trainer.progress.meter import Meter, Rates
+from finetune_trainer.progress.metrics_log import MetricsLog
+from finetune_trainer.progress.reporter import Progress
+from finetune_trainer.training.context import StageContext
+from finetune_trainer.training.memory import peak_memory
+from finetune_trainer.training.peers import Peers
+
+if TYPE_CHECKING:
+    from finetune_trainer.launch.channel import WorkerEnd
+    from finetune_trainer.training.stage_trainer import StageTrainer
+
+PROGRESS_STATE = "progress.json"
+_KNOWN = {"loss", "learning_rate", "grad_norm", "epoch", "num_tokens", "total_flos"}
+
+
+class ProgressCallback(TrainerCallback):
+    """Counts, measures and tells each logged step. Counters go on where a resumed run's checkpoint left them."""
+
+    def __init__(self, context: StageContext, peers: Peers, end: WorkerEnd, flops_per_token: float, peak: float | None):
+        self.context, self.peers, self.end = context, peers, end
+        self.flops_per_token, self.peak = flops_per_token, peak
+        self.meter = Meter()
+        self.rates = Rates(seconds=0.0)
+        self.tokens, self.samples = 0, 0
+        self.trainer: StageTrainer | None = None
+        self.log_file: MetricsLog | None = None
+        self.last: Progress | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the counters."""
+        return {"tokens": self.tokens, "samples": self.samples, "meter": self.meter.to_state(time.monotonic())}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's counters."""
+        self.tokens, self.samples = state["tokens"], state["samples"]
+        self.meter = Meter.from_state(state["meter"])
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not training."""
+        self.meter.pause(time.monotonic())
+        try:
+            yield
+        finally:
+            self.meter.resume(time.monotonic())
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.meter.start(time.monotonic(), state.global_step, self.tokens, self.samples)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
+    ) -> None:
+        """One line of metrics; every worker takes part in the counting, the first one writes."""
+        if "train_runtime" in logs:
+            return
+        trains = "loss" in logs
+        if trains:
+            _refuse_divergence(self.context, state.global_step, logs)
+            self._count(state.global_step)
+        if self.context.placement.rank == 0:
+            self._tell(state, logs, trains)
+
+    def _count(self, step: int) -> None:
+        assert self.trainer is not None
+        tokens, samples = self.peers.sum(self.trainer.take_counts())
+        self.tokens, self.samples = self.tokens + tokens, self.samples + samples
+        self.rates = self.meter.update(time.monotonic(), step, self.tokens, self.samples)
+
+    def _tell(self, state: TrainerState, logs: dict[str, float], trains: bool) -> None:
+        progress = self._progress(state, logs) if trains else self._with_evaluation(state, logs)
+        assert self.log_file is not None
+        self.log_file.append(progress.to_json())
+        self.end.send(progress)
+        self.last = progress
+
+    def _with_evaluation(self, state: TrainerState, logs: dict[str, float]) -> Progress:
+        metrics = {name: value for name, value in logs.items() if name.startswith("eval_") and not _timing(name)}
+        base = self.last or self._progress(state, {})
+        return replace(base, metrics=(base.metrics or {}) | metrics)
+
+    def _progress(self, state: TrainerState, logs: dict[str, float]) -> Progress:
+        rates = self.rates
+        return Progress(
+            stage=self.context.layout.index,
+            stages=len(self.context.run.job.spec.stages),
+            title=self.context.layout.title,
+            step=state.global_step,
+            total=state.max_steps,
+            epoch=state.epoch,
+            loss=logs.get("loss"),
+            learning_rate=logs.get("learning_rate"),
+            grad_norm=logs.get("grad_norm"),
+            tokens=self.tokens,
+            samples=self.samples,
+            tokens_per_second=rates.tokens_per_second,
+            samples_per_second=rates.samples_per_second,
+            mfu=self._mfu(rates.tokens_per_second),
+            memory=peak_memory(self.context.placement.accelerator),
+            seconds=rates.seconds,
+            eta=rates.eta(state.max_steps - state.global_step),
+            metrics={name: float(value) for name, value in logs.items() if name not in _KNOWN} or None,
+        )
+
+    def _mfu(self, tokens_per_second: float | None) -> float | None:
+        if self.peak is None or tokens_per_second is None:
+            return None
+        return self.flops_per_token * tokens_per_second / (self.peak * self.context.placement.world_size)
+
+
+class CheckpointCallback(TrainerCallback):
+    """Makes a written checkpoint complete, and deletes older ones."""
+
+    def __init__(self, context: StageContext, store: CheckpointStore, peers: Peers, progress: ProgressCallback) -> None:
+        self.context, self.store, self.peers, self.progress = context, store, peers, progress
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        with self.progress.paused():
+            self.publish(state.global_step)
+
+    def publish(self, step: int) -> None:
+        """Called by every worker once its own files are written."""
+        placement = self.context.placement
+        if placement.rank == 0:
+            path = self.store.workdir / f"{CHECKPOINT_PREFIX}{step}" / PROGRESS_STATE
+            path.write_text(json.dumps(self.progress.state()))
+        self.peers.wait()
+        if placement.local_rank == 0:
+            self.store.push(step)
+        self.peers.wait()
+        if placement.rank == 0:
+            self.store.publish(step, placement.world_size, self.context.zero)
+            self.store.prune(self.context.spec.save_total_limit)
+
+
+class StopCallback(TrainerCallback):
+    """Stops at the next step's end, with a checkpoint, once the driver asks for it."""
+
+    def __init__(self, peers: Peers, end: WorkerEnd, rank: int) -> None:
+        self.peers, self.end, self.rank = peers, end, rank
+        self.stopped = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        wish = self.end.stop_requested() if self.rank == 0 else False
+        if self.peers.any(wish) and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class EpochCallback(TrainerCallback):
+    """Tells a collator that masks by epoch which one begins."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.collator.epoch = int(state.epoch or 0)
+
+
+def _refuse_divergence(context: StageContext, step: int, logs: dict[str, float]) -> None:
+    if math.isfinite(logs["loss"]):
+        return
+    where = f"stages[{context.layout.index}].{context.run.job.spec.stages[context.layout.index].kind}.learningRate"
+    lower = context.spec.learning_rate / 10
+    raise UserError(
+        [
+            Problem(
+                where,
+                f"the loss is {logs['loss']} at step {step}: training has diverged at {context.spec.learning_rate:g}; "
+                f"try {lower:g}, more warm-up or a lower maxGradNorm",
+            )
+        ]
+    )
+
+
+def _timing(name: str) -> bool:
+    return name.endswith(("_runtime", "_per_second", "_num_tokens"))

@@ -1,0 +1,50 @@
+"""DeepSpeed's configuration for a job's sharding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_api.cluster import Sharding
+
+
+def deepspeed_config(sharding: Sharding, zero: int, accelerator: bool) -> dict[str, Any] | None:
+    """What `TrainingArguments.deepspeed` takes; None for ZeRO-0, which is torch's own data parallelism."""
+    if zero == 0:
+        return None
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "zero_optimization": _zero_optimization(sharding, zero, accelerator),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _zero_optimization(sharding: Sharding, zero: int, accelerator: bool) -> dict[str, Any]:
+    config: dict[str, Any] = {"stage": zero, "overlap_comm": accelerator, "contiguous_gradients": True}
+    if sharding.offload_optimizer:
+        config["offload_optimizer"] = {"device": "cpu", "pin_memory": accelerator}
+    if sharding.offload_param:
+        config["offload_param"] = {"device": "cpu", "pin_memory": accelerator}
+    if zero == 3:
+        config["stage3_gather_16bit_weights_on_model_save"] = True
+    return config
+
+
+def join_process_group(zero: int, accelerator: bool) -> None:
+    """Make DeepSpeed use the process group that Ray Train set up; before a ZeRO-3 model loads.
+
+    On CPUs DeepSpeed would compile a shared-memory transport (about a minute); gloo does without.
+    """
+    if zero == 0:
+        return
+    import deepspeed
+
+    if not accelerator:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if accelerator else "gloo", verbose=False)

@@ -1,0 +1,36 @@
+"""Small agreements among the workers of a stage, over gloo, so that they never wait for a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+class Peers:
+    """The workers of one stage. With one worker every agreement is its own word."""
+
+    def __init__(self) -> None:
+        self.many = dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo") if self.many else None
+
+    def sum(self, values: Sequence[int]) -> list[int]:
+        """Element-wise sum over the workers; every worker gets it."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any worker says so."""
+        return bool(self._reduce([int(flag)], dist.ReduceOp.MAX)[0])
+
+    def wait(self) -> None:
+        """Until every worker is here."""
+        if self.many:
+            dist.barrier(group=self._group)
+
+    def _reduce(self, values: Sequence[int], operation: dist.ReduceOp) -> list[int]:
+        if not self.many:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, op=operation, group=self._group)
+        return [int(value) for value in tensor]

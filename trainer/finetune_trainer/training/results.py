@@ -1,0 +1,82 @@
+"""A stage's result: a directory that transformers or PEFT load with nothing of ours."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from finetune_api.stages import PretrainSpec
+from finetune_trainer.model.load import is_adapter
+from finetune_trainer.training.context import StageContext
+
+SHARD_SIZE = "5GB"
+
+
+def save_result(trainer: Any, context: StageContext, directory: Path) -> None:
+    """Write the trained model and its tokenizer to `directory` on rank 0; every worker calls it (ZeRO-3 gathers)."""
+    adapter = None if context.trains_base else directory.with_name("adapter")
+    if context.placement.rank == 0:
+        for path in (directory, *([adapter] if adapter else [])):
+            shutil.rmtree(path, ignore_errors=True)
+    if adapter is None:
+        _save_whole(trainer, context, directory)
+        return
+    _save_adapter(trainer, adapter)
+    if context.placement.rank == 0:
+        _finish_adapter(context, adapter, directory)
+        shutil.rmtree(adapter, ignore_errors=True)
+
+
+def merge_adapter(base: str, adapter: Path, dtype: torch.dtype, directory: Path) -> None:
+    """Merge an adapter into its base in `dtype`, on the CPU.
+
+    The base is loaded anew in its original precision, not dequantized from what QLoRA trained on (unsloth#1089). The
+    sum is formed in float32 and rounded once.
+    """
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
+    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    merged.to(dtype).save_pretrained(directory, max_shard_size=SHARD_SIZE)
+
+
+def _save_whole(trainer: Any, context: StageContext, directory: Path) -> None:
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if context.placement.rank != 0:
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    dtype = context.precision.result
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    model.config.dtype = dtype
+    model.config.use_cache = True
+    model.save_pretrained(directory, state_dict=state, max_shard_size=SHARD_SIZE)
+    context.tokenizer.save_pretrained(directory)
+
+
+def _save_adapter(trainer: Any, directory: Path) -> None:
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        model.save_pretrained(directory, state_dict=state, selected_adapters=["default"])
+
+
+def _finish_adapter(context: StageContext, adapter: Path, directory: Path) -> None:
+    assert not isinstance(context.spec, PretrainSpec) and context.spec.lora is not None
+    if context.spec.lora.merge:
+        merge_adapter(_base(context), adapter, context.precision.result, directory)
+    else:
+        shutil.copytree(adapter, directory)
+    context.tokenizer.save_pretrained(directory)
+
+
+def _base(context: StageContext) -> str:
+    name = context.source.name
+    assert name is not None
+    if not is_adapter(name):
+        return name
+    from peft import PeftConfig
+
+    return str(PeftConfig.from_pretrained(name).base_model_name_or_path)

@@ -1,0 +1,84 @@
+"""What every stage's trainer has in common, as a mixin over transformers' Trainer and TRL's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+_Base: Any = transformers.Trainer if TYPE_CHECKING else object
+
+
+class StageTrainer(_Base):
+    """Mixin: prepared data as it is, counted tokens, no empty optimizer groups, and nothing but our checkpoints.
+
+    Subclasses put it first: `class Sft(StageTrainer, trl.SFTTrainer)`.
+    """
+
+    tokens_since_log: torch.Tensor | int = 0
+    """Tokens this worker has trained on since they were last taken; a tensor, so that counting needs no sync."""
+    samples_since_log: int = 0
+    paused: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Stops the training clock while it is entered."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        """TRL's hook: the data is tokenised already."""
+        return dataset
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """transformers' hook around each optimizer step's batches: count what is in them."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            self.tokens_since_log = self.tokens_since_log + count_tokens(batch)
+            self.samples_since_log += len(batch["input_ids"])
+        return batches, items
+
+    def take_counts(self) -> tuple[int, int]:
+        """Tokens and rows of this worker since the last call."""
+        counts = int(self.tokens_since_log), self.samples_since_log
+        self.tokens_since_log, self.samples_since_log = 0, 0
+        return counts
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """transformers' AdamW without empty groups.
+
+        LoRA leaves the group of norms and biases empty; DeepSpeed drops it and then fails to match the groups of a
+        checkpoint with those of the optimizer (OpenRLHF#1225).
+        """
+        optimizer = super().create_optimizer(model)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Nothing, where a resumed run has all its steps behind it; transformers would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """transformers' evaluation, whose time does not count as training."""
+        with self.paused():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """transformers' checkpoint, without the model card that TRL writes into each."""
+        with self.paused():
+            transformers.Trainer._save_checkpoint(self, model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Weights as transformers saves them; not in a DeepSpeed checkpoint, whose shards hold them already."""
+        if not (_internal_call and self.is_deepspeed_enabled):
+            super().save_model(output_dir, _internal_call)
+
+
+def count_tokens(batch: dict[str, Any]) -> torch.Tensor | int:
+    """Tokens in a batch, padding left out where the batch tells."""
+    mask = batch.get("attention_mask")
+    return mask.sum() if mask is not None else batch["input_ids"].numel()
