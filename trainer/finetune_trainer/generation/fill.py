@@ -1,0 +1,37 @@
+"""What a masked language model puts in place of its mask token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import pipeline
+
+from finetune_trainer.errors import UserError
+from finetune_trainer.generation.load import Loaded
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One candidate for a mask."""
+
+    token: str
+    probability: float
+
+
+def fill(loaded: Loaded, text: str, top_k: int = 5) -> list[list[Prediction]]:
+    """For each mask token in `text`, in order, its `top_k` likeliest tokens, the likeliest first.
+
+    Raises:
+        UserError: the model is no masked language model, or `text` has no mask token.
+    """
+    if loaded.kind != "masked":
+        raise UserError("this model continues text and fills no masks: use generate")
+    mask = str(loaded.tokenizer.mask_token)
+    if mask not in text:
+        raise UserError(f"got {text!r}, expected a text with the mask token {mask}")
+    # transformers' stubs ask for one tokenizer class; the pipeline takes any.
+    filler: Any = pipeline("fill-mask", model=loaded.model, tokenizer=loaded.tokenizer, device=loaded.model.device)  # type: ignore[call-overload]
+    found = filler(text, top_k=top_k)
+    masks = found if text.count(mask) > 1 else [found]
+    return [[Prediction(str(each["token_str"]), float(each["score"])) for each in candidates] for candidates in masks]

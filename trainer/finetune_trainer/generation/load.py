@@ -1,0 +1,112 @@
+"""Load a result: a whole model or an adapter on its base, with its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from finetune_trainer.errors import UserError
+from finetune_trainer.generation.result import find_base, find_result, is_adapter
+
+Kind = Literal["causal", "masked"]
+_CLASSES: dict[Kind, Any] = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to answer, in evaluation mode, on its device."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    """Has a padding token."""
+    kind: Kind
+    """`causal` continues text, `masked` fills masks."""
+
+
+def load(result_dir: str, device: str = "auto") -> Loaded:
+    """Load a result of a job, the last result of a job's directory, or any saved transformers model or PEFT adapter.
+
+    Weights are read from safetensors only, in the precision they were saved in. `device` is a torch device; `auto` is
+    the first accelerator, else the CPU.
+
+    Raises:
+        UserError: there is no loadable model at `result_dir`, or no such device.
+    """
+    place = _device(device)
+    directory = find_result(result_dir)
+    try:
+        return _load(directory, place)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def _load(directory: Path, device: torch.device) -> Loaded:
+    base = find_base(directory, _recorded_base(directory)) if is_adapter(directory) else str(directory)
+    config = AutoConfig.from_pretrained(base)
+    kind = _kind(config, base)
+    model = _CLASSES[kind].from_pretrained(base, config=config, dtype="auto", use_safetensors=True)
+    tokenizer = _tokenizer(directory, base)
+    if is_adapter(directory):
+        model = _with_adapter(model, directory, tokenizer)
+    return Loaded(model.to(device).eval(), tokenizer, kind)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} is not there: expected auto, cpu, cuda, cuda:1, …") from error
+
+
+def _recorded_base(adapter: Path) -> str:
+    recorded = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    if not recorded:
+        raise UserError(f"{adapter}: its adapter_config.json names no base model")
+    return str(recorded)
+
+
+def _kind(config: PretrainedConfig, name: str) -> Kind:
+    """By the saved class; where none is recorded, causal before masked."""
+    family, saved = str(config.model_type), " ".join(config.architectures or [])
+    if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and ("MaskedLM" in saved or "PreTraining" in saved):
+        return "masked"
+    if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "causal"
+    if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "masked"
+    raise UserError(f"{name}: a {family!r} model neither continues text nor fills masks")
+
+
+def _tokenizer(directory: Path, base: str) -> PreTrainedTokenizerBase:
+    own = (directory / "tokenizer_config.json").is_file() or (directory / "tokenizer.json").is_file()
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(directory) if own else base)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _with_adapter(model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
+    if not (directory / "adapter_model.safetensors").is_file():
+        raise UserError(f"{directory}: no adapter_model.safetensors (pickled weights are not loaded)")
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    return PeftModel.from_pretrained(model, str(directory))

@@ -1,0 +1,92 @@
+"""How text is generated, checked before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from transformers import GenerationConfig
+
+from finetune_api.problems import Problem
+from finetune_trainer.errors import UserError
+
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k")
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Greedy decoding unless a field says otherwise; the names are those of transformers' `GenerationConfig`.
+
+    The model's own `generation_config.json` does not change what is set here: greedy is greedy with every model.
+
+    Raises:
+        UserError: with every field that is out of range or contradicts another.
+    """
+
+    max_new_tokens: int = 256
+    """Most tokens of one answer; fewer where the model's context ends."""
+    do_sample: bool = False
+    """Draw each token by its probability; false takes the likeliest one."""
+    temperature: float | None = None
+    """Divides the logits before sampling: below 1 safer, above 1 wilder. None: 1."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens that together have this probability (arXiv 1904.09751). None: all."""
+    top_k: int | None = None
+    """Sample among so many of the likeliest tokens. None: all."""
+    num_beams: int = 1
+    """Beams of beam search; 1 is none."""
+    repetition_penalty: float = 1.0
+    """Divides the scores of tokens that occurred (arXiv 1909.05858); 1 is none."""
+    seed: int | None = None
+    """Seed of sampling: the same seed, prompts and options give the same answers. None: new ones each time."""
+    system: str | None = None
+    """System message put before each conversation that has none."""
+
+    def __post_init__(self) -> None:
+        problems = [*_range_problems(self), *_conflicts(self)]
+        if problems:
+            raise UserError(problems)
+
+    def config(self, *, stop_ids: list[int], pad_id: int, max_new_tokens: int) -> GenerationConfig:
+        """transformers' form of the options; every field a model might set otherwise is written out."""
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=self.do_sample,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k or 0,
+            num_beams=self.num_beams,
+            repetition_penalty=self.repetition_penalty,
+            eos_token_id=stop_ids,
+            pad_token_id=pad_id,
+            use_cache=True,
+        )
+
+
+def _range_problems(options: GenerationOptions) -> Iterator[Problem]:
+    checks = [
+        ("max_new_tokens", options.max_new_tokens >= 1, "at least 1"),
+        ("temperature", _positive(options.temperature), "more than 0 (leave it and do_sample out for greedy decoding)"),
+        ("top_p", options.top_p is None or 0 < options.top_p <= 1, "more than 0 and at most 1"),
+        ("top_k", options.top_k is None or options.top_k >= 1, "at least 1 (leave it out to sample among all tokens)"),
+        ("num_beams", options.num_beams >= 1, "at least 1"),
+        ("repetition_penalty", options.repetition_penalty > 0, "more than 0 (1 is no penalty)"),
+        ("seed", options.seed is None or 0 <= options.seed < 2**63, "0 to 2^63 - 1"),
+    ]
+    for name, valid, expected in checks:
+        if not valid:
+            yield Problem(name, f"got {getattr(options, name)}, expected {expected}")
+
+
+def _conflicts(options: GenerationOptions) -> Iterator[Problem]:
+    if options.do_sample and options.num_beams > 1:
+        yield Problem("num_beams", f"got {options.num_beams} with do_sample: choose beam search or sampling")
+    if options.do_sample:
+        return
+    for name in SAMPLING_FIELDS:
+        if getattr(options, name) is not None:
+            yield Problem(name, f"got {getattr(options, name)} without do_sample: only sampling uses it")
+
+
+def _positive(value: float | None) -> bool:
+    return value is None or value > 0
