@@ -6,7 +6,7 @@ import re
 from decimal import ROUND_CEILING, Decimal
 
 _FORM = re.compile(r"([0-9]+(?:\.[0-9]+)?)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?")
-_SCALES = {
+_SCALES: dict[str | None, Decimal] = {
     None: Decimal(1),
     "m": Decimal("0.001"),
     "k": Decimal(10**3),

@@ -1,0 +1,101 @@
+"""What to change in a job that does not fit, in the order of what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from finetune_api.stages import PretrainSpec, TrainedSpec
+from finetune_trainer.plan.memory import Workload, estimate
+from finetune_trainer.plan.model_size import AdapterSize, ModelSize
+from finetune_trainer.plan.quantities import human_bytes
+
+Change = Callable[[Workload], tuple[str, Workload] | None]
+"""A change as `field: value` and the work after it; None where it does not apply."""
+
+
+def advise(
+    size: ModelSize, load: Workload, spec: TrainedSpec, path: str, limit: int, adapter: Callable[[], AdapterSize]
+) -> list[str]:
+    """The cheapest single change that makes the work fit in `limit` bytes, else the changes that do together.
+
+    Args:
+        path: the stage's place in the job, such as `stages[1].sft`.
+        adapter: the size of a default adapter, worked out only where it is asked for.
+    """
+    changes = list(_changes(size, spec, path, limit, adapter))
+    for change in changes:
+        changed = change(load)
+        if changed is not None and estimate(size, changed[1]).total <= limit:
+            return [f"{changed[0]} ({human_bytes(estimate(size, changed[1]).total)}, fits)"]
+    return _together(size, load, changes, limit)
+
+
+def _together(size: ModelSize, load: Workload, changes: list[Change], limit: int) -> list[str]:
+    texts: list[str] = []
+    for change in changes:
+        changed = change(load)
+        if changed is None or estimate(size, changed[1]).total >= estimate(size, load).total:
+            continue
+        text, load = changed
+        total = estimate(size, load).total
+        texts.append(f"{'and ' if texts else ''}{text} ({human_bytes(total)}{', fits' if total <= limit else ''})")
+        if total <= limit:
+            return texts
+    return [*texts, "that is not enough: use devices with more memory, more of them, or a smaller model"]
+
+
+def _changes(
+    size: ModelSize, spec: TrainedSpec, path: str, limit: int, adapter: Callable[[], AdapterSize]
+) -> Iterator[Change]:
+    yield lambda load: _checkpointing(load, path)
+    yield lambda load: _smaller_batch(size, load, spec, path, limit)
+    yield lambda load: _more_sharding(size, load, limit)
+    if not isinstance(spec, PretrainSpec):
+        yield lambda load: _lora(load, path, adapter)
+        yield lambda load: _quantization(load, path)
+
+
+def _checkpointing(load: Workload, path: str) -> tuple[str, Workload] | None:
+    if load.checkpointing:
+        return None
+    return f"set {path}.gradientCheckpointing to true", replace(load, checkpointing=True)
+
+
+def _smaller_batch(
+    size: ModelSize, load: Workload, spec: TrainedSpec, path: str, limit: int
+) -> tuple[str, Workload] | None:
+    """The largest smaller batch, of those that divide it, that fits; else a batch of one row."""
+    rows, pairs = spec.per_device_train_batch_size, load.batch // spec.per_device_train_batch_size
+    divisors = [count for count in range(rows - 1, 0, -1) if rows % count == 0]
+    loads = {count: replace(load, batch=count * pairs) for count in divisors}
+    fitting = [count for count in divisors if estimate(size, loads[count]).total <= limit]
+    count = next(iter([*fitting, *divisors[-1:]]), None)
+    if count is None:
+        return None
+    accumulation = spec.gradient_accumulation_steps * rows // count
+    text = f"set {path}.perDeviceTrainBatchSize to {count} and gradientAccumulationSteps to {accumulation}"
+    return text, loads[count]
+
+
+def _more_sharding(size: ModelSize, load: Workload, limit: int) -> tuple[str, Workload] | None:
+    """The least higher ZeRO stage that fits, else the one that needs least."""
+    stages = range(load.zero + 1, (2 if load.quantized_bits else 3) + 1) if load.workers > 1 else range(0)
+    loads = [replace(load, zero=stage) for stage in stages]
+    if not loads:
+        return None
+    fitting = [other for other in loads if estimate(size, other).total <= limit]
+    best = fitting[0] if fitting else min(loads, key=lambda other: estimate(size, other).total)
+    return f"set sharding.zero to {best.zero}", best
+
+
+def _lora(load: Workload, path: str, adapter: Callable[[], AdapterSize]) -> tuple[str, Workload] | None:
+    if load.adapter is not None:
+        return None
+    return f"set {path}.lora to {{}} (adapters of rank 16)", replace(load, adapter=adapter(), reference=False)
+
+
+def _quantization(load: Workload, path: str) -> tuple[str, Workload] | None:
+    if load.adapter is None or load.quantized_bits is not None or load.zero == 3:
+        return None
+    return f"set {path}.quantization to {{bits: 4}}", replace(load, quantized_bits=4)

@@ -1,0 +1,173 @@
+"""How large a model is, from its configuration alone: built on torch's meta device, nothing is allocated."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+
+from finetune_api.problems import Problem
+from finetune_api.training import Lora
+from finetune_trainer.adapters import find_targets, lora_config
+from finetune_trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """What an adapter adds; `input_features` and `rank_features` are summed over adapted layers."""
+
+    parameters: int
+    """Trainable parameters, modules trained in full included."""
+    input_features: int
+    """Input features of all adapted linear layers."""
+    rank_features: int
+    """Ranks of all adapted linear layers."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts of parameters, each shared one counted once, and the shape that activations depend on."""
+
+    family: str
+    total: int
+    embedding: int
+    """Parameters of input embeddings (all tables; a tied head shares the first)."""
+    head: int
+    """Parameters of the output head's matrix, also where it is tied."""
+    tied: bool
+    linear: int
+    """Weights in linear layers but the head: what bitsandbytes quantizes (stacked experts are not)."""
+    largest_layer: int
+    """Parameters of the largest decoder or encoder layer."""
+    expert: int
+    """Parameters of all routed experts."""
+    experts: int
+    """Routed experts per layer; 0 in a dense model."""
+    experts_per_token: int
+    expert_layers: int
+    hidden: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    intermediate: int
+    """Width of the (dense) MLP."""
+    expert_intermediate: int
+    gated: bool
+    """Whether the MLP has a gate (SwiGLU, GeGLU)."""
+    query_key_norm: bool
+    layer_norm: bool
+    """LayerNorm, as BERT has it, in place of RMSNorm."""
+    vocab: int
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token passes through."""
+        if not self.experts:
+            return self.total
+        return self.total - self.expert + self.expert * self.experts_per_token // self.experts
+
+    @property
+    def matmul(self) -> int:
+        """Parameters that one token is multiplied by: the active ones without embedding look-ups, with the head."""
+        return self.active - self.embedding + (self.head if self.tied else 0)
+
+
+def meta_model(config: PretrainedConfig, masked: bool = False) -> PreTrainedModel:
+    """The model of a configuration, on the meta device.
+
+    Raises:
+        UserError: the family has no such head, or its fields contradict each other.
+    """
+    auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config)
+    except (ValueError, TypeError, ZeroDivisionError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise UserError([Problem("model", f"{config.model_type} can't be built: {reason}")]) from error
+
+
+def model_size(model: PreTrainedModel) -> ModelSize:
+    """Sizes of a model, which may be on the meta device."""
+    config = model.config.get_text_config()
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = model.get_output_embeddings()
+    head_weight = getattr(head, "weight", None)
+    targets = find_targets(model)
+    weights = dict(model.named_parameters())
+    layers = _layer_lists(model)
+    expert_names = [name for name in weights if ".experts." in name]
+    heads = _first(config, "num_attention_heads", default=1)
+    hidden = _first(config, "hidden_size", "n_embd", default=1)
+    intermediate = _first(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
+    modules = [name for name, _ in model.named_modules()]
+    return ModelSize(
+        family=model.config.model_type,
+        total=sum(weight.numel() for weight in weights.values()),
+        embedding=sum(module.weight.numel() for module in embeddings),
+        head=0 if head_weight is None else head_weight.numel(),
+        tied=any(module.weight is head_weight for module in embeddings),
+        linear=sum(_linear_weight(model, name).numel() for name in targets.linears),
+        largest_layer=max((_count(layer) for layer in layers), default=0),
+        expert=sum(weights[name].numel() for name in expert_names),
+        experts=_first(config, "num_experts", "num_local_experts", "n_routed_experts") if expert_names else 0,
+        experts_per_token=_first(config, "num_experts_per_tok") if expert_names else 0,
+        expert_layers=sum(any(".experts." in f".{name}." for name, _ in layer.named_modules()) for layer in layers),
+        hidden=hidden,
+        layers=_first(config, "num_hidden_layers", "n_layer", default=len(layers)),
+        heads=heads,
+        key_value_heads=_first(config, "num_key_value_heads", default=heads),
+        head_dim=_first(config, "head_dim", "v_head_dim", default=hidden // heads),
+        intermediate=intermediate,
+        expert_intermediate=_first(config, "moe_intermediate_size", default=intermediate),
+        gated=any(name.endswith(("gate_proj", "gate_up_proj", "mlp.Wi")) for name in (*modules, *weights)),
+        query_key_norm=any(name.endswith(("q_norm", "query_layernorm")) for name in modules),
+        layer_norm=any(isinstance(module, nn.LayerNorm) for module in model.modules()),
+        vocab=config.vocab_size,
+    )
+
+
+def adapter_size(model: PreTrainedModel, spec: Lora, path: str = "lora") -> AdapterSize:
+    """What `spec` adds to a model on the meta device, by attaching it; the model is changed.
+
+    Raises:
+        UserError: as `lora_config`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(model, lora_config(spec, model, path))
+    trained = [(name, weight) for name, weight in adapted.named_parameters() if weight.requires_grad]
+    down = [weight for name, weight in trained if ".lora_A." in name]
+    return AdapterSize(
+        parameters=sum(weight.numel() for _, weight in trained),
+        input_features=sum(weight.shape[1] for weight in down),
+        rank_features=sum(weight.shape[0] for weight in down),
+    )
+
+
+def _layer_lists(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated layers: the longest list of modules by parameters."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [*max(lists, key=lambda modules: _count(modules), default=nn.ModuleList())]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def _linear_weight(model: PreTrainedModel, name: str) -> torch.Tensor:
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def _first(config: PretrainedConfig, *names: str, default: int = 0) -> int:
+    """The first of the fields that the configuration has as a number."""
+    values = (getattr(config, name, None) for name in names)
+    return next((math.ceil(value) for value in values if isinstance(value, (int, float)) and value), default)

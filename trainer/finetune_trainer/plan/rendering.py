@@ -1,0 +1,85 @@
+"""A job's plan for a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from finetune_trainer.plan.devices import Device
+from finetune_trainer.plan.job import JobPlan, StagePlan
+from finetune_trainer.plan.quantities import human_bytes, human_count
+
+BAR = 32
+"""Characters of a bar that spans the whole device."""
+
+
+def render(plan: JobPlan) -> RenderableType:
+    """One panel per stage: size, steps, memory by part with bars, the ZeRO stage and why, and whether it fits."""
+    peak = "" if plan.peak is None else f", {plan.peak / 1e12:.0f} TFLOP/s in {plan.dtype}"
+    head = f"{plan.name}: {_plural(plan.workers, 'worker')} on {plan.device.name}, "
+    head += f"{human_bytes(plan.device.memory_bytes)} each{peak}; computes in {plan.dtype}"
+    return Group(Text(head), *(_stage(stage, plan.device) for stage in plan.stages))
+
+
+def _stage(stage: StagePlan, device: Device) -> RenderableType:
+    lines: list[RenderableType] = [_facts(stage), _memory(stage, device), Text(stage.why), _verdict(stage, device)]
+    lines += [Text(f"  → {line}", style="yellow") for line in stage.advice]
+    lines += [Text(f"note: {line}", style="dim") for line in stage.notes]
+    title = escape(f"stages[{stage.index}] {stage.title} ({stage.kind})")
+    return Panel(Group(*lines), title=title, title_align="left", border_style="green" if stage.fits else "red")
+
+
+def _facts(stage: StagePlan) -> Table:
+    table = Table.grid(padding=(0, 2))
+    share = stage.trainable / stage.parameters if stage.parameters else 0
+    steps = stage.steps
+    table.add_row("parameters", f"{human_count(stage.parameters)}, {human_count(stage.trainable)} trained ({share:.3%})")
+    table.add_row("data", f"{_count(stage.rows)} rows, {_count(stage.tokens)} tokens, up to {stage.length} per row")
+    table.add_row("steps", f"{_count(steps.total)} ({_count(steps.per_epoch)} per epoch, {_count(steps.warmup)} warm-up)")
+    table.add_row("per step", f"{steps.rows_per_step} rows, {_count(stage.tokens_per_step)} tokens")
+    table.add_row("FLOPs", f"{stage.flops_per_token:.3g} per token{_total_flops(stage)}")
+    return table
+
+
+def _memory(stage: StagePlan, device: Device) -> Table:
+    table = Table(box=None, padding=(0, 1), show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+    for name, count in stage.memory.parts().items():
+        if count:
+            table.add_row(name, human_bytes(count), _bar(count / device.memory_bytes))
+    table.add_row("total", human_bytes(stage.memory.total), _bar(stage.memory.total / device.memory_bytes), style="bold")
+    if stage.memory.host:
+        table.add_row("on the host", human_bytes(stage.memory.host), "")
+    return table
+
+
+def _verdict(stage: StagePlan, device: Device) -> Text:
+    where = f"{device.name} ({human_bytes(device.memory_bytes)}, 10% kept free)"
+    if stage.fits:
+        return Text(f"fits {where}, {human_bytes(stage.spare)} to spare", style="green")
+    return Text(f"does not fit {where}: {human_bytes(-stage.spare)} too much", style="bold red")
+
+
+def _bar(share: float) -> Text:
+    filled = round(min(share, 1.0) * BAR)
+    style = "red" if share > 1 else "cyan"
+    return Text("█" * filled, style=style) + Text("·" * (BAR - filled), style="dim") + Text(f" {share:.0%}")
+
+
+def _total_flops(stage: StagePlan) -> str:
+    if stage.steps.total is None or stage.tokens_per_step is None:
+        return ""
+    return f", {stage.flops_per_token * stage.tokens_per_step * stage.steps.total:.3g} in all"
+
+
+def _count(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

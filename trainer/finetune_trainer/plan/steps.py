@@ -1,0 +1,75 @@
+"""How many optimizer steps a stage takes, and how much arithmetic a token costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from finetune_api.training import TrainingSpec
+from finetune_trainer.plan.model_size import ModelSize
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Optimizer steps of a stage; None where the number of rows is not known."""
+
+    total: int | None
+    per_epoch: int | None
+    warmup: int | None
+    rows_per_step: int
+    """Rows of a full step, all workers together."""
+
+
+def count_steps(spec: TrainingSpec, rows: int | None, workers: int = 1) -> Steps:
+    """Steps as transformers 5.23 counts them (`Trainer.set_initial_training_values`, `get_warmup_steps`).
+
+    A worker's batches are the dataset's, dealt out in turn and filled up to equal numbers (accelerate's
+    `BatchSamplerShard` with `even_batches`); a last, smaller accumulation makes a step too.
+    """
+    per_epoch = None if rows is None else _steps_per_epoch(spec, rows, workers)
+    total = spec.max_steps
+    if total is None and per_epoch is not None:
+        total = math.ceil(spec.num_train_epochs * per_epoch)
+    rows_per_step = spec.per_device_train_batch_size * spec.gradient_accumulation_steps * workers
+    return Steps(total, per_epoch, warmup_steps(spec, total), rows_per_step)
+
+
+def warmup_steps(spec: TrainingSpec, total: int | None) -> int | None:
+    """Steps of warm-up: the given ones, else the ratio's share rounded up."""
+    if spec.warmup_steps is not None:
+        return spec.warmup_steps
+    return None if total is None else math.ceil(total * spec.warmup_ratio)
+
+
+def flops_per_token(
+    size: ModelSize, length: int, adapter_parameters: int | None = None, *, reference: bool = False
+) -> float:
+    """FLOPs of one training token: `6 N + 12 L H Q T` (PaLM, arXiv 2204.02311, appendix B).
+
+    N are the active parameters that a token is multiplied by, L layers, H heads of dimension Q, T tokens per row
+    (attention over the whole row, as is the convention). A frozen weight has no gradient of its own, so with an
+    adapter the base costs 4 N, the adapter 6 N. Recomputed activations don't count.
+
+    Args:
+        adapter_parameters: trainable parameters of an adapter; None where every weight is trained.
+        reference: one more forward pass, of DPO's reference model.
+    """
+    attention = 4 * size.layers * size.heads * size.head_dim * length
+    forward = 2 * size.matmul + attention
+    trained = 3 * forward if adapter_parameters is None else 4 * size.matmul + 3 * attention + 6 * adapter_parameters
+    return float(trained + (forward if reference else 0))
+
+
+def mfu(flops_per_token: float, tokens_per_second: float, peak: float | None, workers: int = 1) -> float | None:
+    """Model FLOPs utilisation, 0 to 1, of `workers` devices together; None where the peak is unknown.
+
+    Args:
+        tokens_per_second: of all workers together.
+        peak: FLOP/s of one device.
+    """
+    return flops_per_token * tokens_per_second / (peak * workers) if peak else None
+
+
+def _steps_per_epoch(spec: TrainingSpec, rows: int, workers: int) -> int:
+    batches = math.ceil(math.ceil(rows / spec.per_device_train_batch_size) / workers)
+    return max(math.ceil(batches / spec.gradient_accumulation_steps), 1)
