@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,7 +24,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from finetune_trainer.errors import UserError
-from finetune_trainer.generation.result import find_base, find_result, is_adapter
+from finetune_trainer.generation.result import MODEL_CONFIG, find_base, find_result, is_adapter
 
 Kind = Literal["causal", "masked"]
 _CLASSES: dict[Kind, Any] = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
@@ -52,20 +53,33 @@ def load(result_dir: str, device: str = "auto") -> Loaded:
     place = _device(device)
     directory = find_result(result_dir)
     try:
-        return _load(directory, place)
-    except (OSError, ValueError, KeyError) as error:
+        model, tokenizer, kind = _read(directory)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{directory} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+    return Loaded(model.to(place).eval(), tokenizer, kind)
 
 
-def _load(directory: Path, device: torch.device) -> Loaded:
+def _read(directory: Path) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, Kind]:
     base = find_base(directory, _recorded_base(directory)) if is_adapter(directory) else str(directory)
     config = AutoConfig.from_pretrained(base)
     kind = _kind(config, base)
-    model = _CLASSES[kind].from_pretrained(base, config=config, dtype="auto", use_safetensors=True)
+    model = _weights(base, config, kind)
     tokenizer = _tokenizer(directory, base)
     if is_adapter(directory):
         model = _with_adapter(model, directory, tokenizer)
-    return Loaded(model.to(device).eval(), tokenizer, kind)
+    return model, tokenizer, kind
+
+
+def _weights(base: str, config: PretrainedConfig, kind: Kind) -> PreTrainedModel:
+    model, info = _CLASSES[kind].from_pretrained(
+        base, config=config, dtype="auto", use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    # transformers fills what is missing with random numbers and a warning: the answers would be noise.
+    faults = [*sorted(info["missing_keys"]), *sorted(name for name, *_ in info["mismatched_keys"])]
+    if faults:
+        listed = ", ".join(faults[:3]) + (", …" if len(faults) > 3 else "")
+        raise UserError(f"{base}: {len(faults)} weights are missing or do not fit its {MODEL_CONFIG}: {listed}")
+    return cast(PreTrainedModel, model)
 
 
 def _device(name: str) -> torch.device:
