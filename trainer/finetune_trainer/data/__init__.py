@@ -1,11 +1,21 @@
-"""Data of every stage: reading, checking, tokenising, packing, caching, streaming."""
+"""Data of every stage: reading, checking, tokenising, packing, caching, streaming.
 
-from finetune_trainer.data.checks import inspect
-from finetune_trainer.data.collators import PackedCollator, PreferenceCollator
-from finetune_trainer.data.forms import Kind, kind_of
-from finetune_trainer.data.prepare import prepare
-from finetune_trainer.data.report import DataReport, Prepared
-from finetune_trainer.data.texts import corpus_texts, eval_prompts
+Names are imported on first use: `inspect` needs neither torch nor transformers, which take seconds to import.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finetune_trainer.data.checks import inspect
+    from finetune_trainer.data.collators import PackedCollator, PreferenceCollator
+    from finetune_trainer.data.forms import Kind, kind_of
+    from finetune_trainer.data.preparation import prepare
+    from finetune_trainer.data.report import DataReport, Prepared
+    from finetune_trainer.data.streaming import StreamedRows
+    from finetune_trainer.data.texts import corpus_texts, eval_prompts
 
 __all__ = [
     "DataReport",
@@ -13,9 +23,27 @@ __all__ = [
     "PackedCollator",
     "PreferenceCollator",
     "Prepared",
+    "StreamedRows",
     "corpus_texts",
     "eval_prompts",
     "inspect",
     "kind_of",
     "prepare",
 ]
+
+_MODULES = {
+    "checks": ("inspect",),
+    "collators": ("PackedCollator", "PreferenceCollator"),
+    "forms": ("Kind", "kind_of"),
+    "preparation": ("prepare",),
+    "report": ("DataReport", "Prepared"),
+    "streaming": ("StreamedRows",),
+    "texts": ("corpus_texts", "eval_prompts"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

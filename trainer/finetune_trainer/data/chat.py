@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.data_utils import common_prefix_length
 
 from finetune_trainer.data.forms import Message
 
@@ -49,8 +49,8 @@ class ChatFormat:
         """The conversation's text and the characters of each assistant turn with its end-of-turn token."""
         if not self.marked:
             return self._render_stepwise(messages)
-        texts, spans = self._jinja(messages, mask=True)
-        return texts, [(start, end) for start, end in spans]
+        text, spans = self._jinja(messages, mask=True)
+        return text, [(start, end) for start, end in spans]
 
     def prompt(self, messages: list[Message]) -> str:
         """The text that a reply to `messages` starts from."""
@@ -60,7 +60,7 @@ class ChatFormat:
         """Prompt and answer as one text, the answer's assistant spans, and the character where the answer starts."""
         text, spans = self.render(prompt + messages)
         start_text = self.prompt(prompt)
-        start = len(start_text) if text.startswith(start_text) else common_prefix_length(text, start_text)
+        start = len(start_text) if text.startswith(start_text) else _shared_length(text, start_text)
         return text, [(max(begin, start), end) for begin, end in spans if end > start], start
 
     def encode(self, text: str, spans: list[Span]) -> Encoded:
@@ -69,14 +69,16 @@ class ChatFormat:
         starts = [start for start, _ in encoding.offsets]
         return Encoded(encoding.ids, starts, mask_of(starts, spans))
 
-    def _jinja(self, messages: list[Message], mask: bool = False, generation: bool = False) -> tuple[str, list[Any]]:
+    def _jinja(self, messages: list[Message], mask: bool = False, generation: bool = False) -> tuple[str, list[Span]]:
+        special: dict[str, Any] = self.tokenizer.special_tokens_map
+        render: Callable[..., tuple[list[str], list[list[Span]]]] = cast(Any, render_jinja_template)
         try:
-            texts, spans = render_jinja_template(
+            texts, spans = render(
                 [messages],
                 chat_template=self.template,
                 return_assistant_tokens_mask=mask,
                 add_generation_prompt=generation,
-                **self.tokenizer.special_tokens_map,
+                **special,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise ChatError(f"the chat template refuses the conversation: {error}") from error
@@ -114,6 +116,12 @@ def mask_of(starts: list[int], spans: list[Span]) -> list[int]:
             mask[token] = 1
             token += 1
     return mask
+
+
+def _shared_length(first: str, second: str) -> int:
+    """Characters that two texts have in common from their start."""
+    pairs = zip(first, second, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def _training_twin(tokenizer: PreTrainedTokenizerFast) -> str | None:

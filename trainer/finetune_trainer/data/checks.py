@@ -65,7 +65,7 @@ def _look(located: Located, where: str, spec: DataSpec, kind: Kind) -> tuple[_Se
 
 
 def _rows(located: Located) -> Iterator[tuple[Row, str]]:
-    rows = ((row, place) for row, _, place in source_rows(located, 0))
+    rows = ((row, place) for row, _, place in source_rows(located, 0, streaming=True))
     return rows if _is_small(located) else islice(rows, SAMPLE_ROWS)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from torch.nn.utils.rnn import pad_sequence
 
 Rows = list[dict[str, Any]]
 IGNORED = -100
@@ -42,18 +42,24 @@ class PackedCollator:
 
 @dataclass
 class PreferenceCollator:
-    """TRL's `DataCollatorForPreference` with masks of our own: in its `completion_mask` [2B, L] (chosen rows first,
-    then rejected) the turns of a user after the prompt are 0, where TRL counts every token after the prompt."""
+    """What TRL's `DataCollatorForPreference` gives (`input_ids`, `attention_mask`, `completion_mask` [2B, L], chosen
+    rows first, then rejected; `ref_*_logps` [B] passed on), but with masks of our own: in `completion_mask` the turns
+    of a user after the prompt are 0, where TRL counts every token after the prompt."""
 
     pad_token_id: int
-    pad_to_multiple_of: int | None = None
 
-    def __call__(self, rows: Rows) -> dict[str, Any]:
-        collator = DataCollatorForPreference(self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
-        batch: dict[str, Any] = collator(rows)
-        mask = torch.zeros_like(batch["completion_mask"])
-        for side, name in enumerate(("chosen_mask", "rejected_mask")):
-            for number, row in enumerate(rows):
-                start, values = len(row["prompt_ids"]), row[name]
-                mask[side * len(rows) + number, start : start + len(values)] = torch.tensor(values)
-        return {**batch, "completion_mask": mask}
+    def __call__(self, rows: Rows) -> dict[str, Tensor]:
+        sides = [(row, side) for side in ("chosen", "rejected") for row in rows]
+        ids = [[*row["prompt_ids"], *row[f"{side}_ids"]] for row, side in sides]
+        masks = [[0] * len(row["prompt_ids"]) + [*row[f"{side}_mask"]] for row, side in sides]
+        reference = [name for name in ("ref_chosen_logps", "ref_rejected_logps") if name in rows[0]]
+        return {
+            "input_ids": _padded(ids, self.pad_token_id),
+            "attention_mask": _padded([[1] * len(one) for one in ids], 0),
+            "completion_mask": _padded(masks, 0),
+            **{name: torch.tensor([row[name] for row in rows]) for name in reference},
+        }
+
+
+def _padded(values: list[list[int]], filler: int) -> Tensor:
+    return pad_sequence([torch.tensor(value) for value in values], batch_first=True, padding_value=filler)

@@ -71,22 +71,18 @@ class Encoder:
         for batch in _batches(texts):
             stats.rows += len(batch)
             stats.kept += len(batch)
-            documents = [self._document(encoding.ids) for encoding in self._encode_batch(batch)]
+            documents = self.documents(batch)
             stats.longest = max(stats.longest, *(len(document) for document in documents))
-            joined = np.concatenate([rest, *documents])
-            full = len(joined) // size * size
-            for block in joined[:full].reshape(-1, size):
+            blocks, rest = cut_blocks([rest, *documents], size)
+            for block in blocks:
                 self._count_block(stats, size)
                 yield {"input_ids": block}
-            rest = joined[full:]
         stats.dropped_tokens += len(rest)
 
-    def _encode_batch(self, texts: list[str]) -> list[Any]:
-        encodings: list[Any] = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        return encodings
-
-    def _document(self, ids: Ids) -> Tokens:
-        return np.array(self.lead + ids + self.end, np.int32)
+    def documents(self, texts: list[str]) -> list[Tokens]:
+        """Tokens of each text, with what goes before and after it."""
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(self.lead + encoding.ids + self.end, np.int32) for encoding in encodings]
 
     def _count_block(self, stats: Stats, size: int) -> None:
         share = self.encoding.trained_share
@@ -221,6 +217,13 @@ class Encoder:
         shared = common_prefix_length(sides[0][0][:start], sides[1][0])
         first, second = ((ids[shared:], mask[shared:]) for ids, mask in sides)
         return sides[0][0][:shared], first, second
+
+
+def cut_blocks(tokens: list[Tokens], size: int) -> tuple[Tokens, Tokens]:
+    """Tokens joined and cut into blocks [n, size], and the rest."""
+    joined = np.concatenate(tokens)
+    full = len(joined) // size * size
+    return joined[:full].reshape(-1, size), joined[full:]
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

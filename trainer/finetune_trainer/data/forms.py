@@ -17,7 +17,7 @@ import re
 from typing import Any, Literal
 
 from finetune_api.data import DataSpec, Transcript
-from finetune_api.problems import did_you_mean
+from finetune_api.problems import did_you_mean, nearest
 from finetune_api.stages import DpoSpec, PretrainSpec, SftSpec
 
 from finetune_trainer.data.readers import Row
@@ -103,11 +103,24 @@ def _need(fields: Row, name: str, spec: DataSpec, row: Row, kind: Kind) -> Any:
     column = getattr(spec.columns, name)
     if column in row:
         raise EmptyRow("empty")
-    there = ", ".join(f"`{key}`" for key in row)
-    raise FormError(
-        f"no column `{column}`{did_you_mean(column, row)}. The row has {there or 'no columns'}; "
-        f"this stage needs {NEEDED[kind]} (see `columns` and `template`)"
+    raise FormError(_not_there(name, spec, row, kind))
+
+
+def _not_there(name: str, spec: DataSpec, row: Row, kind: Kind) -> str:
+    column = getattr(spec.columns, name)
+    near = nearest(column, row)
+    hint = f": did you mean `{near}`?" if near else "."
+    there = ", ".join(f"`{key}`" for key in row) or "no columns"
+    return (
+        f"no column `{column}`{hint} The row has {there}; this stage needs {NEEDED[kind]} "
+        "(`columns` gives other names, `template` makes texts from columns)"
     )
+
+
+def _likely(spec: DataSpec, row: Row) -> str:
+    """The standard column that the row most likely means to have."""
+    names = [name for name in ("messages", "prompt", "text") if nearest(getattr(spec.columns, name), row)]
+    return (names or ["messages"])[0]
 
 
 def _text(value: Any) -> str:
@@ -140,8 +153,8 @@ def _plain_or_transcript(text: Any, spec: DataSpec) -> Example:
 
 
 def _prompt_completion(fields: Row, spec: DataSpec, row: Row) -> Example:
-    if "prompt" not in fields and "completion" not in fields and spec.columns.messages != "messages":
-        _need(fields, "messages", spec, row, "sft")
+    if "prompt" not in fields and "completion" not in fields:
+        raise FormError(_not_there(_likely(spec, row), spec, row, "sft"))
     prompt = _need(fields, "prompt", spec, row, "sft")
     completion = _need(fields, "completion", spec, row, "sft")
     if isinstance(prompt, str) and isinstance(completion, str) and "system" not in fields:

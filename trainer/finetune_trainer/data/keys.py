@@ -8,7 +8,9 @@ import os
 from typing import Any
 
 import fsspec
+import numpy as np
 from finetune_api.data import DataSpec
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from finetune_trainer.data.encode import Encoding
@@ -33,10 +35,14 @@ def rows_key(located: list[Located], spec: DataSpec, kind: Kind) -> str:
     return digest(kind, TEXT_PIECE, [_source(one) for one in located], *(_json(getattr(spec, name)) for name in names))
 
 
-def prepared_key(rows: list[str], specs: list[DataSpec], encoding: Encoding, packed: bool, tokenizer: str) -> str:
-    """Key of a stage's prepared data."""
-    names = ("limit", "validation_split", "shuffle", "seed")
-    return digest(rows, [[getattr(spec, name) for name in names] for spec in specs], vars(encoding), packed, tokenizer)
+def prepared_key(drawn: dict[str, list[str]], encoding: Encoding, packed: bool, tokenizer: str) -> str:
+    """Key of a stage's prepared data: which rows of which tables, and how they become tokens."""
+    return digest(drawn, vars(encoding), packed, tokenizer)
+
+
+def content_digest(indices: NDArray[np.int64]) -> str:
+    """Hash of which rows are drawn, in order."""
+    return hashlib.blake2b(indices.tobytes(), digest_size=16).hexdigest()
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerFast) -> str:

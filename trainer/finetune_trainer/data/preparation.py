@@ -12,25 +12,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset
 from filelock import FileLock
 from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
-from finetune_api.stages import DpoSpec, PretrainSpec, SftSpec
+from finetune_api.stages import PretrainSpec, SftSpec, TrainedSpec
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from finetune_trainer.data.encode import IDENTICAL, TOO_LONG, Encoding
 from finetune_trainer.data.forms import Kind, kind_of
-from finetune_trainer.data.keys import prepared_key, rows_key, tokenizer_key
+from finetune_trainer.data.keys import content_digest, prepared_key, rows_key, tokenizer_key
 from finetune_trainer.data.report import DataReport, Prepared, Stats
 from finetune_trainer.data.rows import RowStore, order_rows, store_rows
 from finetune_trainer.data.shards import read_shards
 from finetune_trainer.data.sources import locate
+from finetune_trainer.data.streaming import StreamedRows
 from finetune_trainer.data.tasks import pack_all, tokenise
 from finetune_trainer.errors import UserError
 
-TrainedStage = PretrainSpec | SftSpec | DpoSpec
 Log = Callable[[str], None]
+Ready = tuple[dict[str, Dataset], DataReport]
 REPORT = "report.json"
 SHOWN = 3
 
@@ -57,7 +59,7 @@ class Part:
 
 
 def prepare(
-    stage: TrainedStage,
+    stage: TrainedSpec,
     tokenizer: PreTrainedTokenizerFast,
     context: int | None,
     where: str,
@@ -81,28 +83,19 @@ def prepare(
     """
     log = on_progress or (lambda message: None)
     encoding, packed = encoding_of(stage, context, where)
+    _check_loader(stage, where)
     plan = Plan(where, encoding, packed, tokenizer, max(1, num_proc), log)
-    if stage.data.streaming:
-        return _streamed(stage, plan, cache_dir, base_dir)
     started = time.monotonic()
-    kind = kind_of(stage)
-    tables = [open_table(stage.data, kind, f"{where}.data", cache_dir, base_dir, log)]
-    specs = [stage.data]
-    if stage.eval_data is not None:
-        tables.append(open_table(stage.eval_data, kind, f"{where}.evalData", cache_dir, base_dir, log))
-        specs.append(stage.eval_data)
-    keys = [table.directory.name for table in tables]
-    key = prepared_key(keys, specs, encoding, packed, tokenizer_key(tokenizer))
-    directory = cache_dir / "prepared" / key
-    with FileLock(f"{directory}.lock"):
-        if cached := directory.is_dir():
-            log(f"found prepared data in {directory}")
-        else:
-            _build(directory, plan, _parts(tables, specs, where), started)
-    return _open(directory, cached)
+    parts = _parts(stage, where, cache_dir, base_dir, log)
+    ready, report = _cached(plan, parts, cache_dir / "prepared", started) if parts else ({}, None)
+    if report is not None and not stage.data.streaming:
+        return Prepared(ready["train"], ready.get("eval"), report)
+    stream = StreamedRows(stage.data, tokenizer, encoding, packed, f"{where}.data", base_dir)
+    report = replace(report or _report(plan, {}, {}, 0.0), packed_rows=None, streaming=True)
+    return Prepared(stream, ready.get("eval"), report)
 
 
-def encoding_of(stage: TrainedStage, context: int | None, where: str) -> tuple[Encoding, bool]:
+def encoding_of(stage: TrainedSpec, context: int | None, where: str) -> tuple[Encoding, bool]:
     """How the stage's rows become tokens, and whether they are packed.
 
     Raises:
@@ -121,6 +114,12 @@ def encoding_of(stage: TrainedStage, context: int | None, where: str) -> tuple[E
     return Encoding(kind_of(stage), length or context, overflow), isinstance(stage, SftSpec) and stage.packing
 
 
+def _check_loader(stage: TrainedSpec, where: str) -> None:
+    if stage.data.streaming and stage.dataloader_num_workers:
+        message = f"got {stage.dataloader_num_workers}, but streaming data is read by the worker itself: set it to 0"
+        raise UserError([Problem(f"{where}.dataloaderNumWorkers", message)])
+
+
 def open_table(spec: DataSpec, kind: Kind, where: str, cache_dir: Path, base_dir: Path, log: Log) -> RowStore:
     """The spec's table, from the cache or read into it.
 
@@ -135,24 +134,41 @@ def open_table(spec: DataSpec, kind: Kind, where: str, cache_dir: Path, base_dir
     return store_rows(directory, located, spec, kind, where, log)
 
 
-def _parts(tables: list[RowStore], specs: list[DataSpec], where: str) -> list[Part]:
-    """The training part, and the held-out part where there is one."""
-    train, held = order_rows(len(tables[0]), specs[0], f"{where}.data")
-    parts = [Part(f"{where}.data", tables[0], train)]
-    if len(tables) == 2:
-        spec = specs[1].model_copy(update={"validation_split": 0.0})
-        parts.append(Part(f"{where}.evalData", tables[1], order_rows(len(tables[1]), spec, where)[0]))
-    elif len(held):
-        parts.append(Part(f"{where}.data", tables[0], held))
+def _parts(stage: TrainedSpec, where: str, cache_dir: Path, base_dir: Path, log: Log) -> dict[str, Part]:
+    """What is to be tokenised ahead: `train`, unless it is streamed, and `eval`, where there is any."""
+    kind, parts = kind_of(stage), {}
+    if not stage.data.streaming:
+        table = open_table(stage.data, kind, f"{where}.data", cache_dir, base_dir, log)
+        train, held = order_rows(len(table), stage.data, f"{where}.data")
+        parts["train"] = Part(f"{where}.data", table, train)
+        if len(held):
+            parts["eval"] = Part(f"{where}.data", table, held)
+    if stage.eval_data is not None:
+        table = open_table(stage.eval_data, kind, f"{where}.evalData", cache_dir, base_dir, log)
+        whole = stage.eval_data.model_copy(update={"validation_split": 0.0})
+        parts["eval"] = Part(f"{where}.evalData", table, order_rows(len(table), whole, where)[0])
     return parts
 
 
-def _build(directory: Path, plan: Plan, parts: list[Part], started: float) -> None:
+def _cached(plan: Plan, parts: dict[str, Part], cache: Path, started: float) -> Ready:
+    """The prepared parts, built by whoever asks first while all others wait."""
+    drawn = {name: [part.store.directory.name, content_digest(part.indices)] for name, part in parts.items()}
+    directory = cache / prepared_key(drawn, plan.encoding, plan.packed, tokenizer_key(plan.tokenizer))
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        if cached := directory.is_dir():
+            plan.log(f"found prepared data in {directory}")
+        else:
+            _build(directory, plan, parts, started)
+    return _open(directory, cached)
+
+
+def _build(directory: Path, plan: Plan, parts: dict[str, Part], started: float) -> None:
     """Prepare all parts in a directory beside the final one, then rename it: it is whole or not there."""
     part = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
     part.mkdir(parents=True)
     try:
-        counts = [_build_part(part, name, plan, one) for name, one in zip(("train", "eval"), parts, strict=False)]
+        counts = {name: _build_part(part, name, plan, one) for name, one in parts.items()}
         report = _report(plan, parts, counts, time.monotonic() - started)
         (part / REPORT).write_text(json.dumps(report.to_json(), indent=1))
         os.rename(part, directory)
@@ -204,11 +220,11 @@ def _nothing_left(stats: Stats, encoding: Encoding) -> str:
     return f"nothing is left to train on of {stats.rows} rows: {reasons}{hint}"
 
 
-def _report(plan: Plan, parts: list[Part], counts: list[Stats], seconds: float) -> DataReport:
-    train, held = counts[0], counts[1] if len(counts) > 1 else Stats()
+def _report(plan: Plan, parts: dict[str, Part], counts: dict[str, Stats], seconds: float) -> DataReport:
+    train, held = counts.get("train", Stats()), counts.get("eval", Stats())
     blocks = plan.packed or plan.encoding.kind == "text"
     room = train.written * (plan.encoding.limit or 1)
-    unread = parts[0].store.dropped
+    unread = parts["train"].store.dropped if "train" in parts else {}
     return DataReport(
         rows=train.rows + sum(unread.values()),
         kept=train.kept,
@@ -220,21 +236,17 @@ def _report(plan: Plan, parts: list[Part], counts: list[Stats], seconds: float) 
         dropped_tokens=train.dropped_tokens,
         longest=train.longest,
         packed_rows=train.written if blocks else None,
-        packing_efficiency=train.tokens / room if blocks else None,
+        packing_efficiency=train.tokens / room if blocks and room else None,
         max_length=plan.encoding.limit,
         eval_rows=held.written,
         eval_tokens=held.tokens,
-        bytes=sum(int(part.store.sizes(part.indices).sum()) for part in parts),
+        bytes=sum(int(part.store.sizes(part.indices).sum()) for part in parts.values()),
         seconds=seconds,
         tokens_per_second=(train.tokens + held.tokens) / max(seconds, 1e-9),
     )
 
 
-def _open(directory: Path, cached: bool) -> Prepared:
+def _open(directory: Path, cached: bool) -> Ready:
     report = DataReport.from_json(json.loads((directory / REPORT).read_text()))
-    held = read_shards(directory / "eval") if (directory / "eval").is_dir() else None
-    return Prepared(read_shards(directory / "train"), held, replace(report, cached=cached))
-
-
-def _streamed(stage: TrainedStage, plan: Plan, cache_dir: Path, base_dir: Path) -> Prepared:
-    raise UserError([Problem(f"{plan.where}.data.streaming", "not there yet")])
+    ready = {name: data for name in ("train", "eval") if (data := read_shards(directory / name)) is not None}
+    return ready, replace(report, cached=cached)

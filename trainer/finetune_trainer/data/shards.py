@@ -57,9 +57,10 @@ def _batches(rows: Iterable[Columns]) -> Iterator[list[Columns]]:
         yield batch
 
 
-def read_shards(directory: Path) -> Dataset:
-    """All shards of a directory in order of name, as one dataset that stays on disk."""
-    return concatenate_datasets([Dataset.from_file(str(path)) for path in sorted(directory.glob("*.arrow"))])
+def read_shards(directory: Path) -> Dataset | None:
+    """All shards of a directory in order of name, as one dataset that stays on disk; None where there is none."""
+    paths = sorted(directory.glob("*.arrow"))
+    return concatenate_datasets([Dataset.from_file(str(path)) for path in paths]) if paths else None
 
 
 def pack_shards(sources: list[Path], target: Path, capacity: int) -> int:

@@ -190,14 +190,20 @@ def join_row(row: Row, located: Located, where: str) -> Row:
     return {**other, **row}
 
 
-def source_rows(located: Located, index: int, start: Cursor = Cursor()) -> Iterator[tuple[Row, Cursor, str]]:
-    """Rows of one source from `start` on, not yet joined: (row, cursor after it, where it stands, for messages)."""
+def source_rows(
+    located: Located, index: int, start: Cursor = Cursor(), streaming: bool = False
+) -> Iterator[tuple[Row, Cursor, str]]:
+    """Rows of one source from `start` on, not yet joined: (row, cursor after it, where it stands, for messages).
+
+    `streaming`: a hub dataset is read row by row over the network and not downloaded first.
+    """
     if located.files:
         yield from _file_rows(located.files, index, start)
         return
     skip = start.position.offset
-    rows = located.source.inline if located.source.inline is not None else hub_rows(located.source, skip)
-    for number, row in enumerate(rows if located.source.inline is None else rows[skip:], skip):  # type: ignore[index]
+    inline = located.source.inline
+    rows = iter(inline[skip:]) if inline is not None else hub_rows(located.source, skip, streaming)
+    for number, row in enumerate(rows, skip):
         yield dict(row), Cursor(index, 0, Position(number + 1, number + 1)), f"row {number}"
 
 
@@ -225,6 +231,6 @@ def hub_dataset(source: DataSource, streaming: bool) -> Any:
         raise UserError([Problem("", message)]) from error
 
 
-def hub_rows(source: DataSource, skip: int = 0, streaming: bool = False) -> Iterator[Row]:
+def hub_rows(source: DataSource, skip: int, streaming: bool) -> Iterator[Row]:
     data = hub_dataset(source, streaming)
     return iter(data.skip(skip) if skip else data)

@@ -4,7 +4,9 @@ same bytes whatever the number of processes."""
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +66,13 @@ def _run(work: Work, num_proc: int) -> Iterator[Stats]:
         yield from map(_task, range(len(work.tasks)))
         return
     context = multiprocessing.get_context("fork")
-    with context.Pool(num_proc, _begin, (work,)) as pool:
-        yield from pool.imap(_task, range(len(work.tasks)))
+    with ProcessPoolExecutor(num_proc, context, _begin_process, (work,)) as pool:
+        yield from pool.map(_task, range(len(work.tasks)))
+
+
+def _begin_process(work: Work) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process; its threads don't survive a fork
+    _begin(work)
 
 
 def _begin(work: Work) -> None:

@@ -13,7 +13,7 @@ from finetune_api.stages import DpoSpec, PretrainSpec, SftSpec
 from numpy.typing import NDArray
 
 from finetune_trainer.data.forms import Example, Kind, kind_of
-from finetune_trainer.data.prepare import open_table
+from finetune_trainer.data.preparation import open_table
 from finetune_trainer.data.rows import RowStore, order_rows
 
 HELD_OUT = 0.05
