@@ -1,0 +1,71 @@
+"""`report.html`: rendered from what storage holds, written back to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+
+import yaml
+from finetune_api.runconfig import RunConfig
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
+from finetune_trainer.layout import REPORT, StageLayout
+from finetune_trainer.progress.format import clean
+from finetune_trainer.report import views
+from finetune_trainer.report.collect import RunRecord, StageRecord, collect
+from finetune_trainer.report.plots import to_svg
+from finetune_trainer.storage import Storage
+
+TEMPLATE = "report.html.j2"
+
+
+def write_report(storage: Storage, stages: Sequence[StageLayout], run: RunConfig) -> str:
+    """Write `report.html` at the run's root and return its path as the store knows it.
+
+    One file that loads nothing: styles and pictures are inside. The same files in storage give the same bytes. A
+    stage that has not run, or a file that is missing or broken, costs its section and is said so in one line.
+
+    Raises:
+        OSError: storage can't be read or written.
+    """
+    storage.write_text(REPORT, render(collect(storage, stages, run)))
+    return storage.path(REPORT)
+
+
+def render(record: RunRecord) -> str:
+    """The page of a run."""
+    environment = Environment(
+        loader=FunctionLoader(_source), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["clean"] = clean
+    return environment.get_template(TEMPLATE).render(
+        record=record,
+        verdict=views.verdict(record),
+        losses=views.final_losses(record),
+        stages=[_section(stage) for stage in record.stages],
+        environment=views.environment(record),
+        config=clean(yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True, width=100)),
+    )
+
+
+def _section(stage: StageRecord) -> dict[str, object]:
+    return {
+        "record": stage,
+        "overview": views.overview(stage),
+        "metrics": views.final_metrics(stage),
+        "figures": _figures(stage),
+        "data_summary": views.data_summary(stage.data),
+        "data": views.data_facts(stage.data),
+        "samples": views.samples(stage.samples),
+    }
+
+
+def _figures(stage: StageRecord) -> list[tuple[str, Markup]]:
+    panels = views.panels(stage)
+    # to_svg escapes what comes from outside, so its result is markup as it stands.
+    return [(panel.title, Markup(to_svg(panel, f"{stage.layout.root}/{panel.title}"))) for panel in panels]
+
+
+def _source(name: str) -> str:
+    return files(__package__).joinpath(name).read_text("utf-8")

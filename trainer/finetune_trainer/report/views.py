@@ -1,0 +1,265 @@
+"""What the page shows of a record: pure, in the order and the words of the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from finetune_trainer.progress.format import clean, count, duration, number, percent, size
+from finetune_trainer.report.collect import Points, RunRecord, StageRecord, is_number
+from finetune_trainer.report.plots import Panel
+
+SHORT_TEXT = 1_200
+"""Characters of a sample that are shown at once."""
+LONGEST_TEXT = 100_000
+"""Characters of a sample that the page holds at all."""
+METRIC_PANELS = 6
+KEY_METRICS = 3
+
+_COMMON = {
+    "step", "stage", "stages", "title", "total", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "samples",
+    "tokens_per_second", "samples_per_second", "mfu", "memory", "seconds", "eta",
+}  # fmt: skip
+_TIMING = ("_runtime", "_per_second", "_num_tokens", "_flos", "_preparation_time")
+_PREFERRED = ("bytes_per_token", "accuracies", "accuracy", "perplexity", "margins")
+_DATA_LABELS = {
+    "rows": "Rows read",
+    "kept": "Rows kept",
+    "tokens": "Tokens",
+    "trained_tokens": "Tokens with loss",
+    "truncated_examples": "Examples truncated",
+    "truncated_tokens": "Tokens cut off",
+    "dropped": "Rows dropped",
+    "dropped_tokens": "Tokens dropped",
+    "longest": "Longest example (tokens)",
+    "max_length": "Limit (tokens)",
+    "packed_rows": "Rows after packing",
+    "packing_efficiency": "Packing efficiency",
+    "eval_rows": "Held-out rows",
+    "eval_tokens": "Held-out tokens",
+    "bytes": "Size",
+    "seconds": "Preparation time",
+    "tokens_per_second": "Tokens prepared per second",
+    "cached": "From the cache",
+    "streaming": "Streaming",
+}
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """A text in two lengths; `whole` is empty where `short` is all of it."""
+
+    short: str
+    whole: str = ""
+    length: int = 0
+    cut: bool = False
+    """Whether even `whole` leaves something out."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with what the model wrote before and after the stage; None: not there."""
+
+    prompt: Excerpt
+    before: Excerpt | None
+    after: Excerpt | None
+    reference: Excerpt | None
+
+
+def verdict(record: RunRecord) -> str:
+    """`All 3 stages done in 4 min 20 s.` or how far the run came, from the metrics' last losses."""
+    finished = [stage for stage in record.stages if stage.state == "done"]
+    took = duration(sum(stage.seconds or 0.0 for stage in record.stages))
+    total = len(record.stages)
+    if len(finished) == total:
+        return f"{'The stage is' if total == 1 else f'All {total} stages are'} done, after {took} of training."
+    current = next((stage for stage in record.stages if stage.state == "unfinished"), None)
+    where = f"; {current.layout.title} is at step {current.steps or 0}" if current else ""
+    return f"{len(finished)} of {total} stages {'is' if len(finished) == 1 else 'are'} done, after {took}{where}."
+
+
+def final_losses(record: RunRecord) -> list[tuple[str, str]]:
+    """Stage and its last loss, held-out where it is known: `("sft", "held-out loss 1.23")`."""
+    found = []
+    for stage in record.stages:
+        held_out, trained = _before_after(stage)[1], _last(stage.points("loss"))
+        if held_out is not None:
+            found.append((clean(stage.layout.title), f"held-out loss {number(held_out)}"))
+        elif trained is not None:
+            found.append((clean(stage.layout.title), f"loss {number(trained)}"))
+    return found
+
+
+def overview(stage: StageRecord) -> dict[str, str]:
+    """The stage's row in the pipeline table; an empty text where a value is not known."""
+    losses = stage.points("loss")
+    return {
+        "state": stage.state,
+        "steps": "" if not stage.steps else str(stage.steps),
+        "time": "" if stage.seconds is None else duration(stage.seconds),
+        "tokens": "" if not stage.tokens else count(stage.tokens),
+        "loss": _change(losses[0][1] if losses else None, _last(losses)),
+        "evaluation": _change(*_before_after(stage)),
+        "metrics": " · ".join(f"{name} {value}" for name, value in key_metrics(stage)),
+    }
+
+
+def key_metrics(stage: StageRecord) -> list[tuple[str, str]]:
+    """The few final metrics that tell most of a stage, beside its losses."""
+    ranked = [(rank, name) for name in stage.metrics for rank, part in enumerate(_PREFERRED) if name.endswith(part)]
+    return [(clean(name), number(stage.metrics[name])) for _, name in sorted(ranked)[:KEY_METRICS]]
+
+
+def final_metrics(stage: StageRecord) -> list[tuple[str, str]]:
+    """Every final metric but timings."""
+    return [(clean(name), number(value)) for name, value in stage.metrics.items() if not name.endswith(_TIMING)]
+
+
+def panels(stage: StageRecord) -> list[Panel]:
+    """The stage's pictures: the common ones, then the stage's own metrics; those without a point left out."""
+    common = [
+        Panel("Loss", {"train": stage.points("loss"), "held-out": stage.points("eval_loss")}, may_be_log=True),
+        Panel("Learning rate", {"learning rate": stage.points("learning_rate")}, is_noisy=False),
+        Panel("Gradient norm", {"gradient norm": stage.points("grad_norm")}, may_be_log=True),
+        Panel("Throughput (tokens/s)", {"tokens/s": stage.points("tokens_per_second")}, unit="count"),
+        Panel("MFU", {"MFU": stage.points("mfu")}, unit="share"),
+        Panel("Peak memory", {"memory": stage.points("memory")}, unit="bytes", is_noisy=False),
+    ]
+    own = [
+        Panel(clean(name), {"train": stage.points(name), "held-out": stage.points(f"eval_{name}")})
+        for name in _own_metrics(stage)
+    ]
+    return [panel for panel in common + own[:METRIC_PANELS] if panel.shown]
+
+
+def data_summary(data: dict[str, Any]) -> str:
+    """One sentence on what was cut and dropped; empty where the report does not say."""
+    if data.get("streaming") or not is_number(data.get("truncated_examples")):
+        return ""
+    dropped = sum(value for value in _counts(data.get("dropped")).values())
+    if not data["truncated_examples"] and not dropped:
+        return "Nothing was cut off or dropped."
+    return " ".join(filter(None, [_truncated(data), _dropped(data, dropped)]))
+
+
+def data_facts(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """Label and value of every field that is set, known ones first."""
+    names = [name for name in _DATA_LABELS if name in data] + [name for name in data if name not in _DATA_LABELS]
+    return [(_DATA_LABELS.get(name, clean(name)), _fact(name, data[name])) for name in names if data[name] is not None]
+
+
+def samples(given: dict[str, Any]) -> list[Sample]:
+    """Generations before and after, side by side where their prompts are the same."""
+    before, after = _rows(given.get("before")), _rows(given.get("after"))
+    if [row.get("prompt") for row in before] == [row.get("prompt") for row in after]:
+        pairs: Iterable[tuple[Any, Any]] = zip(before, after, strict=True)
+    else:
+        pairs = [*zip_longest(before, []), *zip_longest([], after)]
+    return [_sample(old or {}, new or {}) for old, new in pairs]
+
+
+def excerpt(value: Any) -> Excerpt | None:
+    """A sample's text, shortened: a string, a list of messages or any JSON value; None where it is not given."""
+    if value is None:
+        return None
+    text = _as_text(value)
+    shown = clean(text[:LONGEST_TEXT])
+    if len(text) <= SHORT_TEXT:
+        return Excerpt(shown)
+    return Excerpt(clean(text[:SHORT_TEXT]) + "…", shown, len(text), len(text) > LONGEST_TEXT)
+
+
+def environment(record: RunRecord) -> list[tuple[str, str]]:
+    """Versions that the stages ran with; several where they differ."""
+    seen: dict[str, dict[str, None]] = {}
+    for stage in record.stages:
+        for name, value in _object(stage.done.get("environment")).items():
+            seen.setdefault(clean(str(name)), {})[clean(_as_text(value))] = None
+    return [(name, ", ".join(values)) for name, values in seen.items()]
+
+
+def _own_metrics(stage: StageRecord) -> list[str]:
+    logged = dict.fromkeys(name for row in stage.rows for name in row if not name.endswith(_TIMING))
+    names = dict.fromkeys(name.removeprefix("eval_") for name in logged if name not in _COMMON)
+    curves = [name for name in names if name not in _COMMON and _is_curve(stage, name)]
+    return sorted(curves, key=lambda name: not name.endswith(_PREFERRED))
+
+
+def _is_curve(stage: StageRecord, name: str) -> bool:
+    return max(len(stage.points(name)), len(stage.points(f"eval_{name}"))) > 1
+
+
+def _before_after(stage: StageRecord) -> tuple[float | None, float | None]:
+    points = stage.points("eval_loss")
+    last = stage.metrics.get("eval_loss", _last(points))
+    return (points[0][1] if len(points) > 1 else None), last
+
+
+def _change(first: float | None, last: float | None) -> str:
+    if last is None:
+        return ""
+    return number(last) if first is None else f"{number(first)} → {number(last)}"
+
+
+def _last(points: Points) -> float | None:
+    return points[-1][1] if points else None
+
+
+def _truncated(data: dict[str, Any]) -> str:
+    examples, rows = data["truncated_examples"], data.get("rows")
+    if not examples:
+        return ""
+    of_rows = f" of {count(rows)} ({percent(examples / rows)})" if is_number(rows) and rows else ""
+    tokens = data.get("truncated_tokens")
+    return f"{count(examples)}{of_rows} examples were cut{f' by {count(tokens)} tokens in all' if tokens else ''}."
+
+
+def _dropped(data: dict[str, Any], dropped: float) -> str:
+    reasons = ", ".join(f"{count(number)} {clean(reason)}" for reason, number in _counts(data.get("dropped")).items())
+    return f"{count(dropped)} rows were dropped: {reasons}." if dropped else ""
+
+
+def _counts(value: Any) -> dict[str, float]:
+    return {str(name): number for name, number in _object(value).items() if is_number(number) and number}
+
+
+def _fact(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if is_number(value):
+        shapes = {"seconds": duration, "bytes": size, "packing_efficiency": percent, "tokens_per_second": count}
+        return shapes.get(name, _grouped)(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{clean(str(key))}: {_fact('', member)}" for key, member in value.items()) or "none"
+    return clean(_as_text(value))
+
+
+def _grouped(value: float) -> str:
+    return f"{value:,}".replace(",", "\N{THIN SPACE}") if isinstance(value, int) else number(value)
+
+
+def _rows(value: Any) -> list[dict[str, Any]]:
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def _object(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _sample(old: dict[str, Any], new: dict[str, Any]) -> Sample:
+    prompt = new.get("prompt", old.get("prompt"))
+    reference = new.get("reference", old.get("reference"))
+    return Sample(
+        excerpt(prompt) or Excerpt(""), excerpt(old.get("output")), excerpt(new.get("output")), excerpt(reference)
+    )
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
+        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in value)
+    return json.dumps(value, ensure_ascii=False)
