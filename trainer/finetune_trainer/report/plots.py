@@ -79,7 +79,8 @@ def to_svg(panel: Panel, salt: str) -> str:
     """
     if not panel.shown:
         raise ValueError(f"panel {panel.title!r} has no points")
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
+    style: Any = _STYLE | {"svg.hashsalt": salt}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         _draw(figure.subplots(), panel)
         out = io.StringIO()
