@@ -26,20 +26,12 @@ Row = dict[str, Any]
 Docs = dict[str, str]
 
 CORPUS_MODULES = (
-    "argparse", "ast", "base64", "bisect", "builtins", "calendar", "collections", "configparser", "contextlib", "copy",
-    "csv", "dataclasses", "datetime", "decimal", "difflib", "enum", "fnmatch", "fractions", "functools", "glob", "gzip",
-    "heapq", "html", "inspect", "io", "ipaddress", "itertools", "json", "locale", "logging", "math", "numbers",
-    "operator", "os", "os.path", "pathlib", "pickle", "pprint", "queue", "random", "re", "sched", "secrets", "shlex",
-    "shutil", "statistics", "string", "struct", "subprocess", "tempfile", "textwrap", "threading", "time", "timeit",
-    "tokenize", "traceback", "types", "typing", "unicodedata", "unittest", "urllib.parse", "uuid", "warnings",
-    "weakref", "xml.etree.ElementTree", "zipfile",
+    "builtins", "bisect", "collections", "copy", "datetime", "fnmatch", "functools", "glob", "heapq", "itertools",
+    "json", "math", "operator", "os", "os.path", "random", "re", "shutil", "statistics", "string", "textwrap", "time",
 )  # fmt: skip
 """Modules that do nothing when imported."""
 
-QUESTION_MODULES = (
-    "builtins", "bisect", "copy", "fnmatch", "functools", "glob", "heapq", "json", "math", "os.path", "random",
-    "shutil", "statistics", "textwrap",
-)  # fmt: skip
+QUESTION_MODULES = ("builtins", "os.path")
 """Modules whose functions are asked about: few enough that a tiny model can know them all."""
 
 QUESTION_TYPES = (str, list, dict, set)

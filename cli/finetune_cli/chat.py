@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +118,7 @@ def _values(
 
 
 def _chat(result_dir: str, device: str, values: dict[str, Any], prompt: str | None) -> None:
+    _quiet()
     from finetune_cli.repl import Chat
 
     loaded, options = _load(result_dir, device, values)
@@ -131,6 +133,7 @@ def _generate(
     result_dir: str, device: str, values: dict[str, Any], given: list[str], file: Path | None, as_json: bool, raw: bool,
     batch_size: int,
 ) -> None:  # fmt: skip
+    _quiet()
     from finetune_cli.prompt_files import read_prompts
 
     prompts = read_prompts(given, file)
@@ -166,9 +169,6 @@ def answer_text(answer: dict[str, Any]) -> str:
 
 
 def _load(result_dir: str, device: str, values: dict[str, Any]) -> tuple[Loaded, GenerationOptions]:
-    from finetune_trainer.runtime import apply_environment, quiet_environment
-
-    apply_environment(quiet_environment(accelerator=True))
     from finetune_trainer.generation.load import load
     from finetune_trainer.generation.options import GenerationOptions
 
@@ -176,3 +176,13 @@ def _load(result_dir: str, device: str, values: dict[str, Any]) -> tuple[Loaded,
     if sys.stderr.isatty():
         print(f"loading {result_dir} …", file=sys.stderr)
     return load(result_dir, device), options
+
+
+def _quiet() -> None:
+    """Before the first import of transformers, which reads its environment only then."""
+    import torch
+
+    from finetune_trainer.runtime import apply_environment, quiet_environment
+
+    apply_environment(quiet_environment(accelerator=torch.accelerator.is_available()))
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # says that optional kernels are not installed

@@ -53,13 +53,13 @@ def _row(where: str, line: str) -> Prompt | Problem:
     value = next((row[name] for name in COLUMNS if name in row), None) if isinstance(row, dict) else None
     if isinstance(value, str) and value:
         return value
-    if _is_conversation(value):
+    if isinstance(value, list) and _is_conversation(value):
         return value[:-1] if value[-1]["role"] == "assistant" and len(value) > 1 else value
     return Problem(where, f"expected a string or a list of role/content messages in one of {', '.join(COLUMNS)}")
 
 
-def _is_conversation(value: Any) -> bool:
+def _is_conversation(value: list[Any]) -> bool:
     def message(each: Any) -> bool:
         return isinstance(each, dict) and all(isinstance(each.get(name), str) for name in ("role", "content"))
 
-    return isinstance(value, list) and bool(value) and all(map(message, value))
+    return bool(value) and all(map(message, value))

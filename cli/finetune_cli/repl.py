@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +69,9 @@ class Chat:
         name, _, argument = line.partition(" ")
         if name == "/exit":
             return False
-        actions = {"/reset": self._reset, "/system": self._system, "/save": self._save, "/help": self._help}
+        actions: dict[str, Callable[[str], None]] = {
+            "/reset": self._reset, "/system": self._system, "/save": self._save, "/help": self._help,
+        }  # fmt: skip
         if name in actions:
             actions[name](argument.strip())
         else:

@@ -106,10 +106,10 @@ def _generate(
     batch = loaded.tokenizer.pad({"input_ids": encoded}, padding_side="left", return_tensors="pt")
     config = _config(loaded, options, raw, longest=max(map(len, encoded)))
     ids, mask = batch["input_ids"].to(loaded.model.device), batch["attention_mask"].to(loaded.model.device)
+    # peft's and transformers' stubs disagree about what `generate` is.
+    model: Any = loaded.model
     with torch.inference_mode():
-        output: torch.Tensor = loaded.model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config, **extra
-        )
+        output: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **extra)
     return output
 
 

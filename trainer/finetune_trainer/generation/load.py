@@ -53,21 +53,23 @@ def load(result_dir: str, device: str = "auto") -> Loaded:
     place = _device(device)
     directory = find_result(result_dir)
     try:
-        model, tokenizer, kind = _read(directory)
+        loaded = _read(directory)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{directory} can't be loaded: {str(error).strip().splitlines()[0]}") from error
-    return Loaded(model.to(place).eval(), tokenizer, kind)
+    loaded.model.to(place)  # type: ignore[arg-type]  # transformers' stub of `to` misses its parameters
+    loaded.model.eval()
+    return loaded
 
 
-def _read(directory: Path) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, Kind]:
+def _read(directory: Path) -> Loaded:
     base = find_base(directory, _recorded_base(directory)) if is_adapter(directory) else str(directory)
     config = AutoConfig.from_pretrained(base)
     kind = _kind(config, base)
     model = _weights(base, config, kind)
     tokenizer = _tokenizer(directory, base)
     if is_adapter(directory):
-        model = _with_adapter(model, directory, tokenizer)
-    return model, tokenizer, kind
+        return Loaded(_with_adapter(model, directory, tokenizer), tokenizer, kind)
+    return Loaded(model, tokenizer, kind)
 
 
 def _weights(base: str, config: PretrainedConfig, kind: Kind) -> PreTrainedModel:
@@ -121,6 +123,7 @@ def _tokenizer(directory: Path, base: str) -> PreTrainedTokenizerBase:
 def _with_adapter(model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
     if not (directory / "adapter_model.safetensors").is_file():
         raise UserError(f"{directory}: no adapter_model.safetensors (pickled weights are not loaded)")
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
+    if len(tokenizer) > embeddings.num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     return PeftModel.from_pretrained(model, str(directory))

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from finetune_api.problems import Problem
 from finetune_trainer.errors import UserError
 
+_DEFAULT_TOP_K = 50  # transformers' own: any other one makes greedy decoding warn
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k")
 
 
@@ -54,7 +55,7 @@ class GenerationOptions:
             do_sample=self.do_sample,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
+            top_k=(self.top_k or 0) if self.do_sample else _DEFAULT_TOP_K,
             num_beams=self.num_beams,
             repetition_penalty=self.repetition_penalty,
             eos_token_id=stop_ids,
