@@ -72,7 +72,7 @@ class Sharding(ApiModel):
         json_schema_extra={
             "x-kubernetes-int-or-string": True,
             "x-kubernetes-validations": [
-                cel("self == 'auto' || (type(self) == int && self >= 0 && self <= 3)", "zero is auto, 0, 1, 2 or 3")
+                cel("type(self) == string ? self == 'auto' : self >= 0 && self <= 3", "zero is auto, 0, 1, 2 or 3")
             ],
         },
     )
@@ -84,8 +84,11 @@ class Sharding(ApiModel):
     """Keep weights in the host's memory. Needs `zero: 3`."""
 
     model_config = rules(
-        cel("!self.offloadOptimizer || self.zero != 0", "offloadOptimizer needs zero 1, 2 or 3"),
-        cel("!self.offloadParam || self.zero == 3", "offloadParam needs zero: 3"),
+        cel(
+            "!self.offloadOptimizer || type(self.zero) == string || self.zero != 0",
+            "offloadOptimizer needs zero 1, 2 or 3",
+        ),
+        cel("!self.offloadParam || (type(self.zero) == int && self.zero == 3)", "offloadParam needs zero: 3"),
     )
 
     def faults(self) -> Iterator[str]:

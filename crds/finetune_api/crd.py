@@ -6,7 +6,6 @@ CEL rules beside the fields (`x-kubernetes-validations`), which the API server e
 
 from __future__ import annotations
 
-import copy
 from functools import cache
 
 from pydantic import BaseModel
@@ -23,20 +22,17 @@ _COLUMNS = ("phase", "stage", "step", "loss", "eta", "attempt")
 
 
 @cache
-def _schema(model: type[BaseModel]) -> Json:
-    schema = model.model_json_schema(by_alias=True)
-    return _structural(schema, schema.get("$defs", {}))
-
-
 def structural_schema(model: type[BaseModel]) -> Json:
     """The structural schema of a model: everything inline, no unions, defaults without what the children say.
 
-    It has one keyword that Kubernetes doesn't know: `expects`, a pattern in plain words.
+    It has one keyword that Kubernetes doesn't know: `expects`, a pattern in plain words. The result is shared: copy it
+    before changing it.
 
     Raises:
         ValueError: a field has a type that a structural schema cannot express.
     """
-    return copy.deepcopy(_schema(model))
+    schema = model.model_json_schema(by_alias=True)
+    return _structural(schema, schema.get("$defs", {}))
 
 
 def _structural(node: Json, defs: Json) -> Json:
@@ -156,7 +152,7 @@ def _unchanged(name: str) -> Json:
 
 
 def _without_words(node: object) -> Json:
-    """`node` without `expects` anywhere."""
+    """A deep copy of `node` without `expects` anywhere."""
 
     def clean(value: object) -> object:
         if isinstance(value, dict):

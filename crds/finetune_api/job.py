@@ -60,7 +60,7 @@ class FineTuneJobSpec(ApiModel):
             "a tokenizer stage needs model.config: a model that exists has a tokenizer of its own",
         ),
         cel(
-            "self.stages.all(s, !has(s.name) || self.stages.exists_one(t, has(t.name) && t.name == s.name))",
+            "self.stages.filter(s, has(s.name)).all(s, self.stages.exists_one(t, has(t.name) && t.name == s.name))",
             "a stage's name is its own",
         ),
     )

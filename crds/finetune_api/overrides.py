@@ -61,11 +61,11 @@ def _assign(data: Json, assignment: str, parse: Callable[[str], object]) -> None
     try:
         value = parse(text)
     except Exception as error:
-        raise _Refused(f"the value cannot be read: {error}") from error
+        raise _Refused(f"the value cannot be read: {' '.join(str(error).split())}") from error
     schema = structural_schema(FineTuneJob)
     target: Any = data
-    for depth, part in enumerate(loc[:-1]):
-        target, schema = _child(target, schema, loc[: depth + 1], make=[] if isinstance(loc[depth + 1], int) else {})
+    for depth in range(1, len(loc)):
+        target, schema = _child(target, schema, loc[:depth], make=[] if isinstance(loc[depth], int) else {})
     _check_index(target, loc)
     target[loc[-1]] = value
 
@@ -79,9 +79,7 @@ def _parsed_path(path: str) -> Loc:
             break
         end = match.end()
         name, index = match.groups()
-        loc.append(
-            name if name is not None else int(index) if re.fullmatch("[0-9]{1,9}", index) else index.strip("\"'")
-        )
+        loc.append(name or (int(index) if re.fullmatch("[0-9]{1,9}", index) else index.strip("\"'")))
     if not loc or end != len(path):
         raise _Refused("the path is empty" if not path else f"{path!r} is no path such as stages[0].sft.learningRate")
     top = structural_schema(FineTuneJob)["properties"]
@@ -102,6 +100,7 @@ def _child(target: Any, schema: Json, loc: Loc, make: Any) -> tuple[Any, Json]:
         target[name] = make
     elif isinstance(target, list) and target[int(name)] is None:
         target[int(name)] = make
+    target[name] = copy.copy(target[name])  # YAML anchors share containers: only the one named here changes
     return target[name], inner
 
 

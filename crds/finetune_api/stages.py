@@ -13,6 +13,7 @@ from finetune_api.training import STREAMING_RULE, Lora, PositiveInt, Quantizatio
 
 STAGE_KINDS = ("tokenizer", "pretrain", "sft", "dpo")
 
+SpecialToken = Annotated[str, Field(min_length=1, max_length=64)]
 LossWeight = Annotated[float, Field(ge=0, le=1000)]
 Overflow = Literal["auto", "error", "truncate", "drop", "split"]
 StageName = Annotated[
@@ -39,9 +40,7 @@ class TokenizerSpec(ApiModel):
     """Tokens in the vocabulary, special tokens included."""
     min_frequency: PositiveInt = 2
     """How often a pair must occur to be merged."""
-    special_tokens: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=256)] = Field(
-        default=[]
-    )
+    special_tokens: Annotated[list[SpecialToken], Field(max_length=256)] = Field(default=[])
     """Special tokens beside the built-in ones (end of text, start and end of a turn, mask, padding)."""
     model_max_length: PositiveInt | None = None
     """Longest input in tokens, saved with the tokenizer. Default: the model's context."""
