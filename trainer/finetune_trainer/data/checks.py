@@ -116,7 +116,7 @@ def _unjoined(seen: _Seen, located: Located, where: str) -> Problem:
     assert join is not None
     return Problem(
         f"{where}.join",
-        f"{len(seen.unjoined)} of {seen.rows} rows find no row with the same `{join.on}` in {join.file}; "
+        f"{len(seen.unjoined)} of {seen.rows} rows find no row with the same `{join.key}` in {join.file}; "
         f"the first is {seen.unjoined[0]}",
     )
 

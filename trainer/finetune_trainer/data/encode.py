@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
-from trl.data_utils import common_prefix_length
 
 from finetune_trainer.data.chat import ChatError, ChatFormat, Encoded
 from finetune_trainer.data.forms import Example, Kind, Message
@@ -115,7 +115,7 @@ class Encoder:
         prompt, completion = self._plain_where_no_chat(example, "completion")
         if isinstance(prompt, str):
             ids = self._plain(prompt + completion)
-            start = common_prefix_length(self.lead + self.backend.encode(prompt, add_special_tokens=False).ids, ids)
+            start = _common_prefix(self.lead + self.backend.encode(prompt, add_special_tokens=False).ids, ids)
             return ids, [0] * start + [1] * (len(ids) - start)
         encoded, _ = self._reply(prompt, completion)
         return encoded.ids, encoded.mask
@@ -209,12 +209,12 @@ class Encoder:
         if isinstance(prompt, str):
             alone = self._plain(prompt)
             sides = [(ids, [1] * len(ids)) for ids in (self._plain(prompt + answer) for answer in answers)]
-            start = min(common_prefix_length(alone[: len(alone) - len(self.end)], ids) for ids, _ in sides)
+            start = min(_common_prefix(alone[: len(alone) - len(self.end)], ids) for ids, _ in sides)
         else:
             encoded = [self._reply(prompt, answer) for answer in answers]
             start = min(count for _, count in encoded)
             sides = [(one.ids, one.mask) for one, _ in encoded]
-        shared = common_prefix_length(sides[0][0][:start], sides[1][0])
+        shared = _common_prefix(sides[0][0][:start], sides[1][0])
         first, second = ((ids[shared:], mask[shared:]) for ids, mask in sides)
         return sides[0][0][:shared], first, second
 
@@ -238,3 +238,8 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _common_prefix(first: list[int], second: list[int]) -> int:
+    """Tokens that two sequences have in common from their start."""
+    return len(commonprefix([first, second]))

@@ -60,7 +60,7 @@ def _source(located: Located) -> Any:
     source = located.source
     files = [[file.format, content_hash(file)] for file in located.files]
     fingerprint = hub_dataset(source, streaming=False)._fingerprint if source.hub else None
-    return [files, fingerprint, source.inline, located.joined and [source.join and source.join.on, located.joined]]
+    return [files, fingerprint, source.inline, located.joined and [source.join and source.join.key, located.joined]]
 
 
 def content_hash(file: DataFile) -> str:

@@ -80,11 +80,20 @@ def read_rows(file: DataFile, start: Position = START) -> Rows:
 
 
 def _lines(stream: BinaryIO, file: DataFile, start: Position) -> Iterator[tuple[str, Position]]:
-    stream.seek(start.offset)
+    _skip(stream, start.offset)
     position = start
     while raw := stream.readline():
         position = Position(position.offset + len(raw), position.line + 1)
         yield _decode(raw, file, position.line), position
+
+
+def _skip(fresh: BinaryIO, offset: int) -> None:
+    """Move a stream just opened to an offset; zstd streams can't seek, so they are read up to it."""
+    if fresh.seekable():
+        fresh.seek(offset)
+        return
+    while offset and (block := fresh.read(min(offset, 1 << 20))):
+        offset -= len(block)
 
 
 def _decode(raw: bytes, file: DataFile, line: int) -> str:
@@ -114,18 +123,25 @@ def _parse_json(line: str, file: DataFile, number: int) -> Row:
 
 
 def _read_csv(file: DataFile, start: Position) -> Rows:
+    header, first = next(_csv_records(file, START), ([], START))
+    for fields, position in _csv_records(file, first if start == START else start):
+        if fields:
+            yield _csv_row(header, fields, file, position.line), position
+
+
+def _csv_records(file: DataFile, start: Position) -> Iterator[tuple[list[str], Position]]:
+    """Records, which may span lines, each with the position after its last line."""
+    reached = start
+
+    def lines(stream: BinaryIO) -> Iterator[str]:
+        nonlocal reached
+        for line, position in _lines(stream, file, start):
+            reached = position
+            yield line
+
     with open_binary(file.url) as stream:
-        reached = Position()
-
-        def tracked(origin: Position) -> Iterator[str]:
-            nonlocal reached
-            for line, reached in _lines(stream, file, origin):  # noqa: B007
-                yield line
-
-        header = next(csv.reader(tracked(START), strict=True), [])
-        for fields in csv.reader(tracked(reached if start == START else start), strict=True):
-            if fields:
-                yield _csv_row(header, fields, file, reached.line), reached
+        for fields in csv.reader(lines(stream), strict=True):
+            yield fields, reached
 
 
 def _csv_row(header: list[str], fields: list[str], file: DataFile, line: int) -> Row:
@@ -158,7 +174,7 @@ def _row_group(table: pq.ParquetFile, group: int, done: int, skip_to: int) -> Ro
 
 def _read_text(file: DataFile, start: Position) -> Rows:
     with open_binary(file.url) as stream:
-        stream.seek(start.offset)
+        _skip(stream, start.offset)
         offset, line, rest = start.offset, start.line, b""
         while chunk := rest + stream.read(TEXT_PIECE - len(rest)):
             piece = chunk if len(chunk) < TEXT_PIECE else chunk[: _cut(chunk)]

@@ -161,13 +161,13 @@ def read_join(join: Join, where: str, base_dir: Path) -> dict[str, Row]:
     files = find_files(join.file, "file", join.format, where, base_dir)
     table: dict[str, Row] = {}
     for row in (row for file in files for row, _ in read_rows(file)):
-        if join.on not in row:
+        if join.key not in row:
             raise UserError(
-                [Problem(f"{where}.on", f"{join.file} has no column `{join.on}`{did_you_mean(join.on, row)}")]
+                [Problem(f"{where}.key", f"{join.file} has no column `{join.key}`{did_you_mean(join.key, row)}")]
             )
-        if str(row[join.on]) in table:
-            raise UserError([Problem(f"{where}.on", f"{join.file} has `{join.on}` = {row[join.on]!r} more than once")])
-        table[str(row[join.on])] = row
+        if str(row[join.key]) in table:
+            raise UserError([Problem(f"{where}.key", f"{join.file} has `{join.key}` = {row[join.key]!r} more than once")])
+        table[str(row[join.key])] = row
     if not table:
         raise UserError([Problem(f"{where}.file", f"{join.file} has no rows")])
     return table
@@ -182,11 +182,11 @@ def join_row(row: Row, located: Located, where: str) -> Row:
     join = located.source.join
     if join is None or located.joined is None:
         return row
-    if join.on not in row:
-        raise UserError([Problem(f"{where}.join.on", f"no column `{join.on}`{did_you_mean(join.on, row)}")])
-    other = located.joined.get(str(row[join.on]))
+    if join.key not in row:
+        raise UserError([Problem(f"{where}.join.key", f"no column `{join.key}`{did_you_mean(join.key, row)}")])
+    other = located.joined.get(str(row[join.key]))
     if other is None:
-        raise UserError([Problem(f"{where}.join", f"{join.file} has no row with `{join.on}` = {row[join.on]!r}")])
+        raise UserError([Problem(f"{where}.join", f"{join.file} has no row with `{join.key}` = {row[join.key]!r}")])
     return {**other, **row}
 
 
