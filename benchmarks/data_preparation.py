@@ -1,4 +1,4 @@
-"""Speed and memory of data preparation as data grows: `python benchmarks/data_preparation.py [--megabytes 10 100 1000]`.
+"""Speed and memory of data preparation as data grows: `benchmarks/data_preparation.py [--megabytes 10 100 1000]`.
 
 Each size is prepared for `pretrain` in a process of its own, with a byte-level BPE of 8,000 tokens, into an empty
 cache. The text is the language reference and the standard library's sources, each copy of a source under another
@@ -24,7 +24,17 @@ from pydoc_data.topics import topics
 import psutil
 
 MB = 1_000_000
-COLUMNS = ("MB", "processes", "seconds", "MB/s", "tokens", "tokens/s", "baseline MB", "peak RSS MB", "peak anonymous MB")
+COLUMNS = (
+    "MB",
+    "processes",
+    "seconds",
+    "MB/s",
+    "tokens",
+    "tokens/s",
+    "baseline MB",
+    "peak RSS MB",
+    "peak anonymous MB",
+)
 
 
 def documents() -> Iterator[str]:
@@ -82,9 +92,10 @@ class Peak(threading.Thread):
 
 def measure(corpus: Path, tokenizer: Path, num_proc: int) -> list[str]:
     """Prepare one corpus and return a row of the table."""
+    from transformers import PreTrainedTokenizerFast
+
     from finetune_api.stages import PretrainSpec
     from finetune_trainer.data import prepare
-    from transformers import PreTrainedTokenizerFast
 
     fast = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer), eos_token="<|endoftext|>")
     stage = PretrainSpec.model_validate({"data": {"sources": [{"file": str(corpus)}]}, "blockSize": 1024})
@@ -114,7 +125,15 @@ def main() -> None:
         write_tokenizer(tokenizer)
         for size in options.megabytes:
             write_corpus(corpus, size * MB)
-            fresh = [sys.executable, __file__, "--one", str(corpus), str(tokenizer), "--num-proc", str(options.num_proc)]
+            fresh = [
+                sys.executable,
+                __file__,
+                "--one",
+                str(corpus),
+                str(tokenizer),
+                "--num-proc",
+                str(options.num_proc),
+            ]
             subprocess.run(fresh, check=True)
 
 

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from finetune_api.stages import DpoSpec, PretrainSpec, SftSpec
 from finetune_trainer.data import Prepared, prepare
-from transformers import PreTrainedTokenizerFast
 
 Rows = list[dict[str, Any]]
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from data_cases import inline, made, pretrain, sft, write_jsonl
+from transformers import PreTrainedTokenizerFast
+
 from finetune_trainer.data import DataReport, corpus_texts, eval_prompts, tasks
 from finetune_trainer.errors import UserError
-from transformers import PreTrainedTokenizerFast
 
 Tok = PreTrainedTokenizerFast
 ROWS = [{"text": f"document {number} " * 20} for number in range(400)]

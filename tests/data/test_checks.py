@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from data_cases import made, sft, write_jsonl
+from transformers import PreTrainedTokenizerFast
+
 from finetune_api.data import DataSpec
 from finetune_trainer.data import Kind, inspect
 from finetune_trainer.errors import UserError
-from transformers import PreTrainedTokenizerFast
 
 
 def found(data: dict[str, Any], kind: Kind, base: Path) -> str:
@@ -46,12 +47,12 @@ def test_good_data_has_no_problems(tmp_path: Path) -> None:
         ({"sources": [{"inline": [{"text": ""}]}]}, "text", "no row has anything to train on"),
         ({"sources": [{"inline": [{"text": "a"}]}], "validationSplit": 0.5}, "text", "d.validationSplit"),
         (
-            {"sources": [{"file": "data.jsonl", "join": {"file": "table.jsonl", "on": "completion"}}]},
+            {"sources": [{"file": "data.jsonl", "join": {"file": "table.jsonl", "key": "completion"}}]},
             "text",
             "d.sources[0].join: 1 of 2 rows find no row",
         ),
-        ({"sources": [{"file": "data.jsonl", "join": {"file": "table.jsonl", "on": "x"}}]}, "text", "no column `x`"),
-        ({"sources": [{"file": "data.jsonl", "join": {"file": "twice.jsonl", "on": "k"}}]}, "text", "more than once"),
+        ({"sources": [{"file": "data.jsonl", "join": {"file": "table.jsonl", "key": "x"}}]}, "text", "no column `x`"),
+        ({"sources": [{"file": "data.jsonl", "join": {"file": "twice.jsonl", "key": "k"}}]}, "text", "more than once"),
     ],
 )
 def test_faults_are_named(data: dict[str, Any], kind: Kind, message: str, tmp_path: Path) -> None:

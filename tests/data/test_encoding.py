@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from data_cases import dpo, inline, made, pretrain, sft, trained_text, turns
-from finetune_trainer.data import PackedCollator, PreferenceCollator
-from finetune_trainer.data.packing import pack
-from finetune_trainer.errors import UserError
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from finetune_trainer.data import PackedCollator, PreferenceCollator
+from finetune_trainer.data.packing import pack
+from finetune_trainer.errors import UserError
 
 Tok = PreTrainedTokenizerFast
 TALK = turns("Hi there", "Hello é!", "Bye", "See you")

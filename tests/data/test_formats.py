@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_cases import write_jsonl
+
 from finetune_trainer.data.readers import TEXT_PIECE, DataFile, read_rows
 from finetune_trainer.errors import UserError
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_cases import dpo, made, pretrain, sft, trained_text
-from finetune_trainer.data import inspect
 from transformers import PreTrainedTokenizerFast
+
+from finetune_trainer.data import inspect
 
 Tok = PreTrainedTokenizerFast
 
@@ -25,7 +26,7 @@ def test_transcripts(shared: Path, tokenizer: Tok, tmp_path: Path) -> None:
 
 
 def test_join_and_template(shared: Path, tokenizer: Tok, tmp_path: Path) -> None:
-    join = {"file": str(shared / "text2cypher_schemas.csv"), "on": "database"}
+    join = {"file": str(shared / "text2cypher_schemas.csv"), "key": "database"}
     template = {"system": "{schema}", "prompt": "{question}", "completion": "{cypher}"}
     source = {"file": str(shared / "text2cypher.csv"), "join": join}
     stage = sft({"sources": [source], "template": template, "limit": 50, "shuffle": False}, maxLength=16384)

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from data_cases import made, pretrain, sft, write_jsonl
+from transformers import PreTrainedTokenizerFast
+
 from finetune_api.stages import PretrainSpec, SftSpec
 from finetune_trainer.data import StreamedRows, streaming
 from finetune_trainer.errors import UserError
-from transformers import PreTrainedTokenizerFast
 
 Tok = PreTrainedTokenizerFast
 ROWS = [{"text": f"document {number} " * (number % 17 + 1)} for number in range(150)]
@@ -68,7 +69,7 @@ def test_ranks_divide_a_pass(tokenizer: Tok, tmp_path: Path) -> None:
     whole = list(islice(stream, 400))
     first_pass = _rows_of_pass(stream.shard(0, 1))
     parts = [_rows_of_pass(stream.shard(rank, 2)) for rank in range(2)]
-    assert sorted(sum(parts, [])) == sorted(first_pass) and all(parts)
+    assert sorted(row for part in parts for row in part) == sorted(first_pass) and all(parts)
     assert [row["input_ids"] for row in whole[: len(first_pass)]] == first_pass
 
 

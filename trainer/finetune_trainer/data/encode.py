@@ -242,4 +242,4 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def _common_prefix(first: list[int], second: list[int]) -> int:
     """Tokens that two sequences have in common from their start."""
-    return len(commonprefix([first, second]))
+    return len(commonprefix([first, second]))  # noqa: RUF071 (of sequences, not of paths)
