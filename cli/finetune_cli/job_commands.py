@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
 from finetune_api.exit_codes import ExitCode
 from finetune_api.runconfig import RunConfig
-
 from finetune_cli.outcome import guarded
 from finetune_cli.starter import init_command
 
@@ -38,8 +38,8 @@ def register(app: typer.Typer) -> None:
 def run_command(
     job: JobFile,
     assignments: Assignments = [],  # noqa: B006  # typer's form
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an earlier run, from its last checkpoint.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Set an earlier run's directory aside and start over.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from an earlier run's last checkpoint.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Set an earlier run's directory aside, start over.")] = False,
 ) -> None:
     """Run a job on this machine, all its stages in order.
 
@@ -54,7 +54,7 @@ def run_command(
 def validate_command(
     job: JobFile,
     assignments: Assignments = [],  # noqa: B006
-    offline: Annotated[bool, typer.Option("--schema-only", help="Check the fields alone, not models and data.")] = False,
+    offline: Annotated[bool, typer.Option("--schema-only", help="Check the fields, not models and data.")] = False,
 ) -> None:
     """Check a job without running it: its fields, its model, its data. Says every fault at once; exit code 2 if any."""
     guarded(lambda: _validate(_config(job, assignments), offline))

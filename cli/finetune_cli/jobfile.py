@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from finetune_api.job import FineTuneJob
 from finetune_api.overrides import apply_overrides
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_api.validation import check_job
-
 from finetune_trainer.errors import UserError
 
 CACHE_VARIABLE = "FINETUNE_CACHE"
@@ -45,7 +45,7 @@ def parse_yaml(text: str) -> object:
     Raises:
         yaml.YAMLError: it is not YAML.
     """
-    return yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
 def read_job(path: Path, assignments: list[str]) -> FineTuneJob:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 import typer
+
 from finetune_api.exit_codes import ExitCode
 
 

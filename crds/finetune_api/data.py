@@ -22,7 +22,7 @@ class Join(ApiModel):
 
     file: Path
     """File of the second table."""
-    on: Column
+    key: Column
     """Column that both tables have; its values are unique in the second table."""
     format: FileFormat = "auto"
     """File format. `auto`: by the file's ending."""

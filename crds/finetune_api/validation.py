@@ -92,8 +92,6 @@ def _renamed(key: object, known: Json, taken: set[Any], where: str) -> tuple[str
     """The name that an unknown key counts under from here on, and the message about it."""
     name = key if isinstance(key, str) else shown(key)
     written = name if len(name) <= 80 else f"{name[:80]}…"
-    if key is True and "on" in known:  # YAML 1.1 reads a bare `on` as true
-        return "on" if "on" not in taken else name, f'unknown field `true` in {where}: write `"on"` with quotes'
     close = nearest(name, known)
     message = f"unknown field `{written}` in {where}{did_you_mean(name, known)}"
     return close if close is not None and close not in taken else name, message

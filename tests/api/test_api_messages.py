@@ -48,8 +48,8 @@ FAULTS = [
     ),
     (["metadata.nmae=x"], ["unknown field `nmae` in metadata: did you mean `name`?"]),
     (
-        ["stages[2].sft.data.sources[0].join={file: b.csv, on: id}"],
-        ['unknown field `true` in stages[2].sft.data.sources[0].join: write `"on"` with quotes'],
+        ["stages[2].sft.data.sources[0].join={file: b.csv, kye: id}"],
+        ["unknown field `kye` in stages[2].sft.data.sources[0].join: did you mean `key`?"],
     ),
     # numbers
     (["stages[2].sft.learningRate=fast"], ["stages[2].sft.learningRate: got 'fast', expected a number from 0 to 10"]),

@@ -4,13 +4,14 @@ import json
 from typing import Any
 
 import pytest
+from rich.console import Console
+from tiny_models import FIELDS
+
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.errors import UserError
 from finetune_trainer.plan import PlanContext, plan_job, render
 from finetune_trainer.plan.devices import Device, known_device
 from finetune_trainer.plan.job import DataSize
-from rich.console import Console
-from tiny_models import FIELDS
 
 DATA = {"sources": [{"inline": [{"text": "x"}]}]}
 LLAMA_8B = {

@@ -4,13 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import get_peft_model
+from tiny_models import tiny
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
 from finetune_api.cluster import Sharding
+from finetune_api.training import Lora
+from finetune_trainer.adapters import lora_config
 from finetune_trainer.plan import memory
 from finetune_trainer.plan.memory import Memory, Workload, estimate
-from finetune_trainer.plan.model_size import AdapterSize, meta_model, model_size
+from finetune_trainer.plan.model_size import AdapterSize, adapter_size, meta_model, model_size
 from finetune_trainer.plan.sharding_choice import choose_zero, sharding_problems, sharding_warnings
-from tiny_models import tiny
-from transformers import AutoConfig, AutoModelForCausalLM
 
 LLAMA_8B = AutoConfig.for_model(
     "llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
@@ -149,3 +153,31 @@ def test_constants_are_the_libraries() -> None:
     assert (zero.reduce_bucket_size, zero.max_live_parameters) == (memory.BUCKET, memory.LIVE)
     assert chunked_logprob.TOKEN_CHUNK_SIZE == memory.LOSS_TOKENS
     assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == memory.LOSS_VOCAB
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "bert"])
+def test_activations_are_what_autograd_saves(family: str, adapted: bool) -> None:
+    """Within 5%, in float32 on a CPU: distinct storages that autograd keeps, the loss and the weights left out."""
+    if adapted and family == "bert":
+        pytest.skip("adapters are for causal models")
+    fields = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+    grouped = {} if family == "bert" else {"num_key_value_heads": 2, "head_dim": 32}
+    config = tiny(family, **fields, **grouped)
+    model = (AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM).from_config(config).train()
+    size = model_size(model)
+    adapter = adapter_size(meta_model(config), Lora(r=2)) if adapted else None
+    trained = get_peft_model(model, lora_config(Lora(r=2), model)) if adapted else model
+    weights = {weight.untyped_storage().data_ptr() for weight in trained.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    backbone = trained.get_base_model().model if adapted else trained.base_model
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        backbone(input_ids=torch.randint(0, 128, (2, 64)), **({} if family == "bert" else {"use_cache": False}))
+    saved = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
+    load = Workload(batch=2, length=64, dtype_bytes=4, adapter=adapter, kind="cpu")
+    assert estimate(size, load).activations == pytest.approx(saved, rel=0.05)

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
+from tiny_models import tiny
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
 from finetune_api.training import Lora
 from finetune_trainer.adapters import lora_config
 from finetune_trainer.errors import UserError
 from finetune_trainer.plan.model_size import adapter_size, meta_model, model_size
-from peft import get_peft_model
-from tiny_models import tiny
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 CAUSAL = ["llama", "qwen3", "mixtral", "qwen3_moe", "qwen2_moe"]
 LLAMA_8B = {

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from finetune_trainer.plan.devices import host_memory, known_device, local_device, peak_flops
 from finetune_trainer.plan.quantities import human_bytes, human_count, parse_quantity
 

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from tiny_models import tiny
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+
 from finetune_api.training import TrainingSpec
 from finetune_trainer.plan.model_size import meta_model, model_size
 from finetune_trainer.plan.steps import count_steps, flops_per_token, mfu
-from tiny_models import tiny
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 DATA = {"sources": [{"inline": [{"text": "x"}]}]}
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from finetune_trainer.progress.format import clean, count, duration, named_metrics, number, percent, size
 
 

@@ -5,11 +5,12 @@ import logging
 import re
 
 import pytest
+from rich.console import Console
+
 from finetune_trainer.progress.console import ConsoleReporter, StageLine, fit, reporter_for
 from finetune_trainer.progress.multi import Reporters
 from finetune_trainer.progress.plain import PlainReporter
 from finetune_trainer.progress.reporter import Progress, Reporter
-from rich.console import Console
 
 
 class Clock:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from finetune_trainer.report import write_report
 from finetune_trainer.storage import Storage
 

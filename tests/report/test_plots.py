@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from finetune_trainer.report.plots import DRAWN_MAX, Panel, smoothed, thinned, to_svg
 
 

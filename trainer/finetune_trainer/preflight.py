@@ -1,3 +1,109 @@
-"""temp"""
+"""What can be known to fail before anything starts: every stage's model, data and settings, all faults at once."""
+
 from __future__ import annotations
-def preflight(run): pass
+
+import os
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from finetune_api.problems import Problem
+from finetune_api.runconfig import RunConfig
+from finetune_api.stages import PretrainSpec, Stage, TokenizerSpec
+from finetune_trainer.data import inspect
+from finetune_trainer.data.forms import kind_of
+from finetune_trainer.errors import UserError
+from finetune_trainer.launch.cluster import Workers
+from finetune_trainer.model.source import local_path
+from finetune_trainer.plan.devices import local_device
+from finetune_trainer.plan.job import PlanContext, plan_job
+
+
+def preflight(run: RunConfig, workers: Workers) -> None:
+    """Check a job against this machine, its model and its data, without training.
+
+    Raises:
+        UserError: one problem per fault.
+    """
+    problems = [*_storage(run), *_resources(workers), *_pipeline(run), *_data(run), *_model(run, workers)]
+    if problems:
+        raise UserError(list(dict.fromkeys(problems)))
+
+
+def _storage(run: RunConfig) -> Iterator[Problem]:
+    """The nearest directory that exists must be writable; a remote store shows when it is first written to."""
+    if "://" in run.root:
+        return
+    place = next(parent for parent in Path(run.root).parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        yield Problem("storage.path", f"can't write to {place}: choose a directory that this user may write to")
+
+
+def _resources(workers: Workers) -> Iterator[Problem]:
+    here = torch.cuda.device_count()
+    if workers.accelerator and not os.environ.get("RAY_ADDRESS") and workers.least > here:
+        yield Problem("resources.gpusPerNode", f"{workers.least} GPUs are asked for and this machine has {here}")
+
+
+def _pipeline(run: RunConfig) -> Iterator[Problem]:
+    """Orders of stages that can't work."""
+    stages = run.job.spec.stages
+    for index, stage in enumerate(stages):
+        where = f"stages[{index}].{stage.kind}"
+        before = stages[index - 1] if index else None
+        yield from _adapter_faults(run, stage, before, where)
+        if before is not None and _is_masked(before) and not _is_masked(stage):
+            yield Problem(where, "follows a masked language model, which can't generate: use objective causal there")
+
+
+def _adapter_faults(run: RunConfig, stage: Stage, before: Stage | None, where: str) -> Iterator[Problem]:
+    lora = getattr(stage.spec, "lora", None)
+    if lora is not None and run.job.spec.model.config is not None and (before is None or before.tokenizer is not None):
+        yield Problem(f"{where}.lora", "adapts a model that is built from scratch and never trained: pretrain it first")
+    carried = getattr(before.spec, "lora", None) if before is not None else None
+    if lora is not None and carried is not None and not carried.merge:
+        for name in ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora"):
+            if getattr(lora, name) != getattr(carried, name):
+                message = f"is {getattr(lora, name)!r}, but the adapter carried on from {before.title} has "
+                field = type(lora).model_fields[name].alias
+                message += f"{getattr(carried, name)!r}: set lora.merge there, or the same value here"
+                yield Problem(f"{where}.lora.{field}", message)
+
+
+def _data(run: RunConfig) -> Iterator[Problem]:
+    base = Path(run.base_dir)
+    for index, stage in enumerate(run.job.spec.stages):
+        where, spec = f"stages[{index}].{stage.kind}", stage.spec
+        kind = "text" if isinstance(spec, TokenizerSpec) else kind_of(spec)
+        yield from inspect(spec.data, kind, f"{where}.data", base)
+        evaluation = getattr(spec, "eval_data", None)
+        if evaluation is not None:
+            yield from inspect(evaluation, kind, f"{where}.evalData", base)
+
+
+def _model(run: RunConfig, workers: Workers) -> Iterable[Problem]:
+    """The model can be built, adapters find their modules, lengths fit its context, kernels are installed."""
+    spec = run.job.spec.model
+    missing = [problem for problem in _paths(run) if problem]
+    kernel = "flash_attn" if spec.attn_implementation == "flash_attention_2" else "flash_attn_interface"
+    if spec.attn_implementation.startswith("flash") and find_spec(kernel) is None:
+        missing.append(Problem("model.attnImplementation", f"{spec.attn_implementation} needs the package {kernel}"))
+    if missing:
+        return missing
+    try:
+        plan_job(run, PlanContext(local_device(workers.most), workers.most))
+    except UserError as error:
+        return error.problems
+    return []
+
+
+def _paths(run: RunConfig) -> Iterator[Problem]:
+    path = run.job.spec.model.path
+    if path is not None and not local_path(path, run.base_dir).is_dir():
+        yield Problem("model.path", f"no such directory: {path} (looked in {run.base_dir} and the current directory)")
+
+
+def _is_masked(stage: Stage) -> bool:
+    return isinstance(stage.spec, PretrainSpec) and stage.spec.objective == "masked"

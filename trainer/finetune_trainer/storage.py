@@ -48,7 +48,7 @@ class Storage:
             return
         self.fs.makedirs(os.path.dirname(path), exist_ok=True)
         part = f"{path}.{uuid.uuid4().hex[:8]}.part"
-        with open(part, "w") as file:
+        with open(part, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

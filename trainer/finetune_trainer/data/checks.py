@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 
 import fsspec
+
 from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
-
 from finetune_trainer.data.forms import EmptyRow, Example, FormError, Kind, normalise
 from finetune_trainer.data.readers import Row
 from finetune_trainer.data.sources import Located, join_row, locate, source_rows

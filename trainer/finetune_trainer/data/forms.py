@@ -19,7 +19,6 @@ from typing import Any, Literal
 from finetune_api.data import DataSpec, Transcript
 from finetune_api.problems import did_you_mean, nearest
 from finetune_api.stages import DpoSpec, PretrainSpec, SftSpec
-
 from finetune_trainer.data.readers import Row
 
 Kind = Literal["text", "sft", "preference"]

@@ -9,10 +9,10 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from finetune_api.data import DataSpec
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from finetune_api.data import DataSpec
 from finetune_trainer.data.encode import Encoding
 from finetune_trainer.data.forms import Kind
 from finetune_trainer.data.readers import TEXT_PIECE, DataFile

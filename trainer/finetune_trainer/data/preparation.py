@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 from filelock import FileLock
-from finetune_api.data import DataSpec
-from finetune_api.problems import Problem
-from finetune_api.stages import PretrainSpec, SftSpec, TrainedSpec
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from finetune_api.data import DataSpec
+from finetune_api.problems import Problem
+from finetune_api.stages import PretrainSpec, SftSpec, TrainedSpec
 from finetune_trainer.data.encode import IDENTICAL, TOO_LONG, Encoding
 from finetune_trainer.data.forms import Kind, kind_of
 from finetune_trainer.data.keys import content_digest, prepared_key, rows_key, tokenizer_key

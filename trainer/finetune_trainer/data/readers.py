@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, cast
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from finetune_api.problems import Problem
 
+from finetune_api.problems import Problem
 from finetune_trainer.errors import UserError
 
 Row = dict[str, Any]

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from finetune_api.data import DataSpec
-from finetune_api.problems import Problem
 from numpy.typing import NDArray
 
+from finetune_api.data import DataSpec
+from finetune_api.problems import Problem
 from finetune_trainer.data.forms import EmptyRow, Example, FormError, Kind, normalise
 from finetune_trainer.data.sources import Located, join_row, source_rows
 from finetune_trainer.errors import UserError

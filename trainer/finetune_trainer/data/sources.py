@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+
 from finetune_api.data import DataSource, DataSpec, Join
 from finetune_api.problems import Problem, did_you_mean
-
 from finetune_trainer.data.readers import START, DataFile, Position, Row, read_rows
 from finetune_trainer.errors import UserError
 
@@ -166,7 +166,9 @@ def read_join(join: Join, where: str, base_dir: Path) -> dict[str, Row]:
                 [Problem(f"{where}.key", f"{join.file} has no column `{join.key}`{did_you_mean(join.key, row)}")]
             )
         if str(row[join.key]) in table:
-            raise UserError([Problem(f"{where}.key", f"{join.file} has `{join.key}` = {row[join.key]!r} more than once")])
+            raise UserError(
+                [Problem(f"{where}.key", f"{join.file} has `{join.key}` = {row[join.key]!r} more than once")]
+            )
         table[str(row[join.key])] = row
     if not table:
         raise UserError([Problem(f"{where}.file", f"{join.file} has no rows")])

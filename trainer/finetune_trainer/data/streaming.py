@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from finetune_api.data import DataSpec
-from finetune_api.problems import Problem
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast
 
+from finetune_api.data import DataSpec
+from finetune_api.problems import Problem
 from finetune_trainer.data.encode import Columns, Encoder, Encoding, cut_blocks
 from finetune_trainer.data.forms import EmptyRow, Example, FormError, normalise
 from finetune_trainer.data.packing import pack

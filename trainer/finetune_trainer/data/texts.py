@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from finetune_api.data import DataSpec
-from finetune_api.stages import DpoSpec, PretrainSpec, SftSpec
 from numpy.typing import NDArray
 
+from finetune_api.data import DataSpec
+from finetune_api.stages import DpoSpec, PretrainSpec, SftSpec
 from finetune_trainer.data.forms import Example, Kind, kind_of
 from finetune_trainer.data.preparation import open_table
 from finetune_trainer.data.rows import RowStore, order_rows

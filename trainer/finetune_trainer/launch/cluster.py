@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,12 @@ def start_ray(workers: Workers, temp_dir: Path | None = None) -> None:
         object_store_memory=256 * 2**20,
         _temp_dir=str(temp_dir) if temp_dir else None,
     )
+
+
+def stop_ray(started: Future[None]) -> None:
+    """Leave the cluster; one that was started here ends."""
+    wait([started])
+    ray.shutdown()
 
 
 def _cpus(resources: Resources) -> int:

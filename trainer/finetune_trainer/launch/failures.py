@@ -24,7 +24,8 @@ class Kind(Enum):
 
 
 # Raised again by the same code on the same data: trying again would only waste the machines.
-_DETERMINISTIC = (TypeError, ValueError, LookupError, AttributeError, AssertionError, ImportError, NotImplementedError)
+_DETERMINISTIC = (TypeError, ValueError, LookupError, AttributeError, AssertionError, ImportError, NameError,
+                  NotImplementedError)  # fmt: skip
 
 
 @dataclass(frozen=True)

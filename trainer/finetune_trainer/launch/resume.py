@@ -14,7 +14,14 @@ from finetune_trainer.model.source import layouts
 from finetune_trainer.storage import Storage
 
 # Fields that change how a run is watched and saved, but not what it trains.
-_HARMLESS = {"loggingSteps", "evalSteps", "saveSteps", "saveTotalLimit", "dataloaderNumWorkers", "perDeviceEvalBatchSize"}
+_HARMLESS = {
+    "loggingSteps",
+    "evalSteps",
+    "saveSteps",
+    "saveTotalLimit",
+    "dataloaderNumWorkers",
+    "perDeviceEvalBatchSize",
+}
 
 
 def open_run(run: RunConfig, storage: Storage, *, resume: bool, fresh: bool) -> None:

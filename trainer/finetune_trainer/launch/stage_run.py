@@ -1,4 +1,4 @@
-"""One trained stage on one worker: build, resume from wherever storage says it stands, train, save."""
+"""Trained stages on one worker: build, resume from wherever storage says the stage stands, train, save."""
 
 from __future__ import annotations
 
@@ -12,40 +12,57 @@ from typing import Any
 
 import ray.train
 import torch
+from transformers import TrainerState
 
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import PretrainSpec
 from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.data import eval_prompts, prepare
 from finetune_trainer.errors import Interrupted
-from finetune_trainer.launch.channel import WorkerEnd
 from finetune_trainer.layout import METRICS
 from finetune_trainer.model.load import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import layouts, stage_source
-from finetune_trainer.training.flops import training_flops
+from finetune_trainer.progress.channel import Event, StageBegun, StageDone, WorkerEnd
 from finetune_trainer.progress.metrics_log import MetricsLog
-from finetune_trainer.stages import TRAINERS
+from finetune_trainer.stages import make_trainer
 from finetune_trainer.storage import Storage
-from finetune_trainer.training.callbacks import PROGRESS_STATE, CheckpointCallback, ProgressCallback, StopCallback
+from finetune_trainer.training.callbacks import (
+    PROGRESS_STATE,
+    CheckpointCallback,
+    ProgressCallback,
+    StopCallback,
+    evaluation_metrics,
+)
 from finetune_trainer.training.context import Placement, StageContext
 from finetune_trainer.training.deepspeed import join_process_group
+from finetune_trainer.training.forget import forget_stage
 from finetune_trainer.training.peers import Peers
 from finetune_trainer.training.results import save_result
 from finetune_trainer.training.samples import SamplesCallback
+from finetune_trainer.training.work import StageWork, WorkOrder
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "datasets", "bitsandbytes")
 SAMPLE_PROMPTS = 4
 
 
-def run_stage(config: dict[str, Any]) -> None:
+def run_stages(order: WorkOrder) -> None:
     """See `launch.worker.train_loop`."""
-    torch.set_num_threads(config["threads"])
-    placement = _placement(config["accelerator"])
-    join_process_group(config["zero"], placement.accelerator)
-    run = RunConfig.model_validate_json(config["run"])
-    storage = Storage(run.root)
-    context = _context(run, config["stage"], config["zero"], config["threads"], placement, storage)
-    StageRun(context, storage, WorkerEnd(config["channel"])).train()
+    torch.set_num_threads(order.threads)
+    run = RunConfig.model_validate_json(order.run)
+    storage, end, placement = Storage(run.root), WorkerEnd(order.channel), _placement(order.accelerator)
+    peers = Peers()
+    for work in order.stages:
+        join_process_group(work.zero, placement.accelerator)
+        tell = end.send if placement.rank == 0 else _nobody
+        tell(StageBegun(work.index))
+        context = _context(run, work, order.threads, placement, storage)
+        StageRun(context, storage, end, peers, work).train()
+        tell(StageDone(work.index))
+        forget_stage()
+
+
+def _nobody(event: Event) -> None:
+    """Only the first worker speaks."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +76,10 @@ class _Callbacks:
 class StageRun:
     """Ties a stage's trainer to storage, to the other workers and to the driver."""
 
-    def __init__(self, context: StageContext, storage: Storage, end: WorkerEnd) -> None:
-        self.context, self.storage, self.end = context, storage, end
-        self.peers = Peers()
+    def __init__(
+        self, context: StageContext, storage: Storage, end: WorkerEnd, peers: Peers, work: StageWork
+    ) -> None:
+        self.context, self.storage, self.end, self.peers, self.work = context, storage, end, peers, work
         self.first = context.placement.rank == 0
         self.scratch = _scratch(context.run, context.layout.index)
         self.store = CheckpointStore(storage, context.layout, self.scratch)
@@ -69,7 +87,7 @@ class StageRun:
     def train(self) -> None:
         """Run the stage to its end, or to where it is asked to stop."""
         started = time.monotonic()
-        trainer = TRAINERS[self.context.run.job.spec.stages[self.context.layout.index].kind](self.context)
+        trainer = make_trainer(self.context)
         resumed = self._resume_point()
         trainer.args.eval_on_start = resumed is None and self.context.data.eval is not None
         callbacks = self._attach(trainer, resumed)
@@ -92,7 +110,7 @@ class StageRun:
         return str(self.store.fetch(newest.step))
 
     def _attach(self, trainer: Any, resumed: str | None) -> _Callbacks:
-        progress = ProgressCallback(self.context, self.peers, self.end, *training_flops(trainer.model, self.context))
+        progress = ProgressCallback(self.context, self.peers, self.end, self.work)
         progress.trainer, trainer.paused = trainer, progress.paused
         if self.first:
             progress.log_file = MetricsLog(self._metrics_path())
@@ -114,13 +132,13 @@ class StageRun:
         if self.peers.any(self.first and self.store.manifest(step) is None):
             trainer._save_checkpoint(trainer.model, None)
             callbacks.checkpoint.publish(step)
-        metrics = {} if self.context.data.eval is None else trainer.evaluate()
+        metrics = {} if self.context.data.eval is None else evaluation_metrics(trainer.evaluate())
         callbacks.samples.after(trainer.model)
         result = self.storage.local(self.context.layout.result) or self.scratch / "result"
         save_result(trainer, self.context, result)
         if self.first:
             self._publish(result)
-            self._write_done(step, callbacks.progress, metrics)
+            self._write_done(trainer.state, callbacks.progress, metrics)
         self.peers.wait()
 
     def _publish(self, result: Path) -> None:
@@ -130,13 +148,13 @@ class StageRun:
             self.storage.upload(result, self.context.layout.result)
             self.storage.write_text(self.context.layout.metrics, self._metrics_path().read_text())
 
-    def _write_done(self, step: int, progress: ProgressCallback, metrics: dict[str, float]) -> None:
-        last = progress.last
+    def _write_done(self, state: TrainerState, progress: ProgressCallback, metrics: dict[str, float]) -> None:
+        losses = [row["loss"] for row in state.log_history if "loss" in row]
         done = {
-            "steps": step,
+            "steps": state.global_step,
             "seconds": progress.rates.seconds,
             "tokens": progress.tokens,
-            "metrics": {"loss": last.loss if last else None} | metrics,
+            "metrics": ({"loss": losses[-1]} if losses else {}) | metrics,
             "world_size": self.context.placement.world_size,
             "zero": self.context.zero,
             "environment": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
@@ -148,7 +166,7 @@ class StageRun:
 
     def _log(self, line: str) -> None:
         if self.first:
-            self.end.log(f"{self.context.layout.title}: {line}")
+            self.end.send(f"{self.context.layout.title}: {line}")
 
 
 def _placement(accelerator: bool) -> Placement:
@@ -156,9 +174,8 @@ def _placement(accelerator: bool) -> Placement:
     return Placement(place.get_world_rank(), place.get_local_rank(), place.get_world_size(), accelerator)
 
 
-def _context(
-    run: RunConfig, index: int, zero: int, threads: int, placement: Placement, storage: Storage
-) -> StageContext:
+def _context(run: RunConfig, work: StageWork, threads: int, placement: Placement, storage: Storage) -> StageContext:
+    index = work.index
     stage, layout = run.job.spec.stages[index], layouts(run)[index]
     source = stage_source(run, index, storage)
     tokenizer = load_tokenizer(source)
@@ -173,7 +190,7 @@ def _context(
         num_proc=threads,
     )
     output = storage.local(layout.checkpoints) or _scratch(run, index)
-    return StageContext(run, layout, source, tokenizer, config, data, placement, zero, output)
+    return StageContext(run, layout, source, tokenizer, config, data, placement, work.zero, output)
 
 
 def _scratch(run: RunConfig, index: int) -> Path:

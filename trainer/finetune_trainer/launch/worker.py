@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from finetune_trainer.training.work import WorkOrder
 
 
-def train_loop(config: dict[str, Any]) -> None:
-    """Ray Train's `train_loop_per_worker`: one trained stage.
+def train_loop(config: dict[str, WorkOrder]) -> None:
+    """Ray Train's `train_loop_per_worker`: all remaining trained stages, one after the other.
+
+    The same workers run them all, because starting a worker costs far more than a small stage: importing the
+    libraries alone takes over ten seconds of CPU.
 
     Args:
-        config: `run` (a RunConfig as JSON), `stage` (its index), `zero`, `threads`, `accelerator` and `channel`.
+        config: the work order under `order`.
 
     Raises:
-        UserError: the stage can't work.
-        Interrupted: it was asked to stop and saved a checkpoint.
+        UserError: a stage can't work.
+        Interrupted: training was asked to stop and saved a checkpoint.
     """
-    from finetune_trainer.launch.stage_run import run_stage
+    from finetune_trainer.launch.stage_run import run_stages
 
-    run_stage(config)
+    run_stages(config["order"])

@@ -181,7 +181,7 @@ def loss_bytes(size: ModelSize, load: Workload) -> int:
         return tokens * size.vocab * (12 if load.dtype_bytes == 4 else 14)
     rows = min(tokens, LOSS_TOKENS)
     tile = rows * (LOSS_VOCAB if load.kind == "cuda" else min(LOSS_VOCAB, size.vocab))
-    temporaries = 0 if load.kind == "cuda" else 5 * MASTER  # Triton folds a tile in place, torch does not
+    temporaries = 0 if load.kind == "cuda" else 9 * MASTER  # Triton folds in place; torch: see benchmarks/memory_plan.py
     head = MASTER * size.head if load.adapter is None else 0
     return tile * (load.dtype_bytes + temporaries) + head + MASTER * tokens * size.hidden
 
@@ -220,8 +220,9 @@ def _residual(load: Workload) -> int:
 def _norms(size: ModelSize, load: Workload) -> float:
     """Two norms per layer: the float32 input, the normalised value where the scale is trained, and the output."""
     frozen = load.adapter is not None
+    masks = (load.dtype_bytes if load.kind == "cpu" else 1) if size.hidden_dropout else 0
     if size.layer_norm:
-        return 2 * size.hidden * (_residual(load) + (0 if frozen else load.dtype_bytes))
+        return 2 * size.hidden * (_residual(load) + (0 if frozen else load.dtype_bytes) + masks)
     normalised = 0 if frozen else _residual(load)
     output = 0 if frozen else load.dtype_bytes
     return 2 * size.hidden * (MASTER + normalised + output)
@@ -235,6 +236,9 @@ def _attention(size: ModelSize, load: Workload) -> float:
     if size.query_key_norm:
         saved += (queries + keys) * (MASTER + (0 if load.adapter else load.dtype_bytes))
     scores = size.heads * load.length * (MASTER + (load.dtype_bytes if load.dtype_bytes < MASTER else 0))
+    if load.kind == "cpu" and size.attention_dropout:  # no CPU kernel drops out: torch keeps scores, mask and product
+        scores = 3 * MASTER * size.heads * load.length
+        return saved + scores
     return saved + (scores if load.eager else 0)
 
 

@@ -64,6 +64,8 @@ class ModelSize:
     layer_norm: bool
     """LayerNorm, as BERT has it, in place of RMSNorm."""
     vocab: int
+    attention_dropout: bool
+    hidden_dropout: bool
 
     @property
     def active(self) -> int:
@@ -130,6 +132,8 @@ def model_size(model: PreTrainedModel) -> ModelSize:
         query_key_norm=any(name.endswith(("q_norm", "query_layernorm")) for name in modules),
         layer_norm=any(isinstance(module, nn.LayerNorm) for module in model.modules()),
         vocab=config.vocab_size,
+        attention_dropout=_positive(config, "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"),
+        hidden_dropout=_positive(config, "hidden_dropout_prob", "hidden_dropout", "resid_pdrop"),
     )
 
 
@@ -165,6 +169,10 @@ def _linear_weight(model: PreTrainedModel, name: str) -> torch.Tensor:
     weight = model.get_submodule(name).weight
     assert isinstance(weight, torch.Tensor)
     return weight
+
+
+def _positive(config: PretrainedConfig, *names: str) -> bool:
+    return any((getattr(config, name, None) or 0) > 0 for name in names)
 
 
 def _first(config: PretrainedConfig, *names: str, default: int = 0) -> int:

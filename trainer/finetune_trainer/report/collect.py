@@ -11,7 +11,6 @@ from typing import Any
 
 from finetune_api.base import Json
 from finetune_api.runconfig import RunConfig
-
 from finetune_trainer.layout import RUN_CONFIG, StageLayout
 from finetune_trainer.progress.metrics_log import read_metrics
 from finetune_trainer.storage import Storage

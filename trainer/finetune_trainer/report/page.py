@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 import yaml
-from finetune_api.runconfig import RunConfig
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from finetune_api.runconfig import RunConfig
 from finetune_trainer.layout import REPORT, StageLayout
 from finetune_trainer.progress.format import clean
 from finetune_trainer.report import views

@@ -16,6 +16,7 @@ from finetune_api.problems import Problem
 from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.errors import UserError
 from finetune_trainer.layout import CHECKPOINT_PREFIX
+from finetune_trainer.plan.steps import mfu
 from finetune_trainer.progress.meter import Meter, Rates
 from finetune_trainer.progress.metrics_log import MetricsLog
 from finetune_trainer.progress.reporter import Progress
@@ -24,8 +25,9 @@ from finetune_trainer.training.memory import peak_memory
 from finetune_trainer.training.peers import Peers
 
 if TYPE_CHECKING:
-    from finetune_trainer.launch.channel import WorkerEnd
+    from finetune_trainer.progress.channel import WorkerEnd
     from finetune_trainer.training.stage_trainer import StageTrainer
+    from finetune_trainer.training.work import StageWork
 
 PROGRESS_STATE = "progress.json"
 _KNOWN = {"loss", "learning_rate", "grad_norm", "epoch", "num_tokens", "total_flos"}
@@ -34,9 +36,8 @@ _KNOWN = {"loss", "learning_rate", "grad_norm", "epoch", "num_tokens", "total_fl
 class ProgressCallback(TrainerCallback):
     """Counts, measures and tells each logged step. Counters go on where a resumed run's checkpoint left them."""
 
-    def __init__(self, context: StageContext, peers: Peers, end: WorkerEnd, flops_per_token: float, peak: float | None):
-        self.context, self.peers, self.end = context, peers, end
-        self.flops_per_token, self.peak = flops_per_token, peak
+    def __init__(self, context: StageContext, peers: Peers, end: WorkerEnd, work: StageWork) -> None:
+        self.context, self.peers, self.end, self.work = context, peers, end, work
         self.meter = Meter()
         self.rates = Rates(seconds=0.0)
         self.tokens, self.samples = 0, 0
@@ -92,7 +93,7 @@ class ProgressCallback(TrainerCallback):
         self.last = progress
 
     def _with_evaluation(self, state: TrainerState, logs: dict[str, float]) -> Progress:
-        metrics = {name: value for name, value in logs.items() if name.startswith("eval_") and not _timing(name)}
+        metrics = evaluation_metrics(logs)
         base = self.last or self._progress(state, {})
         return replace(base, metrics=(base.metrics or {}) | metrics)
 
@@ -112,17 +113,16 @@ class ProgressCallback(TrainerCallback):
             samples=self.samples,
             tokens_per_second=rates.tokens_per_second,
             samples_per_second=rates.samples_per_second,
-            mfu=self._mfu(rates.tokens_per_second),
+            mfu=self._mfu(rates.tokens_per_second or 0.0),
             memory=peak_memory(self.context.placement.accelerator),
             seconds=rates.seconds,
             eta=rates.eta(state.max_steps - state.global_step),
             metrics={name: float(value) for name, value in logs.items() if name not in _KNOWN} or None,
         )
 
-    def _mfu(self, tokens_per_second: float | None) -> float | None:
-        if self.peak is None or tokens_per_second is None:
-            return None
-        return self.flops_per_token * tokens_per_second / (self.peak * self.context.placement.world_size)
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        work, workers = self.work, self.context.placement.world_size
+        return mfu(work.flops_per_token, tokens_per_second, work.peak_flops, workers) if tokens_per_second else None
 
 
 class CheckpointCallback(TrainerCallback):
@@ -191,5 +191,8 @@ def _refuse_divergence(context: StageContext, step: int, logs: dict[str, float])
     )
 
 
-def _timing(name: str) -> bool:
-    return name.endswith(("_runtime", "_per_second", "_num_tokens"))
+def evaluation_metrics(logs: dict[str, float]) -> dict[str, float]:
+    """What an evaluation measured, its own timings left out."""
+    timings = ("_runtime", "_per_second", "_num_tokens")
+    measured = [name for name in logs if name.startswith("eval_") and not name.endswith(timings)]
+    return {name: float(logs[name]) for name in measured}

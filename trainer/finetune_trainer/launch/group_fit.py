@@ -1,11 +1,10 @@
-"""One trained stage from the driver's side: start the workers, listen, try again, or say why not."""
+"""One worker group from the driver's side: start the workers, listen, and say how it ended."""
 
 from __future__ import annotations
 
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +14,37 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.launch.channel import open_channel
 from finetune_trainer.launch.cluster import Workers
 from finetune_trainer.launch.failures import Failure, classify
 from finetune_trainer.launch.worker import train_loop
-from finetune_trainer.progress.reporter import Reporter
+from finetune_trainer.progress.channel import Event, open_channel
+from finetune_trainer.training.work import StageWork, WorkOrder
 
 LISTEN_SECONDS = 0.2
 
 
-@dataclass(frozen=True)
-class StageFit:
-    """One attempt at one stage."""
+class GroupFit:
+    """Attempts at a job's remaining stages.
 
-    run: RunConfig
-    index: int
-    zero: int
-    workers: Workers
-    reporter: Reporter
-    stop: threading.Event
+    Args:
+        hear: is told what the workers say, in order.
+        stop: once it is set, the workers are asked to save a checkpoint and stop.
+    """
 
-    def run_once(self) -> Failure | None:
-        """Train until the stage ends; None where it is done."""
+    def __init__(
+        self, run: RunConfig, workers: Workers, hear: Callable[[Event], None], stop: threading.Event
+    ) -> None:
+        self.run, self.workers, self.hear, self.stop = run, workers, hear, stop
+
+    def attempt(self, stages: list[StageWork]) -> Failure | None:
+        """Train until the stages are done (None) or the workers fail.
+
+        Raises:
+            Exception: what Ray Train raises before there are workers.
+        """
         channel = open_channel()
         outcome: list[Failure | BaseException] = []
-        thread = threading.Thread(target=self._fit, args=(channel, outcome), daemon=True)
+        thread = threading.Thread(target=self._fit, args=(stages, channel, outcome), daemon=True)
         thread.start()
         try:
             self._listen(channel, thread)
@@ -49,32 +54,26 @@ class StageFit:
             raise outcome[0]
         return outcome[0] if outcome else None  # type: ignore[return-value]
 
-    def _fit(self, channel: Any, outcome: list[Failure | BaseException]) -> None:
+    def _fit(self, stages: list[StageWork], channel: Any, outcome: list[Failure | BaseException]) -> None:
         try:
-            self._trainer(channel).fit()
+            self._trainer(stages, channel).fit()
         except TrainingFailedError as error:
             outcome.append(classify(error))
         except BaseException as error:
             outcome.append(error)
 
-    def _trainer(self, channel: Any) -> TorchTrainer:
+    def _trainer(self, stages: list[StageWork], channel: Any) -> TorchTrainer:
+        run = self.run.model_dump_json(by_alias=True, exclude_none=True)
+        order = WorkOrder(run, stages, self.workers.accelerator, self.workers.cpus, channel)
         scratch = Path(self.run.cache_dir, "ray", self.run.job.metadata.name)
         shutil.rmtree(scratch, ignore_errors=True)
         return TorchTrainer(
             train_loop,
-            train_loop_config={
-                "run": self.run.model_dump_json(by_alias=True, exclude_none=True),
-                "stage": self.index,
-                "zero": self.zero,
-                "threads": self.workers.cpus,
-                "accelerator": self.workers.accelerator,
-                "channel": channel,
-            },
+            train_loop_config={"order": order},
             scaling_config=_scaling(self.workers),
             torch_config=TorchConfig(backend="nccl" if self.workers.accelerator else "gloo"),
-            run_config=RayRunConfig(
-                name=f"stage-{self.index}", storage_path=str(scratch), failure_config=FailureConfig(max_failures=0)
-            ),
+            # Retries are ours: Ray's don't tell a lost worker from a wrong job.
+            run_config=RayRunConfig(storage_path=str(scratch), failure_config=FailureConfig(max_failures=0)),
         )
 
     def _listen(self, channel: Any, thread: threading.Thread) -> None:
@@ -85,15 +84,10 @@ class StageFit:
             if self.stop.is_set() and not passed_on:
                 channel.stop.remote()
                 passed_on = True
-            self._deliver(channel)
-        self._deliver(channel)
-
-    def _deliver(self, channel: Any) -> None:
-        mail = ray.get(channel.collect.remote())
-        for line in mail.lines:
-            self.reporter.log(line)
-        if mail.progress is not None:
-            self.reporter.progress(mail.progress)
+            for event in ray.get(channel.collect.remote()):
+                self.hear(event)
+        for event in ray.get(channel.collect.remote()):
+            self.hear(event)
 
 
 def _scaling(workers: Workers) -> ScalingConfig:
@@ -114,7 +108,7 @@ def keep_trying(
     """Attempt until done, until a failure that no retry mends, or until `limit` retries without progress.
 
     Args:
-        progressed: whether a checkpoint was completed since it was last asked; that sets the count back.
+        progressed: whether a checkpoint or a stage was completed since it was last asked; sets the count back.
         wait: waits so many seconds; true where it was asked to stop meanwhile.
     """
     retries = 0
@@ -126,7 +120,7 @@ def keep_trying(
         if retries > limit:
             return failure
         log(f"{failure.kind.value}: {_last_line(failure.text)}; starting again from the last checkpoint")
-        if wait(min(2.0 ** max(0, retries - 1), 60.0) if retries else 0.0):
+        if wait(min(2.0 ** (retries - 1), 60.0) if retries else 0.0):
             return failure
 
 

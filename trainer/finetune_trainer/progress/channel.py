@@ -1,4 +1,4 @@
-"""The one line between a driver and the first worker: progress up, the wish to stop down.
+"""The one line between a driver and the first worker: events and progress up, the wish to stop down.
 
 A Ray actor on the driver's node, so that it works alike on one machine and across nodes. The worker sends without
 waiting and reads the answer to its previous call: a slow driver never slows a step.
@@ -15,35 +15,45 @@ from ray.actor import ActorHandle
 from finetune_trainer.progress.reporter import Progress
 
 
+@dataclass(frozen=True)
+class StageBegun:
+    """Stage `index` begins, or goes on from a checkpoint."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class StageDone:
+    """Stage `index` is done and its result is in storage."""
+
+    index: int
+
+
+Event = str | Progress | StageBegun | StageDone
+"""A line for people, a step's progress, or a change of stage."""
+
+
 @dataclass
-class Mail:
-    """What the worker has said since the driver last looked."""
-
-    lines: list[str] = field(default_factory=list)
-    progress: Progress | None = None
-
-
 class _Channel:
-    def __init__(self) -> None:
-        self._mail = Mail()
-        self._stop = False
+    events: list[Event] = field(default_factory=list)
+    stop_wanted: bool = False
 
-    def send(self, progress: Progress | None, line: str | None) -> bool:
-        if progress is not None:
-            self._mail.progress = progress
-        if line is not None:
-            self._mail.lines.append(line)
-        return self._stop
+    def send(self, event: Event) -> bool:
+        # Of progress only the newest counts, so that a driver that listens seldom gets little.
+        if isinstance(event, Progress) and self.events and isinstance(self.events[-1], Progress):
+            self.events.pop()
+        self.events.append(event)
+        return self.stop_wanted
 
     def stop(self) -> None:
-        self._stop = True
+        self.stop_wanted = True
 
     def stopping(self) -> bool:
-        return self._stop
+        return self.stop_wanted
 
-    def collect(self) -> Mail:
-        mail, self._mail = self._mail, Mail()
-        return mail
+    def collect(self) -> list[Event]:
+        events, self.events = self.events, []
+        return events
 
 
 def open_channel() -> ActorHandle:
@@ -60,14 +70,9 @@ class WorkerEnd:
         self._answer: ray.ObjectRef | None = None
         self._stop = False
 
-    def send(self, progress: Progress) -> None:
-        """Send a step's progress, without waiting."""
-        self.stop_requested()
-        self._answer = self._channel.send.remote(progress, None)
-
-    def log(self, line: str) -> None:
-        """Send a line for people, without waiting."""
-        self._channel.send.remote(None, line)
+    def send(self, event: Event) -> None:
+        """Tell the driver, without waiting."""
+        self._channel.send.remote(event)
 
     def stop_requested(self) -> bool:
         """Whether the driver wants training to stop, as far as its last answer tells."""

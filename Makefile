@@ -1,0 +1,33 @@
+# `make quickstart` and `make test` need Python 3.11+, git and make; they fetch the rest.
+UV_HOME := .uv
+UV := $(UV_HOME)/bin/uv
+PYTHON ?= python3
+RUN := $(UV) run --frozen --all-extras
+export HF_HUB_DISABLE_TELEMETRY = 1
+export UV_COMPILE_BYTECODE = 1
+
+.PHONY: install quickstart test lint check clean
+
+install: $(UV)
+	$(UV) sync --frozen --all-extras --quiet
+
+$(UV):
+	$(PYTHON) -m venv $(UV_HOME)
+	$(UV_HOME)/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
+
+quickstart: install
+	$(RUN) python examples/quickstart_data.py
+	$(RUN) finetune run examples/quickstart.yaml --fresh
+	@echo 'Talk to it: .venv/bin/finetune chat runs/quickstart'
+
+test: install lint
+	$(RUN) pytest
+
+lint: install
+	$(RUN) ruff check .
+	$(RUN) mypy
+	$(RUN) lint-imports
+	$(RUN) python crds/generate.py --check
+
+clean:
+	rm -rf .venv $(UV_HOME) runs .pytest_cache .mypy_cache .ruff_cache

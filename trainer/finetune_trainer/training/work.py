@@ -1,0 +1,31 @@
+"""What the driver hands to its workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ray.actor import ActorHandle
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """One trained stage, as planned."""
+
+    index: int
+    zero: int
+    flops_per_token: float
+    peak_flops: float | None
+    """FLOP/s of one worker's device; None where unknown."""
+
+
+@dataclass(frozen=True)
+class WorkOrder:
+    """The stages that are still to be trained, in order, by the same workers."""
+
+    run: str
+    """The RunConfig as JSON."""
+    stages: list[StageWork]
+    accelerator: bool
+    threads: int
+    """CPU threads per worker."""
+    channel: ActorHandle
