@@ -2,6 +2,7 @@
 
 Each case runs in a process of its own: peak resident memory of three AdamW steps in float32 over what the process had
 with its libraries loaded and warm, against the plan's parts without `runtime`.
+glibc's heap fragments; `MALLOC_MMAP_THRESHOLD_=1048576` in the environment shows what is in use.
 """
 
 from __future__ import annotations
