@@ -22,8 +22,8 @@ from finetune_trainer.plan.memory import Workload, estimate
 from finetune_trainer.plan.model_size import adapter_size, meta_model, model_size
 from finetune_trainer.plan.quantities import human_bytes
 
-SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8}
-LARGE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "num_attention_heads": 8, "num_key_value_heads": 8}
+SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8}
+LARGE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "num_attention_heads": 8}
 CASES: dict[str, dict[str, Any]] = {
     "llama 10M, 8 x 256": {"fields": SMALL, "batch": 8, "length": 256},
     "llama 10M, 4 x 1024": {"fields": SMALL, "batch": 4, "length": 1024},
@@ -48,7 +48,8 @@ def main() -> None:
         parts = planned(**case)
         total = sum(parts.values())
         shown = ", ".join(f"{part} {human_bytes(count)}" for part, count in parts.items() if count)
-        print(f"{name}: planned {human_bytes(total)} / measured {human_bytes(measured)} = {total / measured:.2f} ({shown})")
+        ratio = f"planned {human_bytes(total)} / measured {human_bytes(measured)} = {total / measured:.2f}"
+        print(f"{name}: {ratio} ({shown})")
 
 
 def configuration(family: str, fields: dict[str, int], length: int) -> PretrainedConfig:
@@ -57,8 +58,8 @@ def configuration(family: str, fields: dict[str, int], length: int) -> Pretraine
 
 
 def _known(family: str, fields: dict[str, int]) -> dict[str, int]:
-    """BERT has no grouped keys."""
-    return {name: count for name, count in fields.items() if family != "bert" or name != "num_key_value_heads"}
+    """As many key heads as heads, in families that group them."""
+    return fields if family == "bert" else fields | {"num_key_value_heads": fields["num_attention_heads"]}
 
 
 def planned(*, fields: dict[str, int], family: str = "llama", **case: Any) -> dict[str, int]:
@@ -81,7 +82,7 @@ def planned(*, fields: dict[str, int], family: str = "llama", **case: Any) -> di
 def measure(*, fields: dict[str, int], family: str = "llama", **case: Any) -> int:
     """Peak resident bytes of three steps over the warm process."""
     torch.set_num_threads(2)
-    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     train(family, tiny, case | {"batch": 1, "length": 16})
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back

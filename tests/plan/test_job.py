@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
@@ -33,7 +34,7 @@ def run(*stages: dict[str, Any], model: dict[str, Any] = LLAMA_8B, **spec: Any) 
 
 
 def text_of(plan: Any) -> str:
-    console = Console(width=150, record=True, file=open("/dev/null", "w"))
+    console = Console(width=150, record=True, file=io.StringIO())
     console.print(render(plan))
     return console.export_text()
 

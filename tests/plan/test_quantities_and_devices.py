@@ -9,7 +9,7 @@ from finetune_trainer.plan.quantities import human_bytes, human_count, parse_qua
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("64Gi", 64 << 30), ("1.5G", 1_500_000_000), ("500m", 1), ("8", 8), ("2k", 2000), ("1Ki", 1024), ("0.5Mi", 524288)],
+    [("64Gi", 64 << 30), ("8", 8), ("1.5G", 1_500_000_000), ("500m", 1), ("2k", 2000), ("1Ki", 1024), ("0.5Mi", 1 << 19)],
 )
 def test_quantities(text: str, value: int) -> None:
     assert parse_quantity(text) == value
@@ -53,7 +53,8 @@ def test_peaks(name: str, dtype: torch.dtype, teraflops: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["CPU", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"]
+    "name",
+    ["CPU", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"]
 )
 def test_unknown_peaks(name: str) -> None:
     assert peak_flops(name, torch.bfloat16) is None

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 
 from peft import LoraConfig
+from peft.utils import transformers_weight_conversion as conversion
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
-from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -67,7 +67,8 @@ def lora_config(spec: Lora, model: PreTrainedModel, path: str = "lora") -> LoraC
 def find_targets(model: PreTrainedModel) -> Targets:
     """The layers of a model that an adapter can be put on."""
     named = dict(model.named_modules())
-    head = next((name for name, module in named.items() if module is model.get_output_embeddings()), None)
+    output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = next((name for name, module in named.items() if module is output), None)
     experts = tuple(name for name, weight in model.named_parameters() if weight.ndim == 3 and ".experts." in name)
     routed = bool(experts) or is_moe(model)
     linears = tuple(
@@ -152,8 +153,8 @@ def _rewritten_by_peft(model: PreTrainedModel) -> frozenset[str]:
     There a linear layer of that name (a shared expert's, a dense first layer's) can't be told apart, and gets no
     adapter.
     """
-    family = _MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type, "")
-    return frozenset(_MOE_TARGET_MODULE_MAPPING.get(family, {}))
+    family = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type, "")
+    return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(family, {}))
 
 
 def _short(names: list[str], model: PreTrainedModel) -> set[str]:

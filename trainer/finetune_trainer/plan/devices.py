@@ -99,7 +99,7 @@ def known_device(name: str) -> Device | None:
 
 def host_memory() -> int:
     """Bytes this process and its children may still use: the machine's free memory, or the cgroup's limit if less."""
-    return min([psutil.virtual_memory().available, *_cgroup_limits()])
+    return min([int(psutil.virtual_memory().available), *_cgroup_limits()])
 
 
 def _cgroup_limits() -> list[int]:

@@ -181,7 +181,7 @@ def loss_bytes(size: ModelSize, load: Workload) -> int:
         return tokens * size.vocab * (12 if load.dtype_bytes == 4 else 14)
     rows = min(tokens, LOSS_TOKENS)
     tile = rows * (LOSS_VOCAB if load.kind == "cuda" else min(LOSS_VOCAB, size.vocab))
-    temporaries = 0 if load.kind == "cuda" else 9 * MASTER  # Triton folds in place; torch: see benchmarks/memory_plan.py
+    temporaries = 0 if load.kind == "cuda" else 9 * MASTER  # Triton folds in place; torch as measured
     head = MASTER * size.head if load.adapter is None else 0
     return tile * (load.dtype_bytes + temporaries) + head + MASTER * tokens * size.hidden
 

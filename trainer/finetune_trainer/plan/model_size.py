@@ -89,7 +89,8 @@ def meta_model(config: PretrainedConfig, masked: bool = False) -> PreTrainedMode
     auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            return auto.from_config(config)
+            model: PreTrainedModel = auto.from_config(config)  # type: ignore[no-untyped-call]
+            return model
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0][:300]
         raise UserError([Problem("model", f"{config.model_type} can't be built: {reason}")]) from error
@@ -99,7 +100,7 @@ def model_size(model: PreTrainedModel) -> ModelSize:
     """Sizes of a model, which may be on the meta device."""
     config = model.config.get_text_config()
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     head_weight = getattr(head, "weight", None)
     targets = find_targets(model)
     weights = dict(model.named_parameters())

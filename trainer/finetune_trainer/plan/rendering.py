@@ -36,9 +36,12 @@ def _facts(stage: StagePlan) -> Table:
     table = Table.grid(padding=(0, 2))
     share = stage.trainable / stage.parameters if stage.parameters else 0
     steps = stage.steps
-    table.add_row("parameters", f"{human_count(stage.parameters)}, {human_count(stage.trainable)} trained ({share:.3%})")
+    table.add_row(
+        "parameters", f"{human_count(stage.parameters)}, {human_count(stage.trainable)} trained ({share:.3%})"
+    )
     table.add_row("data", f"{_count(stage.rows)} rows, {_count(stage.tokens)} tokens, up to {stage.length} per row")
-    table.add_row("steps", f"{_count(steps.total)} ({_count(steps.per_epoch)} per epoch, {_count(steps.warmup)} warm-up)")
+    epoch = f"{_count(steps.per_epoch)} per epoch"
+    table.add_row("steps", f"{_count(steps.total)} ({epoch}, {_count(steps.warmup)} warm-up)")
     table.add_row("per step", f"{steps.rows_per_step} rows, {_count(stage.tokens_per_step)} tokens")
     table.add_row("FLOPs", f"{stage.flops_per_token:.3g} per token{_total_flops(stage)}")
     return table
@@ -52,7 +55,8 @@ def _memory(stage: StagePlan, device: Device) -> Table:
     for name, count in stage.memory.parts().items():
         if count:
             table.add_row(name, human_bytes(count), _bar(count / device.memory_bytes))
-    table.add_row("total", human_bytes(stage.memory.total), _bar(stage.memory.total / device.memory_bytes), style="bold")
+    total = stage.memory.total
+    table.add_row("total", human_bytes(total), _bar(total / device.memory_bytes), style="bold")
     if stage.memory.host:
         table.add_row("on the host", human_bytes(stage.memory.host), "")
     return table

@@ -26,7 +26,7 @@ def choose_zero(
     """
     if spec.zero != "auto":
         need = human_bytes(estimate(spec.zero).total)
-        return spec.zero, f"ZeRO-{spec.zero} as the job says; it needs {need} per worker of {human_bytes(device_memory)}"
+        return spec.zero, f"ZeRO-{spec.zero} as the job says; it needs {need} of {human_bytes(device_memory)} per worker"
     candidates = _candidates(spec, workers, quantized_bits)
     if len(candidates) == 1:
         return candidates[0], _only(candidates[0], estimate, workers)
@@ -49,7 +49,7 @@ def sharding_problems(spec: Sharding, quantized_bits: int | None) -> list[Proble
 def sharding_warnings(spec: Sharding, quantized_bits: int | None) -> list[str]:
     """Combinations that work but don't do what they seem to."""
     if spec.zero == 3 and quantized_bits == 4:
-        return ["ZeRO-3 does not divide a 4-bit base: each worker holds all of it; ZeRO-2 does the same with less traffic"]
+        return ["ZeRO-3 does not divide a 4-bit base: each worker holds all of it; ZeRO-2 does it with less traffic"]
     return []
 
 
