@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,18 +16,19 @@ from finetune_api.stages import PretrainSpec, Stage, TokenizerSpec
 from finetune_trainer.data import inspect
 from finetune_trainer.data.forms import kind_of
 from finetune_trainer.errors import UserError
-from finetune_trainer.launch.cluster import Workers
+from finetune_trainer.launch.cluster import Workers, plan_workers
 from finetune_trainer.model.source import local_path
 from finetune_trainer.plan.devices import local_device
 from finetune_trainer.plan.job import PlanContext, plan_job
 
 
-def preflight(run: RunConfig, workers: Workers) -> None:
+def preflight(run: RunConfig, workers: Workers | None = None) -> None:
     """Check a job against this machine, its model and its data, without training.
 
     Raises:
         UserError: one problem per fault.
     """
+    workers = workers or plan_workers(run.job.spec.resources)
     problems = [*_storage(run), *_resources(workers), *_pipeline(run), *_data(run), *_model(run, workers)]
     if problems:
         raise UserError(list(dict.fromkeys(problems)))
@@ -37,8 +39,11 @@ def _storage(run: RunConfig) -> Iterator[Problem]:
     if "://" in run.root:
         return
     place = next(parent for parent in Path(run.root).parents if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        yield Problem("storage.path", f"can't write to {place}: choose a directory that this user may write to")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return
+    except OSError as error:
+        yield Problem("storage.path", f"can't write to {place} ({error.strerror}): choose another directory")
 
 
 def _resources(workers: Workers) -> Iterator[Problem]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +59,13 @@ def start_ray(workers: Workers, temp_dir: Path | None = None) -> None:
         object_store_memory=256 * 2**20,
         _temp_dir=str(temp_dir) if temp_dir else None,
     )
+
+
+def keep_signal_handlers() -> None:
+    """Put this process's own handlers back: Ray's native one, set at start-up, aborts the process on SIGTERM."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.getsignal(number))
 
 
 def stop_ray(started: Future[None]) -> None:

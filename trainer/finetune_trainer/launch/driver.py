@@ -11,7 +11,7 @@ from pathlib import Path
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.errors import Interrupted, OutOfMemory, TrainingFailed
-from finetune_trainer.launch.cluster import Workers, plan_workers, start_ray, stop_ray
+from finetune_trainer.launch.cluster import Workers, keep_signal_handlers, plan_workers, start_ray, stop_ray
 from finetune_trainer.launch.failures import Failure, Kind
 from finetune_trainer.launch.group_fit import GroupFit, keep_trying
 from finetune_trainer.launch.preparation import Preparation
@@ -94,6 +94,7 @@ class Pipeline:
         if not self._todo():
             return
         ray_started.result()
+        keep_signal_handlers()
         self._check_stop()
         fit = GroupFit(self.run, self.workers, self._hear, self.stop)
         failure = keep_trying(
