@@ -153,7 +153,7 @@ def _rewritten_by_peft(model: PreTrainedModel) -> frozenset[str]:
     There a linear layer of that name (a shared expert's, a dense first layer's) can't be told apart, and gets no
     adapter.
     """
-    family = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type, "")
+    family = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type, "")  # type: ignore[attr-defined]
     return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(family, {}))
 
 

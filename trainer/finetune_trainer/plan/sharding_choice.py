@@ -26,7 +26,7 @@ def choose_zero(
     """
     if spec.zero != "auto":
         need = human_bytes(estimate(spec.zero).total)
-        return spec.zero, f"ZeRO-{spec.zero} as the job says; it needs {need} of {human_bytes(device_memory)} per worker"
+        return spec.zero, f"ZeRO-{spec.zero} as the job says; needs {need} of {human_bytes(device_memory)} per worker"
     candidates = _candidates(spec, workers, quantized_bits)
     if len(candidates) == 1:
         return candidates[0], _only(candidates[0], estimate, workers)
