@@ -21,9 +21,10 @@ TEXTS = [f"{a} plus {b} makes {a + b}, says the teacher. <|im_start|>" for a in 
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3 of about 100,000 parameters with a tokenizer, saved as any transformers model is."""
     import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     from finetune_api.stages import TokenizerSpec
     from finetune_trainer.stages.tokenizer import train_tokenizer
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     spec = TokenizerSpec.model_validate({"data": {"sources": [{"inline": [{"text": "x"}]}]}, "vocabSize": 400})
     tokenizer = train_tokenizer(spec, TEXTS, 64)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from finetune_trainer.progress.metrics_log import read_metrics
 
 Job = dict[str, Any]

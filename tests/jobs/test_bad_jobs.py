@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_cli.main import app
 from typer.testing import CliRunner
+
+from finetune_cli.main import app
 
 Job = dict[str, Any]
 

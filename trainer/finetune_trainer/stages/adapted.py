@@ -25,7 +25,7 @@ def adapted_model(context: StageContext) -> tuple[PreTrainedModel | PeftModel, L
         assert context.source.name is not None
         return PeftModel.from_pretrained(model, context.source.name, is_trainable=True), None
     torch.manual_seed(spec.seed)
-    return model, lora_config(spec.lora, model)
+    return model, lora_config(spec.lora, model, f"stages[{context.layout.index}].{context.layout.title}.lora")
 
 
 def starting_model(context: StageContext) -> PreTrainedModel:
