@@ -2,7 +2,7 @@
 UV_HOME := .uv
 UV := $(UV_HOME)/bin/uv
 PYTHON ?= python3
-RUN := $(UV) run --frozen --all-extras
+BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export UV_COMPILE_BYTECODE = 1
 
@@ -16,18 +16,18 @@ $(UV):
 	$(UV_HOME)/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
 
 quickstart: install
-	$(RUN) python examples/quickstart_data.py
-	$(RUN) finetune run examples/quickstart.yaml --fresh
+	$(BIN)/python examples/quickstart_data.py
+	$(BIN)/finetune run examples/quickstart.yaml --fresh
 	@echo 'Talk to it: .venv/bin/finetune chat runs/quickstart'
 
 test: install lint
-	$(RUN) pytest
+	$(BIN)/pytest
 
 lint: install
-	$(RUN) ruff check .
-	$(RUN) mypy
-	$(RUN) lint-imports
-	$(RUN) python crds/generate.py --check
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python crds/generate.py --check
 
 clean:
 	rm -rf .venv $(UV_HOME) runs .pytest_cache .mypy_cache .ruff_cache

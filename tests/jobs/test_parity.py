@@ -40,7 +40,7 @@ def _run(job: Job, write_job: Callable[[Job], Path], tmp_path: Path, name: str) 
     return tmp_path / "runs" / name / "stages"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_zero_and_workers(base_job: Job, write_job: Callable[[Job], Path], tmp_path: Path) -> None:
     _stages(base_job, _sft("one"))
     one = losses(_run(base_job, write_job, tmp_path, "one") / "00-one")

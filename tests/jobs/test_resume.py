@@ -34,6 +34,7 @@ def job(base_job: Job) -> Job:
     return base_job
 
 
+@pytest.mark.timeout(900)
 def test_killed_workers_driver_and_sigterm(job: Job, write_job: Callable[[Job], Path], tmp_path: Path) -> None:
     path = write_job(job)
     code, output = run(path)

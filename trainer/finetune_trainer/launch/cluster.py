@@ -51,6 +51,7 @@ def start_ray(workers: Workers, temp_dir: Path | None = None) -> None:
         ray.init(runtime_env=runtime, logging_level=logging.ERROR, log_to_driver=False)
         return
     ray.init(
+        address="local",  # never one that somebody else started on this machine
         num_cpus=max(psutil.cpu_count() or 1, workers.most * workers.cpus + 1),
         include_dashboard=False,
         runtime_env=runtime,
