@@ -65,8 +65,8 @@ def dialogue(question: str, answer: str) -> dict[str, Any]:
 
 @pytest.fixture
 def base_job(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
-    """A good SFT job on ten dialogues."""
-    rows = [dialogue(f"{a} plus {a}", f"makes {a + a}") for a in range(10)]
+    """A good SFT job on twelve dialogues."""
+    rows = [dialogue(f"{a} plus {a}", f"makes {a + a}") for a in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pairs = [
         {"prompt": f"{a} plus 1", "chosen": f" makes {a + 1}", "rejected": f" makes {a + 3}"} for a in range(10)
