@@ -54,7 +54,7 @@ def load_config(source: ModelSource, tokenizer: PreTrainedTokenizerFast | None) 
     if source.config is not None:
         return build_config(source.config, tokenizer)
     assert source.name is not None
-    name = _base_of_adapter(source.name)
+    name = base_of(source.name)
     try:
         return AutoConfig.from_pretrained(name, revision=source.revision)
     except (OSError, ValueError) as error:
@@ -120,7 +120,7 @@ def load_model(
         if quantization is not None:
             options["quantization_config"] = quantization_config(quantization, precision.compute)
         model = auto.from_pretrained(
-            _base_of_adapter(source.name), revision=source.revision, config=config, use_safetensors=True, **options
+            base_of(source.name), revision=source.revision, config=config, use_safetensors=True, **options
         )
     model.config.use_cache = False
     return model
@@ -143,7 +143,8 @@ def is_adapter(path: str | None) -> bool:
     return path is not None and os.path.isfile(os.path.join(path, ADAPTER_CONFIG))
 
 
-def _base_of_adapter(name: str) -> str:
+def base_of(name: str) -> str:
+    """The model that an adapter's directory adapts; a whole model's name as it is."""
     if not is_adapter(name):
         return name
     from peft import PeftConfig

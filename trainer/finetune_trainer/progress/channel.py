@@ -1,7 +1,7 @@
 """The one line between a driver and the first worker: events and progress up, the wish to stop down.
 
 A Ray actor on the driver's node, so that it works alike on one machine and across nodes. The worker sends without
-waiting and reads the answer to its previous call: a slow driver never slows a step.
+waiting, and reads whether to stop from the answer to an earlier call: a slow driver never slows a step.
 """
 
 from __future__ import annotations
@@ -38,12 +38,11 @@ class _Channel:
     events: list[Event] = field(default_factory=list)
     stop_wanted: bool = False
 
-    def send(self, event: Event) -> bool:
+    def send(self, event: Event) -> None:
         # Of progress only the newest counts, so that a driver that listens seldom gets little.
         if isinstance(event, Progress) and self.events and isinstance(self.events[-1], Progress):
             self.events.pop()
         self.events.append(event)
-        return self.stop_wanted
 
     def stop(self) -> None:
         self.stop_wanted = True

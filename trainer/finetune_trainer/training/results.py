@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from finetune_api.stages import PretrainSpec
-from finetune_trainer.model.load import is_adapter
+from finetune_trainer.model.load import base_of
 from finetune_trainer.training.context import StageContext
 
 SHARD_SIZE = "5GB"
@@ -66,17 +66,8 @@ def _save_adapter(trainer: Any, directory: Path) -> None:
 def _finish_adapter(context: StageContext, adapter: Path, directory: Path) -> None:
     assert not isinstance(context.spec, PretrainSpec) and context.spec.lora is not None
     if context.spec.lora.merge:
-        merge_adapter(_base(context), adapter, context.precision.result, directory)
+        assert context.source.name is not None
+        merge_adapter(base_of(context.source.name), adapter, context.precision.result, directory)
     else:
         shutil.copytree(adapter, directory)
     context.tokenizer.save_pretrained(directory)
-
-
-def _base(context: StageContext) -> str:
-    name = context.source.name
-    assert name is not None
-    if not is_adapter(name):
-        return name
-    from peft import PeftConfig
-
-    return str(PeftConfig.from_pretrained(name).base_model_name_or_path)

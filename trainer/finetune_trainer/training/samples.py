@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune_trainer.generation.prompts import stop_ids
+from finetune_trainer.model.load import context_length
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.peers import Peers
@@ -60,21 +62,14 @@ class SamplesCallback(TrainerCallback):
                 max_new_tokens=NEW_TOKENS,
                 do_sample=False,
                 use_cache=True,
-                eos_token_id=stop_ids(tokenizer),
+                eos_token_id=stop_ids(tokenizer, None),
                 pad_token_id=tokenizer.pad_token_id,
             )
         model.train(training)
         return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
     def _room(self) -> int:
-        context = getattr(self.context.config.get_text_config(), "max_position_embeddings", None) or 4096
-        return max(1, context - NEW_TOKENS)
-
-
-def stop_ids(tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the end of text, and the chat template's end of turn."""
-    names = {"<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"} & set(tokenizer.get_vocab())
-    return sorted({tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(name) for name in names)} - {None})
+        return max(1, (context_length(self.context.config) or 4096) - NEW_TOKENS)
 
 
 def _prompt_ids(tokenizer: Any, prompt: dict[str, Any], room: int) -> torch.Tensor:
