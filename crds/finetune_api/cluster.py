@@ -109,7 +109,8 @@ class Storage(ApiModel):
     path: Path | None = None
     """Directory; a relative one starts where the command runs."""
     uri: Uri | None = None
-    """Storage URI, such as `s3://bucket/runs`."""
+    """Storage URI, such as `s3://bucket/runs`, or `pvc://claim/path` on a cluster, where a directory named after the
+    namespace lies between it and the job's own."""
 
     def faults(self) -> Iterator[str]:
         yield from not_exactly_one(self, *STORAGE_KINDS)

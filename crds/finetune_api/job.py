@@ -10,6 +10,7 @@ from pydantic import Field
 
 from finetune_api.base import ApiModel, cel, expects, rules
 from finetune_api.cluster import Resources, RunPolicy, Sharding, Storage
+from finetune_api.kubernetes import Kubernetes
 from finetune_api.model import ModelSpec
 from finetune_api.stages import Stage
 
@@ -77,6 +78,8 @@ class FineTuneJobSpec(ApiModel):
     """Where checkpoints and results go."""
     run_policy: RunPolicy = RunPolicy()
     """Retries, deadline, suspension and clean-up."""
+    kubernetes: Kubernetes = Kubernetes()
+    """Engine, image, secrets and caches on a cluster."""
 
     def faults(self) -> Iterator[str]:
         where = [index for index, stage in enumerate(self.stages) if stage.tokenizer is not None]

@@ -119,6 +119,7 @@ CHANGES = [
     (["model.config.b=1"], "model"),
     (["stages[2].sft.seed=1"], "stages"),
     (["resources.nodes=2"], "resources"),
+    (["kubernetes.engine=job"], "kubernetes"),
     (["sharding.offloadOptimizer=true"], "sharding"),
     (["storage.path=elsewhere"], "storage"),
 ]

@@ -44,7 +44,7 @@ FAULTS = [
     (["modle=x"], ["unknown field `modle` in spec: did you mean `model`?"]),
     (
         ["xyzzy=x"],
-        ["unknown field `xyzzy` in spec; expected one of model, resources, runPolicy, sharding, stages, storage"],
+        ["unknown field `xyzzy` in spec; expected one of kubernetes, model, resources, runPolicy"],
     ),
     (["metadata.nmae=x"], ["unknown field `nmae` in metadata: did you mean `name`?"]),
     (

@@ -1,0 +1,50 @@
+"""How a job runs on Kubernetes: engine, image, secrets, caches. One machine ignores all of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_api.base import ApiModel, expects
+from finetune_api.cluster import Quantity
+
+ObjectName = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=253,
+        pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$",
+        json_schema_extra=expects("the name of an object in the job's namespace"),
+    ),
+]
+Image = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=512,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$",
+        json_schema_extra=expects("an image such as `ghcr.io/acme/trainer:1.2`"),
+    ),
+]
+
+
+class Kubernetes(ApiModel):
+    """What a cluster needs to know beside the job itself. Ignored by `finetune run`."""
+
+    engine: Literal["auto", "job", "kuberay"] = "auto"
+    """What runs an attempt. `job`: an Indexed Job, on any cluster. `kuberay`: a RayJob, where KubeRay is installed.
+    `auto`: the operator's default."""
+    image: Image | None = None
+    """Image of the trainer. Default: the operator's."""
+    preflight: bool = True
+    """Check model, data, storage and memory in a pod without GPUs before any GPU is claimed."""
+    shared_memory: Quantity = "2Gi"
+    """Size of /dev/shm, which counts as the pod's memory."""
+    env_from_secrets: Annotated[list[ObjectName], Field(max_length=16)] = Field(default=[])
+    """Secrets whose keys become the trainer's environment, such as `HF_TOKEN` or `AWS_ACCESS_KEY_ID`."""
+    model_cache_claim: ObjectName | None = None
+    """PersistentVolumeClaim that keeps downloads and prepared data, shared by the nodes and attempts of a job and by
+    other jobs. Default: each attempt has its own, lost with its pods."""
+    checkpoint_grace_seconds: Annotated[int, Field(ge=1, le=86400)] = 120
+    """How long a node that is to stop may take to save a checkpoint; also its pod's termination grace period."""

@@ -1,0 +1,103 @@
+"""What a running attempt says of itself to the operator: at its HTTP port while it runs, in its termination message
+when it ends."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_api.base import ApiModel
+
+Text = Annotated[str, Field(max_length=4096)]
+Metrics = Annotated[dict[Annotated[str, Field(max_length=128)], float], Field(max_length=64)]
+
+PORT = 8469
+"""Where the driver's pod serves its report."""
+REPORT_PATH = "/v1/report"
+STOP_PATH = "/v1/stop"
+TERMINATION_MESSAGE_BYTES = 4096
+"""Kubelet keeps no more of a container's termination message."""
+
+
+class StageReport(ApiModel):
+    """How one stage stands."""
+
+    name: Annotated[str, Field(max_length=64)]
+    """Name of the stage."""
+    state: Literal["Pending", "Running", "Succeeded"]
+    """Whether it waits, runs or is done."""
+    start_time: Annotated[str, Field(max_length=32)] | None = None
+    """When it began, RFC 3339, UTC."""
+    completion_time: Annotated[str, Field(max_length=32)] | None = None
+    """When it was done."""
+    metrics: Metrics = Field(default={})
+    """Its last metrics."""
+    result: Text | None = None
+    """Where its result is."""
+
+
+class StepReport(ApiModel):
+    """The newest step."""
+
+    step: int
+    """Optimizer steps done in the stage."""
+    total: int
+    """Optimizer steps in all."""
+    loss: float | None = None
+    """Training loss."""
+    learning_rate: float | None = None
+    """Learning rate."""
+    tokens_per_second: float | None = None
+    """Tokens per second, all workers together."""
+    samples_per_second: float | None = None
+    """Rows per second, all workers together."""
+    mfu: float | None = None
+    """Model FLOPs utilisation, 0 to 1."""
+    eta_seconds: float | None = None
+    """Seconds to the stage's end."""
+
+
+class CheckpointReport(ApiModel):
+    """The newest complete checkpoint."""
+
+    stage: int
+    """Index of its stage, from 0."""
+    step: int
+    """Optimizer steps done when it was saved."""
+    uri: Text
+    """Where it is."""
+
+
+class PlanReport(ApiModel):
+    """What preflight found a job to need."""
+
+    parameters: int
+    """Weights of the model."""
+    memory_bytes: int | None = None
+    """Peak memory per worker, as estimated."""
+    zero: int | None = None
+    """The largest ZeRO stage that a stage of the job uses."""
+    steps: int | None = None
+    """Optimizer steps of all stages, where the data's size is known."""
+
+
+class AttemptReport(ApiModel):
+    """All that an attempt tells. Later reports replace earlier ones."""
+
+    stages: Annotated[list[StageReport], Field(max_length=32)] = Field(default=[])
+    """Every stage of the job, in order."""
+    current: int | None = None
+    """Index of the stage that runs."""
+    step: StepReport | None = None
+    """Newest step of that stage."""
+    checkpoint: CheckpointReport | None = None
+    """Newest complete checkpoint."""
+    stopping: bool = False
+    """Asked to stop, and saving a checkpoint."""
+    plan: PlanReport | None = None
+    """Preflight's plan."""
+    exit_code: int | None = None
+    """How the attempt ended, by `finetune_api.exit_codes`."""
+    message: Text | None = None
+    """Why it ended: the faults of a bad job, or the last lines of a traceback, secrets removed."""
