@@ -1,0 +1,57 @@
+"""What a decision may ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class StartRun:
+    """Make a run's objects; making them again changes nothing."""
+
+    run: int
+
+
+@dataclass(frozen=True)
+class StopRun:
+    """Ask a run's driver to save a checkpoint and end."""
+
+    run: int
+
+
+@dataclass(frozen=True)
+class DeleteRun:
+    """Delete a run; its pods get their grace period."""
+
+    run: int
+
+
+@dataclass(frozen=True)
+class DeleteJob:
+    """Delete the FineTuneJob itself; all of its objects go with it."""
+
+
+Action = StartRun | StopRun | DeleteRun | DeleteJob
+
+
+@dataclass(frozen=True)
+class Event:
+    """A Kubernetes event about the job."""
+
+    type: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A whole answer: the status as it should read, what to do first, and when to look again."""
+
+    status: dict[str, Any]
+    actions: tuple[Action, ...] = ()
+    events: tuple[Event, ...] = ()
+    wake: datetime | None = None
+    urgent: bool = False
+    """The status differs in more than progress: write it at once."""

@@ -1,0 +1,62 @@
+"""The record of a job's attempts in its status, and what follows from it for the next one (pure)."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Any
+
+from finetune_operator.conditions import moment
+from finetune_operator.settings import Settings
+
+Json = dict[str, Any]
+KEPT = 20
+
+
+def records(status: Json) -> list[Json]:
+    """All attempts on record, oldest first. One without `endTime` is still on its way."""
+    found: list[Json] = status.get("attempts") or []
+    return found
+
+
+def last(status: Json) -> Json | None:
+    """The attempt that ended last."""
+    return next((record for record in reversed(records(status)) if "endTime" in record), None)
+
+
+def record_of(status: Json, number: int) -> Json | None:
+    return next((record for record in records(status) if record["number"] == number), None)
+
+
+def next_number(status: Json) -> int:
+    return max((record["number"] for record in records(status)), default=0) + 1
+
+
+def failures(status: Json) -> int:
+    """Failed attempts since the last progress: a newer checkpoint sets the count back."""
+    count, position = 0, None
+    for record in records(status):
+        if record.get("checkpoint") != position:
+            count, position = 0, record.get("checkpoint")
+        count += bool(record.get("counts"))
+    return count
+
+
+def next_start(status: Json, settings: Settings) -> datetime | None:
+    """When the next attempt may start: at once after a suspension, else after a wait that doubles.
+
+    None: there was none before.
+    """
+    record = last(status)
+    if record is None:
+        return None
+    ended = moment(record["endTime"])
+    if record.get("requested"):
+        return ended
+    wait = settings.backoff_seconds * 2 ** min(max(failures(status), 1) - 1, 20)
+    return ended + timedelta(seconds=min(wait, settings.backoff_cap_seconds))
+
+
+def trimmed(status: Json) -> None:
+    """Keep the newest records: a job that is suspended often must not outgrow its object."""
+    if len(records(status)) > KEPT:
+        status["attempts"] = records(status)[-KEPT:]

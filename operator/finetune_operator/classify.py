@@ -1,0 +1,140 @@
+"""Why a run ended: from exit codes, container states, pod conditions and the engine's own words (pure)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from finetune_api.exit_codes import ExitCode
+from finetune_api.report import AttemptReport
+from finetune_operator.conditions import Reason
+from finetune_operator.observed import PodView, RunView
+
+SIGKILL, SIGTERM = 137, 143
+MESSAGE_LIMIT = 2048
+_NODE_LOST = ("NodeLost", "NodeShutdown", "Shutdown", "Terminated", "DeletionByTaintManager", "DeletionByPodGC")
+_EVICTED = ("Evicted", "Preempted", "Preempting", "PreemptionByScheduler", "EvictionByEvictionAPI",
+            "TerminationByKubelet", "OutOfcpu", "OutOfmemory", "OutOfpods", "UnexpectedAdmissionError")  # fmt: skip
+_PULL = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
+_CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+_DEVICE_OOM = re.compile(r"CUDA out of memory|CUDA error: out of memory|torch\.(cuda\.)?OutOfMemoryError")
+_RENDEZVOUS = re.compile(
+    r"NCCL (error|timeout|WARN)|ncclSystemError|ncclRemoteError|gloo.*(connect|timeout|Connection)|"
+    r"DistNetworkError|DistStoreError|rendezvous|failed to connect to (the )?(head|GCS)|RpcError|Unable to connect to GCS",
+    re.IGNORECASE,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended, for people (`message`, `pod`, `node`) and for the next decision."""
+
+    reason: Reason
+    message: str
+    retryable: bool
+    counts: bool = True
+    """Whether it uses up one of `backoffLimit`: an outsider's doing doesn't."""
+    pod: str | None = None
+    node: str | None = None
+    exit_code: int | None = None
+
+
+Rule = Callable[[RunView, tuple[PodView, ...], str], Ending | None]
+
+
+def classify(run: RunView, pods: tuple[PodView, ...], report: AttemptReport | None) -> Ending:
+    """The ending of a failed run. The first rule that fits wins: the driver's own word, then what Kubernetes saw."""
+    said = _said(pods, report)
+    text = said.message or "" if said else _driver_text(pods)
+    code = _exit_code(run, pods, said)
+    for ending in _endings(run, pods, text, code):
+        return ending
+    return Ending(Reason.UNKNOWN, _clip(text or run.message or "the trainer ended without a word"), True, True,
+                  *_place(pods[:1]), code)  # fmt: skip
+
+
+def waiting(pods: Iterable[PodView]) -> tuple[Reason, str] | None:
+    """What holds up a run that has not begun, most telling first."""
+    pods = tuple(pods)
+    for reasons, reason in ((_PULL, Reason.IMAGE_PULL), (_CONFIG, Reason.POD_CONFIG)):
+        for pod in pods:
+            if pod.waiting and pod.waiting[0] in reasons:
+                return reason, _clip(f"pod {pod.name}: {pod.waiting[0]}: {pod.waiting[1]}")
+    for pod in pods:
+        if pod.unschedulable is not None and pod.node is None:
+            return Reason.UNSCHEDULABLE, _clip(pod.unschedulable)
+    return None
+
+
+def _endings(run: RunView, pods: tuple[PodView, ...], text: str, code: int | None) -> Iterable[Ending]:
+    driver = next((pod for pod in pods if pod.index == 0), None)
+    place = _place([driver] if driver else [])
+    if code == ExitCode.USER_ERROR:
+        yield Ending(Reason.USER_ERROR, _clip(text or "the job, its data or its settings are wrong"), False, True,
+                     *place, code)  # fmt: skip
+    yield from _lost_pods(pods)
+    yield from _killed_for_memory(pods)
+    if _DEVICE_OOM.search(text):
+        yield Ending(Reason.DEVICE_OOM, _clip(text), False, True, *place, code)
+    if code == ExitCode.OUT_OF_MEMORY:
+        yield Ending(Reason.OOM_KILLED, _clip(text or "out of memory"), False, True, *place, code)
+    if code == ExitCode.INTERRUPTED:
+        yield Ending(Reason.INTERRUPTED, _clip(text or "stopped, with a checkpoint"), True, False, *place, code)
+    stuck = waiting(pods)
+    if stuck is not None:
+        yield Ending(stuck[0], stuck[1], True, True, *place, code)
+    if _RENDEZVOUS.search(text):
+        yield Ending(Reason.RENDEZVOUS, _clip(text), True, True, *place, code)
+
+
+def _lost_pods(pods: tuple[PodView, ...]) -> Iterable[Ending]:
+    for marks, reason in ((_NODE_LOST, Reason.NODE_LOST), (_EVICTED, Reason.EVICTED)):
+        for pod in pods:
+            why = next((mark for mark in (pod.disruption, pod.reason) if mark in marks), None)
+            if why is not None:
+                message = f"pod {pod.name}: {why}" + (f": {pod.message}" if pod.message else "")
+                yield Ending(reason, _clip(message), True, False, pod.name, pod.node, pod.exit_code)
+
+
+def _killed_for_memory(pods: tuple[PodView, ...]) -> Iterable[Ending]:
+    for pod in pods:
+        if pod.terminated == "OOMKilled":
+            message = f"pod {pod.name} used more memory than its limit"
+            yield Ending(Reason.OOM_KILLED, message, False, True, pod.name, pod.node, pod.exit_code)
+
+
+def termination_report(pod: PodView) -> AttemptReport | None:
+    """The report in a pod's termination message; None where there is none."""
+    try:
+        return AttemptReport.model_validate(json.loads(pod.termination_message), strict=False)
+    except (ValueError, ValidationError):
+        return None
+
+
+def _said(pods: tuple[PodView, ...], report: AttemptReport | None) -> AttemptReport | None:
+    written = (termination_report(pod) for pod in pods if pod.index == 0)
+    return next(filter(None, written), None) or (report if report and report.exit_code is not None else None)
+
+
+def _driver_text(pods: tuple[PodView, ...]) -> str:
+    return next((pod.termination_message for pod in pods if pod.index == 0), "")
+
+
+def _exit_code(run: RunView, pods: tuple[PodView, ...], said: AttemptReport | None) -> int | None:
+    if said is not None and said.exit_code is not None:
+        return said.exit_code
+    driver = next((pod.exit_code for pod in pods if pod.index == 0), None)
+    return driver if driver is not None else run.exit_code
+
+
+def _place(pods: Iterable[PodView]) -> tuple[str | None, str | None]:
+    return next(((pod.name, pod.node) for pod in pods), (None, None))
+
+
+def _clip(text: str) -> str:
+    """The end of a long text: a traceback's last lines tell most."""
+    return text if len(text) <= MESSAGE_LIMIT else "…" + text[-MESSAGE_LIMIT + 1 :]

@@ -1,0 +1,250 @@
+"""What to do about a job, from what is seen of it: pure, one ordered list of steps, the first that has an answer wins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime, timedelta
+
+from finetune_api.cluster import RunPolicy
+from finetune_api.kubernetes import Kubernetes
+from finetune_operator import attempts
+from finetune_operator.actions import Decision, DeleteJob, DeleteRun, StartRun, StopRun
+from finetune_operator.advice import with_advice
+from finetune_operator.classify import classify, termination_report, waiting
+from finetune_operator.conditions import Reason, Type, moment, stamp
+from finetune_operator.draft import Draft
+from finetune_operator.observed import Observed, RunState, RunView
+from finetune_operator.settings import Settings
+from finetune_operator.spec_check import spec_faults
+
+ENDED = (RunState.SUCCEEDED, RunState.FAILED)
+
+
+def decide(seen: Observed, settings: Settings, now: datetime) -> Decision:
+    """The status as it should read, what to do, and when to look again."""
+    draft = Draft(seen, settings, now)
+    for step in _STEPS:
+        if step(draft):
+            break
+    return draft.decision()
+
+
+def _over(draft: Draft) -> bool:
+    """A finished job: stop what still runs, and delete the job when its time is up."""
+    if not (draft.holds(Type.SUCCEEDED) or draft.holds(Type.FAILED)):
+        return False
+    for run in draft.seen.runs:
+        if run.owner == draft.seen.uid and run.state not in ENDED and not run.deleting:
+            draft.do(DeleteRun(run.run))
+    _ttl(draft)
+    return True
+
+
+def _ttl(draft: Draft) -> None:
+    ttl = _policy(draft).ttl_seconds_after_finished
+    ended = draft.status.get("completionTime")
+    if ttl is None or ended is None:
+        return
+    expiry = moment(ended) + timedelta(seconds=ttl)
+    if expiry <= draft.now:
+        draft.do(DeleteJob())
+    else:
+        draft.wake_at(expiry)
+
+
+def _invalid(draft: Draft) -> bool:
+    """Checked once: what is checked cannot change."""
+    if draft.holds(Type.VALIDATED):
+        return False
+    fault = spec_faults(draft.seen.body, draft.settings)
+    if fault is not None:
+        draft.set(Type.VALIDATED, "False", fault.reason, fault.message)
+        return draft.fail(fault.reason, fault.message)
+    draft.set(Type.VALIDATED, "True", Reason.VALID)
+    return False
+
+
+def _record(draft: Draft) -> bool:
+    """Write the ended attempts into the status before anything is decided from them."""
+    draft.learn(draft.seen.report)
+    for run in sorted(draft.seen.runs, key=lambda run: run.run):
+        if run.run == 0 or run.owner != draft.seen.uid:
+            continue
+        draft.attempt_seen(run)
+        if run.state is RunState.FAILED:
+            pods = draft.seen.pods_of(run.run)
+            draft.learn(next(filter(None, map(termination_report, pods[:1])), None))
+            ending = with_advice(classify(run, pods, draft.seen.report), draft.seen.body, draft.status)
+            draft.attempt_ended(run, ending)
+    draft.attempts_gone()
+    return False
+
+
+def _succeeded(draft: Draft) -> bool:
+    run = next((run for run in draft.seen.runs if run.run and run.state is RunState.SUCCEEDED), None)
+    if run is None or run.owner != draft.seen.uid:
+        return False
+    draft.learn(next(filter(None, map(termination_report, draft.seen.pods_of(run.run)[:1])), None))
+    draft.attempt_succeeded(run)
+    draft.succeed()
+    _ttl(draft)
+    return True
+
+
+def _deadline(draft: Draft) -> bool:
+    seconds, started = _policy(draft).active_deadline_seconds, draft.status.get("startTime")
+    run = draft.active()
+    if seconds is None or started is None or run is None:
+        return False
+    end = moment(started) + timedelta(seconds=seconds)
+    if end > draft.now:
+        draft.wake_at(end)
+        return False
+    message = f"ran longer than runPolicy.activeDeadlineSeconds ({seconds} s); its last checkpoint is kept"
+    if _stop(draft, run, Reason.DEADLINE):
+        return True
+    return draft.fail(Reason.DEADLINE, message)
+
+
+def _suspend(draft: Draft) -> bool:
+    run, wanted = draft.active(), _policy(draft).suspend
+    if not wanted:
+        return False
+    if run is not None and _stop(draft, run, Reason.SUSPENDED):
+        draft.set(Type.SUSPENDED, "False", Reason.STOPPING, "saving a checkpoint")
+        return True
+    last = draft.status.get("lastCheckpoint")
+    kept = f"goes on from step {last['step']} of stage {last['stage'] + 1}" if last else "nothing was trained yet"
+    draft.set(Type.RUNNING, "False", Reason.SUSPENDED)
+    draft.set(Type.SUSPENDED, "True", Reason.SUSPENDED, kept)
+    draft.status.pop("startTime", None)
+    return True
+
+
+def _stop(draft: Draft, run: RunView, reason: Reason) -> bool:
+    """Ask for a checkpoint, give it time, then delete the run; False once it is gone."""
+    asked = draft.stop_asked(run.run)
+    if run.deleting:
+        return True
+    grace = _kubernetes(draft).checkpoint_grace_seconds
+    if run.state is RunState.RUNNING and asked is None:
+        draft.ask_stop(run.run)
+        draft.do(StopRun(run.run))
+        draft.wake_at(draft.now + timedelta(seconds=grace))
+    elif run.state is RunState.RUNNING and asked is not None and asked + timedelta(seconds=grace) > draft.now:
+        draft.do(StopRun(run.run))  # again, in case the first request met nobody
+        draft.wake_at(min(asked + timedelta(seconds=grace), draft.now + timedelta(seconds=5)))
+    else:
+        draft.do(DeleteRun(run.run))
+    draft.set(Type.RUNNING, "False" if run.state is not RunState.RUNNING else "True", Reason.STOPPING)
+    draft.stop_reason(run.run, reason)
+    return True
+
+
+def _preflight(draft: Draft) -> bool:
+    if draft.holds(Type.PLANNED) or draft.status.get("attempts"):
+        return False
+    if not _kubernetes(draft).preflight:
+        draft.set(Type.PLANNED, "True", Reason.PREFLIGHT_SKIPPED)
+        return False
+    run = draft.seen.run(0)
+    if run is None or run.deleting:
+        draft.set(Type.PLANNED, "Unknown", Reason.PREFLIGHT_RUNNING)
+        draft.do(StartRun(0))
+        return True
+    pods = draft.seen.pods_of(0)
+    if run.state is RunState.SUCCEEDED:
+        draft.learn(next(filter(None, map(termination_report, pods)), None))
+        draft.set(Type.PLANNED, "True", Reason.PREFLIGHT_PASSED, draft.plan_words())
+        return False
+    if run.state is RunState.FAILED:
+        ending = classify(run, pods, None)
+        draft.failure(ending, 0)
+        draft.set(Type.PLANNED, "False", Reason.PREFLIGHT_FAILED, ending.message)
+        return draft.fail(ending.reason if ending.reason is Reason.USER_ERROR else Reason.PREFLIGHT_FAILED,
+                          ending.message)  # fmt: skip
+    stuck = waiting(pods)
+    draft.set(Type.PLANNED, "Unknown", *(stuck or (Reason.PREFLIGHT_RUNNING, "")))
+    return True
+
+
+def _start(draft: Draft) -> bool:
+    """No attempt is on its way: give up, wait, or start the next one."""
+    if draft.active() is not None:
+        return False
+    last = attempts.last(draft.status)
+    limit = _policy(draft).backoff_limit
+    if last is not None and not last["retryable"]:
+        return draft.fail(Reason(last["reason"]), last["message"])
+    if attempts.failures(draft.status) > limit:
+        assert last is not None
+        message = f"{attempts.failures(draft.status)} attempts without progress (backoffLimit {limit}): {last['message']}"
+        return draft.fail(Reason(last["reason"]), message)
+    ready = attempts.next_start(draft.status, draft.settings)
+    if ready is not None and ready > draft.now:
+        assert last is not None
+        draft.set(Type.RUNNING, "False", Reason.BACK_OFF, f"next attempt at {stamp(ready)}, after {last['reason']}")
+        draft.wake_at(ready)
+        return True
+    if draft.seen.engine_missing:
+        message = "kubernetes.engine is kuberay, but this cluster has no ray.io/v1 RayJob: install KubeRay, or use job"
+        draft.set(Type.RUNNING, "False", Reason.ENGINE_MISSING, message)
+        draft.wake_at(draft.now + timedelta(seconds=60))
+        return True
+    draft.start_attempt()
+    return True
+
+
+def _follow(draft: Draft) -> bool:
+    """An attempt is on its way: say how it does."""
+    run = draft.active()
+    assert run is not None
+    pods = draft.seen.pods_of(run.run)
+    held = run.state is RunState.QUEUED
+    draft.set(Type.ADMITTED, "False" if held else "True", Reason.QUEUED if held else Reason.NOT_QUEUED, run.message if held else "")
+    stuck = waiting(pods)
+    if run.deleting:
+        draft.set(Type.RUNNING, "False", Reason.STOPPING, "the run is being deleted")
+    elif run.state is RunState.RUNNING:
+        draft.set(Type.RUNNING, "True", Reason.TRAINING, "" if stuck is None else stuck[1])
+        draft.running_since(run)
+    elif stuck is not None:
+        _stuck(draft, run, *stuck)
+    else:
+        draft.set(Type.RUNNING, "False", Reason.QUEUED if held else Reason.STARTING)
+    return True
+
+
+def _stuck(draft: Draft, run: RunView, reason: Reason, message: str) -> None:
+    """Say what holds the pods up; after a while delete the run, which then counts as failed."""
+    draft.set(Type.RUNNING, "False", reason, message)
+    limit = draft.settings.start_seconds if reason is Reason.UNSCHEDULABLE else draft.settings.image_pull_seconds
+    if not limit:
+        return
+    end = run.created + timedelta(seconds=limit)
+    if end > draft.now:
+        draft.wake_at(end)
+    else:
+        draft.stop_reason(run.run, reason, message)
+        draft.do(DeleteRun(run.run))
+
+
+def _policy(draft: Draft) -> RunPolicy:
+    return RunPolicy.model_validate(draft.spec.get("runPolicy", {}))
+
+
+def _kubernetes(draft: Draft) -> Kubernetes:
+    return Kubernetes.model_validate(draft.spec.get("kubernetes", {}))
+
+
+_STEPS: tuple[Callable[[Draft], bool], ...] = (
+    _over,
+    _invalid,
+    _record,
+    _succeeded,
+    _deadline,
+    _suspend,
+    _preflight,
+    _start,
+    _follow,
+)

@@ -1,0 +1,57 @@
+"""Names, labels and ports of everything that the operator makes: the one truth about each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_api.job import GROUP
+
+MANAGED_BY = "app.kubernetes.io/managed-by"
+OPERATOR = "finetune-operator"
+JOB_LABEL = f"{GROUP}/job"
+"""Name of the FineTuneJob."""
+RUN_LABEL = f"{GROUP}/run"
+"""Which run of it: `preflight`, or the attempt's number."""
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+
+PREFLIGHT = "preflight"
+CONTAINER = "trainer"
+"""The container that the pod template's own settings belong to."""
+RAY_PORT = 6379
+CONFIG_FILE = "run.json"
+TOKEN_KEY = "auth_token"  # KubeRay's name for the key
+CONFIG_DIRECTORY = "/etc/finetune"
+TOKEN_DIRECTORY = "/etc/finetune-token"
+CACHE_DIRECTORY = "/cache"
+CLAIM_DIRECTORY = "/pvc"
+MANAGED_SELECTOR = f"{MANAGED_BY}={OPERATOR}"
+
+
+def run_name(job: str, run: int) -> str:
+    """Name of a run's Job or RayJob: at most 47 characters, for RayJobs. Run 0 is the preflight."""
+    return f"{job}-{run or PREFLIGHT}"
+
+
+def support_name(job: str, run: int, uid: str) -> str:
+    """Name of what a run needs beside it (ConfigMap, Secret, Service).
+
+    It has a part of the job's uid, so that a job made again under its old name never meets the old one's objects
+    while they are collected.
+    """
+    return f"{run_name(job, run)}-{uid.replace('-', '')[:8]}"
+
+
+def labels(job: str, run: int) -> dict[str, str]:
+    """Labels of all of a run's objects."""
+    return {MANAGED_BY: OPERATOR, JOB_LABEL: job, RUN_LABEL: str(run or PREFLIGHT)}
+
+
+def run_of(metadata: dict[str, Any]) -> int | None:
+    """The run that an object with these metadata belongs to; None where it belongs to none."""
+    label = (metadata.get("labels") or {}).get(RUN_LABEL, "")
+    return 0 if label == PREFLIGHT else int(label) if label.isdecimal() else None
+
+
+def pod_zero_address(job: str, run: int, uid: str, namespace: str) -> str:
+    """DNS name of the pod that runs the Ray head and the driver."""
+    return f"{run_name(job, run)}-0.{support_name(job, run, uid)}.{namespace}.svc"

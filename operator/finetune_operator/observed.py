@@ -1,0 +1,197 @@
+"""What is seen of a job and its runs, without any engine's own words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+from typing import Any
+
+from finetune_api.report import AttemptReport
+from finetune_operator.conditions import moment
+from finetune_operator.names import CONTAINER, JOB_LABEL, run_of
+
+Json = dict[str, Any]
+COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
+RAY_NODE_TYPE = "ray.io/node-type"
+
+
+class RunState(Enum):
+    """How a run stands, in the words of no engine."""
+
+    QUEUED = "queued"
+    PENDING = "pending"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class PodView:
+    """The part of a pod that decisions need. `index` 0 holds the driver."""
+
+    name: str
+    job: str
+    run: int
+    index: int
+    phase: str
+    ip: str | None = None
+    node: str | None = None
+    deleting: bool = False
+    reason: str | None = None
+    """The pod's own: `Evicted`, `NodeLost`, …"""
+    message: str = ""
+    unschedulable: str | None = None
+    """What the scheduler misses."""
+    disruption: str | None = None
+    """Reason of the `DisruptionTarget` condition."""
+    waiting: tuple[str, str] | None = None
+    """Reason and message of a container that can't start."""
+    terminated: str | None = None
+    """Reason of the container's end: `OOMKilled`, `Error`, …"""
+    exit_code: int | None = None
+    termination_message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """A run: the preflight (0) or an attempt (1, 2, …)."""
+
+    name: str
+    job: str
+    owner: str
+    """Uid of the FineTuneJob that owns it."""
+    run: int
+    state: RunState
+    created: datetime
+    engine: str = "job"
+    ended: datetime | None = None
+    deleting: bool = False
+    reason: str = ""
+    """The engine's own, of a failure."""
+    message: str = ""
+    exit_code: int | None = None
+    """As the engine knows it, where no pod is left to ask."""
+
+
+@dataclass(frozen=True)
+class JobView:
+    """A FineTuneJob as the API server has it. Kept as text: thousands of parsed specs would fill the memory."""
+
+    namespace: str
+    name: str
+    uid: str
+    text: str = field(repr=False)
+
+    @property
+    def body(self) -> Json:
+        body: Json = json.loads(self.text)
+        return body
+
+
+@dataclass(frozen=True)
+class Observed:
+    """All that a decision is made from."""
+
+    body: Json
+    runs: tuple[RunView, ...] = ()
+    pods: tuple[PodView, ...] = ()
+    report: AttemptReport | None = None
+    """What the current run last said of itself."""
+    engine_missing: bool = False
+    """The job wants an engine that the cluster doesn't have."""
+
+    @property
+    def uid(self) -> str:
+        return str(self.body["metadata"]["uid"])
+
+    def run(self, number: int) -> RunView | None:
+        return next((run for run in self.runs if run.run == number and run.owner == self.uid), None)
+
+    def pods_of(self, number: int) -> tuple[PodView, ...]:
+        return tuple(sorted((pod for pod in self.pods if pod.run == number), key=lambda pod: (pod.index, pod.name)))
+
+
+def job_view(body: Json) -> JobView:
+    """A FineTuneJob without what nobody reads."""
+    metadata = {name: value for name, value in body["metadata"].items() if name != "managedFields"}
+    slim = {"metadata": metadata, "spec": body.get("spec", {}), "status": body.get("status", {})}
+    return JobView(metadata["namespace"], metadata["name"], metadata["uid"], json.dumps(slim, separators=(",", ":")))
+
+
+def pod_view(body: Json) -> PodView | None:
+    """A pod of ours; None for any other."""
+    metadata, status = body["metadata"], body.get("status", {})
+    run = run_of(metadata)
+    job = (metadata.get("labels") or {}).get(JOB_LABEL)
+    if run is None or job is None:
+        return None
+    conditions = {item["type"]: item for item in status.get("conditions") or []}
+    ended = _terminated(status)
+    return PodView(
+        name=metadata["name"],
+        job=job,
+        run=run,
+        index=_index(metadata),
+        phase=status.get("phase", "Pending"),
+        ip=status.get("podIP"),
+        node=(body.get("spec") or {}).get("nodeName"),
+        deleting="deletionTimestamp" in metadata,
+        reason=status.get("reason"),
+        message=status.get("message", ""),
+        unschedulable=_condition_text(conditions.get("PodScheduled"), "False", "Unschedulable"),
+        disruption=_reason(conditions.get("DisruptionTarget"), "True"),
+        waiting=_waiting(status),
+        terminated=ended.get("reason"),
+        exit_code=ended.get("exitCode"),
+        termination_message=ended.get("message", ""),
+    )
+
+
+def _index(metadata: Json) -> int:
+    marks = {**(metadata.get("labels") or {}), **(metadata.get("annotations") or {})}
+    if RAY_NODE_TYPE in marks:
+        return 0 if marks[RAY_NODE_TYPE] == "head" else 1
+    return int(marks.get(COMPLETION_INDEX, 0))
+
+
+def _containers(status: Json) -> list[Json]:
+    return [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
+
+
+def _terminated(status: Json) -> Json:
+    """How the trainer's container ended, or else the first other one that failed."""
+    ends = {item["name"]: (item.get("state") or {}).get("terminated") for item in _containers(status)}
+    own = ends.get(CONTAINER)
+    failed = (end for end in ends.values() if end and end.get("exitCode"))
+    return own or next(failed, None) or {}
+
+
+def _waiting(status: Json) -> tuple[str, str] | None:
+    for item in _containers(status):
+        waiting = (item.get("state") or {}).get("waiting") or {}
+        if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
+            return waiting["reason"], waiting.get("message", "")
+    return None
+
+
+def _condition_text(condition: Json | None, status: str, reason: str) -> str | None:
+    if condition is None or condition.get("status") != status or condition.get("reason") != reason:
+        return None
+    return str(condition.get("message", ""))
+
+
+def _reason(condition: Json | None, status: str) -> str | None:
+    return str(condition.get("reason", "")) if condition and condition.get("status") == status else None
+
+
+def created(metadata: Json) -> datetime:
+    """When an object was made, by the API server's clock."""
+    return moment(metadata["creationTimestamp"])
+
+
+def owner_uid(metadata: Json) -> str:
+    """Uid of the controller that owns an object; empty where none does."""
+    owners = metadata.get("ownerReferences") or []
+    return next((owner["uid"] for owner in owners if owner.get("controller")), "")
