@@ -77,6 +77,7 @@ def run_config(job: FineTuneJob, path: Path) -> RunConfig:
             "job": job.to_json(),
             "root": f"{place}/{job.metadata.name}",
             "baseDir": str(path.absolute().parent),
+            "workDir": str(Path.cwd()),
             "cacheDir": str(cache_dir()),
         }
     )

@@ -19,6 +19,8 @@ class RunConfig(ApiModel):
     """The job's own directory in storage: an absolute path or a URI."""
     base_dir: Annotated[str, Field(min_length=1)]
     """Directory that relative paths of models and data start from."""
+    work_dir: Annotated[str, Field(min_length=1)] | None = None
+    """Directory that they start from where `base_dir` has no such file. Default: the process's current directory."""
     cache_dir: Annotated[str, Field(min_length=1)]
     """Local directory for prepared data and downloads; it may be shared and may be deleted at any time."""
     attempt: Annotated[int, Field(ge=1)] = 1

@@ -24,6 +24,7 @@ def test_not_a_quantity(text: str) -> None:
 def test_numbers_for_people() -> None:
     assert human_bytes(1536) == "1.5 KiB"
     assert human_bytes(80 << 30) == "80 GiB"
+    assert human_bytes(1001 << 20) == "1001 MiB"
     assert human_bytes(5 << 40) == "5 TiB"
     assert human_count(8_030_261_248) == "8.03 B"
 

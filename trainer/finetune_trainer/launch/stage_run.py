@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ def run_stages(order: WorkOrder) -> None:
     """See `launch.worker.train_loop`."""
     torch.set_num_threads(order.threads)
     run = RunConfig.model_validate_json(order.run)
+    if run.work_dir is not None:
+        os.chdir(run.work_dir)  # Ray starts workers in its own directory, where relative paths lead nowhere
     storage, end, placement = Storage(run.root), WorkerEnd(order.channel), _placement(order.accelerator)
     peers = Peers()
     for work in order.stages:

@@ -32,15 +32,20 @@ def human_bytes(count: float) -> str:
     """Bytes for people, in binary units: `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+            return f"{count:.0f} B" if unit == "B" else f"{_short(count)} {unit}"
         count /= 1024
-    return f"{count:.3g} TiB"
+    return f"{_short(count)} TiB"
 
 
 def human_count(count: float) -> str:
     """A number for people: `8.03 B`."""
     for unit in ("", " k", " M", " B"):
         if abs(count) < 1000:
-            return f"{count:.0f}" if not unit else f"{count:.3g}{unit}"
+            return f"{count:.0f}" if not unit else f"{_short(count)}{unit}"
         count /= 1000
-    return f"{count:.3g} T"
+    return f"{_short(count)} T"
+
+
+def _short(count: float) -> str:
+    """Three digits, and never as a power of ten."""
+    return f"{count:.0f}" if abs(count) >= 100 else f"{count:.3g}"
