@@ -1,0 +1,129 @@
+"""How to reach an API server as somebody: a client, a kubeconfig, kubectl; and namespaces to work in."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kubernetes import client, watch
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Access:
+    """An address, the authority behind its certificate, and a bearer token."""
+
+    url: str
+    ca_file: Path
+    token: str = field(repr=False)
+    kubectl_path: Path
+
+    def at(self, url: str) -> Access:
+        """The same credentials at another address, such as a proxy's."""
+        return replace(self, url=url)
+
+    def client(self, user_agent: str = "") -> client.ApiClient:
+        """A client of the official library; close it, or use it as a context manager."""
+        configuration = client.Configuration()
+        configuration.host = self.url
+        configuration.ssl_ca_cert = str(self.ca_file)
+        configuration.api_key = {"authorization": f"Bearer {self.token}"}
+        made = client.ApiClient(configuration)
+        if user_agent:
+            made.user_agent = user_agent
+        return made
+
+    def kubeconfig(self, path: Path, namespace: str = "default") -> Path:
+        """Write a kubeconfig (JSON, which is YAML) readable by its owner alone, and return where it is."""
+        cluster = {"server": self.url, "certificate-authority": str(self.ca_file)}
+        context = {"cluster": "test", "user": "test", "namespace": namespace}
+        content = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "test",
+            "clusters": [{"name": "test", "cluster": cluster}],
+            "users": [{"name": "test", "user": {"token": self.token}}],
+            "contexts": [{"name": "test", "context": context}],
+        }
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(content))
+        return path
+
+    def kubectl(self, *arguments: str, stdin: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run kubectl as this user.
+
+        Raises:
+            AssertionError: it failed and `check` is set; the message is what it said.
+        """
+        options = [f"--server={self.url}", f"--certificate-authority={self.ca_file}", f"--token={self.token}"]
+        command = [str(self.kubectl_path), "--kubeconfig=/dev/null", *options, *arguments]
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 or not check, f"kubectl {' '.join(arguments)}: {done.stderr}"
+        return done
+
+    def apply(self, *manifests: Json, namespace: str = "default") -> None:
+        """Server-side apply of manifests; a namespace of their own wins over `namespace`."""
+        items = {"apiVersion": "v1", "kind": "List", "items": list(manifests)}
+        options = ["--server-side", "--force-conflicts", f"--namespace={namespace}"]
+        self.kubectl("apply", *options, "--filename=-", stdin=json.dumps(items))
+
+    def service_account(self, namespace: str, name: str, *, seconds: int = 3600) -> Access:
+        """The access that a pod of this service account has, by a token of its own (TokenRequest)."""
+        spec = client.V1TokenRequestSpec(audiences=[], expiration_seconds=seconds)
+        request = client.AuthenticationV1TokenRequest(spec=spec)
+        with self.client() as api:
+            answer = client.CoreV1Api(api).create_namespaced_service_account_token(name, namespace, request)
+        return replace(self, token=answer.status.token)
+
+
+@contextmanager
+def namespace_of(access: Access, prefix: str, labels: dict[str, str] | None = None) -> Iterator[str]:
+    """A namespace with its default service account there; it is deleted, without waiting, at the end."""
+    name = f"{prefix[:40].strip('-')}-{uuid.uuid4().hex[:8]}"
+    with access.client() as api:
+        core = client.CoreV1Api(api)
+        core.create_namespace(client.V1Namespace(metadata=client.V1ObjectMeta(name=name, labels=labels)))
+        until(core.list_namespaced_service_account, lambda found: found.metadata.name == "default", namespace=name)
+        try:
+            yield name
+        finally:
+            core.delete_namespace(name)
+
+
+def until(listing: Callable[..., Any], wanted: Callable[[Any], bool], *, timeout: float = 30, **query: Any) -> Any:
+    """The first object that `wanted` says yes to, of those that `listing(**query)` has or comes to have: by a watch.
+
+    `listing` is a list method of the official client.
+
+    Raises:
+        AssertionError: none came within `timeout` seconds; the message has the last object seen.
+    """
+    last = None
+    for event in watch.Watch().stream(listing, timeout_seconds=max(1, int(timeout)), **query):
+        last = event["object"]
+        if event["type"] != "DELETED" and wanted(last):
+            return last
+    raise AssertionError(f"not within {timeout} s; the last object seen: {last}")
+
+
+def until_gone(listing: Callable[..., Any], name: str, *, timeout: float = 30, **query: Any) -> None:
+    """Come back when `listing(**query)` has no object of that name: by a watch.
+
+    Raises:
+        AssertionError: it is still there after `timeout` seconds.
+    """
+    found = client.ApiClient().sanitize_for_serialization(listing(**query))
+    if all(item["metadata"]["name"] != name for item in found["items"]):
+        return
+    query |= {"resource_version": found["metadata"]["resourceVersion"], "timeout_seconds": max(1, int(timeout))}
+    for event in watch.Watch().stream(listing, **query):
+        if event["type"] == "DELETED" and event["raw_object"]["metadata"]["name"] == name:
+            return
+    raise AssertionError(f"{name} is still there after {timeout} s")

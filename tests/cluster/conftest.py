@@ -1,0 +1,99 @@
+"""Fixtures of the tests against a real API server. See `control_plane`, `kubelet_stand_in` and `faulty_proxy`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from access import Access, namespace_of, until
+from control_plane import ControlPlane
+from faulty_proxy import FaultyProxy
+from kube_assets import MissingAsset
+from kubelet_stand_in import KubeletStandIn
+from kubernetes import client
+
+ROOT = Path(__file__).parents[2]
+CRD_FILE = ROOT / "crds" / "finetune.dev_finetunejobs.yaml"
+TEST_SECONDS = 120
+STARTED = pytest.StashKey[float]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test's time limit leaves out its fixtures: the first may have to build Kubernetes."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS, func_only=True))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if STARTED in config.stash:
+        terminalreporter.write_line(f"control plane ready after {config.stash[STARTED]:.1f} s")
+
+
+@pytest.fixture(scope="session")
+def control_plane(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[ControlPlane]:
+    """etcd, kube-apiserver and kube-controller-manager, for the whole session."""
+    try:
+        made = ControlPlane(tmp_path_factory.mktemp("control-plane"))
+    except MissingAsset as missing:
+        pytest.skip(str(missing))
+    with made:
+        pytestconfig.stash[STARTED] = made.start_seconds
+        yield made
+
+
+@pytest.fixture(scope="session")
+def admin(control_plane: ControlPlane) -> Access:
+    """Access with every right."""
+    return control_plane.admin
+
+
+@pytest.fixture(scope="session")
+def api(admin: Access) -> Iterator[client.ApiClient]:
+    """The administrator's client: `client.BatchV1Api(api)` and the like."""
+    with admin.client() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def core(api: client.ApiClient) -> client.CoreV1Api:
+    """Pods, Nodes, Events and the other kinds of the core group."""
+    return client.CoreV1Api(api)
+
+
+@pytest.fixture(scope="session")
+def finetune_jobs(api: client.ApiClient, admin: Access) -> client.CustomObjectsApi:
+    """The API of custom objects, with the committed CRD served."""
+    definition = yaml.safe_load(CRD_FILE.read_text())
+    admin.apply(definition)
+    extensions = client.ApiextensionsV1Api(api)
+    name = definition["metadata"]["name"]
+    until(extensions.list_custom_resource_definition, _established, field_selector=f"metadata.name={name}")
+    return client.CustomObjectsApi(api)
+
+
+def _established(definition: client.V1CustomResourceDefinition) -> bool:
+    conditions = (definition.status and definition.status.conditions) or []
+    return any(condition.type == "Established" and condition.status == "True" for condition in conditions)
+
+
+@pytest.fixture
+def namespace(admin: Access) -> Iterator[str]:
+    """A namespace of the test's own."""
+    with namespace_of(admin, "test") as name:
+        yield name
+
+
+@pytest.fixture
+def kubelet(core: client.CoreV1Api) -> KubeletStandIn:
+    """Moves pods through their states, as a scheduler and a kubelet would."""
+    return KubeletStandIn(core)
+
+
+@pytest.fixture
+def proxy(control_plane: ControlPlane) -> Iterator[FaultyProxy]:
+    """A proxy in front of the API server that counts, and fails what it is told to fail."""
+    with FaultyProxy(control_plane.url, control_plane.ca_file, control_plane.key_file) as made:
+        yield made
