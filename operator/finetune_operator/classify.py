@@ -24,7 +24,8 @@ _CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerEr
 _DEVICE_OOM = re.compile(r"CUDA out of memory|CUDA error: out of memory|torch\.(cuda\.)?OutOfMemoryError")
 _RENDEZVOUS = re.compile(
     r"NCCL (error|timeout|WARN)|ncclSystemError|ncclRemoteError|gloo.*(connect|timeout|Connection)|"
-    r"DistNetworkError|DistStoreError|rendezvous|failed to connect to (the )?(head|GCS)|RpcError|Unable to connect to GCS",
+    r"DistNetworkError|DistStoreError|rendezvous|failed to connect to (the )?(head|GCS)|RpcError|"
+    r"Unable to connect to GCS",
     re.IGNORECASE,
 )  # fmt: skip
 

@@ -1,4 +1,7 @@
-"""What to do about a job, from what is seen of it: pure, one ordered list of steps, the first that has an answer wins."""
+"""What to do about a job, from what is seen of it (pure).
+
+One ordered list of steps; the first that has an answer wins.
+"""
 
 from __future__ import annotations
 
@@ -80,6 +83,19 @@ def _record(draft: Draft) -> bool:
     return False
 
 
+def _refused(draft: Draft) -> bool:
+    """The API server did not take what was rendered: for good, or for now."""
+    trouble = draft.seen.trouble
+    if trouble is None:
+        return False
+    reason, message = trouble
+    if reason is Reason.REJECTED:
+        return draft.fail(reason, message)
+    draft.set(Type.RUNNING, "False", reason, message)
+    draft.wake_at(draft.now + timedelta(seconds=draft.settings.backoff_seconds))
+    return False
+
+
 def _succeeded(draft: Draft) -> bool:
     run = next((run for run in draft.seen.runs if run.run and run.state is RunState.SUCCEEDED), None)
     if run is None or run.owner != draft.seen.uid:
@@ -93,16 +109,17 @@ def _succeeded(draft: Draft) -> bool:
 
 def _deadline(draft: Draft) -> bool:
     seconds, started = _policy(draft).active_deadline_seconds, draft.status.get("startTime")
-    run = draft.active()
-    if seconds is None or started is None or run is None:
+    if seconds is None or started is None:
         return False
     end = moment(started) + timedelta(seconds=seconds)
     if end > draft.now:
         draft.wake_at(end)
         return False
     message = f"ran longer than runPolicy.activeDeadlineSeconds ({seconds} s); its last checkpoint is kept"
-    if _stop(draft, run, Reason.DEADLINE):
+    run = draft.active()
+    if run is not None and _stop(draft, run, Reason.DEADLINE):
         return True
+    draft.status["failure"] = {"reason": Reason.DEADLINE.value, "message": message}
     return draft.fail(Reason.DEADLINE, message)
 
 
@@ -176,9 +193,10 @@ def _start(draft: Draft) -> bool:
     limit = _policy(draft).backoff_limit
     if last is not None and not last["retryable"]:
         return draft.fail(Reason(last["reason"]), last["message"])
-    if attempts.failures(draft.status) > limit:
+    failed = attempts.failures(draft.status)
+    if failed > limit:
         assert last is not None
-        message = f"{attempts.failures(draft.status)} attempts without progress (backoffLimit {limit}): {last['message']}"
+        message = f"{failed} attempts without progress (backoffLimit {limit}): {last['message']}"
         return draft.fail(Reason(last["reason"]), message)
     ready = attempts.next_start(draft.status, draft.settings)
     if ready is not None and ready > draft.now:
@@ -201,7 +219,10 @@ def _follow(draft: Draft) -> bool:
     assert run is not None
     pods = draft.seen.pods_of(run.run)
     held = run.state is RunState.QUEUED
-    draft.set(Type.ADMITTED, "False" if held else "True", Reason.QUEUED if held else Reason.NOT_QUEUED, run.message if held else "")
+    if held:
+        draft.set(Type.ADMITTED, "False", Reason.QUEUED, run.message)
+    else:
+        draft.set(Type.ADMITTED, "True", Reason.NOT_QUEUED)
     stuck = waiting(pods)
     if run.deleting:
         draft.set(Type.RUNNING, "False", Reason.STOPPING, "the run is being deleted")
@@ -242,6 +263,7 @@ _STEPS: tuple[Callable[[Draft], bool], ...] = (
     _invalid,
     _record,
     _succeeded,
+    _refused,
     _deadline,
     _suspend,
     _preflight,

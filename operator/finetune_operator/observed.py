@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 from finetune_api.report import AttemptReport
-from finetune_operator.conditions import moment
+from finetune_operator.conditions import Reason, moment
 from finetune_operator.names import CONTAINER, JOB_LABEL, run_of
 
 Json = dict[str, Any]
@@ -101,6 +101,8 @@ class Observed:
     """What the current run last said of itself."""
     engine_missing: bool = False
     """The job wants an engine that the cluster doesn't have."""
+    trouble: tuple[Reason, str] | None = None
+    """Why the API server did not take the run's objects when they were last applied."""
 
     @property
     def uid(self) -> str:

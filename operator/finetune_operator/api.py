@@ -1,0 +1,91 @@
+"""The API server, as narrow as the operator needs it: raw JSON over kubernetes' own asynchronous client."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kubernetes.aio import config
+from kubernetes.aio.client import ApiException, Configuration
+from kubernetes.aio.client.api_client import ApiClient
+
+Json = dict[str, Any]
+MERGE_PATCH = "application/merge-patch+json"
+TIMEOUT_SECONDS = 30
+USER_AGENT = "finetune-operator"
+_TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+
+
+class Api:
+    """Calls with the operator's own identity.
+
+    Raises:
+        ApiException: from every method, for an answer that is an error.
+        OSError, TimeoutError, aiohttp.ClientError: where there is no answer.
+    """
+
+    def __init__(self, configuration: Configuration) -> None:
+        configuration.connection_pool_maxsize = 32
+        self._client = ApiClient(configuration)
+        self._client.user_agent = USER_AGENT
+
+    async def get(self, path: str) -> Json | None:
+        """An object; None where there is none."""
+        try:
+            return await self._call("GET", path)
+        except ApiException as error:
+            if error.status == 404:
+                return None
+            raise
+
+    async def create(self, path: str, body: Json) -> Json:
+        return await self._call("POST", path, body)
+
+    async def merge(self, path: str, body: Json) -> Json:
+        return await self._call("PATCH", path, body, MERGE_PATCH)
+
+    async def delete(self, path: str, body: Json) -> Json:
+        return await self._call("DELETE", path, body)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def _call(self, method: str, path: str, body: Json | None = None, content: str = "application/json") -> Json:
+        headers: dict[str, str] = {
+            "Accept": "application/json",
+            "Content-Type": content,
+            "User-Agent": self._client.user_agent,
+        }
+        await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
+        url = f"{self._client.configuration.host}{path}"
+        response = await self._client.call_api(method, url, headers, body, _request_timeout=TIMEOUT_SECONDS)
+        await response.read()
+        if not 200 <= response.status <= 299:
+            raise ApiException(http_resp=response)
+        answer: Json = json.loads(response.data)
+        return answer
+
+
+async def configuration() -> Configuration:
+    """The API server of the pod that this runs in, or else of the current kubeconfig context."""
+    found = Configuration()
+    if _TOKEN.exists():
+        config.load_incluster_config(client_configuration=found)
+    else:
+        await config.load_kube_config(client_configuration=found)
+    return found
+
+
+async def connect() -> Api:
+    """A client with this process's own identity."""
+    return Api(await configuration())
+
+
+def reason_of(error: ApiException) -> tuple[str, str]:
+    """The machine's reason and the people's message in an error's body."""
+    try:
+        body = json.loads(error.body or "{}")
+    except ValueError:
+        body = {}
+    return str(body.get("reason", "")), str(body.get("message") or error.reason)

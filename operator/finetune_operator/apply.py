@@ -1,0 +1,94 @@
+"""The one place that writes to the API server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kubernetes.aio.client import ApiException
+
+from finetune_operator.api import Api, reason_of
+from finetune_operator.conditions import Reason
+from finetune_operator.observed import owner_uid
+from finetune_operator.plan import Create, Delete, Operation, PatchStatus
+
+Json = dict[str, Any]
+CONFLICT, UNPROCESSABLE, FORBIDDEN, NOT_FOUND, BAD_REQUEST = 409, 422, 403, 404, 400
+
+
+class Refused(Exception):
+    """The API server doesn't take an object: for good (`REJECTED`), or as things stand (`FORBIDDEN`)."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason, self.message = reason, message
+
+
+class Outdated(Exception):
+    """The job is not the one that was decided about any more: look again."""
+
+
+async def apply(api: Api, operations: list[Operation]) -> list[Json]:
+    """Do the operations in order; returns the API server's answers. Doing them again changes nothing.
+
+    Raises:
+        Refused: an object was not taken; those after it were not tried.
+        Outdated: the job is gone, or is another one.
+        ApiException, OSError: the API server can't do it now.
+    """
+    return [await _do(api, operation) for operation in operations]
+
+
+async def _do(api: Api, operation: Operation) -> Json:
+    if isinstance(operation, Create):
+        return await _create(api, operation)
+    if isinstance(operation, Delete):
+        return await _delete(api, operation)
+    return await _patch_status(api, operation)
+
+
+async def _create(api: Api, operation: Create) -> Json:
+    try:
+        return await api.create(operation.path, operation.body)
+    except ApiException as error:
+        reason, message = reason_of(error)
+        kind = f"{operation.body['kind']} {operation.body['metadata']['name']}"
+        if error.status == CONFLICT and reason == "AlreadyExists":
+            return await _existing(api, operation, kind) if operation.run else {}
+        if error.status in (UNPROCESSABLE, BAD_REQUEST):
+            raise Refused(Reason.REJECTED, f"{kind}: {message}") from error
+        if error.status == FORBIDDEN or (error.status == CONFLICT):
+            raise Refused(Reason.FORBIDDEN, f"{kind}: {message}") from error
+        if error.status == NOT_FOUND:
+            raise Outdated(message) from error
+        raise
+
+
+async def _existing(api: Api, operation: Create, kind: str) -> Json:
+    """The run that is there already, if it is this job's."""
+    found = await api.get(f"{operation.path}/{operation.body['metadata']['name']}")
+    if found is None or owner_uid(found["metadata"]) != owner_uid(operation.body["metadata"]):
+        raise Refused(Reason.FORBIDDEN, f"{kind} is there already and belongs to somebody else: waits for it to go")
+    return found
+
+
+async def _delete(api: Api, operation: Delete) -> Json:
+    """In the foreground: the object is there until its pods have had their grace period."""
+    options: Json = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Foreground"}
+    if operation.uid:
+        options["preconditions"] = {"uid": operation.uid}
+    try:
+        return await api.delete(operation.path, options)
+    except ApiException as error:
+        if error.status in (NOT_FOUND, CONFLICT):
+            return {}
+        raise
+
+
+async def _patch_status(api: Api, operation: PatchStatus) -> Json:
+    body = {"metadata": {"uid": operation.uid}, "status": operation.status}
+    try:
+        return await api.merge(operation.path, body)
+    except ApiException as error:
+        if error.status in (NOT_FOUND, CONFLICT):
+            raise Outdated(reason_of(error)[1]) from error
+        raise

@@ -1,0 +1,89 @@
+"""What the watches have told, kept small: the newest state of each job, run and pod."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from finetune_api.report import AttemptReport
+from finetune_operator.conditions import Reason
+from finetune_operator.observed import JobView, Observed, PodView, RunView, job_view
+
+Json = dict[str, Any]
+Key = tuple[str, str]
+"""Namespace and name of a FineTuneJob."""
+
+
+class Cache:
+    """Everything known, by job. Written by the watches and the poller, read by the controller, in one event loop."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[Key, JobView] = {}
+        self.reports: dict[Key, tuple[int, AttemptReport]] = {}
+        self.troubles: dict[Key, tuple[Reason, str]] = {}
+        self._runs: defaultdict[Key, dict[str, RunView]] = defaultdict(dict)
+        self._pods: defaultdict[Key, dict[str, PodView]] = defaultdict(dict)
+
+    def put_job(self, body: Json) -> Key:
+        view = job_view(body)
+        key = (view.namespace, view.name)
+        old = self.jobs.get(key)
+        if old is not None and old.uid != view.uid:
+            self.forget(key)
+        self.jobs[key] = view
+        return key
+
+    def forget(self, key: Key) -> None:
+        """The job is gone; its runs and pods go by their own events."""
+        self.jobs.pop(key, None)
+        self.reports.pop(key, None)
+        self.troubles.pop(key, None)
+
+    def put_run(self, namespace: str, run: RunView) -> Key:
+        key = (namespace, run.job)
+        self._runs[key][run.name] = run
+        return key
+
+    def drop_run(self, key: Key, name: str) -> None:
+        self._drop(self._runs, key, name)
+
+    def put_pod(self, namespace: str, pod: PodView) -> Key:
+        key = (namespace, pod.job)
+        self._pods[key][pod.name] = pod
+        return key
+
+    def drop_pod(self, key: Key, name: str) -> None:
+        self._drop(self._pods, key, name)
+
+    def observed(self, key: Key) -> Observed | None:
+        """All that is known of a job; None where it is gone."""
+        job = self.jobs.get(key)
+        if job is None:
+            return None
+        runs = tuple(self._runs.get(key, {}).values())
+        pods = tuple(self._pods.get(key, {}).values())
+        return Observed(job.body, runs, pods, self._report(key, runs), trouble=self.troubles.get(key))
+
+    def run_named(self, key: Key, name: str) -> RunView | None:
+        return self._runs.get(key, {}).get(name)
+
+    def _report(self, key: Key, runs: tuple[RunView, ...]) -> AttemptReport | None:
+        """The newest attempt's; an older one's says nothing of it."""
+        number, report = self.reports.get(key, (0, None))
+        return report if number == max((run.run for run in runs), default=0) else None
+
+    def drivers(self) -> Iterator[tuple[Key, PodView]]:
+        """The running pods that have a report to give."""
+        for key, pods in self._pods.items():
+            for pod in pods.values():
+                if pod.run and pod.index == 0 and pod.phase == "Running" and pod.ip:
+                    yield key, pod
+
+    @staticmethod
+    def _drop(kind: defaultdict[Key, dict[str, Any]], key: Key, name: str) -> None:
+        found = kind.get(key)
+        if found is not None:
+            found.pop(name, None)
+            if not found:
+                del kind[key]

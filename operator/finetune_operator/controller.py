@@ -1,0 +1,143 @@
+"""One look at one job: observe, decide, apply. Level-triggered: whatever woke it, the answer is from what is there."""
+
+from __future__ import annotations
+
+import logging
+import time
+from datetime import UTC, datetime
+
+from kubernetes.aio.client import ApiException
+
+from finetune_operator import attempts
+from finetune_operator.actions import Decision, StopRun
+from finetune_operator.api import Api
+from finetune_operator.apply import Outdated, Refused, apply
+from finetune_operator.cache import Cache, Key
+from finetune_operator.decide import decide
+from finetune_operator.engines import ENGINES, engine_of
+from finetune_operator.metrics import Metrics
+from finetune_operator.observed import Observed
+from finetune_operator.plan import Create, Delete, Json, engine_for, event, patch_status, plan, run_path
+from finetune_operator.poller import Poller
+from finetune_operator.queue import WorkQueue
+from finetune_operator.render.run import Run
+from finetune_operator.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class Controller:
+    """Works off the queue of jobs.
+
+    Args:
+        kuberay: whether the cluster has RayJobs.
+    """
+
+    def __init__(self, api: Api, cache: Cache, settings: Settings, metrics: Metrics, *, kuberay: bool) -> None:
+        self._api, self._cache, self._settings, self._metrics, self._kuberay = api, cache, settings, metrics, kuberay
+        self.queue = WorkQueue(self._look)
+        self.poller = Poller(cache, settings, self.queue.add)
+        self._written: dict[Key, float] = {}
+        self._next_write = 0.0
+
+    def job_gone(self, key: Key) -> None:
+        self._cache.forget(key)
+        self.queue.forget(key)
+        self._written.pop(key, None)
+        self._metrics.forget(key)
+
+    async def _look(self, key: Key) -> None:
+        seen = self._cache.observed(key)
+        if seen is None or "deletionTimestamp" in seen.body["metadata"]:
+            return
+        with self._metrics.reconciling():
+            await self._confirm_gone(key, seen)
+            await self._act(key)
+
+    async def _act(self, key: Key) -> None:
+        seen = self._observed(key)
+        if seen is None:
+            return
+        now = datetime.now(UTC)
+        decision = decide(seen, self._settings, now)
+        try:
+            await self._carry_out(key, seen, decision, now)
+        except Refused as refused:
+            self._cache.troubles[key] = (refused.reason, refused.message)
+            self.queue.add_after(key, 0 if seen.trouble is None else self._settings.backoff_seconds)
+        except Outdated as outdated:
+            log.info("%s/%s: %s", *key, outdated)
+
+    async def _carry_out(self, key: Key, seen: Observed, decision: Decision, now: datetime) -> None:
+        """Make, then tell, then delete: at whatever point this ends, a second look comes to the same."""
+        operations = plan(seen.body, decision.actions, self._settings)
+        for operation in operations:
+            if isinstance(operation, Create):
+                (answer,) = await apply(self._api, [operation])
+                self._remember(answer)
+        if self._cache.troubles.pop(key, None) is not None and operations:
+            self.queue.add(key)
+        for action in decision.actions:
+            if isinstance(action, StopRun):
+                await self.poller.stop(key, action.run)
+        attempt = decision.status.get("attempt", 0)
+        await self._tell(seen, decision, attempt, now)
+        await self._write(key, seen, decision)
+        await apply(self._api, [operation for operation in operations if isinstance(operation, Delete)])
+        self._metrics.seen(key, decision.status)
+        if decision.wake is not None:
+            self.queue.add_after(key, (decision.wake - datetime.now(UTC)).total_seconds() + 0.05)
+
+    async def _tell(self, seen: Observed, decision: Decision, attempt: int, now: datetime) -> None:
+        for item in decision.events:
+            try:
+                await apply(self._api, [event(seen.body, item, attempt, now)])
+            except (Refused, ApiException) as error:  # an event is a courtesy: the conditions say the same
+                log.warning("event %s was not taken: %s", item.reason, error)
+
+    async def _write(self, key: Key, seen: Observed, decision: Decision) -> None:
+        """Write the status where it has changed: at once, or as often as mere progress may be written."""
+        operation = patch_status(seen.body, decision.status)
+        if not operation.status:
+            return
+        wait = 0.0 if decision.urgent else self._wait(key)
+        if wait > 0:
+            self.queue.add_after(key, wait)
+            return
+        (body,) = await apply(self._api, [operation])
+        self._written[key] = time.monotonic()
+        self._cache.put_job(body)
+
+    def _wait(self, key: Key) -> float:
+        """Seconds until progress may be written again, for this job and for all together."""
+        now = time.monotonic()
+        due = max(self._written.get(key, -1e9) + self._settings.status_seconds, self._next_write)
+        if due <= now:
+            self._next_write = max(now, self._next_write) + 1 / self._settings.status_writes_per_second
+        return due - now
+
+    def _observed(self, key: Key) -> Observed | None:
+        seen = self._cache.observed(key)
+        if seen is None:
+            return None
+        wanted = seen.body["spec"].get("kubernetes", {}).get("engine", "auto")
+        missing = engine_of(wanted, self._settings).name == "kuberay" and not self._kuberay
+        return Observed(seen.body, seen.runs, seen.pods, seen.report, missing, seen.trouble)
+
+    async def _confirm_gone(self, key: Key, seen: Observed) -> None:
+        """A watch may lag behind: ask for the run of an attempt that has not ended and that no watch has told of."""
+        for record in attempts.records(seen.body.get("status") or {}):
+            if "endTime" not in record and seen.run(record["number"]) is None:
+                found = await self._api.get(run_path(Run(seen.body, record["number"], self._settings)))
+                self._remember(found or {})
+
+    def _remember(self, body: Json) -> None:
+        """An answer of the API server about a run, ahead of the watch."""
+        for engine in ENGINES.values():
+            if body.get("kind") == {"jobs": "Job", "rayjobs": "RayJob"}[engine.plural]:
+                run = engine.observe(body)
+                if run is not None:
+                    self._cache.put_run(body["metadata"]["namespace"], run)
+
+
+__all__ = ["Controller", "engine_for"]

@@ -1,0 +1,218 @@
+"""The status being worked out, and what goes with it: what the steps of `decide` write on."""
+
+from __future__ import annotations
+
+import copy
+from datetime import datetime
+from typing import Any
+
+from finetune_api.report import AttemptReport
+from finetune_operator import attempts, display
+from finetune_operator.actions import Action, Decision, DeleteRun, Event, StartRun
+from finetune_operator.classify import Ending
+from finetune_operator.conditions import Condition, Reason, Status, Type, merged, moment, stamp
+from finetune_operator.observed import Observed, RunState, RunView
+from finetune_operator.settings import Settings
+
+Json = dict[str, Any]
+PROGRESS_FIELDS = ("step", "loss", "eta", "progress", "stages", "lastCheckpoint")
+_OPEN = (RunState.QUEUED, RunState.PENDING, RunState.RUNNING)
+
+
+class Draft:
+    """One decision in the making. Everything but this object stays as it is."""
+
+    def __init__(self, seen: Observed, settings: Settings, now: datetime) -> None:
+        self.seen, self.settings, self.now = seen, settings, now
+        self.spec: Json = seen.body.get("spec", {})
+        self.before: Json = seen.body.get("status") or {}
+        self.status: Json = copy.deepcopy(self.before)
+        self._conditions = {item["type"]: _condition(item) for item in self.status.get("conditions", [])}
+        self._actions: list[Action] = []
+        self._events: list[Event] = []
+        self._wake: datetime | None = None
+
+    # what stands
+
+    def holds(self, kind: Type) -> bool:
+        condition = self._conditions.get(kind.value)
+        return condition is not None and condition.status == "True"
+
+    def active(self) -> RunView | None:
+        """The attempt that is on its way, if any."""
+        runs = [run for run in self.seen.runs if run.run and run.owner == self.seen.uid and run.state in _OPEN]
+        return max(runs, key=lambda run: run.run, default=None)
+
+    def stop_asked(self, number: int) -> datetime | None:
+        record = attempts.record_of(self.status, number) or {}
+        return moment(record["stopRequestedTime"]) if "stopRequestedTime" in record else None
+
+    # what to do
+
+    def do(self, action: Action) -> None:
+        self._actions.append(action)
+
+    def wake_at(self, when: datetime) -> None:
+        self._wake = when if self._wake is None else min(self._wake, when)
+
+    def event(self, kind: str, reason: str, message: str) -> None:
+        self._events.append(Event(kind, reason, message))  # type: ignore[arg-type]
+
+    # conditions
+
+    def set(self, kind: Type, status: Status, reason: Reason, message: str = "") -> None:
+        before = self._conditions.get(kind.value)
+        self._conditions[kind.value] = Condition(kind, status, reason, message)
+        if before is None or (before.status, before.reason) != (status, reason):
+            self._tell(kind, status, reason, message)
+
+    def _tell(self, kind: Type, status: Status, reason: Reason, message: str) -> None:
+        """An event for what people wait for or must act on; the rest stands in the conditions alone."""
+        troubles = (Reason.UNSCHEDULABLE, Reason.IMAGE_PULL, Reason.POD_CONFIG, Reason.ENGINE_MISSING, Reason.BACK_OFF,
+                    Reason.REJECTED, Reason.FORBIDDEN)  # fmt: skip
+        if kind is Type.FAILED or reason in troubles:
+            self.event("Warning", reason.value, message)
+        elif status == "True" and kind in (Type.RUNNING, Type.SUSPENDED, Type.SUCCEEDED):
+            self.event("Normal", reason.value, message or f"{kind.value}: {reason.value}")
+
+    def succeed(self) -> None:
+        self.set(Type.RUNNING, "False", Reason.COMPLETED)
+        self.set(Type.SUCCEEDED, "True", Reason.COMPLETED)
+        self.status["completionTime"] = stamp(self.now)
+        self.status.pop("failure", None)
+
+    def fail(self, reason: Reason, message: str) -> bool:
+        self.set(Type.RUNNING, "False", reason)
+        self.set(Type.FAILED, "True", reason, message)
+        self.status["completionTime"] = stamp(self.now)
+        self.status.setdefault("failure", {"reason": reason.value, "message": message})
+        return True
+
+    # attempts
+
+    def attempt_seen(self, run: RunView) -> Json:
+        """The run's record, made where the operator ended between starting the run and writing it down."""
+        record = attempts.record_of(self.status, run.run)
+        if record is None:
+            record = {"number": run.run, "startTime": stamp(run.created)}
+            self.status["attempts"] = sorted(
+                [*attempts.records(self.status), record], key=lambda item: int(item["number"])
+            )
+        self.status["attempt"] = max(item["number"] for item in attempts.records(self.status))
+        return record
+
+    def start_attempt(self) -> None:
+        number = attempts.next_number(self.status)
+        self.status["attempts"] = [*attempts.records(self.status), {"number": number, "startTime": stamp(self.now)}]
+        self.status["attempt"] = number
+        attempts.trimmed(self.status)
+        resumed = self._conditions.get(Type.SUSPENDED.value)
+        if resumed is not None and resumed.status == "True":
+            self.set(Type.SUSPENDED, "False", Reason.RESUMED)
+        self.set(Type.RUNNING, "False", Reason.STARTING)
+        self.do(StartRun(number))
+
+    def attempt_ended(self, run: RunView, ending: Ending) -> None:
+        record = self.attempt_seen(run)
+        if "endTime" in record:
+            return
+        self._close(record, ending, run.ended or self.now)
+        self.failure(ending, run.run)
+        self.event("Warning", ending.reason.value, f"attempt {run.run}: {ending.message}")
+
+    def attempt_succeeded(self, run: RunView) -> None:
+        record = self.attempt_seen(run)
+        record.setdefault("endTime", stamp(run.ended or self.now))
+        record |= {"reason": Reason.COMPLETED.value, "message": "", "retryable": False, "counts": False}
+
+    def attempts_gone(self) -> None:
+        """An attempt on record whose run is there no more: deleted by this operator, or behind its back."""
+        for record in attempts.records(self.status):
+            if "endTime" not in record and self.seen.run(record["number"]) is None:
+                self._close(record, _gone(record), self.now)
+
+    def _close(self, record: Json, ending: Ending, ended: datetime) -> None:
+        asked = record.get("stopReason")
+        counts = ending.counts and asked not in (Reason.SUSPENDED.value, Reason.DEADLINE.value)
+        record |= {
+            "endTime": stamp(ended),
+            "reason": ending.reason.value,
+            "message": ending.message,
+            "retryable": ending.retryable or asked == Reason.SUSPENDED.value,
+            "counts": counts,
+            "requested": asked == Reason.SUSPENDED.value,
+            "checkpoint": self.status.get("lastCheckpoint", {}).get("uri"),
+        }
+
+    def ask_stop(self, number: int) -> None:
+        record = attempts.record_of(self.status, number)
+        if record is not None:
+            record["stopRequestedTime"] = stamp(self.now)
+
+    def stop_reason(self, number: int, reason: Reason, message: str = "") -> None:
+        record = attempts.record_of(self.status, number)
+        if record is not None:
+            record |= {"stopReason": reason.value, "stopMessage": message}
+
+    def running_since(self, run: RunView) -> None:
+        self.status.setdefault("startTime", stamp(self.now))
+
+    def failure(self, ending: Ending, number: int) -> None:
+        found = {
+            "reason": ending.reason.value,
+            "message": ending.message,
+            "pod": ending.pod,
+            "node": ending.node,
+            "exitCode": ending.exit_code,
+            "attempt": number,
+        }
+        self.status["failure"] = {name: value for name, value in found.items() if value is not None}
+
+    # progress
+
+    def learn(self, report: AttemptReport | None) -> None:
+        """Take over what a run said of itself."""
+        if report is None:
+            return
+        said = report.to_json()
+        if report.stages:
+            self.status["stages"] = said["stages"]
+        if report.checkpoint is not None:
+            self.status["lastCheckpoint"] = said["checkpoint"]
+        if report.plan is not None:
+            self.status["plan"] = said["plan"]
+        if report.step is not None:
+            self.status["progress"] = said["step"] | {"stageIndex": report.current}
+
+    def plan_words(self) -> str:
+        return display.plan_words(self.status.get("plan"))
+
+    def decision(self) -> Decision:
+        """The answer, with `phase` and the columns of `kubectl get` derived from the rest."""
+        metadata = self.seen.body["metadata"]
+        conditions = [self._conditions[kind.value] for kind in Type if kind.value in self._conditions]
+        generation = metadata.get("generation", 1)
+        self.status["conditions"] = merged(self.before.get("conditions", []), conditions, generation, self.now)
+        self.status["observedGeneration"] = generation
+        stopping = any(isinstance(action, DeleteRun) for action in self._actions)
+        self.status |= display.columns(self.status, self.spec, stopping)
+        urgent = _without_progress(self.status) != _without_progress(self.before)
+        return Decision(self.status, tuple(self._actions), tuple(self._events), self._wake, urgent)
+
+
+def _gone(record: Json) -> Ending:
+    """The ending of a run that left nothing to ask."""
+    reason = Reason(record.get("stopReason", Reason.DELETED.value))
+    message = record.get("stopMessage") or ""
+    if reason is Reason.DELETED:
+        message = "its Job was deleted; the next attempt goes on from the last checkpoint"
+    return Ending(reason, message, retryable=reason is not Reason.DEADLINE, counts=reason not in
+                  (Reason.SUSPENDED, Reason.DEADLINE, Reason.DELETED))  # fmt: skip
+
+
+def _without_progress(status: Json) -> Json:
+    return {name: value for name, value in status.items() if name not in PROGRESS_FIELDS}
+
+
+def _condition(item: Json) -> Condition:
+    return Condition(Type(item["type"]), item["status"], Reason(item["reason"]), item.get("message", ""))

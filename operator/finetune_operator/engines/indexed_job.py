@@ -1,0 +1,111 @@
+"""Engine `job`: one Indexed Job per attempt. A pod is a node; pod 0 runs the Ray head and the driver."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import Any
+
+from finetune_api.exit_codes import ExitCode
+from finetune_operator import names
+from finetune_operator.conditions import moment
+from finetune_operator.engines.engine import Engine
+from finetune_operator.observed import RunState, RunView, created, owner_uid
+from finetune_operator.render.pods import pod_template
+from finetune_operator.render.run import Run
+
+Json = dict[str, Any]
+_CONFIG = f"{names.CONFIG_DIRECTORY}/{names.CONFIG_FILE}"
+NODE_COMMAND = ["finetune", "node", "--run-config", _CONFIG]
+PREFLIGHT_COMMAND = ["finetune", "preflight", "--run-config", _CONFIG]
+PREFLIGHT_RETRIES = 2
+_EXIT_CODE = re.compile(r"exit code (\d+)")
+_TELLING = [code.value for code in (ExitCode.USER_ERROR, ExitCode.OUT_OF_MEMORY, ExitCode.INTERRUPTED)]
+
+
+def render(run: Run) -> Json:
+    """The Job of an attempt, or of the preflight."""
+    spec = _preflight_spec(run) if run.number == 0 else _attempt_spec(run)
+    metadata = run.metadata(run.name)
+    queue = (run.body["metadata"].get("labels") or {}).get(names.QUEUE_LABEL)
+    if queue and run.number:
+        metadata["labels"][names.QUEUE_LABEL] = queue
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
+
+
+def _attempt_spec(run: Run) -> Json:
+    template = pod_template(run, NODE_COMMAND)
+    template["spec"]["subdomain"] = run.support
+    return {
+        "completionMode": "Indexed",
+        "completions": run.nodes,
+        "parallelism": run.nodes,
+        "backoffLimit": 0,  # retries are the operator's
+        "successPolicy": {"rules": [{"succeededIndexes": "0"}]},  # the driver's word is the attempt's
+        "podReplacementPolicy": "Failed",
+        "podFailurePolicy": {"rules": [_fail_on(_TELLING)]},
+        "template": template,
+    }
+
+
+def _preflight_spec(run: Run) -> Json:
+    return {
+        "backoffLimit": PREFLIGHT_RETRIES,  # no checkpoint to go on from, so Kubernetes' own retries will do
+        "ttlSecondsAfterFinished": 86400,
+        "podReplacementPolicy": "Failed",
+        "podFailurePolicy": {"rules": [_fail_on([ExitCode.USER_ERROR.value])]},
+        "template": pod_template(run, PREFLIGHT_COMMAND, gpus=False),
+    }
+
+
+def _fail_on(codes: list[int]) -> Json:
+    """The Job's own message then names the exit code, which outlives the pod."""
+    values = {"containerName": names.CONTAINER, "operator": "In", "values": sorted(codes)}
+    return {"action": "FailJob", "onExitCodes": values}
+
+
+def observe(body: Json) -> RunView | None:
+    """How a Job stands."""
+    metadata, status = body["metadata"], body.get("status") or {}
+    number, job = names.run_of(metadata), (metadata.get("labels") or {}).get(names.JOB_LABEL)
+    if number is None or job is None:
+        return None
+    conditions = {item["type"]: item for item in status.get("conditions") or [] if item.get("status") == "True"}
+    state, telling = _state(body, status, conditions)
+    message = telling.get("message", "")
+    code = _EXIT_CODE.search(message)
+    return RunView(
+        name=metadata["name"],
+        job=job,
+        owner=owner_uid(metadata),
+        run=number,
+        state=state,
+        created=created(metadata),
+        ended=_ended(status, telling) if state in (RunState.SUCCEEDED, RunState.FAILED) else None,
+        deleting="deletionTimestamp" in metadata,
+        reason=telling.get("reason", ""),
+        message=message,
+        exit_code=int(code[1]) if code else None,
+    )
+
+
+def _state(body: Json, status: Json, conditions: dict[str, Json]) -> tuple[RunState, Json]:
+    """The state, and the condition that tells of it. Failure counts once all pods are gone: until then they may save
+    a checkpoint."""
+    if "Complete" in conditions or "SuccessCriteriaMet" in conditions:
+        return RunState.SUCCEEDED, conditions.get("Complete") or conditions["SuccessCriteriaMet"]
+    if "Failed" in conditions:
+        return RunState.FAILED, conditions["Failed"]
+    if (body.get("spec") or {}).get("suspend"):
+        held = {"message": "the queue has not admitted it yet"}
+        return RunState.QUEUED, conditions.get("Suspended", held) | held
+    ready, active = status.get("ready") or 0, status.get("active") or 0
+    return (RunState.RUNNING if active and ready >= active else RunState.PENDING), {}
+
+
+def _ended(status: Json, telling: Json) -> datetime | None:
+    text = status.get("completionTime") or telling.get("lastTransitionTime")
+    return moment(text) if text else None
+
+
+ENGINE = Engine("job", "batch", "v1", "jobs", render, observe)

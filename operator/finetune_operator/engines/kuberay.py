@@ -1,0 +1,103 @@
+"""Engine `kuberay`: one RayJob per attempt, for clusters that have KubeRay. The head is a node like the others."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from finetune_operator import names
+from finetune_operator.conditions import moment
+from finetune_operator.engines.engine import Engine
+from finetune_operator.observed import RunState, RunView, created, owner_uid
+from finetune_operator.render.pods import pod_template
+from finetune_operator.render.run import Run
+
+Json = dict[str, Any]
+ENTRYPOINT = f"finetune drive --run-config {names.CONFIG_DIRECTORY}/{names.CONFIG_FILE}"
+_OWN_AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "FINETUNE_HEAD_ADDRESS")
+_EXIT_CODE = re.compile(r"exit code:? (\d+)")
+_STATES = {"Running": RunState.RUNNING, "Suspended": RunState.QUEUED, "Failed": RunState.FAILED}
+
+
+def render(run: Run) -> Json:
+    """The RayJob of an attempt."""
+    metadata = run.metadata(run.name)
+    queue = (run.body["metadata"].get("labels") or {}).get(names.QUEUE_LABEL)
+    if queue:
+        metadata["labels"][names.QUEUE_LABEL] = queue
+    spec = {
+        "entrypoint": ENTRYPOINT,
+        "submissionMode": "HTTPMode",  # no submitter pod beside the nodes
+        "backoffLimit": 0,  # retries are the operator's
+        "shutdownAfterJobFinishes": True,
+        "rayClusterSpec": _cluster(run),
+    }
+    return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata, "spec": spec}
+
+
+def _cluster(run: Run) -> Json:
+    workers = run.nodes - 1
+    least = (run.resources.min_nodes or run.nodes) - 1
+    group = {
+        "groupName": "workers",
+        "replicas": workers,
+        "minReplicas": least,
+        "maxReplicas": workers,
+        "rayStartParams": {},
+        "template": _template(run),
+    }
+    return {
+        "rayVersion": run.settings.ray_version,
+        "authOptions": {"mode": "token"},
+        "headGroupSpec": {"rayStartParams": {"dashboard-host": "0.0.0.0"}, "template": _template(run)},
+        "workerGroupSpecs": [group] if workers else [],
+    }
+
+
+def _template(run: Run) -> Json:
+    """KubeRay puts in the command and Ray's token itself, and adds to what it finds: so nothing may be there."""
+    template = pod_template(run, [])
+    trainer = template["spec"]["containers"][0]
+    for name in ("command", "args"):
+        del trainer[name]
+    trainer["env"] = [item for item in trainer["env"] if item.get("name") not in _OWN_AUTH]
+    return template
+
+
+def observe(body: Json) -> RunView | None:
+    """How a RayJob stands."""
+    metadata, status = body["metadata"], body.get("status") or {}
+    number, job = names.run_of(metadata), (metadata.get("labels") or {}).get(names.JOB_LABEL)
+    if number is None or job is None:
+        return None
+    state, ended = _state(body, status), status.get("endTime")
+    message = status.get("message", "")
+    code = _EXIT_CODE.search(message)
+    return RunView(
+        name=metadata["name"],
+        job=job,
+        owner=owner_uid(metadata),
+        run=number,
+        state=state,
+        created=created(metadata),
+        engine="kuberay",
+        ended=moment(ended) if ended and state in (RunState.SUCCEEDED, RunState.FAILED) else None,
+        deleting="deletionTimestamp" in metadata,
+        reason=status.get("reason", ""),
+        message=message,
+        exit_code=int(code[1]) if code else None,
+    )
+
+
+def _state(body: Json, status: Json) -> RunState:
+    deployment, job = status.get("jobDeploymentStatus", ""), status.get("jobStatus", "")
+    if deployment == "Complete":  # STOPPED counts as complete there, and isn't here
+        return RunState.SUCCEEDED if job == "SUCCEEDED" else RunState.FAILED
+    if deployment == "ValidationFailed":
+        return RunState.FAILED
+    if (body.get("spec") or {}).get("suspend") and deployment in ("", "Suspended"):
+        return RunState.QUEUED
+    return _STATES.get(deployment, RunState.PENDING)
+
+
+ENGINE = Engine("kuberay", "ray.io", "v1", "rayjobs", render, observe)

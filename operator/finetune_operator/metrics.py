@@ -1,0 +1,97 @@
+"""Prometheus metrics."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Tally
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from finetune_operator.cache import Key
+from finetune_operator.conditions import moment
+
+Json = dict[str, Any]
+SECONDS = (1, 5, 15, 60, 300, 900, 3600, 14400, 86400, 604800)
+
+
+class Metrics(Collector):
+    """What is counted; jobs by phase and their rates are worked out when they are asked for."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._phases: dict[Key, str] = {}
+        self._rates: dict[Key, tuple[int, float]] = {}
+        self._counted: dict[Key, int] = {}
+        self._reconcile = Histogram("finetune_reconcile_seconds", "Time of one look at a job.", registry=self.registry)
+        self._errors = Counter("finetune_reconcile_errors", "Looks at a job that failed.", registry=self.registry)
+        self._attempts = Counter(
+            "finetune_attempts", "Attempts that ended, by reason.", ["reason"], registry=self.registry
+        )
+        self._queue = Histogram(
+            "finetune_queue_seconds", "From a job's creation to training.", buckets=SECONDS, registry=self.registry
+        )
+        self._run = Histogram("finetune_run_seconds", "Time of an attempt.", buckets=SECONDS, registry=self.registry)
+        self.registry.register(self)
+
+    def serve(self, port: int) -> None:
+        start_http_server(port, registry=self.registry)
+
+    @contextmanager
+    def reconciling(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        except Exception:
+            self._errors.inc()
+            raise
+        finally:
+            self._reconcile.observe(time.perf_counter() - started)
+
+    def seen(self, key: Key, status: Json) -> None:
+        """A job's newest status."""
+        self._phases[key] = status.get("phase", "Pending")
+        progress = status.get("progress") or {}
+        if self._phases[key] == "Running" and progress:
+            self._rates[key] = (progress["step"], progress.get("tokensPerSecond") or 0.0)
+        else:
+            self._rates.pop(key, None)
+        self._ended(key, status)
+
+    def _ended(self, key: Key, status: Json) -> None:
+        """Count each ended attempt once; those that ended before this operator started were counted then."""
+        ended = [record for record in status.get("attempts") or [] if "endTime" in record]
+        last = ended[-1]["number"] if ended else 0
+        before = self._counted.setdefault(key, last)
+        for record in ended:
+            if record["number"] > before:
+                self._attempts.labels(record["reason"]).inc()
+                took = moment(record["endTime"]) - moment(record["startTime"])
+                self._run.observe(took.total_seconds())
+        self._counted[key] = max(last, before)
+
+    def started(self, seconds: float) -> None:
+        """A job trains for the first time, `seconds` after it was made."""
+        self._queue.observe(seconds)
+
+    def forget(self, key: Key) -> None:
+        for table in (self._phases, self._rates, self._counted):
+            table.pop(key, None)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        jobs = GaugeMetricFamily("finetune_jobs", "Jobs by phase.", labels=["phase"])
+        for phase, count in sorted(Tally(self._phases.values()).items()):
+            jobs.add_metric([phase], count)
+        yield jobs
+        names = ["namespace", "job"]
+        steps = GaugeMetricFamily("finetune_job_step", "Optimizer steps done in the running stage.", labels=names)
+        tokens = GaugeMetricFamily("finetune_job_tokens_per_second", "Tokens per second.", labels=names)
+        for key, (step, rate) in self._rates.items():
+            steps.add_metric(key, step)
+            tokens.add_metric(key, rate)
+        yield steps
+        yield tokens

@@ -1,0 +1,183 @@
+"""The kopf side: watches that fill the cache and wake the controller, probes, start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import kopf
+from kubernetes.aio.client import Configuration
+
+from finetune_api.job import GROUP, PLURAL, VERSION
+from finetune_operator import names
+from finetune_operator.api import Api, configuration, connect
+from finetune_operator.cache import Cache, Key
+from finetune_operator.conditions import Reason
+from finetune_operator.controller import Controller
+from finetune_operator.engines import ENGINES, Engine
+from finetune_operator.metrics import Metrics
+from finetune_operator.observed import pod_view
+from finetune_operator.settings import Settings
+
+Json = dict[str, Any]
+SERVER_TIMEOUT_SECONDS = 300
+CLIENT_TIMEOUT_SECONDS = 330
+SILENCE_SECONDS = 2 * CLIENT_TIMEOUT_SECONDS
+"""The watches are renewed more often than that; silence for longer means that they have died."""
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Operator:
+    """What the handlers share."""
+
+    settings: Settings
+    api: Api
+    cache: Cache
+    controller: Controller
+    metrics: Metrics
+    heard: float = field(default_factory=time.monotonic)
+    """When a watch last told something."""
+
+    def job_event(self, kind: str | None, body: Json) -> None:
+        self.heard = time.monotonic()
+        if kind == "DELETED":
+            self.controller.job_gone(_key(body))
+        else:
+            self.controller.queue.add(self.cache.put_job(body))
+
+    def run_event(self, engine: Engine, kind: str | None, body: Json) -> None:
+        self.heard = time.monotonic()
+        run = engine.observe(body)
+        if run is None:
+            return
+        key: Key = (body["metadata"]["namespace"], run.job)
+        if kind == "DELETED":
+            self.cache.drop_run(key, run.name)
+        else:
+            self.cache.put_run(key[0], run)
+        self.controller.queue.add(key)
+
+    def pod_event(self, kind: str | None, body: Json) -> None:
+        self.heard = time.monotonic()
+        pod = pod_view(body)
+        if pod is None:
+            return
+        key: Key = (body["metadata"]["namespace"], pod.job)
+        if kind == "DELETED":
+            self.cache.drop_pod(key, pod.name)
+        else:
+            self.cache.put_pod(key[0], pod)
+        self.controller.queue.add(key)
+
+
+def registry(operator: Operator, engines: list[Engine]) -> kopf.OperatorRegistry:
+    """Kopf's handlers. Each kind has an index beside its event handler: kopf calls no handler before all indices are
+    filled, so the first decision already sees every job, run and pod."""
+    handlers = kopf.OperatorRegistry()
+    _watch_kind(handlers, (GROUP, VERSION, PLURAL), operator.job_event)
+    _watch_kind(handlers, ("", "v1", "pods"), operator.pod_event)
+    for engine in engines:
+        _watch_kind(handlers, (engine.group, engine.version, engine.plural), _of(operator, engine))
+    kopf.on.startup(registry=handlers, id="configure")(_configure)
+    kopf.on.login(registry=handlers, id="login", retries=5)(_login)
+    kopf.on.probe(registry=handlers, id="silence")(_probe(operator))
+    return handlers
+
+
+def _of(operator: Operator, engine: Engine) -> Any:
+    return lambda kind, body: operator.run_event(engine, kind, body)
+
+
+def _watch_kind(handlers: kopf.OperatorRegistry, resource: tuple[str, str, str], hear: Any) -> None:
+    name = resource[2]
+
+    async def fill(body: kopf.Body, **_: Any) -> None:
+        hear(None, dict(body))
+
+    async def on_event(event: Json, **_: Any) -> None:
+        hear(event["type"], event["object"])
+
+    kopf.index(*resource, registry=handlers, id=f"{name}-index")(fill)
+    kopf.on.event(*resource, registry=handlers, id=name)(on_event)
+
+
+async def _configure(settings: kopf.OperatorSettings, **_: Any) -> None:
+    settings.scanning.disabled = True
+    settings.posting.enabled = False
+    settings.watching.server_timeout = SERVER_TIMEOUT_SECONDS
+    settings.watching.client_timeout = CLIENT_TIMEOUT_SECONDS
+    settings.watching.connect_timeout = 10
+    settings.watching.chunk_size = 500
+    for resource in ("pods", "jobs.batch", "rayjobs.ray.io"):
+        settings.watching.label_selectors[resource] = names.MANAGED_SELECTOR
+
+
+async def _login(**_: Any) -> kopf.ConnectionInfo:
+    """The same identity as the controller's. Kopf logs in again when a token has run out."""
+    config: Configuration = await configuration()
+    header = await config.get_api_key_with_prefix("BearerToken") or ""
+    return kopf.ConnectionInfo(
+        server=config.host,
+        ca_path=config.ssl_ca_cert,
+        token=header.rpartition(" ")[2] or None,
+        certificate_path=config.cert_file,
+        private_key_path=config.key_file,
+    )
+
+
+def _probe(operator: Operator) -> Any:
+    async def silence(**_: Any) -> float:
+        """Seconds since a watch last told something.
+
+        Raises:
+            RuntimeError: it is too long, while there are jobs to hear of.
+        """
+        seconds = time.monotonic() - operator.heard
+        if seconds > SILENCE_SECONDS and operator.cache.jobs:
+            raise RuntimeError(f"no word from any watch for {seconds:.0f} s")
+        return round(seconds, 1)
+
+    return silence
+
+
+async def has_kuberay(api: Api) -> bool:
+    """Whether the cluster has RayJobs."""
+    return await api.get("/apis/ray.io/v1") is not None
+
+
+async def run(settings: Settings, ready: asyncio.Event | None = None) -> None:
+    """The operator, until it is cancelled or told to end by a signal."""
+    api = await connect()
+    kuberay = await has_kuberay(api)
+    cache, metrics = Cache(), Metrics()
+    controller = Controller(api, cache, settings, metrics, kuberay=kuberay)
+    operator = Operator(settings, api, cache, controller, metrics)
+    engines = [engine for engine in ENGINES.values() if engine.name != "kuberay" or kuberay]
+    if settings.metrics_port:
+        metrics.serve(settings.metrics_port)
+    poller = asyncio.create_task(controller.poller.run(), name="poller")
+    controller.queue.start()
+    try:
+        await kopf.operator(
+            registry=registry(operator, engines),
+            standalone=True,
+            clusterwide=not settings.namespaces,
+            namespaces=list(settings.namespaces),
+            liveness_endpoint=f"http://0.0.0.0:{settings.health_port}/healthz" if settings.health_port else None,
+        )
+    finally:
+        poller.cancel()
+        await asyncio.gather(poller, return_exceptions=True)
+        await controller.queue.stop()
+        await api.close()
+
+
+def _key(body: Json) -> Key:
+    return body["metadata"]["namespace"], body["metadata"]["name"]
+
+
+__all__ = ["Operator", "Reason", "run"]

@@ -1,0 +1,145 @@
+"""A decision's actions as operations on the API server, in the order in which they are to be done (pure)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from finetune_api.job import API_VERSION, GROUP, KIND, PLURAL, VERSION
+from finetune_operator import names
+from finetune_operator.actions import Action, DeleteJob, DeleteRun, Event, StartRun
+from finetune_operator.conditions import stamp
+from finetune_operator.engines import Engine, engine_of, indexed_job
+from finetune_operator.render.run import Run
+from finetune_operator.render.support import support_objects
+from finetune_operator.settings import Settings
+
+Json = dict[str, Any]
+_PLURALS = {
+    "ConfigMap": "configmaps",
+    "Secret": "secrets",
+    "Service": "services",
+    "NetworkPolicy": "networkpolicies",
+    "Job": "jobs",
+    "RayJob": "rayjobs",
+    "Event": "events",
+}
+
+
+@dataclass(frozen=True)
+class Create:
+    """Make an object; one of that name that is there already is left as it is.
+
+    `run`: it is a run's main object, whose name has no uid in it: one that is there must be this job's own.
+    """
+
+    path: str
+    body: Json = field(repr=False)
+    run: bool = False
+
+
+@dataclass(frozen=True)
+class Delete:
+    """Delete an object and then what it owns; nothing where it is gone."""
+
+    path: str
+    uid: str | None = None
+
+
+@dataclass(frozen=True)
+class PatchStatus:
+    """Merge into a job's status. The uid keeps it from a job made anew under the same name."""
+
+    path: str
+    uid: str
+    status: Json = field(repr=False)
+
+
+Operation = Create | Delete | PatchStatus
+
+
+def plan(body: Json, actions: tuple[Action, ...], settings: Settings) -> list[Operation]:
+    """What the actions are made of. `StopRun` is no operation of the API server: it goes to the run itself."""
+    operations: list[Operation] = []
+    for action in actions:
+        if isinstance(action, StartRun):
+            operations += _start(Run(body, action.run, settings))
+        elif isinstance(action, DeleteRun):
+            operations.append(Delete(run_path(Run(body, action.run, settings))))
+        elif isinstance(action, DeleteJob):
+            operations.append(Delete(job_path(body["metadata"]), body["metadata"]["uid"]))
+    return operations
+
+
+def engine_for(run: Run) -> Engine:
+    """What runs it: the preflight is a Job on every engine."""
+    return indexed_job.ENGINE if run.number == 0 else engine_of(run.kubernetes.engine, run.settings)
+
+
+def _start(run: Run) -> list[Operation]:
+    """The main object last: it finds all that it needs, and its presence says that the attempt has begun."""
+    main = engine_for(run).render(run)
+    return [*(Create(_collection(item), item) for item in support_objects(run)), Create(_collection(main), main, True)]
+
+
+def run_path(run: Run) -> str:
+    engine = engine_for(run)
+    return f"/apis/{engine.group}/{engine.version}/namespaces/{run.namespace}/{engine.plural}/{run.name}"
+
+
+def job_path(metadata: Json) -> str:
+    return f"/apis/{GROUP}/{VERSION}/namespaces/{metadata['namespace']}/{PLURAL}/{metadata['name']}"
+
+
+def patch_status(body: Json, status: Json) -> PatchStatus:
+    """A merge patch that turns the status that stands into `status`: what is no longer there is set to null."""
+    before = body.get("status") or {}
+    changed: Json = {name: None for name in before if name not in status}
+    news = {name: value for name, value in status.items() if before.get(name) != value}
+    changed |= {name: _merge_value(before.get(name), value) for name, value in news.items()}
+    return PatchStatus(f"{job_path(body['metadata'])}/status", body["metadata"]["uid"], changed)
+
+
+def _merge_value(before: Any, value: Any) -> Any:
+    """Merge patches merge mappings: what is gone from one must be said to be."""
+    if isinstance(before, dict) and isinstance(value, dict):
+        return {name: None for name in before if name not in value} | value
+    return value
+
+
+def event(body: Json, event: Event, attempt: int, now: datetime) -> Create:
+    """A Kubernetes event about the job. Its name follows from what it says: told twice, it is there once."""
+    metadata = body["metadata"]
+    words = f"{metadata['uid']}/{attempt}/{event.type}/{event.reason}/{event.message}"
+    item = {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {
+            "name": f"{metadata['name']}.{hashlib.sha256(words.encode()).hexdigest()[:16]}",
+            "namespace": metadata["namespace"],
+        },
+        "involvedObject": {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "name": metadata["name"],
+            "namespace": metadata["namespace"],
+            "uid": metadata["uid"],
+        },
+        "type": event.type,
+        "reason": event.reason,
+        "message": event.message[:1024],
+        "source": {"component": names.OPERATOR},
+        "reportingComponent": names.OPERATOR,
+        "firstTimestamp": stamp(now),
+        "lastTimestamp": stamp(now),
+        "count": 1,
+    }
+    return Create(_collection(item), item)
+
+
+def _collection(item: Json) -> str:
+    group = item["apiVersion"]
+    base = f"/apis/{group}" if "/" in group else f"/api/{group}"
+    return f"{base}/namespaces/{item['metadata']['namespace']}/{_PLURALS[item['kind']]}"

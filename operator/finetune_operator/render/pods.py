@@ -1,0 +1,165 @@
+"""The pod template of a run: the user's own, with the trainer's container, volumes and limits put in."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from finetune_api.report import PORT
+from finetune_operator import names
+from finetune_operator.render import support
+from finetune_operator.render.run import Run
+
+Json = dict[str, Any]
+USER = 1000
+GPU = "nvidia.com/gpu"
+_TMP = "/tmp"
+_CONTAINER_SECURITY: Json = {
+    "allowPrivilegeEscalation": False,
+    "readOnlyRootFilesystem": True,
+    "capabilities": {"drop": ["ALL"]},
+}
+_POD_SECURITY: Json = {
+    "runAsNonRoot": True,
+    "runAsUser": USER,
+    "runAsGroup": USER,
+    "fsGroup": USER,
+    "fsGroupChangePolicy": "OnRootMismatch",
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+
+
+def pod_template(run: Run, command: list[str], *, gpus: bool = True) -> Json:
+    """A node's pod.
+
+    Args:
+        command: what the trainer's container runs.
+        gpus: whether it takes the node's resources; a preflight takes its own small share.
+    """
+    template: Json = copy.deepcopy(run.spec.get("resources", {}).get("podTemplate") or {})
+    metadata, spec = template.setdefault("metadata", {}), template.setdefault("spec", {})
+    metadata["labels"] = {**_queue(metadata.get("labels") or {}), **names.labels(run.job, run.number)}
+    spec.setdefault("restartPolicy", "Never")
+    spec["restartPolicy"] = "Never"
+    spec.setdefault("automountServiceAccountToken", False)
+    spec.setdefault("enableServiceLinks", False)
+    spec["terminationGracePeriodSeconds"] = run.kubernetes.checkpoint_grace_seconds
+    spec["securityContext"] = _POD_SECURITY | (spec.get("securityContext") or {})
+    spec["volumes"] = [*(spec.get("volumes") or []), *_volumes(run)]
+    spec["containers"] = _containers(run, spec.get("containers") or [], command, gpus)
+    if not gpus:
+        spec.pop("nodeSelector", None)  # the GPU nodes', most likely, which a preflight must not take
+    return template
+
+
+def _queue(labels: dict[str, str]) -> dict[str, str]:
+    """Without the queue's label, which belongs on the run as a whole."""
+    return {name: value for name, value in labels.items() if name != names.QUEUE_LABEL}
+
+
+def _containers(run: Run, given: list[Json], command: list[str], gpus: bool) -> list[Json]:
+    own = next((item for item in given if item.get("name") == names.CONTAINER), {})
+    trainer = _trainer(run, own, command, gpus)
+    others = [item for item in given if item.get("name") != names.CONTAINER]
+    return [trainer, *(others if gpus else [])]
+
+
+def _trainer(run: Run, own: Json, command: list[str], gpus: bool) -> Json:
+    container = copy.deepcopy(own)
+    container |= {
+        "name": names.CONTAINER,
+        "image": run.kubernetes.image or own.get("image") or run.settings.image,
+        "imagePullPolicy": own.get("imagePullPolicy") or run.settings.image_pull_policy,
+        "command": command,
+        "args": [],
+        "env": _env(run, own.get("env") or []),
+        "envFrom": [
+            *(own.get("envFrom") or []),
+            *({"secretRef": {"name": name}} for name in run.kubernetes.env_from_secrets),
+        ],
+        "volumeMounts": [*(own.get("volumeMounts") or []), *_mounts(run)],
+        "resources": _resources(run, own.get("resources") or {}, gpus),
+        "securityContext": _CONTAINER_SECURITY | (own.get("securityContext") or {}),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+    }
+    if run.number:
+        container["ports"] = [
+            {"name": "ray", "containerPort": names.RAY_PORT},
+            {"name": "report", "containerPort": PORT},
+        ]
+    return container
+
+
+def _env(run: Run, given: list[Json]) -> list[Json]:
+    """The user's, and then the operator's, which win."""
+    own = {
+        "HOME": _TMP,
+        "HF_HOME": f"{names.CACHE_DIRECTORY}/huggingface",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if run.number:
+        address = names.pod_zero_address(run.job, run.number, run.uid, run.namespace)
+        own |= {
+            "FINETUNE_HEAD_ADDRESS": f"{address}:{names.RAY_PORT}",
+            "FINETUNE_TOKEN_FILE": f"{names.TOKEN_DIRECTORY}/{names.TOKEN_KEY}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": f"{names.TOKEN_DIRECTORY}/{names.TOKEN_KEY}",
+        }
+    own_list = [{"name": name, "value": value} for name, value in own.items()]
+    return [*(item for item in given if item.get("name") not in own), *own_list]
+
+
+def _volumes(run: Run) -> list[Json]:
+    kubernetes = run.kubernetes
+    cache: Json = {"emptyDir": {}}
+    if kubernetes.model_cache_claim:
+        cache = {"persistentVolumeClaim": {"claimName": kubernetes.model_cache_claim}}
+    volumes: list[Json] = [
+        {"name": "finetune-config", "configMap": {"name": run.support}},
+        {"name": "finetune-cache", **cache},
+        {"name": "finetune-tmp", "emptyDir": {}},
+        {"name": "finetune-shm", "emptyDir": {"medium": "Memory", "sizeLimit": kubernetes.shared_memory}},
+    ]
+    if run.number:
+        secret = {"secretName": run.support, "defaultMode": 0o440}
+        volumes.append({"name": "finetune-token", "secret": secret})
+    for index, claim in enumerate(support.claims(run.spec)):
+        volumes.append({"name": f"finetune-claim-{index}", "persistentVolumeClaim": {"claimName": claim}})
+    return volumes
+
+
+def _mounts(run: Run) -> list[Json]:
+    mounts: list[Json] = [
+        {"name": "finetune-config", "mountPath": names.CONFIG_DIRECTORY, "readOnly": True},
+        {"name": "finetune-cache", "mountPath": names.CACHE_DIRECTORY},
+        {"name": "finetune-tmp", "mountPath": _TMP},
+        {"name": "finetune-shm", "mountPath": "/dev/shm"},
+    ]
+    if run.number:
+        mounts.append({"name": "finetune-token", "mountPath": names.TOKEN_DIRECTORY, "readOnly": True})
+    for index, claim in enumerate(support.claims(run.spec)):
+        mounts.append({"name": f"finetune-claim-{index}", "mountPath": f"{names.CLAIM_DIRECTORY}/{claim}"})
+    return mounts
+
+
+def _resources(run: Run, given: Json, gpus: bool) -> Json:
+    """Requests are limits where the job names an amount; what the template says otherwise (RDMA, …) stays."""
+    if not gpus:
+        own = {"cpu": run.settings.preflight_cpu, "memory": run.settings.preflight_memory}
+        return {"requests": own, "limits": {"memory": own["memory"]}}
+    wanted = run.resources
+    amounts: dict[str, str] = {}
+    if wanted.cpus_per_node:
+        amounts["cpu"] = wanted.cpus_per_node
+    if wanted.memory_per_node:
+        amounts["memory"] = wanted.memory_per_node
+    limits = {name: value for name, value in amounts.items() if name != "cpu"}  # a CPU limit only throttles
+    if wanted.gpus_per_node:
+        limits[GPU] = str(wanted.gpus_per_node)
+    return {
+        **given,
+        "requests": {**(given.get("requests") or {}), **amounts},
+        "limits": {**(given.get("limits") or {}), **limits},
+    }

@@ -1,0 +1,75 @@
+"""One run of one job, with all that its objects are rendered from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.cluster import Resources
+from finetune_api.job import API_VERSION, KIND
+from finetune_api.kubernetes import Kubernetes
+from finetune_operator import names
+from finetune_operator.settings import Settings
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What rendering reads. `number` 0 is the preflight."""
+
+    body: Json
+    number: int
+    settings: Settings
+
+    @property
+    def spec(self) -> Json:
+        spec: Json = self.body["spec"]
+        return spec
+
+    @property
+    def job(self) -> str:
+        return str(self.body["metadata"]["name"])
+
+    @property
+    def namespace(self) -> str:
+        return str(self.body["metadata"]["namespace"])
+
+    @property
+    def uid(self) -> str:
+        return str(self.body["metadata"]["uid"])
+
+    @property
+    def name(self) -> str:
+        return names.run_name(self.job, self.number)
+
+    @property
+    def support(self) -> str:
+        """Name of its ConfigMap, Secret, Service and NetworkPolicy."""
+        return names.support_name(self.job, self.number, self.uid)
+
+    @property
+    def resources(self) -> Resources:
+        return Resources.model_validate(self.spec.get("resources", {}))
+
+    @property
+    def kubernetes(self) -> Kubernetes:
+        return Kubernetes.model_validate(self.spec.get("kubernetes", {}))
+
+    @property
+    def nodes(self) -> int:
+        """Pods at most."""
+        return self.resources.max_nodes or self.resources.nodes or 1
+
+    def metadata(self, name: str) -> Json:
+        """Metadata of one of its objects: owned by the job, so that it goes when the job does."""
+        owner = {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "name": self.job,
+            "uid": self.uid,
+            "controller": True,
+            "blockOwnerDeletion": False,  # true would need the right to change the job's finalizers
+        }
+        labels = names.labels(self.job, self.number)
+        return {"name": name, "namespace": self.namespace, "labels": labels, "ownerReferences": [owner]}

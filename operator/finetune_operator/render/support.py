@@ -1,0 +1,122 @@
+"""What every run needs beside its pods: its configuration, its token, its name in DNS, its walls."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from typing import Any
+
+from finetune_api.job import API_VERSION, KIND
+from finetune_api.report import PORT
+from finetune_api.runconfig import RunConfig
+from finetune_operator import names
+from finetune_operator.render.run import Run
+
+Json = dict[str, Any]
+CLAIM_SCHEME = "pvc://"
+
+
+def token(key: bytes, uid: str, run: int) -> str:
+    """A run's token: for Ray's own authentication and for the report's port.
+
+    Derived (HMAC-SHA256 under the operator's key), so that it is the same after a restart and no Secret is ever read.
+    """
+    return hmac.new(key, f"{uid}/{run}".encode(), hashlib.sha256).hexdigest()
+
+
+def run_config(run: Run) -> RunConfig:
+    """The resolved job of one attempt."""
+    metadata = {"name": run.job, "namespace": run.namespace}
+    job = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": run.spec}
+    return RunConfig.model_validate(
+        {
+            "job": job,
+            "root": root(run.spec, run.namespace, run.job),
+            "baseDir": "/",
+            "cacheDir": f"{names.CACHE_DIRECTORY}/finetune",
+            "attempt": max(run.number, 1),
+        }
+    )
+
+
+def root(spec: Json, namespace: str, name: str) -> str:
+    """A job's directory in storage. The namespace is part of it, so that two jobs of one name never meet."""
+    storage = spec["storage"]
+    base = storage.get("uri") or storage["path"]
+    if base.startswith(CLAIM_SCHEME):
+        base = f"{names.CLAIM_DIRECTORY}/{base.removeprefix(CLAIM_SCHEME)}"
+    return f"{base.rstrip('/')}/{namespace}/{name}"
+
+
+def claims(spec: Json) -> list[str]:
+    """PersistentVolumeClaims that `pvc://` URIs of the storage and the model name."""
+    uris = [spec["storage"].get("uri") or "", spec["model"].get("uri") or ""]
+    found = (uri.removeprefix(CLAIM_SCHEME).partition("/")[0] for uri in uris if uri.startswith(CLAIM_SCHEME))
+    return sorted(set(found))
+
+
+def config_map(run: Run) -> Json:
+    """The attempt's RunConfig. Immutable: a running job never changes under its user."""
+    text = json.dumps(run_config(run).to_json(), indent=1)
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": run.metadata(run.support),
+        "immutable": True,
+        "data": {names.CONFIG_FILE: text},
+    }
+
+
+def secret(run: Run) -> Json:
+    """The attempt's token."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": run.metadata(run.support),
+        "immutable": True,
+        "type": "Opaque",
+        "stringData": {names.TOKEN_KEY: token(run.settings.token_key, run.uid, run.number)},
+    }
+
+
+def service(run: Run) -> Json:
+    """Names for the pods. Not-ready ones too: workers look for the head before anything is ready."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": run.metadata(run.support),
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": names.labels(run.job, run.number),
+            "ports": [{"name": "ray", "port": names.RAY_PORT}, {"name": "report", "port": PORT}],
+        },
+    }
+
+
+def network_policy(run: Run) -> Json:
+    """Only the run's own pods, and the operator for the report, get in."""
+    own = {"podSelector": {"matchLabels": names.labels(run.job, run.number)}}
+    operator = {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": run.settings.operator_namespace}},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/name": names.OPERATOR}},
+    }
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": run.metadata(run.support),
+        "spec": {
+            "podSelector": own["podSelector"],
+            "policyTypes": ["Ingress"],
+            "ingress": [{"from": [own]}, {"from": [operator], "ports": [{"port": PORT}]}],
+        },
+    }
+
+
+def support_objects(run: Run) -> list[Json]:
+    """In the order of their making. A preflight has no Ray, so no name and no token."""
+    if run.number == 0:
+        return [config_map(run)]
+    walls = [network_policy(run)] if run.settings.network_policy else []
+    return [config_map(run), secret(run), service(run), *walls]
