@@ -13,6 +13,8 @@ from datasets import Dataset, concatenate_datasets
 from finetune_trainer.data.packing import pack
 
 BATCH_TOKENS = 1 << 18
+SHARDS = "[0-9]*.arrow"
+"""Our own files in a directory of shards, where `datasets` puts its caches too (`cache-….arrow`)."""
 Columns = dict[str, Any]
 
 
@@ -59,7 +61,7 @@ def _batches(rows: Iterable[Columns]) -> Iterator[list[Columns]]:
 
 def read_shards(directory: Path) -> Dataset | None:
     """All shards of a directory in order of name, as one dataset that stays on disk; None where there is none."""
-    paths = sorted(directory.glob("*.arrow"))
+    paths = sorted(directory.glob(SHARDS))
     return concatenate_datasets([Dataset.from_file(str(path)) for path in paths]) if paths else None
 
 

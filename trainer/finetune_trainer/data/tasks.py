@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from finetune_trainer.data.encode import Encoder, Encoding
 from finetune_trainer.data.report import Stats
 from finetune_trainer.data.rows import RowStore, cut_tasks
-from finetune_trainer.data.shards import pack_shards, write_shard
+from finetune_trainer.data.shards import SHARDS, pack_shards, write_shard
 
 TEXT_TASK, ROW_TASK = 16 << 20, 2 << 20
 """Bytes of rows per task; text tasks are longer, since each drops the part of its last block."""
@@ -97,6 +97,6 @@ def shard(directory: Path, number: int) -> Path:
 def pack_all(source: Path, target: Path, capacity: int) -> int:
     """Pack every shard of `source` into `target`, a fixed number of shards at a time. Returns the rows written."""
     target.mkdir(parents=True)
-    paths = sorted(source.glob("*.arrow"))
+    paths = sorted(source.glob(SHARDS))
     groups = [paths[at : at + PACK_GROUP] for at in range(0, len(paths), PACK_GROUP)]
     return sum(pack_shards(group, shard(target, number), capacity) for number, group in enumerate(groups))

@@ -58,7 +58,7 @@ def run_stages(order: WorkOrder) -> None:
         join_process_group(work.zero, placement.accelerator)
         tell = end.send if placement.rank == 0 else _nobody
         tell(StageBegun(work.index))
-        context = _context(run, work, order.threads, placement, storage)
+        context = stage_context(run, work, order.threads, placement, storage)
         StageRun(context, storage, end, peers, work).train()
         tell(StageDone(work.index))
         forget_stage()
@@ -177,7 +177,10 @@ def _placement(accelerator: bool) -> Placement:
     return Placement(place.get_world_rank(), place.get_local_rank(), place.get_world_size(), accelerator)
 
 
-def _context(run: RunConfig, work: StageWork, threads: int, placement: Placement, storage: Storage) -> StageContext:
+def stage_context(
+    run: RunConfig, work: StageWork, threads: int, placement: Placement, storage: Storage
+) -> StageContext:
+    """All that a stage's trainer is built from, its data prepared or found prepared."""
     index = work.index
     stage, layout = run.job.spec.stages[index], layouts(run)[index]
     source = stage_source(run, index, storage)

@@ -1,0 +1,48 @@
+"""One stage in the test's own process: the trainer that a worker builds, without Ray around it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback
+
+from finetune_api.runconfig import RunConfig
+from finetune_trainer.launch.stage_run import stage_context
+from finetune_trainer.stages import make_trainer
+from finetune_trainer.storage import Storage
+from finetune_trainer.training.context import Placement, StageContext
+from finetune_trainer.training.forget import forget_stage
+from finetune_trainer.training.work import StageWork
+
+Job = dict[str, Any]
+
+
+def open_stage(job: Job, directory: Path, zero: int = 0) -> StageContext:
+    """What the job's first stage is built from, on one CPU worker. Relative paths start in `directory`."""
+    root = directory / "runs" / job["metadata"]["name"]
+    places = {"root": str(root), "baseDir": str(directory), "cacheDir": os.environ["FINETUNE_CACHE"]}
+    run = RunConfig.model_validate({"job": job, **places})
+    work = StageWork(index=0, zero=zero, flops_per_token=0.0, peak_flops=None)
+    return stage_context(run, work, 1, Placement(0, 0, 1, accelerator=False), Storage(str(root)))
+
+
+@contextmanager
+def trained(context: StageContext) -> Iterator[Any]:
+    """The stage's trainer after its last step; what the libraries remember of it is gone afterwards."""
+    trainer = make_trainer(context)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    try:
+        yield trainer
+    finally:
+        forget_stage()
+
+
+def losses(job: Job, directory: Path) -> list[float]:
+    """The loss of every step of the job's first stage."""
+    with trained(open_stage(job, directory)) as trainer:
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
