@@ -26,13 +26,20 @@ class Cache:
         self._pods: defaultdict[Key, dict[str, PodView]] = defaultdict(dict)
 
     def put_job(self, body: Json) -> Key:
-        view = job_view(body)
-        key = (view.namespace, view.name)
+        """Keep a job's newest state: a watch may tell late of what an answer has already overtaken."""
+        key = (body["metadata"]["namespace"], body["metadata"]["name"])
+        if not self.is_news(body):
+            return key
         old = self.jobs.get(key)
-        if old is not None and old.uid != view.uid:
+        if old is not None and old.uid != body["metadata"]["uid"]:
             self.forget(key)
-        self.jobs[key] = view
+        self.jobs[key] = job_view(body)
         return key
+
+    def is_news(self, body: Json) -> bool:
+        """Whether a job's state is newer than the one that is known. Versions compare as numbers (KEP-5504)."""
+        old = self.jobs.get((body["metadata"]["namespace"], body["metadata"]["name"]))
+        return old is None or int(body["metadata"]["resourceVersion"]) > old.version
 
     def forget(self, key: Key) -> None:
         """The job is gone; its runs and pods go by their own events."""

@@ -17,6 +17,6 @@ def main() -> None:
         settings = from_environment()
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if not settings.token_key:
-        sys.exit("error: FINETUNE_TOKEN_KEY_FILE must name a file with the key that runs' tokens are derived from")
+    if not settings.token_key and not settings.operator_namespace:
+        sys.exit("error: set FINETUNE_OPERATOR_NAMESPACE (or FINETUNE_TOKEN_KEY_FILE): runs' tokens need a key")
     asyncio.run(run(settings))

@@ -82,6 +82,7 @@ class JobView:
     namespace: str
     name: str
     uid: str
+    version: int
     text: str = field(repr=False)
 
     @property
@@ -119,7 +120,8 @@ def job_view(body: Json) -> JobView:
     """A FineTuneJob without what nobody reads."""
     metadata = {name: value for name, value in body["metadata"].items() if name != "managedFields"}
     slim = {"metadata": metadata, "spec": body.get("spec", {}), "status": body.get("status", {})}
-    return JobView(metadata["namespace"], metadata["name"], metadata["uid"], json.dumps(slim, separators=(",", ":")))
+    text = json.dumps(slim, separators=(",", ":"))
+    return JobView(metadata["namespace"], metadata["name"], metadata["uid"], int(metadata["resourceVersion"]), text)
 
 
 def pod_view(body: Json) -> PodView | None:

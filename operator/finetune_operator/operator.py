@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +16,12 @@ from finetune_api.job import GROUP, PLURAL, VERSION
 from finetune_operator import names
 from finetune_operator.api import Api, configuration, connect
 from finetune_operator.cache import Cache, Key
-from finetune_operator.conditions import Reason
 from finetune_operator.controller import Controller
 from finetune_operator.engines import ENGINES, Engine
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import pod_view
 from finetune_operator.settings import Settings
+from finetune_operator.token_key import with_token_key
 
 Json = dict[str, Any]
 SERVER_TIMEOUT_SECONDS = 300
@@ -74,14 +75,29 @@ class Operator:
         self.controller.queue.add(key)
 
 
+    async def check_watch(self) -> None:
+        """Long silence may be peace, or a dead watch: compare with what the API server has.
+
+        Raises:
+            RuntimeError: the watch has died.
+        """
+        for namespace in self.settings.namespaces or ("",):
+            scope = f"/namespaces/{namespace}" if namespace else ""
+            found = await self.api.get(f"/apis/{GROUP}/{VERSION}{scope}/{PLURAL}?resourceVersion=0")
+            for body in (found or {}).get("items", []):
+                if self.cache.is_news(body) and time.monotonic() - self.heard > SILENCE_SECONDS:
+                    raise RuntimeError(f"the watch has not told of {'/'.join(_key(body))}")
+        self.heard = time.monotonic()
+
+
 def registry(operator: Operator, engines: list[Engine]) -> kopf.OperatorRegistry:
     """Kopf's handlers. Each kind has an index beside its event handler: kopf calls no handler before all indices are
     filled, so the first decision already sees every job, run and pod."""
-    handlers = kopf.OperatorRegistry()
-    _watch_kind(handlers, (GROUP, VERSION, PLURAL), operator.job_event)
-    _watch_kind(handlers, ("", "v1", "pods"), operator.pod_event)
+    handlers, begin = kopf.OperatorRegistry(), operator.controller.queue.start
+    _watch_kind(handlers, (GROUP, VERSION, PLURAL), operator.job_event, begin)
+    _watch_kind(handlers, ("", "v1", "pods"), operator.pod_event, begin)
     for engine in engines:
-        _watch_kind(handlers, (engine.group, engine.version, engine.plural), _of(operator, engine))
+        _watch_kind(handlers, (engine.group, engine.version, engine.plural), _of(operator, engine), begin)
     kopf.on.startup(registry=handlers, id="configure")(_configure)
     kopf.on.login(registry=handlers, id="login", retries=5)(_login)
     kopf.on.probe(registry=handlers, id="silence")(_probe(operator))
@@ -92,7 +108,9 @@ def _of(operator: Operator, engine: Engine) -> Any:
     return lambda kind, body: operator.run_event(engine, kind, body)
 
 
-def _watch_kind(handlers: kopf.OperatorRegistry, resource: tuple[str, str, str], hear: Any) -> None:
+def _watch_kind(
+    handlers: kopf.OperatorRegistry, resource: tuple[str, str, str], hear: Any, begin: Callable[[], None]
+) -> None:
     name = resource[2]
 
     async def fill(body: kopf.Body, **_: Any) -> None:
@@ -100,6 +118,7 @@ def _watch_kind(handlers: kopf.OperatorRegistry, resource: tuple[str, str, str],
 
     async def on_event(event: Json, **_: Any) -> None:
         hear(event["type"], event["object"])
+        begin()  # the first call says that all indices are filled
 
     kopf.index(*resource, registry=handlers, id=f"{name}-index")(fill)
     kopf.on.event(*resource, registry=handlers, id=name)(on_event)
@@ -131,15 +150,14 @@ async def _login(**_: Any) -> kopf.ConnectionInfo:
 
 def _probe(operator: Operator) -> Any:
     async def silence(**_: Any) -> float:
-        """Seconds since a watch last told something.
+        """Seconds since a watch last told something, or since it was found to have missed nothing.
 
         Raises:
-            RuntimeError: it is too long, while there are jobs to hear of.
+            RuntimeError: the watch of jobs has died: the API server has news that it did not tell.
         """
-        seconds = time.monotonic() - operator.heard
-        if seconds > SILENCE_SECONDS and operator.cache.jobs:
-            raise RuntimeError(f"no word from any watch for {seconds:.0f} s")
-        return round(seconds, 1)
+        if time.monotonic() - operator.heard > SILENCE_SECONDS:
+            await operator.check_watch()
+        return round(time.monotonic() - operator.heard, 1)
 
     return silence
 
@@ -149,9 +167,10 @@ async def has_kuberay(api: Api) -> bool:
     return await api.get("/apis/ray.io/v1") is not None
 
 
-async def run(settings: Settings, ready: asyncio.Event | None = None) -> None:
+async def run(settings: Settings) -> None:
     """The operator, until it is cancelled or told to end by a signal."""
     api = await connect()
+    settings = await with_token_key(api, settings)
     kuberay = await has_kuberay(api)
     cache, metrics = Cache(), Metrics()
     controller = Controller(api, cache, settings, metrics, kuberay=kuberay)
@@ -160,7 +179,6 @@ async def run(settings: Settings, ready: asyncio.Event | None = None) -> None:
     if settings.metrics_port:
         metrics.serve(settings.metrics_port)
     poller = asyncio.create_task(controller.poller.run(), name="poller")
-    controller.queue.start()
     try:
         await kopf.operator(
             registry=registry(operator, engines),
@@ -180,4 +198,4 @@ def _key(body: Json) -> Key:
     return body["metadata"]["namespace"], body["metadata"]["name"]
 
 
-__all__ = ["Operator", "Reason", "run"]
+__all__ = ["Operator", "run"]

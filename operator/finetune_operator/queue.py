@@ -41,7 +41,9 @@ class WorkQueue:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        self._tasks = [asyncio.create_task(self._run(), name=f"reconcile-{n}") for n in range(self._workers)]
+        """Begin to work; doing it again changes nothing."""
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._run(), name=f"reconcile-{n}") for n in range(self._workers)]
 
     async def stop(self) -> None:
         for timer in self._timers.values():

@@ -20,7 +20,9 @@ class Settings:
     default_engine: str = "job"
     """Engine of jobs that leave it open."""
     token_key: bytes = field(default=b"", repr=False)
-    """Each run's token is derived from it, so that the operator never reads a Secret."""
+    """Each run's token is derived from it, so that the operator never reads the Secrets of jobs."""
+    token_key_secret: str = "finetune-operator-token-key"
+    """Secret in the operator's own namespace that keeps that key; made where it is missing."""
     namespaces: tuple[str, ...] = ()
     """Namespaces to watch; none means all."""
     service_accounts: tuple[str, ...] = ()
@@ -30,7 +32,7 @@ class Settings:
     network_policy: bool = False
     """Whether each run gets a NetworkPolicy that lets only its own pods and the operator in."""
     operator_namespace: str = ""
-    """Where the operator runs, for those policies."""
+    """Where the operator runs, for those policies and for the token key."""
     image_pull_seconds: int = 300
     """How long an image may fail to be pulled before the attempt counts as failed."""
     start_seconds: int = 0
@@ -53,7 +55,7 @@ class Settings:
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
-    """Settings from `FINETUNE_<FIELD>` variables; the token key from the file that `FINETUNE_TOKEN_KEY_FILE` names.
+    """Settings from `FINETUNE_<FIELD>` variables; `FINETUNE_TOKEN_KEY_FILE` may name a file with the token key.
 
     Raises:
         ValueError: a variable has the wrong form.

@@ -1,0 +1,48 @@
+"""The key that runs' tokens are derived from: in one Secret of the operator's own namespace, made at the first start."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import secrets
+
+from kubernetes.aio.client import ApiException
+
+from finetune_operator.api import Api, Json
+from finetune_operator.settings import Settings
+
+KEY = "key"
+
+
+async def with_token_key(api: Api, settings: Settings) -> Settings:
+    """The settings with their key. A key that is there is never replaced: running jobs' tokens come from it.
+
+    Raises:
+        ApiException: the operator may not read or make the Secret.
+        ValueError: the Secret has no key.
+    """
+    if settings.token_key:
+        return settings
+    path = f"/api/v1/namespaces/{settings.operator_namespace}/secrets"
+    found = await api.get(f"{path}/{settings.token_key_secret}") or await _make(api, path, settings)
+    text = (found.get("data") or {}).get(KEY)
+    if not text:
+        raise ValueError(f"Secret {settings.token_key_secret} has no {KEY!r}: delete it, and a new one is made")
+    return dataclasses.replace(settings, token_key=base64.b64decode(text))
+
+
+async def _make(api: Api, path: str, settings: Settings) -> Json:
+    value = base64.b64encode(secrets.token_bytes(32)).decode()
+    body = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": settings.token_key_secret, "namespace": settings.operator_namespace},
+        "immutable": True,
+        "data": {KEY: value},
+    }
+    try:
+        return await api.create(path, body)
+    except ApiException as error:
+        if error.status != 409:
+            raise
+        return await api.get(f"{path}/{settings.token_key_secret}") or {}
