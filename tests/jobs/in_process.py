@@ -31,11 +31,17 @@ def open_stage(job: Job, directory: Path, zero: int = 0) -> StageContext:
 
 
 @contextmanager
-def trained(context: StageContext) -> Iterator[Any]:
-    """The stage's trainer after its last step; what the libraries remember of it is gone afterwards."""
+def trained(context: StageContext, evaluate: bool = False) -> Iterator[Any]:
+    """The stage's trainer after its last step, evaluated before the first and after the last one where asked for.
+
+    What the libraries remember of it is gone afterwards.
+    """
     trainer = make_trainer(context)
+    trainer.args.eval_on_start = evaluate
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    if evaluate:
+        trainer.evaluate()
     try:
         yield trainer
     finally:
