@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from finetune_cli import job_commands, talk_commands
+from finetune_cli import job_commands, node_commands, talk_commands
 
 app = typer.Typer(
     name="finetune",
@@ -16,6 +16,7 @@ app = typer.Typer(
 )
 job_commands.register(app)
 talk_commands.register(app)
+node_commands.register(app)
 
 
 def main() -> None:

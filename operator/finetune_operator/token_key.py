@@ -1,4 +1,4 @@
-"""The key that runs' tokens are derived from: in one Secret of the operator's own namespace, made at the first start."""
+"""The key that runs' tokens are derived from: one Secret of the operator's namespace, made at first start."""
 
 from __future__ import annotations
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from finetune_api.exit_codes import ExitCode
 from finetune_api.problems import Problem
 
 
 class UserError(Exception):
     """The job, its data or its flags are wrong: a retry fails the same way. Carries one problem per fault."""
+
+    exit_code = ExitCode.USER_ERROR
 
     def __init__(self, problems: Iterable[Problem] | str) -> None:
         self.problems = [Problem("", problems)] if isinstance(problems, str) else list(problems)
@@ -22,10 +25,21 @@ class UserError(Exception):
 class Interrupted(Exception):
     """Training was asked to stop and did, after saving a checkpoint."""
 
+    exit_code = ExitCode.INTERRUPTED
+
 
 class TrainingFailed(Exception):
     """A stage failed for a reason that is not the user's, and retries were of no use."""
 
+    exit_code = ExitCode.FAILED
+
 
 class OutOfMemory(TrainingFailed):
     """A device or the host ran out of memory."""
+
+    exit_code = ExitCode.OUT_OF_MEMORY
+
+
+def exit_code_of(error: BaseException) -> ExitCode:
+    """What an error that ends a run says to whoever started it."""
+    return getattr(error, "exit_code", ExitCode.FAILED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,20 +18,29 @@ from finetune_trainer.data.forms import kind_of
 from finetune_trainer.errors import UserError
 from finetune_trainer.launch.cluster import Workers, plan_workers
 from finetune_trainer.model.source import local_path
-from finetune_trainer.plan.devices import local_device
-from finetune_trainer.plan.job import PlanContext, plan_job
+from finetune_trainer.plan.devices import Device, local_device
+from finetune_trainer.plan.job import JobPlan, PlanContext, plan_job
 
 
-def preflight(run: RunConfig, workers: Workers | None = None) -> None:
-    """Check a job against this machine, its model and its data, without training.
+def preflight(run: RunConfig, workers: Workers | None = None, *, device: Device | None = None) -> JobPlan:
+    """Check a job against its machine, its model and its data, without training; returns its plan.
+
+    Args:
+        device: what each worker will have. Default: what this machine has, which then must have enough of it.
 
     Raises:
         UserError: one problem per fault.
     """
     workers = workers or plan_workers(run.job.spec.resources)
-    problems = [*_storage(run), *_resources(workers), *_pipeline(run), *_data(run), *_model(run, workers)]
-    if problems:
+    problems = [*_storage(run), *([] if device else _resources(workers)), *_pipeline(run), *_data(run)]
+    plan: JobPlan | None = None
+    try:
+        plan = _model(run, workers, device or local_device(workers.most))
+    except UserError as error:
+        problems += error.problems
+    if problems or plan is None:
         raise UserError(list(dict.fromkeys(problems)))
+    return plan
 
 
 def _storage(run: RunConfig) -> Iterator[Problem]:
@@ -88,7 +97,7 @@ def _data(run: RunConfig) -> Iterator[Problem]:
             yield from inspect(evaluation, kind, f"{where}.evalData", base)
 
 
-def _model(run: RunConfig, workers: Workers) -> Iterable[Problem]:
+def _model(run: RunConfig, workers: Workers, device: Device) -> JobPlan:
     """The model can be built, adapters find their modules, lengths fit its context, kernels are installed."""
     spec = run.job.spec.model
     missing = [problem for problem in _paths(run) if problem]
@@ -96,12 +105,8 @@ def _model(run: RunConfig, workers: Workers) -> Iterable[Problem]:
     if spec.attn_implementation.startswith("flash") and find_spec(kernel) is None:
         missing.append(Problem("model.attnImplementation", f"{spec.attn_implementation} needs the package {kernel}"))
     if missing:
-        return missing
-    try:
-        plan_job(run, PlanContext(local_device(workers.most), workers.most))
-    except UserError as error:
-        return error.problems
-    return []
+        raise UserError(missing)
+    return plan_job(run, PlanContext(device, workers.most))
 
 
 def _paths(run: RunConfig) -> Iterator[Problem]:

@@ -21,7 +21,7 @@ from finetune_trainer.layout import REPORT, StageLayout
 from finetune_trainer.model.source import layouts
 from finetune_trainer.plan.job import StagePlan
 from finetune_trainer.preflight import preflight
-from finetune_trainer.progress.channel import Event, StageBegun, StageDone
+from finetune_trainer.progress.channel import CheckpointSaved, Event, StageBegun, StageDone
 from finetune_trainer.progress.reporter import Progress, Reporter
 from finetune_trainer.report import write_report
 from finetune_trainer.storage import Storage
@@ -59,6 +59,10 @@ class Pipeline:
             self._run_stages()
         self._report()
         self.reporter.log(f"report: {self.storage.path(REPORT)}")
+
+    def finished_stages(self) -> list[bool]:
+        """For each stage, whether an earlier attempt has finished it."""
+        return finished(self.run, self.storage)
 
     def _run_stages(self) -> None:
         # Ray starts while data is prepared. Its processes die with the thread that started them (PR_SET_PDEATHSIG), so
@@ -124,6 +128,9 @@ class Pipeline:
             plural = "s" if self.workers.most > 1 else ""
             message = f"{self.workers.most} worker{plural}, {self.plans[event.index].why}"
             self.reporter.stage_started(event.index, layout.title, len(self.layouts), message)
+        elif isinstance(event, CheckpointSaved):
+            place = self.storage.path(self.layouts[event.index].checkpoint(event.step))
+            self.reporter.checkpoint_saved(event.index, event.step, place)
         elif isinstance(event, StageDone):
             layout = self.layouts[event.index]
             metrics = json.loads(self.storage.read_text(layout.done))["metrics"]

@@ -29,8 +29,16 @@ class StageDone:
     index: int
 
 
-Event = str | Progress | StageBegun | StageDone
-"""A line for people, a step's progress, or a change of stage."""
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """Stage `index` has a complete checkpoint after `step` optimizer steps."""
+
+    index: int
+    step: int
+
+
+Event = str | Progress | StageBegun | StageDone | CheckpointSaved
+"""A line for people, a step's progress, a checkpoint, or a change of stage."""
 
 
 @dataclass

@@ -60,6 +60,9 @@ class ConsoleReporter:
         if evaluation:
             self.log(f"{progress.title} step {progress.step}: {named_metrics(evaluation)}")
 
+    def checkpoint_saved(self, index: int, step: int, place: str) -> None:
+        """Not shown: a run that ends says where it stands."""
+
     def stage_finished(self, index: int, title: str, result: str, metrics: dict[str, float]) -> None:
         self._console.print(self._summary(title, result, metrics))
         self._line = None

@@ -27,6 +27,9 @@ class Reporters:
     def progress(self, progress: Progress) -> None:
         self._tell(lambda reporter: reporter.progress(progress))
 
+    def checkpoint_saved(self, index: int, step: int, place: str) -> None:
+        self._tell(lambda reporter: reporter.checkpoint_saved(index, step, place))
+
     def stage_finished(self, index: int, title: str, result: str, metrics: dict[str, float]) -> None:
         self._tell(lambda reporter: reporter.stage_finished(index, title, result, metrics))
 

@@ -39,6 +39,9 @@ class PlainReporter:
             self._shown = (now, progress.step)
             self._write(f"{_named(progress.stage, progress.stages, progress.title)} {_line(progress)}")
 
+    def checkpoint_saved(self, index: int, step: int, place: str) -> None:
+        """Not shown: a run that ends says where it stands."""
+
     def stage_finished(self, index: int, title: str, result: str, metrics: dict[str, float]) -> None:
         took = duration(self._clock() - self._started)
         parts = [f"{title}: done in {took}", *([named_metrics(metrics)] if metrics else []), result]

@@ -61,6 +61,9 @@ class Reporter(Protocol):
     def progress(self, progress: Progress) -> None:
         """The newest step. Steps may be left out."""
 
+    def checkpoint_saved(self, index: int, step: int, place: str) -> None:
+        """A stage has a complete checkpoint at `place`."""
+
     def stage_finished(self, index: int, title: str, result: str, metrics: dict[str, float]) -> None:
         """A stage is done and its result is at `result`."""
 

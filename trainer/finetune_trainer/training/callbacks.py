@@ -25,7 +25,7 @@ from finetune_trainer.training.memory import peak_memory
 from finetune_trainer.training.peers import Peers
 
 if TYPE_CHECKING:
-    from finetune_trainer.progress.channel import WorkerEnd
+    from finetune_trainer.progress.channel import CheckpointSaved, WorkerEnd
     from finetune_trainer.training.stage_trainer import StageTrainer
     from finetune_trainer.training.work import StageWork
 
@@ -147,6 +147,7 @@ class CheckpointCallback(TrainerCallback):
         self.peers.wait()
         if placement.rank == 0:
             self.store.publish(step, placement.world_size, self.context.zero)
+            self.progress.end.send(CheckpointSaved(self.context.layout.index, step))
             self.store.prune(self.context.spec.save_total_limit)
 
 

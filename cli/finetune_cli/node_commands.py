@@ -1,0 +1,38 @@
+"""`node`, `drive` and `preflight`: what the operator's pods run. Not shown in the help: nobody types them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunConfigFile = Annotated[Path, typer.Option("--run-config", help="The attempt's RunConfig, as the operator wrote it.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    app.command("node", hidden=True)(node_command)
+    app.command("drive", hidden=True)(drive_command)
+    app.command("preflight", hidden=True)(preflight_command)
+
+
+def node_command(run_config: RunConfigFile) -> None:
+    """Be a node of an attempt: pod 0 starts the Ray head and drives, the others join it."""
+    from finetune_trainer.launch.node import run_node
+
+    raise typer.Exit(run_node(run_config))
+
+
+def drive_command(run_config: RunConfigFile) -> None:
+    """Drive an attempt on the Ray cluster that this runs in."""
+    from finetune_trainer.launch.attempt import drive
+
+    raise typer.Exit(int(drive(run_config, linger=True)))
+
+
+def preflight_command(run_config: RunConfigFile) -> None:
+    """Check a job's model, data, storage and memory before any GPU is claimed."""
+    from finetune_trainer.launch.cluster_preflight import run_preflight
+
+    raise typer.Exit(int(run_preflight(run_config)))

@@ -1,0 +1,99 @@
+"""One attempt on a cluster, from its RunConfig to its last word: what pod 0 runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from finetune_api.exit_codes import ExitCode
+from finetune_api.runconfig import RunConfig
+from finetune_trainer.errors import Interrupted, TrainingFailed, UserError, exit_code_of
+from finetune_trainer.progress.attempt import AttemptReporter, termination_message
+from finetune_trainer.progress.multi import Reporters
+from finetune_trainer.progress.plain import PlainReporter
+from finetune_trainer.progress.report_server import ReportServer
+from finetune_trainer.redact import redact
+from finetune_trainer.runtime import apply_environment, quiet_environment
+
+TERMINATION_LOG = Path("/dev/termination-log")
+TOKEN_FILE_VARIABLE = "FINETUNE_TOKEN_FILE"
+TRACEBACK_LINES = 20
+LINGER_SECONDS = 15.0
+log = logging.getLogger(__name__)
+
+
+def drive(config: Path, *, linger: bool = False) -> ExitCode:
+    """Run an attempt to its end, going on from whatever storage holds of earlier ones.
+
+    Args:
+        config: the RunConfig's file.
+        linger: stay until the operator has read how it ended, for engines that keep no termination message.
+    """
+    run = RunConfig.model_validate_json(config.read_text())
+    apply_environment(quiet_environment(accelerator=bool(run.job.spec.resources.gpus_per_node)))
+    stop = threading.Event()
+    reporter = AttemptReporter([stage.title for stage in run.job.spec.stages])
+
+    def ask_to_stop(*_: object) -> None:
+        reporter.stopping()
+        stop.set()
+
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    signal.signal(signal.SIGINT, ask_to_stop)
+    with ReportServer(reporter.report, ask_to_stop, _token()) as server:
+        code = say_last_word(reporter, lambda: _train(run, reporter, stop))
+        if linger:
+            server.last_read.wait(LINGER_SECONDS)
+    return code
+
+
+def say_last_word(reporter: AttemptReporter, work: Callable[[], None]) -> ExitCode:
+    """Do the work; how it ended goes to the log, to the report and to the pod's termination message."""
+    try:
+        work()
+        code, message = ExitCode.OK, ""
+    except BaseException as error:
+        code, message = exit_code_of(error), _words(error)
+        print(redact(message), file=sys.stderr, flush=True)
+    reporter.ended(code, message)
+    try:
+        TERMINATION_LOG.write_text(termination_message(reporter.report()))
+    except OSError as error:
+        log.warning("no termination message: %s", error)
+    return code
+
+
+def _train(run: RunConfig, reporter: AttemptReporter, stop: threading.Event) -> None:
+    from finetune_trainer.launch.driver import Pipeline  # takes seconds to import: the report is served before
+
+    pipeline = Pipeline(run, Reporters([PlainReporter(sys.stdout), reporter]), stop)
+    reporter.finished_before(pipeline.finished_stages())
+    pipeline.execute(resume=True)
+
+
+def _words(error: BaseException) -> str:
+    """What people need: the faults of a bad job, else the last lines of the traceback."""
+    if isinstance(error, UserError):
+        return "\n".join(str(problem) for problem in error.problems)
+    if isinstance(error, (Interrupted, TrainingFailed)):
+        return _last_lines(str(error))
+    return _last_lines("".join(traceback.format_exception(error)))
+
+
+def _last_lines(text: str) -> str:
+    return "\n".join(text.strip().splitlines()[-TRACEBACK_LINES:])
+
+
+def _token() -> str:
+    """The attempt's token.
+
+    Raises:
+        KeyError, OSError: there is none: the pod was not made by the operator.
+    """
+    return Path(os.environ[TOKEN_FILE_VARIABLE]).read_text().strip()

@@ -1,0 +1,116 @@
+"""A pod of an Indexed Job: pod 0 starts the Ray head and drives; the others join it and leave with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+
+from finetune_api.exit_codes import ExitCode
+from finetune_api.report import PORT, STOP_PATH
+from finetune_api.runconfig import RunConfig
+from finetune_trainer.runtime import apply_environment, quiet_environment
+
+INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
+HEAD_VARIABLE = "FINETUNE_HEAD_ADDRESS"
+HEAD_SECONDS = 1800.0
+"""How long a node waits for the head: its image may still be on its way."""
+RETRY_SECONDS = 0.5
+OBJECT_STORE_BYTES = 256 * 2**20
+_RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+def run_node(config: Path) -> int:
+    """What every pod runs; returns its exit code. Pod 0's is the attempt's, by `ExitCode`."""
+    run = RunConfig.model_validate_json(config.read_text())
+    gpus = run.job.spec.resources.gpus_per_node or 0
+    apply_environment(quiet_environment(accelerator=gpus > 0))
+    # A lost head ends its nodes soon, so that the pods make room for the next attempt's.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
+    address = os.environ[HEAD_VARIABLE]
+    if int(os.environ.get(INDEX_VARIABLE, "0")) == 0:
+        return _head(config, address, gpus)
+    return _worker(address, gpus)
+
+
+def _head(config: Path, address: str, gpus: int) -> int:
+    from finetune_trainer.launch.attempt import drive
+
+    ip = socket.gethostbyname(socket.gethostname())
+    port = address.rpartition(":")[2]
+    _start(["--head", f"--node-ip-address={ip}", f"--port={port}", "--include-dashboard=false", *_share(gpus)])
+    os.environ["RAY_ADDRESS"] = f"{ip}:{port}"
+    return int(drive(config))
+
+
+def _worker(address: str, gpus: int) -> int:
+    """Join, stay as long as the head does.
+
+    Returns FAILED where the head never came or left; the Job then ends, and this pod with it.
+    """
+    host, _, port = address.rpartition(":")
+    if not _reachable(host, int(port)):
+        print(f"no Ray head at {address} within {HEAD_SECONDS:.0f} s", file=sys.stderr)
+        return ExitCode.FAILED
+    ray = subprocess.Popen([*_RAY, "start", f"--address={address}", "--block", *_share(gpus)])
+    signal.signal(signal.SIGTERM, lambda *_: _leave(host, ray))
+    ray.wait()
+    return ExitCode.FAILED
+
+
+def _leave(host: str, ray: subprocess.Popen[bytes]) -> None:
+    """This pod alone is to go (a drain, a preemption): the driver saves a checkpoint first, and its end is ours."""
+    threading.Thread(target=_ask_to_stop, args=(host, ray), daemon=True).start()
+
+
+def _ask_to_stop(host: str, ray: subprocess.Popen[bytes]) -> None:
+    from finetune_trainer.launch.attempt import _token
+
+    request = urllib.request.Request(
+        f"http://{host}:{PORT}{STOP_PATH}", data=b"", headers={"Authorization": f"Bearer {_token()}"}
+    )
+    try:
+        urllib.request.urlopen(request, timeout=5).close()
+    except (urllib.error.URLError, OSError):
+        ray.terminate()  # the driver is gone: nothing to wait for
+
+
+def _start(options: list[str]) -> None:
+    """Start Ray's daemons.
+
+    Raises:
+        subprocess.CalledProcessError: they don't start.
+    """
+    subprocess.run([*_RAY, "start", *options], check=True, stdout=subprocess.DEVNULL)
+
+
+def _share(gpus: int) -> list[str]:
+    """What this node offers. More CPUs than there are cost nothing: workers ask for what the plan gives them."""
+    cpus = max(psutil.cpu_count() or 1, 64)
+    return [
+        f"--num-cpus={cpus}",
+        f"--num-gpus={gpus}",
+        f"--object-store-memory={OBJECT_STORE_BYTES}",
+        "--disable-usage-stats",
+    ]
+
+
+def _reachable(host: str, port: int) -> bool:
+    """Wait for the head: its name comes into DNS, and its port opens, once its pod runs."""
+    deadline = time.monotonic() + HEAD_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((host, port), timeout=2).close()
+            return True
+        except OSError:
+            time.sleep(RETRY_SECONDS)  # there is no event to wait for before the connection
+    return False
