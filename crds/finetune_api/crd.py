@@ -23,7 +23,7 @@ _COLUMNS = ("phase", "stage", "step", "loss", "eta", "attempt")
 
 @cache
 def structural_schema(model: type[BaseModel]) -> Json:
-    """The structural schema of a model: everything inline, no unions, defaults without what the children say.
+    """The structural schema of a model: everything inline, no unions.
 
     It has one keyword that Kubernetes doesn't know: `expects`, a pattern in plain words. The result is shared: copy it
     before changing it.
@@ -50,7 +50,7 @@ def _structural(node: Json, defs: Json) -> Json:
     if isinstance(node.get("additionalProperties"), dict):
         result["additionalProperties"] = _structural(node["additionalProperties"], defs)
     if "default" in result:
-        result["default"] = _trimmed(result["default"], result)
+        result["default"] = _without_nulls(result["default"])
     if result.get("default", ...) is None:
         del result["default"]
     return result
@@ -76,13 +76,11 @@ def _without_unions(node: Json, defs: Json) -> Json:
     return {**_resolved(members[0], defs), **{key: value for key, value in node.items() if key != "anyOf"}}
 
 
-def _trimmed(default: object, schema: Json) -> object:
-    """A default without nulls and without what the fields below default to: the API server fills those in itself."""
+def _without_nulls(default: object) -> object:
+    """A default whole, for the API server holds it against the rules before it fills in what the fields default to."""
     if not isinstance(default, dict):
         return default
-    fields = schema.get("properties", {})
-    trimmed = {name: _trimmed(value, fields[name]) for name, value in default.items() if value is not None}
-    return {name: value for name, value in trimmed.items() if value != fields[name].get("default")}
+    return {name: _without_nulls(value) for name, value in default.items() if value is not None}
 
 
 def crd() -> Json:
@@ -122,7 +120,7 @@ def _columns() -> list[Json]:
 
 def _root() -> Json:
     """The resource's schema; its metadata are the API server's own and take rules from the root alone."""
-    root: Json = _without_words(structural_schema(FineTuneJob))
+    root: Json = _for_the_api_server(structural_schema(FineTuneJob))
     fields = root["properties"]
     for name in ("apiVersion", "kind"):
         del fields[name]["enum"]
@@ -151,14 +149,30 @@ def _unchanged(name: str) -> Json:
     return cel(f"self.{name} == oldSelf.{name}", message)
 
 
-def _without_words(node: object) -> Json:
-    """A deep copy of `node` without `expects` anywhere."""
+def _for_the_api_server(schema: Json) -> Json:
+    """A deep copy of `schema` without `expects` anywhere, and with bounds as the API server understands them."""
 
     def clean(value: object) -> object:
         if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items() if key != "expects"}
+            return _exact({key: clean(item) for key, item in value.items() if key != "expects"})
         return [clean(item) for item in value] if isinstance(value, list) else value
 
-    result = clean(node)
+    result = clean(schema)
     assert isinstance(result, dict)
     return result
+
+
+def _exact(node: Json) -> Json:
+    """`node` with a rule for each fractional bound that the API server would get wrong.
+
+    It holds a whole number, such as 0, against the bound cut to a whole number (kube-openapi `pkg/validation/validate/
+    values.go`, `MaximumNativeType`): 0 would not be below 0.5, and would be at least 0.01.
+    """
+    low, high = node.get("minimum"), node.get("maximum")
+    rules = []
+    if isinstance(low, float) and not low.is_integer() and not node.get("exclusiveMinimum"):
+        rules.append(cel(f"self >= {low}", f"expected at least {low}"))
+    if isinstance(high, float) and not high.is_integer() and node.get("exclusiveMaximum"):
+        node = {key: value for key, value in node.items() if key != "exclusiveMaximum"}
+        rules.append(cel(f"self < {high}", f"expected less than {high}"))
+    return {**node, VALIDATIONS: [*node.get(VALIDATIONS, []), *rules]} if rules else node

@@ -6,22 +6,7 @@ import copy
 from typing import Any
 
 import pytest
-
-DATA = {"sources": [{"file": "data.jsonl"}]}
-JOB: dict[str, Any] = {
-    "apiVersion": "finetune.dev/v1alpha1",
-    "kind": "FineTuneJob",
-    "metadata": {"name": "tiny"},
-    "spec": {
-        "model": {"config": {"model_type": "llama"}},
-        "stages": [
-            {"tokenizer": {"data": DATA}},
-            {"pretrain": {"data": DATA}},
-            {"sft": {"data": DATA, "lora": {}}},
-            {"dpo": {"data": DATA, "lora": {}, "reference": "adapterDisabled"}},
-        ],
-    },
-}
+from sample_job import JOB
 
 
 @pytest.fixture

@@ -1,0 +1,21 @@
+"""A valid job of every kind of stage, for tests to break."""
+
+from __future__ import annotations
+
+from typing import Any
+
+DATA = {"sources": [{"file": "data.jsonl"}]}
+JOB: dict[str, Any] = {
+    "apiVersion": "finetune.dev/v1alpha1",
+    "kind": "FineTuneJob",
+    "metadata": {"name": "tiny"},
+    "spec": {
+        "model": {"config": {"model_type": "llama"}},
+        "stages": [
+            {"tokenizer": {"data": DATA}},
+            {"pretrain": {"data": DATA}},
+            {"sft": {"data": DATA, "lora": {}}},
+            {"dpo": {"data": DATA, "lora": {}, "reference": "adapterDisabled"}},
+        ],
+    },
+}
