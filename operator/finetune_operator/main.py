@@ -20,3 +20,7 @@ def main() -> None:
     if not settings.token_key and not settings.operator_namespace:
         sys.exit("error: set FINETUNE_OPERATOR_NAMESPACE (or FINETUNE_TOKEN_KEY_FILE): runs' tokens need a key")
     asyncio.run(run(settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The operator as a process of its own, as its container runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from access import Access
+from servers import Server, free_port
+
+KEY = b"a key of the tests"
+FAST = {
+    "FINETUNE_POLL_SECONDS": "0.2",
+    "FINETUNE_STATUS_SECONDS": "0.5",
+    "FINETUNE_STATUS_WRITES_PER_SECOND": "100",
+    "FINETUNE_BACKOFF_SECONDS": "1",
+    "FINETUNE_RAY_VERSION": "2.60.0",
+}
+
+
+class OperatorProcess:
+    """A context manager: entering starts it, leaving stops it.
+
+    Args:
+        access: whom it is to the API server, and where that is (a proxy, say).
+        settings: `FINETUNE_…` variables beside those that make tests fast.
+    """
+
+    def __init__(self, access: Access, directory: Path, **settings: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        key_file = directory / "token-key"
+        key_file.write_bytes(KEY)
+        self._health, self._metrics = free_port(), free_port()
+        self._environment = {
+            "KUBECONFIG": str(access.kubeconfig(directory / "kubeconfig")),
+            "FINETUNE_TOKEN_KEY_FILE": str(key_file),
+            "FINETUNE_HEALTH_PORT": str(self._health),
+            "FINETUNE_METRICS_PORT": str(self._metrics),
+            **FAST,
+            **settings,
+        }
+        command = ["env", *(f"{name}={value}" for name, value in self._environment.items())]
+        self._server = Server("operator", [*command, sys.executable, "-m", "finetune_operator.main"], directory / "log")
+
+    def __enter__(self) -> OperatorProcess:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop()
+
+    def start(self) -> None:
+        self._server.start(self.healthy)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._server.kill()
+
+    def wait_for_death(self, seconds: float) -> bool:
+        """Whether it ends by itself, or is killed by somebody, within `seconds`."""
+        process = self._server._process
+        assert process is not None
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    @property
+    def pid(self) -> int:
+        return self._server.pid
+
+    def healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._health}/healthz", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def metrics(self) -> str:
+        """What Prometheus would scrape."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._metrics}/metrics", timeout=5) as answer:
+            return str(answer.read().decode())
+
+    def log(self) -> str:
+        return self._server.log.read_text(errors="replace")
+
+    def memory(self) -> int:
+        """Resident bytes."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def cpu_seconds(self) -> float:
+        """CPU time so far."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def eventually(check: object, timeout: float = 30, pause: float = 0.05) -> None:
+    """Until `check()` is true, for what has no watch.
+
+    Raises:
+        AssertionError: it isn't in time.
+    """
+    assert callable(check)
+    deadline = time.monotonic() + timeout
+    while not check():
+        assert time.monotonic() < deadline, f"not within {timeout} s"
+        time.sleep(pause)

@@ -1,0 +1,125 @@
+"""The life of a job on a real API server: what the operator makes, what the status says, what control does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from access import Access, until, until_gone
+from finetune_jobs import Jobs, condition, driver, job
+from kubelet_stand_in import KubeletStandIn
+from kubernetes import client
+from operator_process import OperatorProcess
+
+from finetune_trainer.progress.reporter import Progress
+
+SELECTOR = "finetune.dev/job=tiny,finetune.dev/run={}"
+
+
+@pytest.fixture
+def operator(admin: Access, namespace: str, tmp_path: Path) -> Iterator[OperatorProcess]:
+    with OperatorProcess(admin, tmp_path, FINETUNE_NAMESPACES=namespace) as running:
+        yield running
+
+
+@pytest.fixture
+def jobs(finetune_jobs: client.CustomObjectsApi, namespace: str) -> Jobs:
+    return Jobs(finetune_jobs, namespace)
+
+
+def pods_of(kubelet: KubeletStandIn, namespace: str, run: int | str, count: int = 1) -> list[str]:
+    return kubelet.pods(namespace, count, selector=SELECTOR.format(run))
+
+
+def test_from_apply_to_succeeded(
+    operator: OperatorProcess, jobs: Jobs, kubelet: KubeletStandIn, core: client.CoreV1Api, namespace: str
+) -> None:
+    made = jobs.create(job(resources={"nodes": 2, "workersPerNode": 1}))
+    first, second = pods_of(kubelet, namespace, 1, 2)
+    config = core.list_namespaced_config_map(namespace, label_selector=SELECTOR.format(1)).items[0]
+    run = json.loads(config.data["run.json"])
+    assert config.immutable and run["root"] == f"/pvc/results/runs/{namespace}/tiny" and run["attempt"] == 1
+    with driver(made["metadata"]["uid"], 1) as trainer:
+        kubelet.running(namespace, first)
+        kubelet.running(namespace, second, ip="127.0.0.2")
+        jobs.until_phase("Running")
+        trainer.reporter.stage_started(0, "tokenizer", 2, "")
+        trainer.reporter.stage_finished(0, "tokenizer", "/pvc/t", {"bytes_per_token": 2.5})
+        trainer.reporter.stage_started(1, "pretrain", 2, "")
+        trainer.reporter.progress(Progress(1, 2, "pretrain", 4, 10, loss=3.25, tokens_per_second=1000.0, eta=90.0))
+        trainer.reporter.checkpoint_saved(1, 4, "/pvc/c-4")
+        seen = jobs.until(lambda status: status.get("step") == "4/10" and "lastCheckpoint" in status)["status"]
+        assert (seen["stage"], seen["loss"], seen["eta"], seen["attempt"]) == ("2/2 pretrain", "3.25", "1m", 1)
+        assert seen["lastCheckpoint"] == {"stage": 1, "step": 4, "uri": "/pvc/c-4"}
+        assert seen["stages"][0]["metrics"] == {"bytes_per_token": 2.5}
+    kubelet.finished(namespace, first)
+    done = jobs.until_phase("Succeeded")
+    assert condition(done, "Succeeded")["observedGeneration"] == 1
+    assert done["status"]["attempts"][0]["reason"] == "Completed"
+
+
+def test_a_user_error_is_told_and_never_retried(
+    operator: OperatorProcess, jobs: Jobs, kubelet: KubeletStandIn, namespace: str
+) -> None:
+    jobs.create(job())
+    (pod,) = pods_of(kubelet, namespace, 1)
+    kubelet.running(namespace, pod)
+    message = '{"stages": [], "exitCode": 2, "message": "stages[1].pretrain.data: no such file: x"}'
+    kubelet.finished(namespace, pod, 2, message=message)
+    failed = jobs.until_phase("Failed")
+    assert condition(failed, "Failed")["reason"] == "UserError"
+    assert failed["status"]["failure"]["message"] == "stages[1].pretrain.data: no such file: x"
+    assert failed["status"]["failure"]["pod"] == pod
+    assert len(failed["status"]["attempts"]) == 1
+
+
+def test_suspend_waits_for_the_checkpoint_and_resume_goes_on(
+    operator: OperatorProcess, jobs: Jobs, kubelet: KubeletStandIn, namespace: str
+) -> None:
+    made = jobs.create(job())
+    (pod,) = pods_of(kubelet, namespace, 1)
+    with driver(made["metadata"]["uid"], 1) as trainer:
+        kubelet.running(namespace, pod)
+        jobs.until_phase("Running")
+        jobs.patch("tiny", {"runPolicy": {"suspend": True}})
+        assert trainer.asked_to_stop.wait(20)
+        trainer.reporter.checkpoint_saved(1, 7, "/pvc/c-7")
+        trainer.reporter.ended(75, "stopped at step 7, checkpoint saved")
+        said = trainer.reporter.report().model_dump_json(by_alias=True, exclude_none=True)
+    kubelet.finished(namespace, pod, 75, message=said)
+    suspended = jobs.until_phase("Suspended")
+    assert suspended["status"]["lastCheckpoint"]["step"] == 7
+    assert suspended["status"]["attempts"][0]["reason"] == "Interrupted"
+    jobs.patch("tiny", {"runPolicy": {"suspend": False}})
+    pods_of(kubelet, namespace, 2)
+    resumed = jobs.until(lambda status: status.get("attempt") == 2)
+    assert condition(resumed, "Suspended")["status"] == "False"
+
+
+def test_deletion_takes_the_children_along(
+    operator: OperatorProcess, jobs: Jobs, kubelet: KubeletStandIn, api: client.ApiClient, namespace: str
+) -> None:
+    jobs.create(job())
+    pods_of(kubelet, namespace, 1)
+    batch, core = client.BatchV1Api(api), client.CoreV1Api(api)
+    secret = core.list_namespaced_secret(namespace, label_selector=SELECTOR.format(1)).items[0]
+    jobs.delete()
+    until_gone(batch.list_namespaced_job, "tiny-1", namespace=namespace)
+    until_gone(core.list_namespaced_secret, secret.metadata.name, namespace=namespace)
+
+
+def test_preflight_comes_before_any_attempt(
+    operator: OperatorProcess, jobs: Jobs, kubelet: KubeletStandIn, api: client.ApiClient, namespace: str
+) -> None:
+    jobs.create(job(kubernetes={}))
+    (pod,) = pods_of(kubelet, namespace, "preflight")
+    assert jobs.until_phase("Preflight")["status"]["conditions"][1]["reason"] == "PreflightRunning"
+    names = [item.metadata.name for item in client.BatchV1Api(api).list_namespaced_job(namespace).items]
+    assert names == ["tiny-preflight"]
+    kubelet.running(namespace, pod)
+    kubelet.finished(namespace, pod, message='{"plan": {"parameters": 35936, "memoryBytes": 1073741824, "steps": 20}}')
+    planned = jobs.until(lambda status: "plan" in status)
+    assert condition(planned, "Planned")["message"] == "35,936 parameters, 20 steps, 1.0 GiB per worker"
+    until(client.BatchV1Api(api).list_namespaced_job, lambda item: item.metadata.name == "tiny-1", namespace=namespace)
