@@ -1,41 +1,59 @@
-"""Killed workers, a killed driver, SIGTERM: the curve is that of a run that nothing disturbed."""
+"""Killed workers, a killed driver, SIGTERM: the curve is that of a run that nothing disturbed.
+
+Where it is hit is random. The seed is printed with the steps; KILL_SEED=… hits the same ones again.
+"""
 
 from __future__ import annotations
 
+import os
+import random
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import dialogue
 from running import curve, done, kill, run, start, workers
 
 Job = dict[str, Any]
-STEPS, SAVE = 40, 5
+STEPS, SAVE, LAST_HIT = 40, 5, 32
+AGAIN = "starting again from the last checkpoint"
 
 
 @pytest.fixture
 def job(base_job: Job) -> Job:
-    spec = base_job["spec"]
-    spec["stages"] = [
-        {
-            "sft": {
-                "data": {"sources": [{"file": "rows.jsonl"}]},
-                "maxLength": 64,
-                "maxSteps": STEPS,
-                "saveSteps": SAVE,
-                "perDeviceTrainBatchSize": 2,
-                "learningRate": 1e-3,
-                "lora": {"loraDropout": 0.1},
-            }
-        }
-    ]
-    spec["resources"] = {"workersPerNode": 2}
+    """Dropout, so that random numbers must go on too; an evaluation after each step, so that each is told of."""
+    held_out = {"sources": [{"inline": [dialogue("3 plus 4", "makes 7"), dialogue("5 plus 4", "makes 9")]}]}
+    stage = {
+        "data": {"sources": [{"file": "rows.jsonl"}]},
+        "evalData": held_out,
+        "evalSteps": 1,
+        "maxLength": 64,
+        "maxSteps": STEPS,
+        "saveSteps": SAVE,
+        "perDeviceTrainBatchSize": 2,
+        "learningRate": 1e-3,
+        "lora": {"loraDropout": 0.1},
+    }
+    base_job["spec"]["stages"] = [{"sft": stage}]
+    base_job["spec"]["resources"] = {"workersPerNode": 2}
     return base_job
 
 
+@pytest.fixture
+def chance() -> random.Random:
+    seed = int(os.environ.get("KILL_SEED", random.SystemRandom().randrange(10**6)))
+    print(f"KILL_SEED={seed}")
+    return random.Random(seed)
+
+
 @pytest.mark.timeout(900)
-def test_killed_workers_driver_and_sigterm(job: Job, write_job: Callable[[Job], Path], tmp_path: Path) -> None:
+def test_killed_workers_driver_and_sigterm(
+    job: Job, write_job: Callable[[Job], Path], tmp_path: Path, chance: random.Random
+) -> None:
+    """Three workers and the driver are killed at random steps, then SIGTERM: the curve is as if nothing had been."""
     path = write_job(job)
     code, output = run(path)
     assert code == 0, output
@@ -44,19 +62,24 @@ def test_killed_workers_driver_and_sigterm(job: Job, write_job: Callable[[Job], 
 
     path.write_text(path.read_text().replace("name: job", "name: disturbed"))
     stage = tmp_path / "runs/disturbed/stages/00-sft"
+    *worker_hits, driver_hit = sorted(chance.sample(range(1, LAST_HIT), 4))
+    print(f"workers killed at steps {worker_hits}, the driver at {driver_hit}")
 
     driver = start(path)
-    seen = _kill_workers(driver, times=1)
-    driver.kill()  # the driver too, right after its workers began anew
+    for hit in worker_hits:
+        _wait_for_step(driver, hit)
+        kill(chance.choice(workers(driver.pid)))
+        _wait_for(driver, AGAIN)
+    _wait_for_step(driver, driver_hit)
+    driver.kill()
     driver.wait()
-    assert "starting again from the last checkpoint" in seen
     assert not (stage / "done.json").exists()
 
     driver = start(path, "--resume")
     _wait_for(driver, "model ready")
     driver.send_signal(signal.SIGTERM)
     output, _ = driver.communicate(timeout=120)
-    assert driver.returncode in (75, 0), output  # 0 where the last steps were quicker than the signal
+    assert driver.returncode == 75, output
 
     code, output = run(path, "--resume")
     assert code == 0, output
@@ -71,21 +94,22 @@ def test_killed_workers_driver_and_sigterm(job: Job, write_job: Callable[[Job], 
     assert "--resume" in output and "--fresh" in output
 
 
-def _kill_workers(driver: Any, times: int) -> str:
-    """Kill one worker each time training shows a step past a checkpoint; returns the output so far."""
+def _wait_for_step(driver: Any, step: int) -> None:
+    """Until the driver tells of `step` or a later one, its workers having begun (again)."""
+    _wait_for(driver, "model ready")
     seen = ""
-    for _ in range(times):
-        seen += _wait_for(driver, "loss")
-        kill(workers(driver.pid)[-1])
-        seen += _wait_for(driver, "starting again from the last checkpoint")
-        seen += _wait_for(driver, "model ready")
-    return seen
+    for line in driver.stdout:
+        seen += line
+        told = re.search(rf" (\d+)/{STEPS} ", line)
+        if told and int(told[1]) >= step:
+            return
+    raise AssertionError(f"step {step} never came:\n{seen}")
 
 
-def _wait_for(driver: Any, text: str) -> str:
+def _wait_for(driver: Any, text: str) -> None:
     seen = ""
     for line in driver.stdout:
         seen += line
         if text in line:
-            return seen
+            return
     raise AssertionError(f"{text!r} never came:\n{seen}")
