@@ -9,11 +9,13 @@ from pydantic import Field
 
 from finetune_api.base import ApiModel, cel, exactly_one, expects, not_exactly_one, rules
 from finetune_api.data import DataSpec
+from finetune_api.model import Path
 from finetune_api.training import STREAMING_RULE, Lora, PositiveInt, Quantization, TrainingSpec
 
-STAGE_KINDS = ("tokenizer", "pretrain", "sft", "dpo")
+STAGE_KINDS = ("tokenizer", "pretrain", "sft", "esft", "dpo")
 
 SpecialToken = Annotated[str, Field(min_length=1, max_length=64)]
+ExpertId = Annotated[int, Field(ge=0, le=65535)]
 LossWeight = Annotated[float, Field(ge=0, le=1000)]
 Overflow = Literal["auto", "error", "truncate", "drop", "split"]
 StageName = Annotated[
@@ -64,10 +66,10 @@ class PretrainSpec(TrainingSpec):
     """AdamW's decay rate of the second moment."""
 
 
-class SftSpec(TrainingSpec):
-    """Supervised fine-tuning: the loss is on the assistant's tokens of every turn."""
+class SupervisedSpec(TrainingSpec):
+    """Training on dialogues: the loss is on the assistant's tokens of every turn."""
 
-    model_config = rules(STREAMING_RULE, _QUANTIZED_LORA, _PACKING)
+    model_config = rules(STREAMING_RULE, _PACKING)
 
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
     """Longest example in tokens. Default: the model's context."""
@@ -76,6 +78,18 @@ class SftSpec(TrainingSpec):
     `split` goes on in a further row. `auto`: `truncate` where `maxLength` is set, else `error`."""
     packing: bool = False
     """Fill rows of `maxLength` with several examples, kept exactly apart by the attention mask."""
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.packing and self.max_length is None:
+            yield "packing needs maxLength, the length of a packed row"
+
+
+class SftSpec(SupervisedSpec):
+    """Supervised fine-tuning: the loss is on the assistant's tokens of every turn."""
+
+    model_config = rules(STREAMING_RULE, _QUANTIZED_LORA, _PACKING)
+
     lora: Lora | None = None
     """Train adapters. Default: train every weight."""
     quantization: Quantization | None = None
@@ -84,8 +98,67 @@ class SftSpec(TrainingSpec):
     def faults(self) -> Iterator[str]:
         yield from super().faults()
         yield from _quantization_faults(self)
-        if self.packing and self.max_length is None:
-            yield "packing needs maxLength, the length of a packed row"
+
+
+class ExpertChoice(ApiModel):
+    """The experts to train, given by hand."""
+
+    model_config = rules(exactly_one("file", "experts"))
+
+    file: Path | None = None
+    """An `expert_config.json`, as a `scoreOnly` stage or the ESFT reference code writes it."""
+    experts: dict[str, Annotated[list[ExpertId], Field(min_length=1, max_length=4096)]] | None = None
+    """Expert ids by the layer's number in the model, such as `"1": [8, 26]`; layers left out stay frozen."""
+
+    def faults(self) -> Iterator[str]:
+        yield from not_exactly_one(self, "file", "experts")
+
+
+class EsftSpec(SupervisedSpec):
+    """Expert-specialized fine-tuning of a mixture-of-experts model (arXiv 2407.01906): of each layer only the experts
+    that the task's data is routed to are trained, by supervised fine-tuning."""
+
+    model_config = rules(
+        STREAMING_RULE,
+        _PACKING,
+        cel(
+            "!self.scoreOnly || !has(self.expertConfig)",
+            "scoreOnly measures which experts to train, expertConfig says it: set one of them",
+        ),
+    )
+
+    score: Literal["token", "gate"] = "token"
+    """How an expert's affinity to the data is measured: `token`, its share of the routed tokens, or `gate`, its mean
+    routing weight before any renormalisation. Only `token` compares between model families."""
+    threshold: Annotated[float, Field(gt=0, le=1, json_schema_extra={"minimum": 0})] | None = None
+    """Experts are chosen by falling score until their scores reach this sum. Default: 0.2 for `token`, 0.1 for
+    `gate`."""
+    sample_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] = 131_072
+    """Tokens of the training data, prompts included, that the scores are measured on."""
+    expert_config: ExpertChoice | None = None
+    """The experts to train. Default: those that the scores select."""
+    score_only: bool = False
+    """Measure the scores and write `expert_config.json` and a picture, but train nothing; the next stage starts from
+    the same model."""
+    train_shared_experts: bool = False
+    """Train the shared experts too."""
+    train_non_experts: bool = False
+    """Train everything that is no expert too: attention, norms, embeddings, dense layers and routers."""
+    merge: bool = True
+    """At the stage's end write a whole model (true), or the trained experts alone as an adapter of the model that the
+    stage started from (false)."""
+    learning_rate: Annotated[float, Field(ge=0, le=10)] = 1e-5
+    """Peak learning rate of AdamW."""
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.score_only and self.expert_config is not None:
+            yield "scoreOnly measures which experts to train, expertConfig says it: set one of them"
+
+    @property
+    def top_p(self) -> float:
+        """The threshold, or its default for the kind of score."""
+        return self.threshold if self.threshold is not None else {"token": 0.2, "gate": 0.1}[self.score]
 
 
 class DpoSpec(TrainingSpec):
@@ -170,7 +243,7 @@ class DpoSpec(TrainingSpec):
 
 
 AdapterSpec = SftSpec | DpoSpec
-TrainedSpec = PretrainSpec | SftSpec | DpoSpec
+TrainedSpec = PretrainSpec | SftSpec | EsftSpec | DpoSpec
 StageSpec = TokenizerSpec | TrainedSpec
 
 
@@ -187,6 +260,8 @@ class Stage(ApiModel):
     """Train on plain text."""
     sft: SftSpec | None = None
     """Supervised fine-tuning."""
+    esft: EsftSpec | None = None
+    """Fine-tuning of the experts that the data uses."""
     dpo: DpoSpec | None = None
     """Preference tuning."""
 

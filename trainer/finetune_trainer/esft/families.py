@@ -1,0 +1,97 @@
+"""Where a model keeps its routed experts: the shape that transformers 5 gives most families of mixtures of experts.
+
+That shape is a module of experts whose weights are stacked in Parameters `[experts, …]` (transformers'
+`use_experts_implementation`), called as `experts(hidden, top_k_index, top_k_weights)`, with a router beside it that
+returns `(logits, top_k_weights, top_k_index, …)`. A family of that shape needs no code of its own here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from finetune_api.problems import Problem
+from finetune_trainer.errors import UserError
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_STACKS = {
+    True: ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"),
+    False: ("up_proj", "up_proj_bias", "down_proj", "down_proj_bias"),
+}
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """The routed experts of one decoder layer."""
+
+    index: int
+    """The layer's number in the model; dense layers count too."""
+    name: str
+    """The experts' module by full name."""
+    experts: nn.Module
+    router: nn.Module
+    block: nn.Module
+    """What holds router, experts and shared experts."""
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.experts.num_experts)  # type: ignore[arg-type]
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """Names of the Parameters `[experts, …]` in the experts' module before it is split."""
+        return stack_names(self.experts)
+
+
+def stack_names(experts: nn.Module) -> tuple[str, ...]:
+    """The weights that an experts' module has one row each of per expert."""
+    names = _STACKS[bool(experts.has_gate)]
+    return tuple(name for name in names if experts.has_bias or not name.endswith("_bias"))
+
+
+def expert_layers(model: PreTrainedModel, where: str = "model") -> list[ExpertLayer]:
+    """The layers with routed experts, in order; the model may be on the meta device, or split.
+
+    Raises:
+        UserError: the model has none, or a family keeps them in another shape; the message says which and why.
+    """
+    family = model.config.model_type
+    found = [(name, module) for name, module in model.named_modules() if hasattr(module, "_is_expert_parallel")]
+    if not found:
+        kept = any("expert" in name for name, _ in model.named_modules())
+        why = "keeps its experts in a shape of its own" if kept else "has no experts"
+        raise UserError([Problem(where, f"{family} {why}: esft trains mixtures of experts whose weights are stacked")])
+    layers = [_layer(model, name, module, family, where) for name, module in found]
+    return sorted(layers, key=lambda layer: layer.index)
+
+
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether the model has routed experts of the common shape."""
+    return any(hasattr(module, "_is_expert_parallel") for module in model.modules())
+
+
+def _layer(model: PreTrainedModel, name: str, experts: nn.Module, family: str, where: str) -> ExpertLayer:
+    number = _LAYER.search(name)
+    block = model.get_submodule(name.rpartition(".")[0])
+    router = next((child for child in block.children() if child is not experts and hasattr(child, "top_k")), None)
+    fault = None
+    if number is None:
+        fault = f"its experts ({name}) are in no numbered layer"
+    elif router is None:
+        fault = f"there is no router with a top_k beside its experts ({name})"
+    elif experts._is_expert_parallel:
+        fault = "its experts are divided among devices (expert parallelism)"
+    elif foreign := _foreign(experts):
+        fault = f"its experts hold {foreign}, which is not one row per expert"
+    if fault is not None or number is None or router is None:
+        raise UserError([Problem(where, f"{family} does not have the shape that esft knows: {fault}")])
+    return ExpertLayer(int(number[1]), name, experts, router, block)
+
+
+def _foreign(experts: nn.Module) -> str | None:
+    """A Parameter that is no stack of rows; None where all are."""
+    known = {name + part for name in stack_names(experts) for part in ("", "_frozen", "_tuned")}
+    return next((name for name, _ in experts.named_parameters(recurse=False) if name not in known), None)

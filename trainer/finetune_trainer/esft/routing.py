@@ -1,0 +1,156 @@
+"""Watching routers at work: which experts they choose, and with what weight. For scores and for load statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from finetune_api.problems import Problem
+from finetune_trainer.errors import UserError
+from finetune_trainer.esft.families import ExpertLayer, expert_layers
+
+# Families whose routers know no weight but the softmax over the chosen experts.
+_SOFTMAX_OVER_TOP_K = ("gpt_oss", "granitemoe", "openai_privacy_filter")
+
+
+@dataclass
+class LayerCounts:
+    """What one layer's router did so far, on the model's device."""
+
+    counts: Tensor
+    """int64 [E]: times an expert was in the top K."""
+    gates: Tensor
+    """float64 [E]: sums of raw routing weights."""
+    tokens: Tensor
+    """int64 []: tokens seen."""
+
+    def as_tensor(self) -> Tensor:
+        """float64 [3, E]: counts, gates, and the tokens in every place: whole numbers stay exact below 2^53."""
+        return torch.stack([self.counts.double(), self.gates, self.tokens.double().expand(len(self.counts))])
+
+
+class RoutingCounter:
+    """Counts while it is entered, or between `attach` and `detach`; padding by the model's attention mask is left out.
+
+    Args:
+        gates: sum up routing weights too; that costs a softmax per layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, gates: bool = False) -> None:
+        self.model, self.gates = model, gates
+        self.layers: dict[int, LayerCounts] = {}
+        self._mask: Tensor | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> Self:
+        """Begin to count."""
+        base = self.model.base_model
+        self._handles.append(base.register_forward_pre_hook(self._see_mask, with_kwargs=True))
+        for layer in expert_layers(self.model):
+            hook = _RouterHook(self, layer, self.model.config.model_type)
+            self._handles.append(layer.router.register_forward_hook(hook))
+        return self
+
+    def detach(self) -> None:
+        """Count no more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def take_counts(self) -> dict[int, Tensor]:
+        """Counts [E] by layer since the last call."""
+        taken = {index: layer.counts for index, layer in self.layers.items()}
+        self.layers = {}
+        return taken
+
+    def __enter__(self) -> Self:
+        return self.attach()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.detach()
+
+    def _see_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        self._mask = mask.reshape(-1).bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def add(self, index: int, num_experts: int, chosen: Tensor, weights: Tensor | None) -> None:
+        """Add a batch's routing of one layer.
+
+        Args:
+            chosen: [tokens, K] expert ids.
+            weights: [tokens, K] raw routing weights; None where they are not asked for.
+        """
+        keep = self._mask if self._mask is not None and len(self._mask) == len(chosen) else slice(None)
+        kept = chosen[keep]
+        seen = self.layers.setdefault(index, _empty(num_experts, kept.device))
+        seen.tokens += len(kept)
+        seen.counts.scatter_add_(0, kept.reshape(-1), torch.ones_like(kept).reshape(-1))
+        if weights is not None:
+            seen.gates.index_add_(0, kept.reshape(-1), weights[keep].reshape(-1))
+
+
+class _RouterHook:
+    """A forward hook on one router."""
+
+    def __init__(self, counter: RoutingCounter, layer: ExpertLayer, family: str) -> None:
+        self.counter, self.layer, self.family = counter, layer, family
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        logits, weights, chosen = _read(output, self.family)
+        num_experts = self.layer.num_experts
+        raw = raw_weights(logits, weights, chosen, self.family) if self.counter.gates else None
+        self.counter.add(self.layer.index, num_experts, chosen, raw)
+
+
+def raw_weights(logits: Tensor, weights: Tensor, chosen: Tensor, family: str) -> Tensor:
+    """Routing weights of the chosen experts before renormalisation and scaling, float64 [tokens, K].
+
+    A router's weights are its affinities, the softmax or the sigmoid of the logits, divided by their sum over the top K
+    (Mixtral, Qwen3-MoE, DeepSeek-V3) and scaled, or as they are. So they are proportional to one of the two, which
+    tells what the affinities are. Where they are proportional to neither, or the family forms them over the chosen
+    experts alone (gpt-oss), the router's weights are the raw ones.
+    """
+    if family.startswith(_SOFTMAX_OVER_TOP_K) or logits.shape[0] != chosen.shape[0]:
+        return weights.double()
+    affinities = [scores.gather(-1, chosen) for scores in (logits.double().softmax(-1), logits.double().sigmoid())]
+    ratios = [weights.double() / affinity.clamp(min=1e-30) for affinity in affinities]
+    # One ratio for all tokens tells more than one ratio per token, which is trivial for K = 1.
+    for by_token in (False, True):
+        for affinity, ratio in zip(affinities, ratios, strict=True):
+            if _is_constant(ratio if by_token else ratio.reshape(1, -1)):
+                return affinity
+    return weights.double()
+
+
+def _is_constant(ratios: Tensor) -> bool:
+    """Whether the values of each row are the same, but for rounding to bfloat16."""
+    if not ratios.numel():
+        return True
+    spread = (ratios.amax(-1) - ratios.amin(-1)) / ratios.mean(-1).clamp(min=1e-30)
+    return bool((spread < 0.05).all())
+
+
+def _read(output: Any, family: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [tokens, E], weights and ids [tokens, K] of a router's output."""
+    parts = output[:3] if isinstance(output, tuple) else ()
+    if len(parts) == 3 and all(isinstance(part, Tensor) and part.ndim == 2 for part in parts):
+        logits, weights, chosen = parts
+        if weights.shape == chosen.shape and not chosen.is_floating_point():
+            return logits, weights, chosen
+    message = f"{family}'s router does not return (logits, weights, expert ids): its experts' scores can't be measured"
+    raise UserError([Problem("model", message)])
+
+
+def _empty(num_experts: int, device: torch.device) -> LayerCounts:
+    return LayerCounts(
+        torch.zeros(num_experts, dtype=torch.int64, device=device),
+        torch.zeros(num_experts, dtype=torch.float64, device=device),
+        torch.zeros((), dtype=torch.int64, device=device),
+    )

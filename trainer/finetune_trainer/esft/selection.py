@@ -1,0 +1,147 @@
+"""Which experts to train: the algorithm of ESFT (arXiv 2407.01906, section 3.2), in the form of its reference code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune_api.problems import Problem, did_you_mean
+from finetune_trainer.errors import UserError
+
+Score = Literal["token", "gate"]
+DECIMALS = 4
+"""Scores are rounded before they are compared: without it, one layer of the published selections differs."""
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """What of a model is trained: expert ids by layer, in the order of their scores."""
+
+    experts: Mapping[int, tuple[int, ...]]
+    shared_experts: bool = False
+    non_expert_modules: bool = False
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """Where it comes from, such as `score` and `threshold`; kept in the file, without meaning for training."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The reference code's `expert_config.json`, and the notes."""
+        experts = {str(layer): list(ids) for layer, ids in self.experts.items()}
+        switches = {"shared_experts": self.shared_experts, "non_expert_modules": self.non_expert_modules}
+        return {"experts": experts, **switches, **self.notes}
+
+
+def select(scores: Sequence[float], threshold: float) -> tuple[int, ...]:
+    """Experts by falling score, ties to the lower id, until the sum of their scores reaches the threshold.
+
+    Args:
+        scores: of one layer, by expert id.
+        threshold: p; the expert that crosses it is chosen too.
+    """
+    rounded = [round(score, DECIMALS) for score in scores]
+    chosen: list[int] = []
+    total = 0.0
+    for expert in sorted(range(len(rounded)), key=lambda expert: (-rounded[expert], expert)):
+        if total >= threshold:
+            break
+        chosen.append(expert)
+        total += rounded[expert]
+    return tuple(chosen)
+
+
+def select_layers(scores: Mapping[int, Sequence[float]], threshold: float) -> dict[int, tuple[int, ...]]:
+    """The selection of each layer by itself."""
+    return {layer: select(values, threshold) for layer, values in scores.items()}
+
+
+def read_scores(path: Path, score: Score) -> dict[int, list[float]]:
+    """Scores by layer and expert id from a score file: ours, or the reference code's `summary.json`.
+
+    Raises:
+        UserError: there is no such file, or it has another form.
+    """
+    data = _read_object(path)
+    key = f"{score}_scores"
+    if key not in data:
+        raise UserError([Problem(str(path), f"no `{key}`{did_you_mean(key, data)}")])
+    try:
+        return {int(layer): _by_id(values) for layer, values in data[key].items()}
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        form = '{"token_scores": {"1": {"0": 0.0101, …}, …}}'
+        raise UserError([Problem(str(path), f"expected scores by layer and expert, such as {form}")]) from error
+
+
+def read_config(path: Path, where: str = "expertConfig.file") -> ExpertConfig:
+    """An `expert_config.json`.
+
+    Raises:
+        UserError: there is no such file, or it has another form.
+    """
+    return config_from(_read_object(path, where), where)
+
+
+def config_from(data: Mapping[str, Any], where: str) -> ExpertConfig:
+    """The configuration in a JSON object.
+
+    Raises:
+        UserError: it has another form.
+    """
+    known = {"experts", "shared_experts", "non_expert_modules"}
+    try:
+        experts = {int(layer): tuple(_id(value) for value in ids) for layer, ids in data["experts"].items()}
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        form = '{"experts": {"1": [8, 26], …}}'
+        raise UserError([Problem(where, f"expected expert ids by layer, such as {form}")]) from error
+    notes = {name: value for name, value in data.items() if name not in known}
+    shared, others = (data.get(name, False) is True for name in ("shared_experts", "non_expert_modules"))
+    return ExpertConfig(experts, shared, others, notes)
+
+
+def config_problems(config: ExpertConfig, sizes: Mapping[int, int], where: str) -> list[Problem]:
+    """What of a configuration does not fit a model.
+
+    Args:
+        sizes: experts by layer of the model.
+    """
+    problems = []
+    for layer, ids in config.experts.items():
+        if layer not in sizes:
+            layers = ", ".join(map(str, sorted(sizes)))
+            problems.append(Problem(where, f"layer {layer} has no routed experts; the layers that have are {layers}"))
+            continue
+        wrong = sorted({expert for expert in ids if not 0 <= expert < sizes[layer]})
+        if wrong:
+            message = f"layer {layer} has experts 0 to {sizes[layer] - 1}, and not {', '.join(map(str, wrong))}"
+            problems.append(Problem(where, message))
+        if len(set(ids)) < len(ids):
+            problems.append(Problem(where, f"layer {layer} names an expert twice"))
+    if not any(config.experts.values()) and not config.shared_experts and not config.non_expert_modules:
+        problems.append(Problem(where, "no expert is given: there is nothing to train"))
+    return problems
+
+
+def _by_id(values: Mapping[str, float] | Sequence[float]) -> list[float]:
+    if isinstance(values, list):
+        return [float(value) for value in values]
+    by_id = {int(expert): float(value) for expert, value in values.items()}  # type: ignore[union-attr]
+    return [by_id[expert] for expert in range(len(by_id))]
+
+
+def _id(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r} is no expert id")
+    return value
+
+
+def _read_object(path: Path, where: str = "") -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError([Problem(where or str(path), f"can't read {path}: {error.strerror}")]) from error
+    except ValueError as error:
+        raise UserError([Problem(where or str(path), f"{path} is no JSON: {error}")]) from error
+    if not isinstance(data, dict):
+        raise UserError([Problem(where or str(path), f"{path} holds a {type(data).__name__}, expected an object")])
+    return data

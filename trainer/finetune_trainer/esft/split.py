@@ -1,0 +1,215 @@
+"""Experts in split storage: the rows to train and the frozen rows of each stack of weights as Parameters of their own.
+
+Every row is held once, so the optimizer, the gradients, DDP and ZeRO see the trained rows and nothing else, and weight
+decay can't move a frozen row. What is computed stays the same to the bit: `eager` runs the family's own forward on a
+view of the rows in their old order; every other implementation runs the library's grouped matrix product on the two
+parts and sums up in the library's order.
+
+Rejected: masking gradients (optimizer state of all rows, and weight decay moves the masked ones), PEFT's
+`target_parameters` (all experts), parametrizations (a copy of the whole layer in each forward pass).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import _grouped_linear
+
+from finetune_trainer.esft.families import ExpertLayer, expert_layers, stack_names
+from finetune_trainer.esft.selection import ExpertConfig
+from finetune_trainer.esft.zero3 import gathered, is_divided, partition
+
+FROZEN, TUNED = "frozen", "tuned"
+
+
+class SplitExperts(nn.Module):
+    """A family's experts, split in place: a mixin in front of the family's own class.
+
+    `<stack>_frozen` [E-k, …] and `<stack>_tuned` [k, …] replace each stack [E, …]; a part without rows is not there.
+    """
+
+    tuned_ids: tuple[int, ...]
+    """Ids of the trained experts, in the order of their rows."""
+    frozen_ids: tuple[int, ...]
+    place: Tensor
+    """Buffer [E]: an expert's row among the frozen rows followed by the tuned ones."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As the family's: [tokens, H], ids and weights [tokens, K] to [tokens, H]."""
+        if self.config._experts_implementation == "eager":  # type: ignore[union-attr]
+            return _eager(self, hidden_states, top_k_index, top_k_weights)
+        return _grouped(self, hidden_states, top_k_index, top_k_weights)
+
+    def part(self, stack: str, part: str) -> nn.Parameter | None:
+        """The frozen or the tuned rows of a stack; None where there are none."""
+        return getattr(self, f"{stack}_{part}", None)
+
+    def rows(self, stack: str, part: str) -> Tensor | None:
+        """The rows to compute with: trained ones may be float32 copies of weights that compute in half precision."""
+        rows = self.part(stack, part)
+        return None if rows is None else rows.to(self._dtype(stack))
+
+    def tuned_parameters(self) -> list[nn.Parameter]:
+        """All trained rows."""
+        found = (self.part(stack, TUNED) for stack in stack_names(self))
+        return [rows for rows in found if rows is not None]
+
+    def _dtype(self, stack: str) -> torch.dtype:
+        frozen, tuned = self.part(stack, FROZEN), self.part(stack, TUNED)
+        if frozen is not None:
+            return frozen.dtype
+        assert tuned is not None
+        kind = tuned.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tuned.dtype
+
+
+def split_experts(model: PreTrainedModel, config: ExpertConfig) -> list[ExpertLayer]:
+    """Split the experts of every layer that has some to train, in place; returns those layers.
+
+    A ZeRO-3 model is split one layer at a time, gathered and divided again; every worker calls this.
+    """
+    layers = [layer for layer in expert_layers(model) if config.experts.get(layer.index)]
+    for layer in layers:
+        split_layer(layer.experts, config.experts[layer.index])
+    return layers
+
+
+def split_layer(experts: nn.Module, ids: Sequence[int]) -> None:
+    """Split one layer's experts in place. `ids` are the experts to train; their order is the order of their rows."""
+    frozen = [expert for expert in range(int(experts.num_experts)) if expert not in set(ids)]  # type: ignore[arg-type]
+    stacks = {name: getattr(experts, name) for name in stack_names(experts)}
+    divided = is_divided(stacks.values())
+    for name, stack in stacks.items():
+        with gathered([stack]):
+            parts = {FROZEN: stack.detach()[frozen], TUNED: stack.detach()[list(ids)]}
+        delattr(experts, name)
+        for part, rows in parts.items():
+            if len(rows):
+                experts.register_parameter(f"{name}_{part}", nn.Parameter(rows, requires_grad=part == TUNED))
+        if divided:
+            partition(experts)
+    order = torch.tensor([*frozen, *ids])
+    device = next(experts.parameters()).device
+    experts.__class__ = _split_class(type(experts))
+    assert isinstance(experts, SplitExperts)
+    experts.tuned_ids, experts.frozen_ids = tuple(ids), tuple(frozen)
+    experts.register_buffer("place", order.argsort().to(device), persistent=False)
+
+
+@cache
+def _split_class(family: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Split{family.__name__}", (SplitExperts, family), {})
+
+
+def _eager(experts: SplitExperts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The family's own loop over the experts, on views of the rows."""
+    family = type(experts).__mro__[2]
+    views = {name: _RowView(experts, name) for name in stack_names(experts)}
+    output: Tensor = inspect.unwrap(family.forward)(_Facade(experts, views), hidden, index, weights)
+    if any(view.used_tuned for view in views.values()):
+        return output
+    return _touch(output, experts)
+
+
+class _RowView:
+    """Rows of a stack by expert id, wherever they are kept."""
+
+    def __init__(self, experts: SplitExperts, stack: str) -> None:
+        self.tuned = set(experts.tuned_ids)
+        self.used_tuned = False
+        self._rows: dict[int, Tensor] = {}
+        for ids, part in ((experts.frozen_ids, FROZEN), (experts.tuned_ids, TUNED)):
+            rows = experts.rows(stack, part)
+            if rows is not None:
+                # One unbind, so that the backward pass stacks the rows' gradients once and not per expert.
+                self._rows |= dict(zip(ids, rows.unbind(0), strict=True))
+
+    def __getitem__(self, expert: Any) -> Tensor:
+        row = int(expert)
+        self.used_tuned = self.used_tuned or row in self.tuned
+        return self._rows[row]
+
+
+class _Facade:
+    """The experts as their family's forward knows them: stacks by their names, and all else as it is."""
+
+    def __init__(self, experts: SplitExperts, stacks: dict[str, _RowView]) -> None:
+        self._experts, self._stacks = experts, stacks
+
+    def __getattr__(self, name: str) -> Any:
+        return self._stacks[name] if name in self._stacks else getattr(self._experts, name)
+
+
+def _grouped(experts: SplitExperts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """transformers' `grouped_mm_experts_forward` on two parts: frozen rows first, then tuned ones."""
+    tokens, top_k = index.shape
+    # Sorted as the library does it, then whole experts moved: within an expert its unstable sort's order stays, on
+    # which the last bit of a matrix product may depend.
+    ids, by_id = torch.sort(index.reshape(-1))
+    place, moved = torch.sort(experts.place[ids], stable=True)
+    order = by_id[moved]
+    counts = torch.histc(place.float(), bins=len(experts.place), min=0, max=len(experts.place) - 1)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    inputs = hidden[order // top_k]
+    frozen = len(experts.frozen_ids)
+    first = int(ends[frozen - 1]) if frozen else 0
+    outputs = [
+        _project(experts, inputs[:first], place[:first], ends[:frozen], FROZEN),
+        _project(experts, inputs[first:], place[first:] - frozen, ends[frozen:] - first, TUNED),
+    ]
+    output = torch.cat([part for part in outputs if part is not None])
+    weighted = output * weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    # Reshape and sum, as the library does it: index_add_ is not deterministic on CUDA.
+    total = weighted[back].view(tokens, top_k, hidden.size(-1)).sum(dim=1).to(hidden.dtype)
+    return total if outputs[1] is not None else _touch(total, experts)
+
+
+def _project(experts: SplitExperts, inputs: Tensor, rows: Tensor, ends: Tensor, part: str) -> Tensor | None:
+    """One part's experts on the inputs routed to them [S, H], sorted by row; None for no inputs."""
+    if not len(inputs):
+        return None
+    stacks = [name for name in stack_names(experts) if not name.endswith("_bias")]
+    hidden = inputs
+    for position, stack in enumerate(stacks):
+        weight, bias = experts.rows(stack, part), None
+        assert weight is not None
+        if experts.has_bias:
+            biases = experts.rows(f"{stack}_bias", part)
+            assert biases is not None
+            bias = biases[rows]
+        hidden = _grouped_linear(hidden, weight, ends, bias=bias, is_transposed=bool(experts.is_transposed))
+        if position == 0:
+            hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)  # type: ignore[operator]
+    return experts.post_expert_norm(hidden) if experts.has_post_expert_norm else hidden  # type: ignore[operator]
+
+
+def _touch(output: Tensor, experts: SplitExperts) -> Tensor:
+    """Tie the trained rows to an output that did not need them."""
+    touched: Tensor = _ZeroGradient.apply(output, *experts.tuned_parameters())
+    return touched
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """The input as it is, with a gradient of zero for weights that it does not depend on.
+
+    Trained experts that got no tokens would have no gradient at all, and workers would wait for each other in different
+    collectives.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *weights: Tensor) -> Tensor:
+        ctx.like = [(weight.shape, weight.dtype, weight.device) for weight in weights]
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like]
+        return gradients[0], *zeros

@@ -1,0 +1,80 @@
+"""Which weights ESFT trains: the chosen experts' rows and, where asked for, shared experts and all else."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from finetune_trainer.esft.families import ExpertLayer, expert_layers, stack_names
+from finetune_trainer.esft.selection import ExpertConfig
+from finetune_trainer.esft.split import SplitExperts, split_experts
+from finetune_trainer.esft.zero3 import is_divided
+
+
+def prepare(model: PreTrainedModel, config: ExpertConfig) -> list[ExpertLayer]:
+    """Split the experts and leave a gradient to what is trained alone; returns the layers with trained experts."""
+    layers = split_experts(model, config)
+    trained = trained_names(model, config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return layers
+
+
+def trained_names(model: PreTrainedModel, config: ExpertConfig) -> set[str]:
+    """Full names of the trained parameters of a split model."""
+    layers = expert_layers(model)
+    routed = {f"{layer.name}.{name}" for layer in layers for name, _ in layer.experts.named_parameters(recurse=False)}
+    shared = {
+        f"{layer.name.rpartition('.')[0]}.{name}"
+        for layer in layers
+        for name, _ in layer.block.named_parameters()
+        if _is_shared(name)
+    }
+    trained = {name for name in routed if name.endswith("_tuned")}
+    if config.shared_experts:
+        trained |= shared
+    if config.non_expert_modules:
+        trained |= {name for name, _ in model.named_parameters()} - routed - shared
+    return trained
+
+
+def keep_masters(model: PreTrainedModel) -> None:
+    """Trained weights in float32: AdamW's small updates vanish in half precision. They compute in the frozen ones'."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+
+
+def require_input_gradients(model: PreTrainedModel, layers: list[ExpertLayer]) -> None:
+    """Give the first trained block's input a gradient.
+
+    ZeRO-3 takes weights back as gradients flow through a module's inputs; where all below is frozen none do, and it
+    fails with "the size of tensor a (0) must match" (DeepSpeed#5524).
+    """
+    if layers and is_divided(model.parameters()):
+        layers[0].block.register_forward_pre_hook(_with_gradient)
+
+
+def tuned_modules(model: PreTrainedModel) -> list[tuple[ExpertLayer, SplitExperts]]:
+    """The split layers of a model."""
+    return [(layer, layer.experts) for layer in expert_layers(model) if isinstance(layer.experts, SplitExperts)]
+
+
+def tuned_count(layers: list[ExpertLayer], config: ExpertConfig) -> int:
+    """Weights in the chosen experts' rows, of a model that is not split."""
+    return sum(len(config.experts.get(layer.index, ())) * expert_size(layer) for layer in layers)
+
+
+def expert_size(layer: ExpertLayer) -> int:
+    """Weights of one routed expert."""
+    return sum(getattr(layer.experts, name)[0].numel() for name in stack_names(layer.experts))
+
+
+def _is_shared(name: str) -> bool:
+    return name.startswith("shared")
+
+
+def _with_gradient(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    hidden, *rest = args
+    return (hidden if hidden.requires_grad or not torch.is_grad_enabled() else hidden.detach().requires_grad_(), *rest)
