@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_api.job import GROUP
+from finetune_api.labels import CONTAINER as CONTAINER
+from finetune_api.labels import JOB_LABEL, MANAGED_BY, OPERATOR, PREFLIGHT, RUN_LABEL
 
-MANAGED_BY = "app.kubernetes.io/managed-by"
-OPERATOR = "finetune-operator"
-JOB_LABEL = f"{GROUP}/job"
-"""Name of the FineTuneJob."""
-RUN_LABEL = f"{GROUP}/run"
-"""Which run of it: `preflight`, or the attempt's number."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-
-PREFLIGHT = "preflight"
-CONTAINER = "trainer"
-"""The container that the pod template's own settings belong to."""
 RAY_PORT = 6379
 CONFIG_FILE = "run.json"
 TOKEN_KEY = "auth_token"  # KubeRay's name for the key
