@@ -67,15 +67,7 @@ class Resources(ApiModel):
 class Sharding(ApiModel):
     """How weights, gradients and optimizer states are divided among the workers (DeepSpeed's ZeRO)."""
 
-    zero: Literal["auto", 0, 1, 2, 3] = Field(
-        default="auto",
-        json_schema_extra={
-            "x-kubernetes-int-or-string": True,
-            "x-kubernetes-validations": [
-                cel("type(self) == string ? self == 'auto' : self >= 0 && self <= 3", "zero is auto, 0, 1, 2 or 3")
-            ],
-        },
-    )
+    zero: Literal["auto", 0, 1, 2, 3] = Field(default="auto", json_schema_extra={"x-kubernetes-int-or-string": True})
     """ZeRO stage: 0 keeps all on each worker, 1 divides optimizer states, 2 also gradients, 3 also weights.
     `auto`: the least that fits, by the memory estimate."""
     offload_optimizer: bool = False
