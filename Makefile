@@ -6,7 +6,7 @@ BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export UV_COMPILE_BYTECODE = 1
 
-.PHONY: install quickstart test lint check clean
+.PHONY: install quickstart test assets lint check clean
 
 install: $(UV)
 	$(UV) sync --frozen --all-extras --quiet
@@ -20,8 +20,12 @@ quickstart: install
 	$(BIN)/finetune run examples/quickstart.yaml --fresh
 	@echo 'Talk to it: .venv/bin/finetune chat runs/quickstart'
 
-test: install lint
+test: install lint assets
 	$(BIN)/pytest
+
+# etcd, kube-apiserver, kube-controller-manager and helm for tests/cluster: given, or built once with Go.
+assets: install
+	$(BIN)/python tests/cluster/kube_assets.py
 
 lint: install
 	$(BIN)/ruff check .
