@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from finetune_api.report import AttemptReport
-from finetune_operator.conditions import Reason
-from finetune_operator.observed import JobView, Observed, PodView, RunView, job_view
+from finetune_operator.observed import JobView, Observed, PodView, RunView, Trouble, job_view
 
 Json = dict[str, Any]
 Key = tuple[str, str]
@@ -21,7 +21,7 @@ class Cache:
     def __init__(self) -> None:
         self.jobs: dict[Key, JobView] = {}
         self.reports: dict[Key, tuple[int, AttemptReport]] = {}
-        self.troubles: dict[Key, tuple[Reason, str]] = {}
+        self.troubles: dict[Key, Trouble] = {}
         self._runs: defaultdict[Key, dict[str, RunView]] = defaultdict(dict)
         self._pods: defaultdict[Key, dict[str, PodView]] = defaultdict(dict)
 
@@ -53,15 +53,23 @@ class Cache:
         return key
 
     def drop_run(self, key: Key, name: str) -> None:
+        run = self.run_named(key, name)
         self._drop(self._runs, key, name)
+        for pod in list(self._pods.get(key, {}).values()):
+            if pod.gone and run is not None and pod.run == run.run:
+                self._drop(self._pods, key, pod.name)
 
     def put_pod(self, namespace: str, pod: PodView) -> Key:
         key = (namespace, pod.job)
         self._pods[key][pod.name] = pod
         return key
 
-    def drop_pod(self, key: Key, name: str) -> None:
-        self._drop(self._pods, key, name)
+    def drop_pod(self, key: Key, pod: PodView) -> None:
+        """A deleted pod is remembered while its run is there: often it goes before the run is seen to have failed."""
+        if any(run.run == pod.run for run in self._runs.get(key, {}).values()):
+            self._pods[key][pod.name] = replace(pod, gone=True, ip=None)
+        else:
+            self._drop(self._pods, key, pod.name)
 
     def observed(self, key: Key) -> Observed | None:
         """All that is known of a job; None where it is gone."""

@@ -78,6 +78,8 @@ def _endings(run: RunView, pods: tuple[PodView, ...], text: str, code: int | Non
         yield Ending(Reason.USER_ERROR, _clip(text or "the job, its data or its settings are wrong"), False, True,
                      *place, code)  # fmt: skip
     yield from _lost_pods(pods)
+    if "DisruptionTarget" in run.message:  # the Job's own word, where no pod is left to tell more
+        yield Ending(Reason.EVICTED, _clip(run.message), True, False, *place, code)
     yield from _killed_for_memory(pods)
     if _DEVICE_OOM.search(text):
         yield Ending(Reason.DEVICE_OOM, _clip(text), False, True, *place, code)

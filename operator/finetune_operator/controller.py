@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from kubernetes.aio.client import ApiException
 
@@ -16,7 +16,7 @@ from finetune_operator.cache import Cache, Key
 from finetune_operator.decide import decide
 from finetune_operator.engines import ENGINES, engine_of
 from finetune_operator.metrics import Metrics
-from finetune_operator.observed import Observed
+from finetune_operator.observed import Observed, Trouble
 from finetune_operator.plan import Create, Delete, Json, engine_for, event, patch_status, plan, run_path
 from finetune_operator.poller import Poller
 from finetune_operator.queue import WorkQueue
@@ -63,8 +63,9 @@ class Controller:
         try:
             await self._carry_out(key, seen, decision, now)
         except Refused as refused:
-            self._cache.troubles[key] = (refused.reason, refused.message)
-            self.queue.add_after(key, 0 if seen.trouble is None else self._settings.backoff_seconds)
+            again = now + timedelta(seconds=self._settings.backoff_seconds)
+            self._cache.troubles[key] = Trouble(refused.reason, refused.message, again)
+            self.queue.add(key)
         except Outdated as outdated:
             log.info("%s/%s: %s", *key, outdated)
 
@@ -75,8 +76,8 @@ class Controller:
             if isinstance(operation, Create):
                 (answer,) = await apply(self._api, [operation])
                 self._remember(answer)
-        if self._cache.troubles.pop(key, None) is not None and operations:
-            self.queue.add(key)
+        if operations:
+            self._cache.troubles.pop(key, None)
         for action in decision.actions:
             if isinstance(action, StopRun):
                 await self.poller.stop(key, action.run)

@@ -88,12 +88,13 @@ def _refused(draft: Draft) -> bool:
     trouble = draft.seen.trouble
     if trouble is None:
         return False
-    reason, message = trouble
-    if reason is Reason.REJECTED:
-        return draft.fail(reason, message)
-    draft.set(Type.RUNNING, "False", reason, message)
-    draft.wake_at(draft.now + timedelta(seconds=draft.settings.backoff_seconds))
-    return False
+    if trouble.reason is Reason.REJECTED:
+        return draft.fail(trouble.reason, trouble.message)
+    if trouble.again <= draft.now:
+        return False
+    draft.set(Type.RUNNING, "False", trouble.reason, trouble.message)
+    draft.wake_at(trouble.again)
+    return True
 
 
 def _succeeded(draft: Draft) -> bool:

@@ -13,6 +13,7 @@ from finetune_operator.settings import from_environment
 def main() -> None:
     """Entry point of the console script."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # a line for every event of every pod otherwise
     try:
         settings = from_environment()
     except ValueError as error:

@@ -87,7 +87,7 @@ class Metrics(Collector):
         for phase, count in sorted(Tally(self._phases.values()).items()):
             jobs.add_metric([phase], count)
         yield jobs
-        names = ["namespace", "job"]
+        names = ["job_namespace", "job_name"]  # `namespace` and `job` are those of what Prometheus scrapes
         steps = GaugeMetricFamily("finetune_job_step", "Optimizer steps done in the running stage.", labels=names)
         tokens = GaugeMetricFamily("finetune_job_tokens_per_second", "Tokens per second.", labels=names)
         for key, (step, rate) in self._rates.items():

@@ -39,6 +39,8 @@ class PodView:
     ip: str | None = None
     node: str | None = None
     deleting: bool = False
+    gone: bool = False
+    """Deleted by now; kept for what it says of its run's end."""
     reason: str | None = None
     """The pod's own: `Evicted`, `NodeLost`, …"""
     message: str = ""
@@ -92,6 +94,15 @@ class JobView:
 
 
 @dataclass(frozen=True)
+class Trouble:
+    """The API server did not take a run's objects: for good (`REJECTED`), or until `again` at least."""
+
+    reason: Reason
+    message: str
+    again: datetime
+
+
+@dataclass(frozen=True)
 class Observed:
     """All that a decision is made from."""
 
@@ -102,7 +113,7 @@ class Observed:
     """What the current run last said of itself."""
     engine_missing: bool = False
     """The job wants an engine that the cluster doesn't have."""
-    trouble: tuple[Reason, str] | None = None
+    trouble: Trouble | None = None
     """Why the API server did not take the run's objects when they were last applied."""
 
     @property

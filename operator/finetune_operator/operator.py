@@ -69,7 +69,7 @@ class Operator:
             return
         key: Key = (body["metadata"]["namespace"], pod.job)
         if kind == "DELETED":
-            self.cache.drop_pod(key, pod.name)
+            self.cache.drop_pod(key, pod)
         else:
             self.cache.put_pod(key[0], pod)
         self.controller.queue.add(key)
@@ -171,7 +171,7 @@ async def run(settings: Settings) -> None:
     """The operator, until it is cancelled or told to end by a signal."""
     api = await connect()
     settings = await with_token_key(api, settings)
-    kuberay = await has_kuberay(api)
+    kuberay = settings.kuberay and await has_kuberay(api)
     cache, metrics = Cache(), Metrics()
     controller = Controller(api, cache, settings, metrics, kuberay=kuberay)
     operator = Operator(settings, api, cache, controller, metrics)

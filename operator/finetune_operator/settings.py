@@ -19,6 +19,8 @@ class Settings:
     image_pull_policy: str = "IfNotPresent"
     default_engine: str = "job"
     """Engine of jobs that leave it open."""
+    kuberay: bool = True
+    """Whether RayJobs may be made where the cluster has them; without it no right to them is needed."""
     token_key: bytes = field(default=b"", repr=False)
     """Each run's token is derived from it, so that the operator never reads the Secrets of jobs."""
     token_key_secret: str = "finetune-operator-token-key"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from access import until
+from access import until, until_gone
 from kubernetes import client
 from operator_process import KEY
 
@@ -52,6 +52,16 @@ class Jobs:
 
     def delete(self, name: str = "tiny") -> None:
         self.api.delete_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, name)
+
+    def until_gone(self, name: str) -> None:
+        until_gone(
+            self.api.list_namespaced_custom_object,
+            name,
+            group=GROUP,
+            version=VERSION,
+            namespace=self.namespace,
+            plural=PLURAL,
+        )
 
     def until(self, wanted: Callable[[Json], bool], name: str = "tiny", timeout: float = 40) -> Json:
         """The job once its status is as wanted."""

@@ -176,6 +176,25 @@ class KubeletStandIn:
             )
             self._remove(namespace, name)
 
+    def until_deleted(self, namespace: str, name: str, timeout: float = 30) -> None:
+        """Come back once somebody has asked for the pod's deletion."""
+        until(
+            self.core.list_namespaced_pod,
+            lambda pod: pod.metadata.deletion_timestamp is not None,
+            timeout=timeout,
+            namespace=namespace,
+            field_selector=f"metadata.name={name}",
+        )
+
+    def until_quota(self, namespace: str, name: str) -> None:
+        """Come back once the control plane counts for the quota."""
+        until(
+            self.core.list_namespaced_resource_quota,
+            lambda quota: bool(quota.status.hard),
+            namespace=namespace,
+            field_selector=f"metadata.name={name}",
+        )
+
     def deleted(self, namespace: str, name: str) -> None:
         """Ask for the pod's deletion with its grace period; on a node it stays until `end_deletion`."""
         self.core.delete_namespaced_pod(name, namespace)

@@ -20,6 +20,10 @@ NODE_COMMAND = ["finetune", "node", "--run-config", _CONFIG]
 PREFLIGHT_COMMAND = ["finetune", "preflight", "--run-config", _CONFIG]
 PREFLIGHT_RETRIES = 2
 _EXIT_CODE = re.compile(r"exit code (\d+)")
+_DISRUPTED: Json = {
+    "action": "FailJob",
+    "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+}
 _TELLING = [code.value for code in (ExitCode.USER_ERROR, ExitCode.OUT_OF_MEMORY, ExitCode.INTERRUPTED)]
 
 
@@ -43,7 +47,7 @@ def _attempt_spec(run: Run) -> Json:
         "backoffLimit": 0,  # retries are the operator's
         "successPolicy": {"rules": [{"succeededIndexes": "0"}]},  # the driver's word is the attempt's
         "podReplacementPolicy": "Failed",
-        "podFailurePolicy": {"rules": [_fail_on(_TELLING)]},
+        "podFailurePolicy": {"rules": [_fail_on(_TELLING), _DISRUPTED]},
         "template": template,
     }
 
