@@ -1,4 +1,7 @@
-"""Writes the CustomResourceDefinition from the models: `python crds/generate.py [--check]`."""
+"""Writes the CustomResourceDefinition from the models: `python crds/generate.py [--check]`.
+
+Two files: the plain CRD beside this script, and the same as a template of the Helm chart.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,34 @@ import yaml
 from finetune_api.crd import crd
 
 TARGET = Path(__file__).parent / "finetune.dev_finetunejobs.yaml"
+CHART_TARGET = Path(__file__).parents[1] / "charts" / "finetune-operator" / "templates" / "crd.yaml"
 HEADER = "# Generated from crds/finetune_api by crds/generate.py: change the models, not this file.\n"
 DIFF_LINES = 40
+CHART_METADATA = """\
+  annotations:
+    helm.sh/resource-policy: keep
+  labels:
+    {{- include "finetune-operator.labels" . | nindent 4 }}
+"""
 
 
 def rendered() -> str:
     """The CRD as YAML; keys are sorted, so that the order of fields in the models makes no difference."""
     return HEADER + yaml.safe_dump(crd(), sort_keys=True, width=110, allow_unicode=True)
+
+
+def chart_template(text: str) -> str:
+    """The CRD as a template behind `crds.enabled`; uninstalling the chart keeps it, and with it everybody's jobs."""
+    body = text.removeprefix(HEADER).replace("{{", '{{ "{{" }}')
+    head, found, rest = body.partition("metadata:\n")
+    assert found, "a CRD has metadata"
+    return HEADER + "{{- if .Values.crds.enabled }}\n" + head + found + CHART_METADATA + rest + "{{- end }}\n"
+
+
+def files() -> dict[Path, str]:
+    """All that this script writes."""
+    text = rendered()
+    return {TARGET: text, CHART_TARGET: chart_template(text)}
 
 
 def check(text: str, target: Path = TARGET) -> list[str]:
@@ -33,16 +57,18 @@ def check(text: str, target: Path = TARGET) -> list[str]:
 
 
 def main() -> int:
-    """Write the file, or with `--check` say how it differs; returns the exit code."""
+    """Write the files, or with `--check` say how they differ; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare only; exit 1 where the file is out of date")
+    parser.add_argument("--check", action="store_true", help="compare only; exit 1 where a file is out of date")
     if not parser.parse_args().check:
-        TARGET.write_bytes(rendered().encode())
+        for target, text in files().items():
+            target.write_bytes(text.encode())
         return 0
-    difference = check(rendered())
-    if difference:
-        print(*difference, "", f"{TARGET} is out of date: run `python crds/generate.py`", sep="\n", file=sys.stderr)
-    return 1 if difference else 0
+    differences = {target: check(text, target) for target, text in files().items()}
+    for target, lines in differences.items():
+        if lines:
+            print(*lines, "", f"{target} is out of date: run `python crds/generate.py`", sep="\n", file=sys.stderr)
+    return 1 if any(differences.values()) else 0
 
 
 if __name__ == "__main__":

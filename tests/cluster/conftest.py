@@ -10,6 +10,7 @@ import yaml
 from access import Access, namespace_of, until
 from control_plane import ControlPlane
 from faulty_proxy import FaultyProxy
+from helm_chart import Installed, installed
 from kube_assets import MissingAsset
 from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
@@ -77,6 +78,24 @@ def finetune_jobs(api: client.ApiClient, admin: Access) -> client.CustomObjectsA
 def _established(definition: client.V1CustomResourceDefinition) -> bool:
     conditions = (definition.status and definition.status.conditions) or []
     return any(condition.type == "Established" and condition.status == "True" for condition in conditions)
+
+
+@pytest.fixture(scope="session")
+def release(
+    admin: Access, finetune_jobs: client.CustomObjectsApi, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Installed]:
+    """The chart as helm installs it, for all namespaces; the CRD is that of `finetune_jobs`."""
+    try:
+        with installed(admin, tmp_path_factory.mktemp("helm"), {"crds": {"enabled": False}}) as made:
+            yield made
+    except MissingAsset as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def operator_access(release: Installed) -> Access:
+    """The operator's own access: a token of the chart's service account, with the chart's RBAC and no more."""
+    return release.access
 
 
 @pytest.fixture
