@@ -19,6 +19,8 @@ from multidict import CIMultiDict
 from yarl import URL
 
 HOP_BY_HOP = ("Connection", "Keep-Alive", "Transfer-Encoding", "Host", "Content-Length", "Upgrade")
+AUTO_HEADERS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+"""What aiohttp's client would add where a request lacks it."""
 MAX_BODY = 16 * 1024 * 1024
 REASONS = {
     403: "Forbidden",
@@ -83,7 +85,9 @@ class FaultyProxy:
         site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=own, backlog=1024)
         await site.start()
         self.url = f"https://127.0.0.1:{runner.addresses[0][1]}"
-        async with ClientSession(connector=connector, timeout=ClientTimeout(), auto_decompress=False) as self._session:
+        async with ClientSession(
+            connector=connector, timeout=ClientTimeout(), auto_decompress=False, skip_auto_headers=AUTO_HEADERS
+        ) as self._session:
             self._ready.set()
             await self._stop.wait()
             await runner.cleanup()
@@ -120,7 +124,7 @@ class FaultyProxy:
         body = await request.read()
         headers = _end_to_end(request.headers)
         async with self._session.request(
-            request.method, target, headers=headers, data=body, allow_redirects=False
+            request.method, target, headers=headers, data=body or None, allow_redirects=False
         ) as answer:
             if chunks == 0:
                 await answer.read()
