@@ -10,8 +10,10 @@ import uuid
 from datetime import UTC, datetime
 from typing import Any
 
+import pod_status
 from access import until
 from kubernetes import client
+from pod_status import condition, readiness
 
 Json = dict[str, Any]
 CAPACITY = {"cpu": "64", "memory": "512Gi", "pods": "1000", "ephemeral-storage": "1Ti"}
@@ -32,7 +34,7 @@ class KubeletStandIn:
             labels = {"kubernetes.io/hostname": name, **(labels or {})}
             self.core.create_node(client.V1Node(metadata=client.V1ObjectMeta(name=name, labels=labels)))
         capacity = CAPACITY | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
-        ready = _condition("Ready", "True", "KubeletReady", "kubelet is posting ready status")
+        ready = condition("Ready", "True", "KubeletReady", "kubelet is posting ready status")
         status = {"capacity": capacity, "allocatable": capacity, "conditions": [ready]}
         self.core.patch_node_status(name, {"status": status})
         self.core.patch_node(name, {"spec": {"taints": None}})
@@ -60,27 +62,8 @@ class KubeletStandIn:
 
     def running(self, namespace: str, name: str, *, node: str = "node-a", ip: str = "127.0.0.1") -> None:
         """Bound (if it wasn't), init containers done, all containers started and ready, at `ip`."""
-        pod = self._read(namespace, name)
-        if not pod.spec.node_name:
-            self.scheduled(namespace, name, node)
-        started = {"running": {"startedAt": _now()}}
-        self._patch_status(
-            namespace,
-            name,
-            phase="Running",
-            podIP=ip,
-            podIPs=[{"ip": ip}],
-            hostIP="127.0.0.1",
-            startTime=_now(),
-            conditions=_ready("True"),
-            initContainerStatuses=[
-                _container(init.name, init.image, {"terminated": _terminated(0, "Completed")}, ready=True)
-                for init in pod.spec.init_containers or []
-            ],
-            containerStatuses=[
-                _container(item.name, item.image, started, ready=True, started=True) for item in pod.spec.containers
-            ],
-        )
+        pod = self._on_node(namespace, name, node)
+        self._patch_status(namespace, name, **pod_status.running(pod, ip))
 
     def finished(
         self,
@@ -94,27 +77,13 @@ class KubeletStandIn:
     ) -> None:
         """The containers end with `exit_code`; `message` is the termination message.
 
-        With `container`, that one alone ends so and the others (or init containers before it) end with 0.
+        With `container`, that one alone ends so; the others end with 0, or never start where it is an init container.
         """
         pod = self._read(namespace, name)
-        names = [item.name for item in [*(pod.spec.init_containers or []), *pod.spec.containers]]
+        names = [item["name"] for item in [*pod_status.inits(pod), *pod_status.containers(pod)]]
         assert not container or container in names, f"{name} has no container {container}, only {names}"
-
-        def ended(items: list[client.V1Container] | None) -> list[Json]:
-            codes = [(item, exit_code if container in ("", item.name) else 0) for item in items or []]
-            return [
-                _container(item.name, item.image, {"terminated": _terminated(code, reason if code else "", message)})
-                for item, code in codes
-            ]
-
-        self._patch_status(
-            namespace,
-            name,
-            phase="Failed" if exit_code else "Succeeded",
-            conditions=_ready("False", "PodFailed" if exit_code else "PodCompleted"),
-            initContainerStatuses=ended(pod.spec.init_containers) if container else None,
-            containerStatuses=ended(pod.spec.containers),
-        )
+        ended = pod_status.finished(pod, exit_code, reason=reason, message=message, container=container)
+        self._patch_status(namespace, name, **ended)
 
     def oom_killed(self, namespace: str, name: str, *, container: str = "") -> None:
         """The kernel kills a container over its memory limit."""
@@ -122,20 +91,18 @@ class KubeletStandIn:
 
     def image_pull_back_off(self, namespace: str, name: str, *, node: str = "node-a") -> None:
         """The pod is on a node that cannot pull its image."""
-        image = self._read(namespace, name).spec.containers[0].image
+        image = pod_status.containers(self._read(namespace, name))[0]["image"]
         message = f'Back-off pulling image "{image}": ErrImagePull: not found'
         self._waiting(namespace, name, node, "ImagePullBackOff", message)
 
     def config_error(self, namespace: str, name: str, message: str, *, node: str = "node-a") -> None:
         """The kubelet cannot make the container: a Secret or ConfigMap that it names is missing, say."""
-        self._waiting(
-            namespace, name, node, "CreateContainerConfigError", message.replace("{", "{{").replace("}", "}}")
-        )
+        self._waiting(namespace, name, node, "CreateContainerConfigError", message)
 
     def unschedulable(self, namespace: str, name: str, message: str) -> None:
         """The scheduler finds no node, such as `0/3 nodes are available: 3 Insufficient nvidia.com/gpu.`"""
-        condition = _condition("PodScheduled", "False", "Unschedulable", message)
-        self._patch_status(namespace, name, phase="Pending", conditions=[condition])
+        made = condition("PodScheduled", "False", "Unschedulable", message)
+        self._patch_status(namespace, name, phase="Pending", conditions=[made])
         self.event(namespace, name, "FailedScheduling", message, component="default-scheduler")
 
     def evicted(self, namespace: str, name: str, resource: str = "memory") -> None:
@@ -162,7 +129,7 @@ class KubeletStandIn:
 
         `DeletionByTaintManager` is what the taint eviction controller writes, `NodeLost` what pods there show.
         """
-        lost = _condition("Ready", "Unknown", "NodeStatusUnknown", "Kubelet stopped posting node status.")
+        lost = condition("Ready", "Unknown", "NodeStatusUnknown", "Kubelet stopped posting node status.")
         self.core.patch_node_status(node, {"status": {"conditions": [lost]}})
         for pod in self.core.list_pod_for_all_namespaces(field_selector=f"spec.nodeName={node}").items:
             namespace, name = pod.metadata.namespace, pod.metadata.name
@@ -172,7 +139,7 @@ class KubeletStandIn:
             self.deleted(namespace, name)
             message = f"Node {node} which was running pod {name} is unresponsive"
             self._patch_status(
-                namespace, name, phase="Failed", reason="NodeLost", message=message, conditions=_ready("False")
+                namespace, name, phase="Failed", reason="NodeLost", message=message, conditions=readiness("False")
             )
             self._remove(namespace, name)
 
@@ -216,7 +183,7 @@ class KubeletStandIn:
         """A core event about the pod."""
         pod = self._read(namespace, name)
         about = client.V1ObjectReference(
-            api_version="v1", kind="Pod", namespace=namespace, name=name, uid=pod.metadata.uid
+            api_version="v1", kind="Pod", namespace=namespace, name=name, uid=pod["metadata"]["uid"]
         )
         moment = datetime.now(UTC)
         self.core.create_namespaced_event(
@@ -235,32 +202,28 @@ class KubeletStandIn:
         )
 
     def _waiting(self, namespace: str, name: str, node: str, reason: str, message: str) -> None:
-        pod = self._read(namespace, name)
-        if not pod.spec.node_name:
-            self.scheduled(namespace, name, node)
-        state = {"waiting": {"reason": reason, "message": message}}
-        statuses = [_container(item.name, item.image, state) for item in pod.spec.containers]
-        self._patch_status(
-            namespace,
-            name,
-            phase="Pending",
-            startTime=_now(),
-            conditions=_ready("False", "ContainersNotReady"),
-            containerStatuses=statuses,
-        )
+        pod = self._on_node(namespace, name, node)
+        self._patch_status(namespace, name, **pod_status.waiting(pod, reason, message))
         self.event(namespace, name, "Failed", message)
 
+    def _on_node(self, namespace: str, name: str, node: str) -> Json:
+        """The pod, bound to `node` if it was to none."""
+        pod = self._read(namespace, name)
+        if not pod["spec"].get("nodeName"):
+            self.scheduled(namespace, name, node)
+        return pod
+
     def _disrupted(self, namespace: str, name: str, reason: str, message: str) -> None:
-        condition = _condition("DisruptionTarget", "True", reason, message)
-        self._patch_status(namespace, name, conditions=[condition])
+        made = condition("DisruptionTarget", "True", reason, message)
+        self._patch_status(namespace, name, conditions=[made])
 
     def _patch_status(self, namespace: str, name: str, **status: Any) -> None:
         """Strategic merge: conditions are merged by type, container statuses replaced."""
-        body = {key: value for key, value in status.items() if value is not None}
-        self.core.patch_namespaced_pod_status(name, namespace, {"status": body})
+        self.core.patch_namespaced_pod_status(name, namespace, {"status": status})
 
-    def _read(self, namespace: str, name: str) -> client.V1Pod:
-        return self.core.read_namespaced_pod(name, namespace)
+    def _read(self, namespace: str, name: str) -> Json:
+        found: Json = self.core.api_client.sanitize_for_serialization(self.core.read_namespaced_pod(name, namespace))
+        return found
 
     def _find(self, namespace: str, name: str) -> client.V1Pod | None:
         found = self.core.list_namespaced_pod(namespace, field_selector=f"metadata.name={name}").items
@@ -269,28 +232,3 @@ class KubeletStandIn:
     def _remove(self, namespace: str, name: str) -> None:
         if self._find(namespace, name) is not None:
             self.core.delete_namespaced_pod(name, namespace, grace_period_seconds=0)
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _condition(kind: str, status: str, reason: str = "", message: str = "") -> Json:
-    return {"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": _now()}
-
-
-def _ready(status: str, reason: str = "") -> list[Json]:
-    """The conditions of a pod on a node whose containers are ready, or aren't."""
-    made = [_condition(kind, "True") for kind in ("PodScheduled", "Initialized")]
-    return [*made, *(_condition(kind, status, reason) for kind in ("ContainersReady", "Ready"))]
-
-
-def _terminated(exit_code: int, reason: str = "", message: str = "") -> Json:
-    reason = reason or ("Error" if exit_code else "Completed")
-    times = {"startedAt": _now(), "finishedAt": _now()}
-    return {"exitCode": exit_code, "reason": reason, "message": message, "containerID": "containerd://0", **times}
-
-
-def _container(name: str, image: str, state: Json, *, ready: bool = False, started: bool = False) -> Json:
-    identity = {"name": name, "image": image, "imageID": image, "restartCount": 0}
-    return {**identity, "state": state, "ready": ready, "started": started}

@@ -15,9 +15,10 @@ Pod = client.V1Pod
 
 @pytest.fixture
 def pod(core: client.CoreV1Api, namespace: str) -> Callable[[], Pod]:
-    """A pod of two containers, made; calling it reads the pod again."""
+    """A pod of two containers and an init container, made; calling it reads the pod again."""
     containers = [client.V1Container(name=name, image="registry.example/i:1") for name in ("trainer", "sidecar")]
-    spec = client.V1PodSpec(restart_policy="Never", containers=containers)
+    first = client.V1Container(name="first", image="registry.example/i:1")
+    spec = client.V1PodSpec(restart_policy="Never", containers=containers, init_containers=[first])
     made = core.create_namespaced_pod(namespace, Pod(metadata=client.V1ObjectMeta(name="p"), spec=spec))
     return lambda: core.read_namespaced_pod(made.metadata.name, namespace)
 
@@ -52,6 +53,14 @@ def test_one_container_ends_so(
     assert pod().status.phase == phase
     assert (ended["trainer"].terminated.exit_code, ended["sidecar"].terminated.exit_code) == (exit_code, 0)
     assert ended["trainer"].terminated.message == "said at the end"
+
+
+def test_an_init_container_fails(kubelet: KubeletStandIn, namespace: str, pod: Callable[[], Pod]) -> None:
+    kubelet.scheduled(namespace, "p")
+    kubelet.finished(namespace, "p", 2, container="first")
+    (first,) = pod().status.init_container_statuses
+    assert (first.state.terminated.exit_code, pod().status.phase) == (2, "Failed")
+    assert states(pod())["trainer"].waiting.reason == "PodInitializing"
 
 
 def test_out_of_memory(kubelet: KubeletStandIn, namespace: str, pod: Callable[[], Pod]) -> None:
