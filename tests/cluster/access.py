@@ -85,7 +85,10 @@ class Access:
 
 @contextmanager
 def namespace_of(access: Access, prefix: str, labels: dict[str, str] | None = None) -> Iterator[str]:
-    """A namespace with its default service account there; it is deleted, without waiting, at the end."""
+    """A namespace with its default service account there; at the end it is deleted, without waiting.
+
+    Its pods go at once: on a node without a kubelet they would hold it for ever.
+    """
     name = f"{prefix[:40].strip('-')}-{uuid.uuid4().hex[:8]}"
     with access.client() as api:
         core = client.CoreV1Api(api)
@@ -95,6 +98,7 @@ def namespace_of(access: Access, prefix: str, labels: dict[str, str] | None = No
             yield name
         finally:
             core.delete_namespace(name)
+            core.delete_collection_namespaced_pod(name, grace_period_seconds=0)
 
 
 def until(listing: Callable[..., Any], wanted: Callable[[Any], bool], *, timeout: float = 30, **query: Any) -> Any:
