@@ -11,6 +11,9 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.json"
 DATA_REPORT = "data.json"
 DONE = "done.json"
+EXPERT_CONFIG = "expert_config.json"
+EXPERT_SCORES = "expert_scores.json"
+EXPERT_LOAD = "expert_load.png"
 CHECKPOINT_PREFIX = "checkpoint-"  # transformers' own, so that its Trainer writes straight into place
 
 
@@ -54,6 +57,21 @@ class StageLayout:
     def data_report(self) -> str:
         """What preparation read, cut and dropped."""
         return f"{self.root}/{DATA_REPORT}"
+
+    @property
+    def expert_config(self) -> str:
+        """Which experts an `esft` stage trains; written before it trains."""
+        return f"{self.root}/{EXPERT_CONFIG}"
+
+    @property
+    def expert_scores(self) -> str:
+        """How much the stage's data uses each expert, before training and after it."""
+        return f"{self.root}/{EXPERT_SCORES}"
+
+    @property
+    def expert_load(self) -> str:
+        """Picture of the scores."""
+        return f"{self.root}/{EXPERT_LOAD}"
 
     @property
     def checkpoints(self) -> str:

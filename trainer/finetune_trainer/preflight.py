@@ -17,7 +17,7 @@ from finetune_trainer.data import inspect
 from finetune_trainer.data.forms import kind_of
 from finetune_trainer.errors import UserError
 from finetune_trainer.launch.cluster import Workers, plan_workers
-from finetune_trainer.model.source import local_path
+from finetune_trainer.model.source import local_path, stage_before
 from finetune_trainer.plan.devices import Device, local_device
 from finetune_trainer.plan.job import JobPlan, PlanContext, plan_job
 
@@ -66,7 +66,8 @@ def _pipeline(run: RunConfig) -> Iterator[Problem]:
     stages = run.job.spec.stages
     for index, stage in enumerate(stages):
         where = f"stages[{index}].{stage.kind}"
-        before = stages[index - 1] if index else None
+        last = stage_before(run, index)
+        before = None if last is None else stages[last]
         yield from _adapter_faults(run, stage, before, where)
         if before is not None and _is_masked(before) and not _is_masked(stage):
             yield Problem(where, "follows a masked language model, which can't generate: use objective causal there")
@@ -76,7 +77,11 @@ def _adapter_faults(run: RunConfig, stage: Stage, before: Stage | None, where: s
     lora = getattr(stage.spec, "lora", None)
     if lora is not None and run.job.spec.model.config is not None and (before is None or before.tokenizer is not None):
         yield Problem(f"{where}.lora", "adapts a model that is built from scratch and never trained: pretrain it first")
+    if stage.esft is not None and run.job.spec.model.config is not None and (before is None or before.tokenizer):
+        yield Problem(where, "trains some experts of a model that is built from scratch and never trained: pretrain it")
     carried = getattr(before.spec, "lora", None) if before is not None else None
+    if stage.esft is not None and carried is not None and not carried.merge:
+        yield Problem(where, f"starts from an adapter that is not merged: set lora.merge in {before.title}")
     if lora is not None and carried is not None and not carried.merge:
         for name in ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora"):
             if getattr(lora, name) != getattr(carried, name):

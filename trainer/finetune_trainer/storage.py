@@ -38,18 +38,26 @@ class Storage:
 
     def read_text(self, relative: str) -> str:
         """Raises FileNotFoundError where there is no such file."""
-        return bytes(self.fs.cat_file(self.path(relative))).decode()
+        return self.read_bytes(relative).decode()
+
+    def read_bytes(self, relative: str) -> bytes:
+        """Raises FileNotFoundError where there is no such file."""
+        return bytes(self.fs.cat_file(self.path(relative)))
 
     def write_text(self, relative: str, text: str) -> None:
         """Write a whole file at once: a reader sees the old one or the new one, never a part."""
+        self.write_bytes(relative, text.encode())
+
+    def write_bytes(self, relative: str, content: bytes) -> None:
+        """As `write_text`."""
         path = self.path(relative)
         if not self.is_local:
-            self.fs.pipe_file(path, text.encode())
+            self.fs.pipe_file(path, content)
             return
         self.fs.makedirs(os.path.dirname(path), exist_ok=True)
         part = f"{path}.{uuid.uuid4().hex[:8]}.part"
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(part, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

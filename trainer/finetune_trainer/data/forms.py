@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from finetune_api.data import DataSpec, Transcript
 from finetune_api.problems import did_you_mean, nearest
-from finetune_api.stages import DpoSpec, PretrainSpec, SftSpec
+from finetune_api.stages import PretrainSpec, SupervisedSpec, TrainedSpec
 from finetune_trainer.data.readers import Row
 
 Kind = Literal["text", "sft", "preference"]
@@ -42,11 +42,11 @@ class EmptyRow(ValueError):
     """A row in the right form that has no text, or a pair that shares no prompt: left out and counted."""
 
 
-def kind_of(stage: PretrainSpec | SftSpec | DpoSpec) -> Kind:
+def kind_of(stage: TrainedSpec) -> Kind:
     """The kind of rows that a stage trains on."""
     if isinstance(stage, PretrainSpec):
         return "text"
-    return "sft" if isinstance(stage, SftSpec) else "preference"
+    return "sft" if isinstance(stage, SupervisedSpec) else "preference"
 
 
 def template_columns(template: str) -> list[str]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
-from finetune_api.stages import PretrainSpec, SftSpec, TrainedSpec
+from finetune_api.stages import PretrainSpec, SupervisedSpec, TrainedSpec
 from finetune_trainer.data.encode import IDENTICAL, TOO_LONG, Encoding
 from finetune_trainer.data.forms import Kind, kind_of
 from finetune_trainer.data.keys import content_digest, prepared_key, rows_key, tokenizer_key
@@ -111,7 +111,7 @@ def encoding_of(stage: TrainedSpec, context: int | None, where: str) -> tuple[En
         share = stage.mlm_probability if stage.objective == "masked" else 1.0
         return Encoding("text", length, "split", share), False
     overflow = stage.overflow if stage.overflow != "auto" else "error" if length is None else "truncate"
-    return Encoding(kind_of(stage), length or context, overflow), isinstance(stage, SftSpec) and stage.packing
+    return Encoding(kind_of(stage), length or context, overflow), isinstance(stage, SupervisedSpec) and stage.packing
 
 
 def _check_loader(stage: TrainedSpec, where: str) -> None:

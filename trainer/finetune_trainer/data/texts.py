@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_api.data import DataSpec
-from finetune_api.stages import DpoSpec, PretrainSpec, SftSpec
+from finetune_api.stages import TrainedSpec
 from finetune_trainer.data.forms import Example, Kind, kind_of
 from finetune_trainer.data.preparation import open_table
 from finetune_trainer.data.rows import RowStore, order_rows
@@ -42,7 +42,7 @@ def _texts(store: RowStore, indices: NDArray[np.int64]) -> Iterator[str]:
     return (store[int(index)]["text"] for index in indices)
 
 
-def eval_prompts(stage: PretrainSpec | SftSpec | DpoSpec, base_dir: Path, cache_dir: Path, n: int) -> list[Prompt]:
+def eval_prompts(stage: TrainedSpec, base_dir: Path, cache_dir: Path, n: int) -> list[Prompt]:
     """The first `n` held-out rows (training rows, where none are held out) as prompts to generate from.
 
     Each has `messages` (a conversation) or `prompt` (plain text), and `reference`, what the data goes on with. For

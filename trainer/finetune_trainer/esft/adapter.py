@@ -27,9 +27,9 @@ from finetune_trainer.esft.selection import ExpertConfig, config_from
 from finetune_trainer.esft.split import TUNED, SplitExperts
 from finetune_trainer.esft.trainable import trained_names, tuned_modules
 from finetune_trainer.esft.zero3 import gathered
+from finetune_trainer.layout import EXPERT_CONFIG
 
 ADAPTER_WEIGHTS = "expert_adapter.safetensors"
-EXPERT_CONFIG = "expert_config.json"
 BASE = "base_model_name_or_path"
 
 
@@ -69,7 +69,7 @@ def trained_tensors(model: PreTrainedModel, config: ExpertConfig, dtype: torch.d
     Args:
         keep: False on the workers that only take part in the gathering; they get nothing.
     """
-    names = HubNames(model.config)
+    names = HubNames(model)
     found: dict[str, Tensor] = {}
     for layer, experts in tuned_modules(model):
         with gathered(experts.tuned_parameters()):
@@ -120,7 +120,7 @@ def apply_tensors(model: PreTrainedModel, config: ExpertConfig, tensors: Any) ->
         KeyError: a tensor is missing.
         RuntimeError: a tensor has another shape.
     """
-    names = HubNames(model.config)
+    names = HubNames(model)
     for layer in expert_layers(model):
         stacks = {name: getattr(layer.experts, name) for name in layer.stacks}
         with _writing(list(stacks.values()), bool(config.experts.get(layer.index))):

@@ -68,9 +68,16 @@ def expert_layers(model: PreTrainedModel, where: str = "model") -> list[ExpertLa
     return sorted(layers, key=lambda layer: layer.index)
 
 
-def has_experts(model: PreTrainedModel) -> bool:
-    """Whether the model has routed experts of the common shape."""
-    return any(hasattr(module, "_is_expert_parallel") for module in model.modules())
+def routers(model: nn.Module) -> dict[int, nn.Module]:
+    """Routers by layer, also of families whose experts have another shape, and under PEFT's wrappers; none in a dense
+    model."""
+    found = {}
+    for name, module in model.named_modules():
+        number = _LAYER.search(f"{name}.")
+        if number is not None and "experts" in dict(module.named_children()):
+            beside = (child for key, child in module.named_children() if key != "experts" and hasattr(child, "top_k"))
+            found |= {int(number[1]): router for router in beside}
+    return found
 
 
 def _layer(model: PreTrainedModel, name: str, experts: nn.Module, family: str, where: str) -> ExpertLayer:

@@ -8,11 +8,12 @@ stacked on the hub too (gpt-oss, Granite) get the stack's name in the model with
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from finetune_trainer.esft.families import ExpertLayer, expert_layers
@@ -38,13 +39,13 @@ class HubNames:
     """The names of a model's experts on the hub.
 
     Args:
-        config: of the model; its shape is built on the meta device.
+        model: whose shape is built anew on the meta device.
     """
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         with torch.device("meta"):
             # A model of no checkpoint, so that the names are the family's own, whatever names a checkpoint came with.
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            self.model = type(model)(deepcopy(model.config))
         self.layers = {layer.index: layer for layer in expert_layers(self.model)}
         self._entries: dict[int, list[Entry]] = {}
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from finetune_api.problems import Problem
 from finetune_trainer.errors import UserError
-from finetune_trainer.esft.families import ExpertLayer, expert_layers
+from finetune_trainer.esft.families import routers
 
 # Families whose routers know no weight but the softmax over the chosen experts.
 _SOFTMAX_OVER_TOP_K = ("gpt_oss", "granitemoe", "openai_privacy_filter")
@@ -39,11 +39,14 @@ class RoutingCounter:
     """Counts while it is entered, or between `attach` and `detach`; padding by the model's attention mask is left out.
 
     Args:
+        model: a transformers model, or PEFT's wrapper around one.
         gates: sum up routing weights too; that costs a softmax per layer.
+        training: count in training mode alone.
     """
 
-    def __init__(self, model: PreTrainedModel, *, gates: bool = False) -> None:
-        self.model, self.gates = model, gates
+    def __init__(self, model: Any, *, gates: bool = False, training: bool = False) -> None:
+        self.model: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.gates, self.training = gates, training
         self.layers: dict[int, LayerCounts] = {}
         self._mask: Tensor | None = None
         self._handles: list[RemovableHandle] = []
@@ -52,9 +55,9 @@ class RoutingCounter:
         """Begin to count."""
         base = self.model.base_model
         self._handles.append(base.register_forward_pre_hook(self._see_mask, with_kwargs=True))
-        for layer in expert_layers(self.model):
-            hook = _RouterHook(self, layer, self.model.config.model_type)
-            self._handles.append(layer.router.register_forward_hook(hook))
+        for index, router in routers(self.model).items():
+            hook = _RouterHook(self, index, self.model.config.model_type)
+            self._handles.append(router.register_forward_hook(hook))
         return self
 
     def detach(self) -> None:
@@ -98,15 +101,16 @@ class RoutingCounter:
 class _RouterHook:
     """A forward hook on one router."""
 
-    def __init__(self, counter: RoutingCounter, layer: ExpertLayer, family: str) -> None:
-        self.counter, self.layer, self.family = counter, layer, family
+    def __init__(self, counter: RoutingCounter, index: int, family: str) -> None:
+        self.counter, self.index, self.family = counter, index, family
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.counter.training and not module.training:
+            return
         logits, weights, chosen = _read(output, self.family)
-        num_experts = self.layer.num_experts
         raw = raw_weights(logits, weights, chosen, self.family) if self.counter.gates else None
-        self.counter.add(self.layer.index, num_experts, chosen, raw)
+        self.counter.add(self.index, logits.shape[-1], chosen, raw)
 
 
 def raw_weights(logits: Tensor, weights: Tensor, chosen: Tensor, family: str) -> Tensor:

@@ -11,6 +11,8 @@ from finetune_trainer.esft.selection import ExpertConfig
 from finetune_trainer.esft.split import SplitExperts, split_experts
 from finetune_trainer.esft.zero3 import is_divided
 
+_TUNED = "_tuned"
+
 
 def prepare(model: PreTrainedModel, config: ExpertConfig) -> list[ExpertLayer]:
     """Split the experts and leave a gradient to what is trained alone; returns the layers with trained experts."""
@@ -31,12 +33,17 @@ def trained_names(model: PreTrainedModel, config: ExpertConfig) -> set[str]:
         for name, _ in layer.block.named_parameters()
         if _is_shared(name)
     }
-    trained = {name for name in routed if name.endswith("_tuned")}
+    trained = {name for name in routed if name.endswith(_TUNED)}
     if config.shared_experts:
         trained |= shared
     if config.non_expert_modules:
         trained |= {name for name, _ in model.named_parameters()} - routed - shared
     return trained
+
+
+def trained_whole(model: PreTrainedModel, config: ExpertConfig) -> int:
+    """Trained weights that are no routed experts'."""
+    return sum(model.get_parameter(name).numel() for name in trained_names(model, config) if not name.endswith(_TUNED))
 
 
 def keep_masters(model: PreTrainedModel) -> None:
@@ -59,11 +66,6 @@ def require_input_gradients(model: PreTrainedModel, layers: list[ExpertLayer]) -
 def tuned_modules(model: PreTrainedModel) -> list[tuple[ExpertLayer, SplitExperts]]:
     """The split layers of a model."""
     return [(layer, layer.experts) for layer in expert_layers(model) if isinstance(layer.experts, SplitExperts)]
-
-
-def tuned_count(layers: list[ExpertLayer], config: ExpertConfig) -> int:
-    """Weights in the chosen experts' rows, of a model that is not split."""
-    return sum(len(config.experts.get(layer.index, ())) * expert_size(layer) for layer in layers)
 
 
 def expert_size(layer: ExpertLayer) -> int:

@@ -39,6 +39,19 @@ def partition(module: nn.Module) -> None:
 
 
 @contextmanager
+def undivided_loading() -> Iterator[None]:
+    """Inside, a model loads whole on the worker that asks for it, also while a ZeRO-3 stage is set up."""
+    from transformers.integrations import deepspeed as integration
+
+    divided = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = divided
+
+
+@contextmanager
 def gathering(model: nn.Module) -> Iterator[None]:
     """Inside, each module of a model gathers its own weights for its forward pass, without gradients.
 

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from finetune_trainer.errors import UserError
+from finetune_trainer.esft.adapter import adapter_base, apply_adapter, is_expert_adapter
 from finetune_trainer.generation.result import MODEL_CONFIG, find_base, find_result, is_adapter
 
 Kind = Literal["causal", "masked"]
@@ -63,13 +64,26 @@ def load(result_dir: str, device: str = "auto") -> Loaded:
 
 def _read(directory: Path) -> Loaded:
     base = find_base(directory, _recorded_base(directory)) if is_adapter(directory) else str(directory)
-    config = AutoConfig.from_pretrained(base)
-    kind = _kind(config, base)
-    model = _weights(base, config, kind)
+    model, kind = read_whole(base)
     tokenizer = _tokenizer(directory, base)
     if is_adapter(directory):
         return Loaded(_with_adapter(model, directory, tokenizer), tokenizer, kind)
     return Loaded(model, tokenizer, kind)
+
+
+def read_whole(name: str) -> tuple[PreTrainedModel, Kind]:
+    """A whole model, or an expert adapter on its base, wherever a moved job now has that, in its own precision.
+
+    Raises:
+        UserError: weights are missing, or the adapter does not fit.
+    """
+    if is_expert_adapter(name):
+        model, kind = read_whole(find_base(Path(name), adapter_base(name)))
+        apply_adapter(model, name)
+        return model, kind
+    config = AutoConfig.from_pretrained(name)
+    kind = _kind(config, name)
+    return _weights(name, config, kind), kind
 
 
 def _weights(base: str, config: PretrainedConfig, kind: Kind) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from finetune_api.problems import did_you_mean
 from finetune_trainer.errors import UserError
+from finetune_trainer.esft.adapter import is_expert_adapter
 from finetune_trainer.layout import DONE
 
 MODEL_CONFIG = "config.json"
@@ -33,8 +34,8 @@ def find_result(path: str) -> Path:
 
 
 def is_result(directory: Path) -> bool:
-    """Whether `directory` holds a saved model or adapter."""
-    return (directory / MODEL_CONFIG).is_file() or is_adapter(directory)
+    """Whether `directory` holds a saved model or an adapter, of PEFT or of experts."""
+    return (directory / MODEL_CONFIG).is_file() or is_adapter(directory) or is_expert_adapter(directory)
 
 
 def is_adapter(directory: Path) -> bool:

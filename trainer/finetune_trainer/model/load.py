@@ -22,10 +22,12 @@ from finetune_api.model import ModelSpec
 from finetune_api.problems import Problem, did_you_mean
 from finetune_api.training import Quantization
 from finetune_trainer.errors import UserError
+from finetune_trainer.esft.adapter import adapter_base, apply_adapter, is_expert_adapter
 from finetune_trainer.model.precision import Precision
 from finetune_trainer.model.source import ModelSource
 
 ADAPTER_CONFIG = "adapter_config.json"
+SHARD_SIZE = "5GB"
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
@@ -54,7 +56,7 @@ def load_config(source: ModelSource, tokenizer: PreTrainedTokenizerFast | None) 
     if source.config is not None:
         return build_config(source.config, tokenizer)
     assert source.name is not None
-    name = base_of(source.name)
+    name = root_of(source.name)
     try:
         return AutoConfig.from_pretrained(name, revision=source.revision)
     except (OSError, ValueError) as error:
@@ -119,10 +121,27 @@ def load_model(
         assert source.name is not None
         if quantization is not None:
             options["quantization_config"] = quantization_config(quantization, precision.compute)
-        model = auto.from_pretrained(
-            base_of(source.name), revision=source.revision, config=config, use_safetensors=True, **options
-        )
+        model = load_whole(base_of(source.name), auto, revision=source.revision, config=config, **options)
     model.config.use_cache = False
+    return model
+
+
+def load_whole(name: str, auto: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
+    """A saved model, or the base of an expert adapter with the adapter's experts in place, by safetensors alone.
+
+    Args:
+        name: directory or hub id.
+        options: for `from_pretrained`.
+
+    Raises:
+        UserError: the adapter does not fit its base.
+    """
+    if not is_expert_adapter(name):
+        model: PreTrainedModel = auto.from_pretrained(name, use_safetensors=True, **options)
+        return model
+    model = load_whole(adapter_base(name), auto, **options)
+    apply_adapter(model, name)
+    model.name_or_path = name  # PEFT records it as the base of an adapter trained on top
     return model
 
 
@@ -150,6 +169,14 @@ def base_of(name: str) -> str:
     from peft import PeftConfig
 
     return str(PeftConfig.from_pretrained(name).base_model_name_or_path)
+
+
+def root_of(name: str) -> str:
+    """The whole model below any adapters: what has a configuration."""
+    if is_expert_adapter(name):
+        return root_of(adapter_base(name))
+    base = base_of(name)
+    return name if base == name else root_of(base)
 
 
 def _tokenizer_fields(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, Any]:

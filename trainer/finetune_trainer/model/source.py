@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune_api.model import ModelSpec
 from finetune_api.runconfig import RunConfig
+from finetune_api.stages import Stage
 from finetune_trainer.layout import StageLayout
 from finetune_trainer.storage import Storage
 
@@ -37,12 +38,25 @@ def layouts(run: RunConfig) -> list[StageLayout]:
 def stage_source(run: RunConfig, index: int, storage: Storage) -> ModelSource:
     """What stage `index` starts from: the result of the stage before it, or the job's model."""
     stages, places = run.job.spec.stages, layouts(run)
-    if index == 0:
+    last = stage_before(run, index)
+    if last is None:
         return _job_source(run, tokenizer="")
-    before = _fetch_result(run, storage, places[index - 1])
-    if stages[index - 1].tokenizer is not None:
+    before = _fetch_result(run, storage, places[last])
+    if stages[last].tokenizer is not None:
         return _job_source(run, tokenizer=before)
     return ModelSource(name=before, config=None, revision=None, tokenizer=before)
+
+
+def stage_before(run: RunConfig, index: int) -> int | None:
+    """The stage whose result stage `index` starts from; one that only measures experts has none to start from."""
+    stages = run.job.spec.stages
+    trained = (before for before in reversed(range(index)) if not only_scores(stages[before]))
+    return next(trained, None)
+
+
+def only_scores(stage: Stage) -> bool:
+    """Whether the stage trains nothing and leaves no model."""
+    return stage.esft is not None and stage.esft.score_only
 
 
 def _job_source(run: RunConfig, tokenizer: str) -> ModelSource:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,13 +11,14 @@ import torch
 from transformers import PretrainedConfig
 
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import DpoSpec, PretrainSpec, SftSpec, Stage, TrainedSpec
+from finetune_api.stages import DpoSpec, EsftSpec, PretrainSpec, Stage, SupervisedSpec, TokenizerSpec, TrainedSpec
 from finetune_api.training import Lora
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.load import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.plan.advice import advise
 from finetune_trainer.plan.devices import Device, peak_flops
+from finetune_trainer.plan.experts import Alternative, ExpertPlan, compare, expert_plan
 from finetune_trainer.plan.memory import Memory, Workload, estimate, trainable, with_zero
 from finetune_trainer.plan.model_size import AdapterSize, ModelSize, adapter_size, meta_model, model_size
 from finetune_trainer.plan.sharding_choice import HEADROOM, choose_zero, sharding_problems, sharding_warnings
@@ -77,6 +78,8 @@ class StagePlan:
     """What to change where it does not fit."""
     notes: tuple[str, ...]
     """Warnings, and why something is not known."""
+    comparison: tuple[Alternative, ...] = ()
+    """What other ways to train the same would need (ESFT)."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +185,14 @@ class _StagePlanner:
         known = None if data is None else DataSize(*data)
         length, notes = self.length(known)
         load = self.load(length, adapter, eager=self._eager(model))
-        return self.assemble(size, load, known, [*notes, *sharding_warnings(sharding, self.bits)])
+        experts = expert_plan(spec, model, self.path, self.run.base_dir) if isinstance(spec, EsftSpec) else None
+        if experts is not None:
+            load, notes = replace(load, tuned=experts.tuned), [*notes, *experts.notes]
+        return self.assemble(size, load, known, [*notes, *sharding_warnings(sharding, self.bits)], experts)
 
-    def assemble(self, size: ModelSize, load: Workload, data: DataSize | None, notes: list[str]) -> StagePlan:
+    def assemble(
+        self, size: ModelSize, load: Workload, data: DataSize | None, notes: list[str], experts: ExpertPlan | None
+    ) -> StagePlan:
         spec, device = self.spec, self.context.device
         zero, why = choose_zero(
             self.run.job.spec.sharding,
@@ -200,6 +208,10 @@ class _StagePlanner:
         fix = partial(advise, size, load, spec, self.path, round(HEADROOM * device.memory_bytes), self._spare_adapter)
         adapter_parameters = load.adapter.parameters if load.adapter else None
         has_reference = isinstance(spec, DpoSpec) and spec.reference != "precomputed"
+        if experts is None:
+            flops = flops_per_token(size, load.length, adapter_parameters, reference=has_reference)
+        else:
+            flops = flops_per_token(size, load.length, 0) + 2 * experts.active
         return StagePlan(
             index=self.index,
             title=self.stage.title,
@@ -211,7 +223,7 @@ class _StagePlanner:
             tokens=data.tokens if data else None,
             tokens_per_step=_tokens_per_step(spec, steps, load.length, data),
             steps=steps,
-            flops_per_token=flops_per_token(size, load.length, adapter_parameters, reference=has_reference),
+            flops_per_token=flops,
             memory=memory,
             zero=zero,
             why=why,
@@ -219,12 +231,13 @@ class _StagePlanner:
             spare=spare,
             advice=() if spare >= 0 else tuple(fix()),
             notes=(*notes, *_unknown(steps, data)),
+            comparison=() if experts is None or not experts.tuned else compare(size, load, self._spare_adapter()),
         )
 
     def load(self, length: int, adapter: AdapterSize | None, eager: bool) -> Workload:
         spec, sharding = self.spec, self.run.job.spec.sharding
         pairs = 2 if isinstance(spec, DpoSpec) else 1
-        quantization = None if isinstance(spec, PretrainSpec) else spec.quantization
+        quantization = getattr(spec, "quantization", None)
         return Workload(
             batch=spec.per_device_train_batch_size * pairs,
             length=length,
@@ -247,7 +260,7 @@ class _StagePlanner:
         spec = self.spec
         if isinstance(spec, PretrainSpec):
             return spec.block_size, []
-        if isinstance(spec, SftSpec) and spec.packing:
+        if isinstance(spec, SupervisedSpec) and spec.packing:
             assert spec.max_length is not None
             return spec.max_length, []
         longest = data.longest if data else None
@@ -273,7 +286,7 @@ class _StagePlanner:
     @property
     def spec(self) -> TrainedSpec:
         spec = self.stage.spec
-        assert isinstance(spec, (PretrainSpec, SftSpec, DpoSpec))
+        assert not isinstance(spec, TokenizerSpec)
         return spec
 
     @property
@@ -282,12 +295,12 @@ class _StagePlanner:
 
     @property
     def bits(self) -> int | None:
-        quantization = None if isinstance(self.spec, PretrainSpec) else self.spec.quantization
+        quantization = getattr(self.spec, "quantization", None)
         return None if quantization is None else quantization.bits
 
 
 def _lora(spec: TrainedSpec) -> Lora | None:
-    return None if isinstance(spec, PretrainSpec) else spec.lora
+    return getattr(spec, "lora", None)
 
 
 def _is_masked(spec: TrainedSpec) -> bool:
@@ -303,7 +316,7 @@ def _second_model(spec: TrainedSpec) -> bool:
 def _tokens_per_step(spec: TrainedSpec, steps: Steps, length: int, data: DataSize | None) -> int | None:
     if data is not None and data.rows:
         return round(data.tokens / data.rows * steps.rows_per_step)
-    full_rows = isinstance(spec, PretrainSpec) or (isinstance(spec, SftSpec) and spec.packing)
+    full_rows = isinstance(spec, PretrainSpec) or (isinstance(spec, SupervisedSpec) and spec.packing)
     return steps.rows_per_step * length if full_rows else None
 
 

@@ -33,7 +33,9 @@ class Workload:
     zero: int = 0
     workers: int = 1
     adapter: AdapterSize | None = None
-    """None where every weight is trained."""
+    """None where weights of the model itself are trained."""
+    tuned: int | None = None
+    """Weights of the model that are trained while the others are frozen (ESFT); None: all of them, or an adapter."""
     quantized_bits: int | None = None
     double_quant: bool = True
     checkpointing: bool = False
@@ -46,6 +48,11 @@ class Workload:
     offload_optimizer: bool = False
     offload_param: bool = False
     kind: str = "cuda"
+
+    @property
+    def frozen(self) -> bool:
+        """Whether most of the model is frozen."""
+        return self.adapter is not None or self.tuned is not None
 
 
 @dataclass(frozen=True)
@@ -98,14 +105,20 @@ def estimate(size: ModelSize, load: Workload) -> Memory:
 
 def trainable(size: ModelSize, load: Workload) -> int:
     """Parameters with a gradient."""
-    return size.total if load.adapter is None else load.adapter.parameters
+    if load.adapter is not None:
+        return load.adapter.parameters
+    return size.total if load.tuned is None else load.tuned
 
 
 def weight_bytes(size: ModelSize, load: Workload) -> int:
     """Weights: float32 masters where torch alone trains them (ZeRO-0), else the dtype's; divided by ZeRO-3.
 
-    A quantized base has its linear layers in 4 or 8 bits and all else in the dtype; adapters are float32 at ZeRO-0.
+    A quantized base has its linear layers in 4 or 8 bits and all else in the dtype; adapters, and weights trained while
+    the others are frozen, are float32 at ZeRO-0.
     """
+    if load.tuned is not None:
+        masters = load.tuned * (MASTER - load.dtype_bytes) if load.zero == 0 else 0
+        return _share(size.total * load.dtype_bytes, load, 3) + masters
     if load.adapter is None:
         each = MASTER if load.zero == 0 else load.dtype_bytes
         return _share(size.total * each, load, 3)
@@ -182,7 +195,7 @@ def loss_bytes(size: ModelSize, load: Workload) -> int:
     rows = min(tokens, LOSS_TOKENS)
     tile = rows * (LOSS_VOCAB if load.kind == "cuda" else min(LOSS_VOCAB, size.vocab))
     temporaries = 0 if load.kind == "cuda" else 9 * MASTER  # Triton folds in place; torch as measured
-    head = MASTER * size.head if load.adapter is None else 0
+    head = 0 if load.frozen else MASTER * size.head
     return tile * (load.dtype_bytes + temporaries) + head + MASTER * tokens * size.hidden
 
 
@@ -210,7 +223,7 @@ def _share(count: int, load: Workload, least_zero: int) -> int:
 
 def _mixed(load: Workload) -> bool:
     """Whether float32 weights compute under autocast, so that the residual stream is float32 too."""
-    return load.zero == 0 and load.adapter is None and load.dtype_bytes < MASTER
+    return load.zero == 0 and not load.frozen and load.dtype_bytes < MASTER
 
 
 def _residual(load: Workload) -> int:
@@ -219,7 +232,7 @@ def _residual(load: Workload) -> int:
 
 def _norms(size: ModelSize, load: Workload) -> float:
     """Two norms per layer: the float32 input, the normalised value where the scale is trained, and the output."""
-    frozen = load.adapter is not None
+    frozen = load.frozen
     masks = (load.dtype_bytes if load.kind == "cpu" else 1) if size.hidden_dropout else 0
     if size.layer_norm:
         return 2 * size.hidden * (_residual(load) + (0 if frozen else load.dtype_bytes) + masks)
@@ -234,7 +247,7 @@ def _attention(size: ModelSize, load: Workload) -> float:
     keys = size.key_value_heads * size.head_dim
     saved = (2 * queries + 2 * keys) * load.dtype_bytes
     if size.query_key_norm:
-        saved += (queries + keys) * (MASTER + (0 if load.adapter else load.dtype_bytes))
+        saved += (queries + keys) * (MASTER + (0 if load.frozen else load.dtype_bytes))
     scores = size.heads * load.length * (MASTER + (load.dtype_bytes if load.dtype_bytes < MASTER else 0))
     if load.kind == "cpu" and size.attention_dropout:  # no CPU kernel drops out: torch keeps scores, mask and product
         scores = 3 * MASTER * size.heads * load.length

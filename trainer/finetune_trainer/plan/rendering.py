@@ -27,6 +27,7 @@ def render(plan: JobPlan) -> RenderableType:
 def _stage(stage: StagePlan, device: Device) -> RenderableType:
     lines: list[RenderableType] = [_facts(stage), _memory(stage, device), Text(stage.why), _verdict(stage, device)]
     lines += [Text(f"  → {line}", style="yellow") for line in stage.advice]
+    lines += [_comparison(stage)] if stage.comparison else []
     lines += [Text(f"note: {line}", style="dim") for line in stage.notes]
     title = escape(f"stages[{stage.index}] {stage.title} ({stage.kind})")
     return Panel(Group(*lines), title=title, title_align="left", border_style="green" if stage.fits else "red")
@@ -59,6 +60,15 @@ def _memory(stage: StagePlan, device: Device) -> Table:
     table.add_row("total", human_bytes(total), _bar(total / device.memory_bytes), style="bold")
     if stage.memory.host:
         table.add_row("on the host", human_bytes(stage.memory.host), "")
+    return table
+
+
+def _comparison(stage: StagePlan) -> Table:
+    table = Table("method", "trained", "optimizer", "total", box=None, padding=(0, 1), header_style="dim")
+    for other in stage.comparison:
+        table.add_row(
+            other.method, human_count(other.trainable), human_bytes(other.optimizer), human_bytes(other.total)
+        )
     return table
 
 

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
-from finetune_api.stages import PretrainSpec
+from finetune_api.stages import DpoSpec, SftSpec
 from finetune_trainer.adapters import lora_config
 from finetune_trainer.model.load import load_model
 from finetune_trainer.training.context import StageContext
@@ -17,7 +17,7 @@ from finetune_trainer.training.context import StageContext
 def adapted_model(context: StageContext) -> tuple[PreTrainedModel | PeftModel, LoraConfig | None]:
     """The model, and the configuration of the adapter that TRL is to add to it; None where it adds none."""
     spec = context.spec
-    assert not isinstance(spec, PretrainSpec)
+    assert isinstance(spec, (SftSpec, DpoSpec))
     if spec.lora is None:
         return starting_model(context), None
     model = _base(context)
@@ -40,7 +40,7 @@ def starting_model(context: StageContext) -> PreTrainedModel:
 def finish_adapters(model: Any, context: StageContext) -> None:
     """Adapters in float32 on a quantized base: TRL casts them to bfloat16, in which AdamW's small updates vanish."""
     spec = context.spec
-    assert not isinstance(spec, PretrainSpec)
+    assert isinstance(spec, (SftSpec, DpoSpec))
     if spec.quantization is None or context.zero == 3:
         return
     for parameter in model.parameters():
@@ -50,12 +50,11 @@ def finish_adapters(model: Any, context: StageContext) -> None:
 
 def _base(context: StageContext) -> PreTrainedModel:
     spec = context.spec
-    assert not isinstance(spec, PretrainSpec)
     return load_model(
         context.source,
         context.run.job.spec.model,
         context.precision,
         context.tokenizer,
-        quantization=spec.quantization,
+        quantization=getattr(spec, "quantization", None),
         seed=spec.seed,
     )

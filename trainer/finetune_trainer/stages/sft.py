@@ -7,7 +7,7 @@ from typing import Any
 import trl
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from finetune_api.stages import SftSpec
+from finetune_api.stages import SftSpec, SupervisedSpec
 from finetune_trainer.data import PackedCollator
 from finetune_trainer.stages.adapted import adapted_model, finish_adapters
 from finetune_trainer.training.arguments import training_arguments
@@ -29,9 +29,9 @@ def make_trainer(context: StageContext) -> Any:
     trainer = SftTrainer(
         model=model,
         args=args,
-        train_dataset=context.data.train,
+        train_dataset=context.sample,
         eval_dataset=context.data.eval,
-        data_collator=_collator(context, spec),
+        data_collator=supervised_collator(context, spec),
         processing_class=context.tokenizer,
         peft_config=peft_config,
     )
@@ -39,7 +39,8 @@ def make_trainer(context: StageContext) -> Any:
     return trainer
 
 
-def _collator(context: StageContext, spec: SftSpec) -> Any:
+def supervised_collator(context: StageContext, spec: SupervisedSpec) -> Any:
+    """Batches of dialogues, packed or padded."""
     pad = context.tokenizer.pad_token_id
     if spec.packing:
         assert spec.max_length is not None

@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
-from finetune_api.stages import PretrainSpec
-from finetune_trainer.model.load import base_of
+from finetune_api.stages import EsftSpec, PretrainSpec
+from finetune_trainer.esft.zero3 import undivided_loading
+from finetune_trainer.model.load import SHARD_SIZE, base_of, load_whole
 from finetune_trainer.training.context import StageContext
-
-SHARD_SIZE = "5GB"
+from finetune_trainer.training.expert_results import save_experts
 
 
 def save_result(trainer: Any, context: StageContext, directory: Path) -> None:
     """Write the trained model and its tokenizer to `directory` on rank 0; every worker calls it (ZeRO-3 gathers)."""
+    if isinstance(context.spec, EsftSpec):
+        save_experts(trainer, context, context.spec, directory)
+        return
     adapter = None if context.trains_base else directory.with_name("adapter")
     if context.placement.rank == 0:
         for path in (directory, *([adapter] if adapter else [])):
@@ -38,7 +40,8 @@ def merge_adapter(base: str, adapter: Path, dtype: torch.dtype, directory: Path)
     The base is loaded anew in its original precision, not dequantized from what QLoRA trained on (unsloth#1089). The
     sum is formed in float32 and rounded once.
     """
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
+    with undivided_loading():
+        model = load_whole(base, dtype=torch.float32)
     merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
     merged.to(dtype).save_pretrained(directory, max_shard_size=SHARD_SIZE)
 
@@ -64,7 +67,7 @@ def _save_adapter(trainer: Any, directory: Path) -> None:
 
 
 def _finish_adapter(context: StageContext, adapter: Path, directory: Path) -> None:
-    assert not isinstance(context.spec, PretrainSpec) and context.spec.lora is not None
+    assert not isinstance(context.spec, (PretrainSpec, EsftSpec)) and context.spec.lora is not None
     if context.spec.lora.merge:
         assert context.source.name is not None
         merge_adapter(base_of(context.source.name), adapter, context.precision.result, directory)

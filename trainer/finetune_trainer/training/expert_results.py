@@ -1,0 +1,56 @@
+"""An `esft` stage's result: a whole model, or the trained experts alone as an adapter of the model it started from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune_api.stages import EsftSpec
+from finetune_trainer.esft.adapter import apply_tensors, trained_tensors, write_adapter
+from finetune_trainer.esft.selection import ExpertConfig
+from finetune_trainer.esft.zero3 import undivided_loading
+from finetune_trainer.model.load import SHARD_SIZE, load_whole
+from finetune_trainer.storage import Storage
+from finetune_trainer.training.context import StageContext
+
+
+def save_experts(trainer: Any, context: StageContext, spec: EsftSpec, directory: Path) -> None:
+    """Write the result and the tokenizer to `directory` on rank 0; every worker calls it (ZeRO-3 gathers)."""
+    first, config = context.placement.rank == 0, trainer.expert_config
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    tensors = trained_tensors(model, config, context.precision.result, keep=first)
+    if not first:
+        return
+    shutil.rmtree(directory, ignore_errors=True)
+    assert context.source.name is not None
+    if spec.merge:
+        _write_whole(context.source.name, context.precision.result, config, tensors, directory)
+    else:
+        write_adapter(directory, tensors, config, context.source.name)
+    context.tokenizer.save_pretrained(directory)
+    save_scores(context, directory)
+
+
+def save_scores(context: StageContext, directory: Path) -> Path:
+    """Copy what the stage knows of its experts into `directory`; returns it."""
+    storage, layout = Storage(context.run.root), context.layout
+    directory.mkdir(parents=True, exist_ok=True)
+    for relative in (layout.expert_config, layout.expert_scores, layout.expert_load):
+        target = directory / relative.rpartition("/")[2]
+        if not target.exists():  # an adapter's own configuration names its base too
+            target.write_bytes(storage.read_bytes(relative))
+    return directory
+
+
+def _write_whole(
+    base: str, dtype: torch.dtype, config: ExpertConfig, tensors: dict[str, Tensor], directory: Path
+) -> None:
+    """The base as it is on disk with the trained tensors in place: what was frozen stays the same to the bit."""
+    with undivided_loading():
+        model = load_whole(base, dtype=dtype)
+    apply_tensors(model, config, tensors)
+    model.save_pretrained(directory, max_shard_size=SHARD_SIZE)
