@@ -160,12 +160,15 @@ def _stop(draft: Draft, run: RunView, reason: Reason) -> bool:
 
 
 def _preflight(draft: Draft) -> bool:
-    if draft.holds(Type.PLANNED) or draft.status.get("attempts"):
+    if draft.holds(Type.PLANNED):
         return False
     if not _kubernetes(draft).preflight:
         draft.set(Type.PLANNED, "True", Reason.PREFLIGHT_SKIPPED)
         return False
     run = draft.seen.run(0)
+    if run is None and draft.status.get("attempts"):  # it passed, was cleaned up, and nobody was there to write it down
+        draft.set(Type.PLANNED, "True", Reason.PREFLIGHT_PASSED)
+        return False
     if run is None or run.deleting:
         draft.set(Type.PLANNED, "Unknown", Reason.PREFLIGHT_RUNNING)
         draft.do(StartRun(0))

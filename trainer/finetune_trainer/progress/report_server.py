@@ -6,6 +6,7 @@ driver's start.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import threading
 from collections.abc import Callable
@@ -54,6 +55,10 @@ def _handler(
 ) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         timeout = 5
+
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):  # a caller that has gone wants no answer
+                super().handle()
 
         def do_GET(self) -> None:
             if self._allowed(REPORT_PATH):
