@@ -9,6 +9,7 @@ Ray's controller can lose a checkpoint that a worker reported just before it die
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,10 @@ class Manifest:
     step: int
     world_size: int
     zero: int
+    rows_per_step: int
+    """The global batch of the stage, which it keeps with any number of workers."""
+    shards: int
+    """In so many shards a stream of training rows is read."""
     files: dict[str, int]
     saved_at: float
 
@@ -35,28 +40,40 @@ class CheckpointStore:
         self.storage = storage
         self.layout = layout
         self.scratch = scratch
+        self._known: dict[int, Manifest] = {}
+        """Complete checkpoints seen so far. They don't change until this object deletes them."""
 
     @property
     def workdir(self) -> Path:
         """Local directory in which `checkpoint-<step>` is written: in place, or in scratch for a remote store."""
         return self.storage.local(self.layout.checkpoints) or self.scratch
 
-    def publish(self, step: int, world_size: int, zero: int) -> Manifest:
+    def publish(self, step: int, *, world_size: int, zero: int, rows_per_step: int, shards: int) -> Manifest:
         """Make a fully written checkpoint complete. Called once, by one worker, after every worker's `push`."""
         files = self.storage.sizes(self.layout.checkpoint(step))
         files.pop(MANIFEST, None)
-        manifest = Manifest(step, world_size, zero, files, time.time())
+        manifest = Manifest(step, world_size, zero, rows_per_step, shards, files, time.time())
         self.storage.write_text(f"{self.layout.checkpoint(step)}/{MANIFEST}", json.dumps(asdict(manifest), indent=1))
+        self._known[step] = manifest
         return manifest
 
     def push(self, step: int) -> None:
         """Copy this machine's part of a checkpoint to storage; nothing to do where it was written in place."""
         if not self.storage.is_local:
-            self.storage.upload(self.workdir / f"{CHECKPOINT_PREFIX}{step}", self.layout.checkpoint(step))
+            self.storage.upload(self.place(step), self.layout.checkpoint(step))
 
-    def fetch(self, step: int) -> Path:
-        """A local directory that holds the checkpoint."""
-        return self.storage.download(self.layout.checkpoint(step), self.scratch / f"{CHECKPOINT_PREFIX}{step}")
+    def place(self, step: int) -> Path:
+        """The local directory in which a checkpoint is written, and to which one is fetched."""
+        return self.workdir / f"{CHECKPOINT_PREFIX}{step}"
+
+    def fetch(self, step: int) -> None:
+        """Copy a checkpoint from storage to its place on this machine; nothing to do where it is there."""
+        self.storage.download(self.layout.checkpoint(step), self.place(step))
+
+    def drop_copy(self, step: int) -> None:
+        """Delete this machine's copy of a checkpoint that is in a remote storage."""
+        if not self.storage.is_local:
+            shutil.rmtree(self.place(step), ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps of all checkpoint directories, complete or not, ascending."""
@@ -66,6 +83,11 @@ class CheckpointStore:
 
     def manifest(self, step: int) -> Manifest | None:
         """The manifest of a complete checkpoint, or None where it isn't complete."""
+        if step not in self._known and (found := self._read(step)) is not None:
+            self._known[step] = found
+        return self._known.get(step)
+
+    def _read(self, step: int) -> Manifest | None:
         try:
             manifest = Manifest(**json.loads(self.storage.read_text(f"{self.layout.checkpoint(step)}/{MANIFEST}")))
         except (FileNotFoundError, ValueError, TypeError):
@@ -93,6 +115,7 @@ class CheckpointStore:
         return torn
 
     def _delete(self, step: int) -> None:
+        self._known.pop(step, None)
         # The manifest goes first, so that a half-deleted checkpoint is never taken for a complete one.
         self.storage.delete(f"{self.layout.checkpoint(step)}/{MANIFEST}")
         self.storage.delete(self.layout.checkpoint(step))

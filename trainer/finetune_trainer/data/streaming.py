@@ -85,7 +85,7 @@ class StreamedRows(IterableDataset[Columns]):
         self.spec, self.tokenizer, self.encoding, self.packed = spec, tokenizer, encoding, packed
         self.where, self.base_dir, self.rank, self.world_size = where, base_dir, rank, world_size
         self._place = Place()
-        self._ring: deque[Place] = deque(maxlen=REMEMBERED)
+        self._ring: deque[Place] = deque([self._place], maxlen=REMEMBERED)
 
     def shard(self, rank: int, world_size: int) -> StreamedRows:
         """One rank's share of the same stream, from its start."""
@@ -103,10 +103,8 @@ class StreamedRows(IterableDataset[Columns]):
         Raises:
             KeyError: that state is not kept.
         """
-        newest = self._ring[-1].rows if self._ring else self._place.rows
+        newest = self._place.rows
         back = newest - rows
-        if rows == self._place.rows:
-            return self._state(self._place)
         if not 0 <= back < len(self._ring):
             raise KeyError(f"no state after {rows} rows: kept are {newest - len(self._ring) + 1} to {newest}")
         return self._state(self._ring[-1 - back])
@@ -122,7 +120,7 @@ class StreamedRows(IterableDataset[Columns]):
             raise ValueError(f"the state is of {got}, this stream is rank {self.rank} of {self.world_size}")
         fields = {name: state[name] for name in ("rows", "epoch", "window", "counted", "unit", "given")}
         self._place = Place(**fields, start=Cursor.from_json(state["start"]), carry=tuple(state["carry"]))
-        self._ring.clear()
+        self._ring = deque([self._place], maxlen=REMEMBERED)
 
     def _state(self, place: Place) -> State:
         values = {**vars(place), "start": place.start.to_json(), "carry": list(place.carry)}

@@ -112,21 +112,21 @@ class Pipeline:
             self._raise(failure)
 
     def _work(self, layout: StageLayout) -> StageWork:
-        plan = self.plans[layout.index]
-        return StageWork(layout.index, self._zero(layout), plan.flops_per_token, self.peak)
-
-    def _zero(self, layout: StageLayout) -> int:
-        """As planned; a stage that has a checkpoint goes on with the sharding that wrote it."""
-        newest = self._store(layout).newest()
-        return self.plans[layout.index].zero if newest is None else newest.zero
+        """As planned; a stage that has a checkpoint goes on with the sharding and the global batch that wrote it."""
+        plan, newest = self.plans[layout.index], self._store(layout).newest()
+        if newest is None:
+            zero, rows, shards = plan.zero, plan.steps.rows_per_step, self.workers.most
+        else:
+            zero, rows, shards = newest.zero, newest.rows_per_step, newest.shards
+        return StageWork(layout.index, zero, plan.flops_per_token, self.peak, rows, shards)
 
     def _hear(self, event: Event) -> None:
         if isinstance(event, Progress):
             self.reporter.progress(event)
         elif isinstance(event, StageBegun):
             layout = self.layouts[event.index]
-            plural = "s" if self.workers.most > 1 else ""
-            message = f"{self.workers.most} worker{plural}, {self.plans[event.index].why}"
+            plural = "s" if event.workers > 1 else ""
+            message = f"{event.workers} worker{plural}, {self.plans[event.index].why}"
             self.reporter.stage_started(event.index, layout.title, len(self.layouts), message)
         elif isinstance(event, CheckpointSaved):
             place = self.storage.path(self.layouts[event.index].checkpoint(event.step))

@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
-from transformers import TrainerState
 
+from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import PretrainSpec
-from finetune_trainer.checkpoint.store import CheckpointStore
+from finetune_trainer.checkpoint.store import CheckpointStore, Manifest
+from finetune_trainer.checkpoint.universal import SUFFIX, to_universal
 from finetune_trainer.data import eval_prompts, prepare
-from finetune_trainer.errors import Interrupted
+from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.layout import METRICS
 from finetune_trainer.model.load import context_length, load_config, load_tokenizer
-from finetune_trainer.model.source import layouts, stage_source
+from finetune_trainer.model.source import layouts, only_scores, stage_source
+from finetune_trainer.plan.steps import rows_per_step
 from finetune_trainer.progress.channel import Event, StageBegun, StageDone, WorkerEnd
 from finetune_trainer.progress.metrics_log import MetricsLog
 from finetune_trainer.stages import make_trainer
@@ -30,12 +33,15 @@ from finetune_trainer.storage import Storage
 from finetune_trainer.training.callbacks import (
     PROGRESS_STATE,
     CheckpointCallback,
+    MendCallback,
     ProgressCallback,
     StopCallback,
     evaluation_metrics,
 )
-from finetune_trainer.training.context import Placement, StageContext
+from finetune_trainer.training.context import Placement, ResumePoint, StageContext
 from finetune_trainer.training.deepspeed import join_process_group
+from finetune_trainer.training.expert_load import watch_routing
+from finetune_trainer.training.expert_results import save_scores
 from finetune_trainer.training.forget import forget_stage
 from finetune_trainer.training.peers import Peers
 from finetune_trainer.training.results import save_result
@@ -55,9 +61,11 @@ def run_stages(order: WorkOrder) -> None:
     storage, end, placement = Storage(run.root), WorkerEnd(order.channel), _placement(order.accelerator)
     peers = Peers()
     for work in order.stages:
+        if storage.exists(layouts(run)[work.index].done):
+            continue  # Ray has changed the number of workers and started them again
         join_process_group(work.zero, placement.accelerator)
         tell = end.send if placement.rank == 0 else _nobody
-        tell(StageBegun(work.index))
+        tell(StageBegun(work.index, placement.world_size))
         context = stage_context(run, work, order.threads, placement, storage)
         StageRun(context, storage, end, peers, work).train()
         tell(StageDone(work.index))
@@ -89,19 +97,35 @@ class StageRun:
 
     def train(self) -> None:
         """Run the stage to its end, or to where it is asked to stop."""
+        if only_scores(self.context.run.job.spec.stages[self.context.layout.index]):
+            self._score()
+            return
         started = time.monotonic()
-        trainer = make_trainer(self.context)
         resumed = self._resume_point()
+        self.context = replace(self.context, resumed=resumed)
+        trainer = make_trainer(self.context)
         trainer.args.eval_on_start = resumed is None and self.context.data.eval is not None
         callbacks = self._attach(trainer, resumed)
         self._log(f"model ready after {time.monotonic() - started:.1f} s")
-        trainer.train(resume_from_checkpoint=resumed)
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.directory))
+        self._tidy(resumed)
         if callbacks.stop.stopped:
             raise Interrupted(f"stopped at step {trainer.state.global_step}, checkpoint saved")
         self._finish(trainer, callbacks)
 
-    def _resume_point(self) -> str | None:
-        """The newest complete checkpoint as a local directory; what a killed run left half-written is deleted."""
+    def _score(self) -> None:
+        """Measure experts and train nothing."""
+        from finetune_trainer.stages.esft import score
+
+        started = time.monotonic()
+        metrics = score(self.context)
+        if self.first:
+            self._publish(save_scores(self.context, self._result()))
+            self._write_done(0, time.monotonic() - started, 0, metrics)
+        self.peers.wait()
+
+    def _resume_point(self) -> ResumePoint | None:
+        """The newest complete checkpoint, on this machine; what a killed run left half-written is deleted."""
         newest = self.store.newest()
         self.peers.wait()
         if self.first:
@@ -110,18 +134,44 @@ class StageRun:
         if newest is None:
             return None
         self._log(f"resumes at step {newest.step} from its last checkpoint")
-        return str(self.store.fetch(newest.step))
+        return self._fetch(newest)
 
-    def _attach(self, trainer: Any, resumed: str | None) -> _Callbacks:
+    def _fetch(self, newest: Manifest) -> ResumePoint:
+        """The checkpoint in a form that as many workers as there are can read."""
+        placement, place = self.context.placement, self.store.place(newest.step)
+        universal = self.context.zero > 0 and newest.world_size != placement.world_size
+        converted = self.scratch / f"{place.name}{SUFFIX}"
+        if placement.local_rank == 0:
+            self.store.fetch(newest.step)
+            if universal:
+                to_universal(place, converted)
+        if newest.world_size != placement.world_size:
+            rows = f"{self.context.rows_per_step} rows per step, as before"
+            self._log(f"{newest.world_size} workers wrote it and {placement.world_size} go on, with {rows}")
+        self.peers.wait()
+        return ResumePoint(newest.step, converted if universal else place, universal)
+
+    def _tidy(self, resumed: ResumePoint | None) -> None:
+        """Delete copies of the checkpoint that the stage went on from."""
+        if resumed is None or self.context.placement.local_rank != 0:
+            return
+        self.store.drop_copy(resumed.step)
+        if resumed.universal:
+            shutil.rmtree(resumed.directory, ignore_errors=True)
+
+    def _attach(self, trainer: Any, resumed: ResumePoint | None) -> _Callbacks:
         progress = ProgressCallback(self.context, self.peers, self.end, self.work)
         progress.trainer, trainer.paused = trainer, progress.paused
+        trainer.routing = watch_routing(trainer.model)
         if self.first:
             progress.log_file = MetricsLog(self._metrics_path())
         if resumed is not None:
-            progress.restore(json.loads(Path(resumed, PROGRESS_STATE).read_text()))
+            progress.restore(json.loads((resumed.directory / PROGRESS_STATE).read_text()))
+            if resumed.universal and self.context.zero == 3:
+                trainer.add_callback(MendCallback(trainer))
         callbacks = _Callbacks(
             progress,
-            CheckpointCallback(self.context, self.store, self.peers, progress),
+            CheckpointCallback(self.context, self.store, self.peers, progress, trainer.feed),
             StopCallback(self.peers, self.end, self.context.placement.rank),
             SamplesCallback(self.context, self.storage, _prompts(self.context), self.peers),
         )
@@ -136,28 +186,34 @@ class StageRun:
             trainer._save_checkpoint(trainer.model, None)
             callbacks.checkpoint.publish(step)
         metrics = {} if self.context.data.eval is None else evaluation_metrics(trainer.evaluate())
+        metrics |= trainer.final_metrics()
         callbacks.samples.after(trainer.model)
-        result = self.storage.local(self.context.layout.result) or self.scratch / "result"
+        result = self._result()
         save_result(trainer, self.context, result)
         if self.first:
             self._publish(result)
-            self._write_done(trainer.state, callbacks.progress, metrics)
+            losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+            metrics = ({"loss": losses[-1]} if losses else {}) | metrics
+            self._write_done(step, callbacks.progress.rates.seconds, callbacks.progress.tokens, metrics)
         self.peers.wait()
+
+    def _result(self) -> Path:
+        return self.storage.local(self.context.layout.result) or self.scratch / "result"
 
     def _publish(self, result: Path) -> None:
         report = json.dumps(self.context.data.report.to_json(), indent=1)
         self.storage.write_text(self.context.layout.data_report, report)
         if not self.storage.is_local:
             self.storage.upload(result, self.context.layout.result)
-            self.storage.write_text(self.context.layout.metrics, self._metrics_path().read_text())
+            if self._metrics_path().exists():
+                self.storage.write_text(self.context.layout.metrics, self._metrics_path().read_text())
 
-    def _write_done(self, state: TrainerState, progress: ProgressCallback, metrics: dict[str, float]) -> None:
-        losses = [row["loss"] for row in state.log_history if "loss" in row]
+    def _write_done(self, steps: int, seconds: float, tokens: int, metrics: dict[str, float]) -> None:
         done = {
-            "steps": state.global_step,
-            "seconds": progress.rates.seconds,
-            "tokens": progress.tokens,
-            "metrics": ({"loss": losses[-1]} if losses else {}) | metrics,
+            "steps": steps,
+            "seconds": seconds,
+            "tokens": tokens,
+            "metrics": metrics,
             "world_size": self.context.placement.world_size,
             "zero": self.context.zero,
             "environment": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
@@ -196,7 +252,12 @@ def stage_context(
         num_proc=threads,
     )
     output = storage.local(layout.checkpoints) or _scratch(run, index)
-    return StageContext(run, layout, source, tokenizer, config, data, placement, work.zero, output)
+    rows = work.rows_per_step or rows_per_step(stage.spec, placement.world_size)  # type: ignore[arg-type]
+    shards = work.shards or placement.world_size
+    if rows < placement.world_size:
+        message = f"{placement.world_size} workers can't share the {rows} rows of a step: use at most {rows} workers"
+        raise UserError([Problem("resources", message)])
+    return StageContext(run, layout, source, tokenizer, config, data, placement, work.zero, output, rows, shards)
 
 
 def _scratch(run: RunConfig, index: int) -> Path:

@@ -21,17 +21,19 @@ class Steps:
 
 
 def count_steps(spec: TrainingSpec, rows: int | None, workers: int = 1) -> Steps:
-    """Steps as transformers 5.23 counts them (`Trainer.set_initial_training_values`, `get_warmup_steps`).
-
-    A worker's batches are the dataset's, dealt out in turn and filled up to equal numbers (accelerate's
-    `BatchSamplerShard` with `even_batches`); a last, smaller accumulation makes a step too.
-    """
-    per_epoch = None if rows is None else _steps_per_epoch(spec, rows, workers)
+    """Steps as transformers 5.23 counts them (`Trainer.set_initial_training_values`, `get_warmup_steps`) of the batches
+    that `training.batches` makes: the last rows of a pass over the data, too few for a full step, make a step too."""
+    per_step = rows_per_step(spec, workers)
+    per_epoch = None if rows is None else max(math.ceil(rows / per_step), 1)
     total = spec.max_steps
     if total is None and per_epoch is not None:
         total = math.ceil(spec.num_train_epochs * per_epoch)
-    rows_per_step = spec.per_device_train_batch_size * spec.gradient_accumulation_steps * workers
-    return Steps(total, per_epoch, warmup_steps(spec, total), rows_per_step)
+    return Steps(total, per_epoch, warmup_steps(spec, total), per_step)
+
+
+def rows_per_step(spec: TrainingSpec, workers: int) -> int:
+    """The global batch: rows of one optimizer step, all workers together."""
+    return spec.per_device_train_batch_size * spec.gradient_accumulation_steps * workers
 
 
 def warmup_steps(spec: TrainingSpec, total: int | None) -> int | None:
@@ -68,8 +70,3 @@ def mfu(flops_per_token: float, tokens_per_second: float, peak: float | None, wo
         peak: FLOP/s of one device.
     """
     return flops_per_token * tokens_per_second / (peak * workers) if peak else None
-
-
-def _steps_per_epoch(spec: TrainingSpec, rows: int, workers: int) -> int:
-    batches = math.ceil(math.ceil(rows / spec.per_device_train_batch_size) / workers)
-    return max(math.ceil(batches / spec.gradient_accumulation_steps), 1)

@@ -17,9 +17,10 @@ from finetune_trainer.progress.reporter import Progress
 
 @dataclass(frozen=True)
 class StageBegun:
-    """Stage `index` begins, or goes on from a checkpoint."""
+    """Stage `index` begins, or goes on from a checkpoint, with so many workers."""
 
     index: int
+    workers: int
 
 
 @dataclass(frozen=True)

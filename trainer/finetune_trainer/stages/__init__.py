@@ -13,6 +13,7 @@ from finetune_trainer.training.context import StageContext
 MODULES = {
     "pretrain": "finetune_trainer.stages.pretrain",
     "sft": "finetune_trainer.stages.sft",
+    "esft": "finetune_trainer.stages.esft",
     "dpo": "finetune_trainer.stages.dpo",
 }
 
@@ -20,4 +21,8 @@ MODULES = {
 def make_trainer(context: StageContext) -> Any:
     """The trainer of the context's stage. Only that stage's module is imported: TRL's trainers load slowly."""
     kind = context.run.job.spec.stages[context.layout.index].kind
-    return import_module(MODULES[kind]).make_trainer(context)
+    trainer = import_module(MODULES[kind]).make_trainer(context)
+    trainer.feed = context.feed()
+    if context.data.report.streaming:
+        trainer.train_dataset = context.data.train
+    return trainer

@@ -28,7 +28,7 @@ def make_trainer(context: StageContext) -> Any:
         model=model,
         ref_model=_reference(context, spec),
         args=args,
-        train_dataset=context.data.train,
+        train_dataset=context.sample,
         eval_dataset=context.data.eval,
         data_collator=PreferenceCollator(context.tokenizer.pad_token_id),
         processing_class=context.tokenizer,

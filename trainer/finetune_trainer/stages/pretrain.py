@@ -41,7 +41,7 @@ def _causal(context: StageContext, spec: PretrainSpec) -> Any:
     return CausalTrainer(
         model=_model(context, spec, masked=False),
         args=args,
-        train_dataset=context.data.train,
+        train_dataset=context.sample,
         eval_dataset=context.data.eval,
         data_collator=DataCollatorForLanguageModeling(pad_token_id=context.tokenizer.pad_token_id),
         processing_class=context.tokenizer,
@@ -54,7 +54,7 @@ def _masked(context: StageContext, spec: PretrainSpec) -> Any:
     return MaskedTrainer(
         model=_model(context, spec, masked=True),
         args=args,
-        train_dataset=context.data.train,
+        train_dataset=context.sample,
         eval_dataset=_masked_once(context.data.eval, collator),
         data_collator=collator,
         processing_class=context.tokenizer,

@@ -18,6 +18,8 @@ def training_arguments(context: StageContext) -> dict[str, Any]:
     return {
         "output_dir": str(context.output_dir),
         **_optimization(spec),
+        "gradient_accumulation_steps": context.division.accumulation,
+        "ignore_data_skip": spec.data.streaming,  # a stream finds its place itself; transformers would replay it
         **_cadence(spec, has_eval=context.data.eval is not None),
         **context.precision.autocast,
         "use_cpu": not context.placement.accelerator,
@@ -25,7 +27,12 @@ def training_arguments(context: StageContext) -> dict[str, Any]:
         "dataloader_num_workers": spec.dataloader_num_workers,
         "dataloader_pin_memory": context.placement.accelerator,
         "ddp_find_unused_parameters": False,
-        "deepspeed": deepspeed_config(context.run.job.spec.sharding, context.zero, context.placement.accelerator),
+        "deepspeed": deepspeed_config(
+            context.run.job.spec.sharding,
+            context.zero,
+            context.placement.accelerator,
+            universal=context.resumed is not None and context.resumed.universal,
+        ),
         "remove_unused_columns": False,
         "report_to": "none",
         "disable_tqdm": True,
@@ -38,7 +45,6 @@ def _optimization(spec: TrainingSpec) -> dict[str, Any]:
         "max_steps": spec.max_steps or -1,
         "per_device_train_batch_size": spec.per_device_train_batch_size,
         "per_device_eval_batch_size": spec.per_device_eval_batch_size,
-        "gradient_accumulation_steps": spec.gradient_accumulation_steps,
         "learning_rate": spec.learning_rate,
         "lr_scheduler_type": _SCHEDULERS[spec.lr_scheduler_type],
         # transformers 5 reads a number below 1 as a share of all steps.

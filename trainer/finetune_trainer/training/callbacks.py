@@ -15,21 +15,25 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune_api.problems import Problem
 from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.errors import UserError
-from finetune_trainer.layout import CHECKPOINT_PREFIX
 from finetune_trainer.plan.steps import mfu
+from finetune_trainer.progress.channel import CheckpointSaved
 from finetune_trainer.progress.meter import Meter, Rates
 from finetune_trainer.progress.metrics_log import MetricsLog
 from finetune_trainer.progress.reporter import Progress
+from finetune_trainer.training.batches import Feed
 from finetune_trainer.training.context import StageContext
+from finetune_trainer.training.deepspeed import mend_universal
+from finetune_trainer.training.expert_load import expert_loads
 from finetune_trainer.training.memory import peak_memory
 from finetune_trainer.training.peers import Peers
 
 if TYPE_CHECKING:
-    from finetune_trainer.progress.channel import CheckpointSaved, WorkerEnd
+    from finetune_trainer.progress.channel import WorkerEnd
     from finetune_trainer.training.stage_trainer import StageTrainer
     from finetune_trainer.training.work import StageWork
 
 PROGRESS_STATE = "progress.json"
+ASK_SECONDS = 0.5
 _KNOWN = {"loss", "learning_rate", "grad_norm", "epoch", "num_tokens", "total_flos"}
 
 
@@ -44,6 +48,7 @@ class ProgressCallback(TrainerCallback):
         self.trainer: StageTrainer | None = None
         self.log_file: MetricsLog | None = None
         self.last: Progress | None = None
+        self.loads: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the counters."""
@@ -83,6 +88,8 @@ class ProgressCallback(TrainerCallback):
         assert self.trainer is not None
         tokens, samples = self.peers.sum(self.trainer.take_counts())
         self.tokens, self.samples = self.tokens + tokens, self.samples + samples
+        if self.trainer.routing is not None:
+            self.loads = expert_loads(self.trainer.routing, self.peers)
         self.rates = self.meter.update(time.monotonic(), step, self.tokens, self.samples)
 
     def _tell(self, state: TrainerState, logs: dict[str, float], trains: bool) -> None:
@@ -117,8 +124,11 @@ class ProgressCallback(TrainerCallback):
             memory=peak_memory(self.context.placement.accelerator),
             seconds=rates.seconds,
             eta=rates.eta(state.max_steps - state.global_step),
-            metrics={name: float(value) for name, value in logs.items() if name not in _KNOWN} or None,
+            metrics=self._metrics(logs) or None,
         )
+
+    def _metrics(self, logs: dict[str, float]) -> dict[str, float]:
+        return {name: float(value) for name, value in logs.items() if name not in _KNOWN} | self.loads
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         work, workers = self.work, self.context.placement.world_size
@@ -128,8 +138,10 @@ class ProgressCallback(TrainerCallback):
 class CheckpointCallback(TrainerCallback):
     """Makes a written checkpoint complete, and deletes older ones."""
 
-    def __init__(self, context: StageContext, store: CheckpointStore, peers: Peers, progress: ProgressCallback) -> None:
-        self.context, self.store, self.peers, self.progress = context, store, peers, progress
+    def __init__(
+        self, context: StageContext, store: CheckpointStore, peers: Peers, progress: ProgressCallback, feed: Feed
+    ) -> None:
+        self.context, self.store, self.peers, self.progress, self.feed = context, store, peers, progress, feed
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         with self.progress.paused():
@@ -137,33 +149,70 @@ class CheckpointCallback(TrainerCallback):
 
     def publish(self, step: int) -> None:
         """Called by every worker once its own files are written."""
-        placement = self.context.placement
+        placement, place = self.context.placement, self.store.place(step)
+        self.feed.save(step, place)
         if placement.rank == 0:
-            path = self.store.workdir / f"{CHECKPOINT_PREFIX}{step}" / PROGRESS_STATE
-            path.write_text(json.dumps(self.progress.state()))
+            (place / PROGRESS_STATE).write_text(json.dumps(self.progress.state()))
         self.peers.wait()
         if placement.local_rank == 0:
             self.store.push(step)
         self.peers.wait()
         if placement.rank == 0:
-            self.store.publish(step, placement.world_size, self.context.zero)
+            self.store.publish(
+                step,
+                world_size=placement.world_size,
+                zero=self.context.zero,
+                rows_per_step=self.context.rows_per_step,
+                shards=self.context.shards,
+            )
             self.progress.end.send(CheckpointSaved(self.context.layout.index, step))
             self.store.prune(self.context.spec.save_total_limit)
+        if placement.local_rank == 0:
+            self.store.drop_copy(step)
 
 
 class StopCallback(TrainerCallback):
-    """Stops at the next step's end, with a checkpoint, once the driver asks for it."""
+    """Stops at a step's end, with a checkpoint, once the driver asks for it.
+
+    All workers must stop at the same step, so they agree on it. They do so after as many steps as take `ASK_SECONDS`
+    by the first worker's clock (one, where a step takes longer), at steps that they agreed on before.
+    """
 
     def __init__(self, peers: Peers, end: WorkerEnd, rank: int) -> None:
         self.peers, self.end, self.rank = peers, end, rank
         self.stopped = False
+        self.next = 0
+        self.asked = 0, time.monotonic()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.next, self.asked = state.global_step + 1, (state.global_step, time.monotonic())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        wish = self.end.stop_requested() if self.rank == 0 else False
-        if self.peers.any(wish) and state.global_step < state.max_steps:
+        if state.global_step < self.next:
+            return
+        mine = [self.end.stop_requested(), self._steps(state.global_step)] if self.rank == 0 else [0, 0]
+        wish, steps = self.peers.most(mine)
+        self.next = state.global_step + steps
+        if wish and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True
+
+    def _steps(self, step: int) -> int:
+        """Steps until the workers agree again, from the pace since they last did."""
+        (before, then), now = self.asked, time.monotonic()
+        self.asked = step, now
+        return max(1, int(ASK_SECONDS * (step - before) / max(now - then, 1e-9)))
+
+
+class MendCallback(TrainerCallback):
+    """Mends the optimizer after a universal ZeRO-3 checkpoint was loaded."""
+
+    def __init__(self, trainer: StageTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        mend_universal(self.trainer.optimizer, self.trainer.weight_decays)
 
 
 class EpochCallback(TrainerCallback):

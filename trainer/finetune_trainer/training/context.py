@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import PretrainSpec, TrainedSpec
-from finetune_trainer.data import Prepared
+from finetune_trainer.data import Prepared, StreamedRows
 from finetune_trainer.layout import StageLayout
 from finetune_trainer.model.load import is_adapter
 from finetune_trainer.model.precision import Precision, model_dtype, precision
 from finetune_trainer.model.source import ModelSource
+from finetune_trainer.training.batches import Division, Feed
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,16 @@ class Placement:
     local_rank: int
     world_size: int
     accelerator: bool
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """The checkpoint that a stage goes on from."""
+
+    step: int
+    directory: Path
+    universal: bool = False
+    """Whether DeepSpeed's shards in it were converted for another number of workers."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,11 @@ class StageContext:
     placement: Placement
     zero: int
     output_dir: Path
+    rows_per_step: int
+    """The global batch, whatever the number of workers."""
+    shards: int
+    """In so many shards a stream is read."""
+    resumed: ResumePoint | None = None
 
     @property
     def spec(self) -> TrainedSpec:
@@ -47,6 +64,26 @@ class StageContext:
         spec = self.run.job.spec.stages[self.layout.index].spec
         assert not hasattr(spec, "vocab_size"), "a tokenizer stage trains no model"
         return spec  # type: ignore[return-value]
+
+    @property
+    def sample(self) -> Dataset:
+        """What a trainer is built with: the training rows or, of a stream, its first row. TRL looks at the columns and
+        takes no dataset but the `datasets` library's."""
+        rows = self.data.train
+        return Dataset.from_list([next(iter(rows.shard(0, 1)))]) if isinstance(rows, StreamedRows) else rows
+
+    @property
+    def division(self) -> Division:
+        """Which rows of a step are this worker's."""
+        most, place = self.spec.per_device_train_batch_size, self.placement
+        return Division(self.rows_per_step, most, place.world_size, place.rank)
+
+    def feed(self) -> Feed:
+        """The training rows, from the beginning or from where the stage goes on."""
+        seed = self.spec.seed
+        if self.resumed is None:
+            return Feed(self.division, self.shards, seed)
+        return Feed(self.division, self.shards, seed, self.resumed.step, self.resumed.directory)
 
     @cached_property
     def precision(self) -> Precision:
@@ -56,8 +93,8 @@ class StageContext:
 
     @property
     def trains_base(self) -> bool:
-        """Whether every weight trains, and not adapters alone."""
-        return isinstance(self.spec, PretrainSpec) or self.spec.lora is None
+        """Whether every weight trains, and not adapters or some experts alone."""
+        return isinstance(self.spec, PretrainSpec) or getattr(self.spec, "lora", self) is None
 
     @property
     def carries_adapter(self) -> bool:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from finetune_api.cluster import Sharding
 
 
-def deepspeed_config(sharding: Sharding, zero: int, accelerator: bool) -> dict[str, Any] | None:
-    """What `TrainingArguments.deepspeed` takes; None for ZeRO-0, which is torch's own data parallelism."""
+def deepspeed_config(
+    sharding: Sharding, zero: int, accelerator: bool, universal: bool = False
+) -> dict[str, Any] | None:
+    """What `TrainingArguments.deepspeed` takes; None for ZeRO-0, which is torch's own data parallelism.
+
+    Args:
+        universal: the checkpoint to go on from is a universal one.
+    """
     if zero == 0:
         return None
     return {
@@ -22,6 +30,7 @@ def deepspeed_config(sharding: Sharding, zero: int, accelerator: bool) -> dict[s
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
+        **({"checkpoint": {"load_universal": True}} if universal else {}),
     }
 
 
@@ -34,6 +43,21 @@ def _zero_optimization(sharding: Sharding, zero: int, accelerator: bool) -> dict
     if zero == 3:
         config["stage3_gather_16bit_weights_on_model_save"] = True
     return config
+
+
+def mend_universal(optimizer: Any, weight_decays: list[float]) -> None:
+    """Undo what DeepSpeed 0.19 gets wrong in an optimizer loaded from a universal ZeRO-3 checkpoint.
+
+    All sub-groups share one `step` tensor, which each of them then advances; and every parameter group has the first
+    one's settings, so that norms and biases would decay too.
+    """
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+    for group, decay in zip(optimizer.param_groups, weight_decays, strict=True):
+        group["weight_decay"] = decay
 
 
 def join_process_group(zero: int, accelerator: bool) -> None:

@@ -19,9 +19,13 @@ class Peers:
         """Element-wise sum over the workers; every worker gets it."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
+    def most(self, values: Sequence[int]) -> list[int]:
+        """Element-wise maximum over the workers; every worker gets it."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
     def any(self, flag: bool) -> bool:
         """Whether any worker says so."""
-        return bool(self._reduce([int(flag)], dist.ReduceOp.MAX)[0])
+        return bool(self.most([int(flag)])[0])
 
     def wait(self) -> None:
         """Until every worker is here."""
@@ -30,7 +34,7 @@ class Peers:
 
     def _reduce(self, values: Sequence[int], operation: dist.ReduceOp) -> list[int]:
         if not self.many:
-            return list(values)
+            return [int(value) for value in values]
         tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor, op=operation, group=self._group)
         return [int(value) for value in tensor]

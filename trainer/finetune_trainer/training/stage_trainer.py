@@ -10,7 +10,10 @@ import torch
 import transformers
 
 if TYPE_CHECKING:
-    from torch.utils.data import Dataset
+    from torch.utils.data import DataLoader, Dataset
+
+    from finetune_trainer.esft.routing import RoutingCounter
+    from finetune_trainer.training.batches import Feed
 
 _Base: Any = transformers.Trainer if TYPE_CHECKING else object
 
@@ -21,15 +24,33 @@ class StageTrainer(_Base):
     Subclasses put it first: `class Sft(StageTrainer, trl.SFTTrainer)`.
     """
 
+    feed: Feed
+    """Which rows are trained on when."""
+    weight_decays: list[float]
+    """Of the optimizer's groups."""
     tokens_since_log: torch.Tensor | int = 0
     """Tokens this worker has trained on since they were last taken; a tensor, so that counting needs no sync."""
     samples_since_log: int = 0
+    routing: RoutingCounter | None = None
+    """Counts what the routers choose while training; None in a dense model."""
     paused: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Stops the training clock while it is entered."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         """TRL's hook: the data is tokenised already."""
         return dataset
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """transformers' hook: rows as the feed divides them, in place of accelerate's division.
+
+        The batches stay on the CPU until transformers moves each to the device, so that counting them needs no sync.
+        """
+        return self.feed.loader(
+            self.train_dataset,
+            self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """transformers' hook around each optimizer step's batches: count what is in them."""
@@ -38,6 +59,10 @@ class StageTrainer(_Base):
             self.tokens_since_log = self.tokens_since_log + count_tokens(batch)
             self.samples_since_log += len(batch["input_ids"])
         return batches, items
+
+    def final_metrics(self) -> dict[str, float]:
+        """What a stage measures at its end beside the evaluation; every worker calls it."""
+        return {}
 
     def take_counts(self) -> tuple[int, int]:
         """Tokens and rows of this worker since the last call."""
@@ -53,6 +78,7 @@ class StageTrainer(_Base):
         """
         optimizer = super().create_optimizer(model)
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        self.weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
         return optimizer
 
     def _run_epoch(self, **kwargs: Any) -> None:
@@ -60,6 +86,10 @@ class StageTrainer(_Base):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if self.args.ignore_data_skip:
+            # Without skipping, transformers counts a resumed stream's epochs from 0; the share of all steps is right.
+            done = self.state.global_step / self.state.max_steps
+            kwargs |= {"epoch": done, "epochs_trained": done}
         super()._run_epoch(**kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -16,6 +16,10 @@ class StageWork:
     flops_per_token: float
     peak_flops: float | None
     """FLOP/s of one worker's device; None where unknown."""
+    rows_per_step: int | None = None
+    """The global batch. None: the job's rows per forward pass and accumulation, times the workers at hand."""
+    shards: int | None = None
+    """In so many shards a stream is read. None: as many as there are workers."""
 
 
 @dataclass(frozen=True)
