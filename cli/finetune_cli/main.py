@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import typer
 
-from finetune_cli import job_commands, node_commands, talk_commands
+from finetune_cli import cluster_commands, job_commands, node_commands, talk_commands
 
 app = typer.Typer(
     name="finetune",
-    help="Train a language model from a job file: from a corpus to a preference-tuned model, on one machine.",
+    help="Train a language model from a job file: from a corpus to a preference-tuned model, here or on Kubernetes.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
 job_commands.register(app)
+cluster_commands.register(app)
 talk_commands.register(app)
 node_commands.register(app)
 

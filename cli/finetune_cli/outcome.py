@@ -10,6 +10,12 @@ import typer
 from finetune_api.exit_codes import ExitCode
 
 
+class CommandFailed(Exception):
+    """A command failed for no fault of the user's, such as a server that does not answer."""
+
+    exit_code = ExitCode.FAILED
+
+
 def guarded(action: Callable[[], None]) -> None:
     """Run an action; an expected error becomes its message on standard error and its exit code."""
     from finetune_trainer.errors import Interrupted, OutOfMemory, TrainingFailed, UserError
@@ -18,6 +24,8 @@ def guarded(action: Callable[[], None]) -> None:
         action()
     except UserError as error:
         _fail(ExitCode.USER_ERROR, [str(problem) for problem in error.problems])
+    except CommandFailed as error:
+        _fail(ExitCode.FAILED, [str(error)])
     except Interrupted as error:
         _fail(ExitCode.INTERRUPTED, [f"{error}; run again with --resume"])
     except OutOfMemory as error:
