@@ -25,7 +25,7 @@ def start(job: Path, *options: str) -> subprocess.Popen[str]:
     )
 
 
-def run(job: Path, *options: str, timeout: float = 240) -> tuple[int, str]:
+def run(job: Path, *options: str, timeout: float = 600) -> tuple[int, str]:
     """Exit code and output of `finetune run`."""
     process = start(job, *options)
     output, _ = process.communicate(timeout=timeout)

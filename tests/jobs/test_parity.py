@@ -99,7 +99,7 @@ def test_precomputed_reference(lora: dict[str, Any] | None, live: str, curve: Cu
     assert precomputed == pytest.approx(beside, abs=CLOSE)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_zero_and_workers(job: Job, write_job: WriteJob, tmp_path: Path) -> None:
     """Whole jobs: ZeRO-1, 2 and 3 on two workers = one worker, for every weight, adapters and QLoRA, and for DPO
     with the reference computed ahead on two workers = beside it on one."""
