@@ -143,6 +143,7 @@ def _stop(draft: Draft, run: RunView, reason: Reason) -> bool:
     """Ask for a checkpoint, give it time, then delete the run; False once it is gone."""
     asked = draft.stop_asked(run.run)
     if run.deleting:
+        draft.set(Type.RUNNING, "False", Reason.STOPPING, "the pods have their grace period")
         return True
     grace = _kubernetes(draft).checkpoint_grace_seconds
     if run.state is RunState.RUNNING and asked is None:

@@ -1,0 +1,146 @@
+"""Decisions as a table: what is seen of a job, and what is done about it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from worlds import NOW, VALID, ago, attempt, conditions, pod, run, said, seen
+
+from finetune_operator.actions import DeleteJob, DeleteRun, StartRun, StopRun
+from finetune_operator.conditions import Reason
+from finetune_operator.decide import decide
+from finetune_operator.observed import Observed, RunState, Trouble
+from finetune_operator.settings import Settings
+
+SETTINGS = Settings(backoff_seconds=10, backoff_cap_seconds=300)
+RUNNING = {"conditions": [*VALID, *conditions(Running="True/Training")], "attempts": [attempt(1)], "attempt": 1}
+OVER = {"conditions": [*VALID, *conditions(Succeeded="True/Completed")], "completionTime": ago(100)}
+
+
+def failed(*records: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"conditions": VALID, "attempts": list(records), **more}
+
+
+CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
+    "a new job starts": (seen(), "Pending", (StartRun(1),)),
+    "a new job is checked first": (seen(None, kubernetes={}), "Preflight", (StartRun(0),)),
+    "a suspended job does not start": (seen(None, runPolicy={"suspend": True}), "Suspended", ()),
+    "an attempt found running is adopted": (seen(None, run()), "Running", ()),
+    "another owner's run is nobody's": (seen(None, run(owner="other")), "Pending", (StartRun(1),)),
+    "pods on their way": (seen(RUNNING, run(state=RunState.PENDING)), "Pending", ()),
+    "a queue holds it": (seen(RUNNING, run(state=RunState.QUEUED)), "Queued", ()),
+    "a user error ends it": (
+        seen(RUNNING, run(state=RunState.FAILED), pod(exit_code=2, termination_message=said(2, "bad"))), "Failed", ()),
+    "success": (seen(RUNNING, run(state=RunState.SUCCEEDED)), "Succeeded", ()),
+    "success outweighs a suspension": (
+        seen(RUNNING, run(state=RunState.SUCCEEDED), runPolicy={"suspend": True}), "Succeeded", ()),
+    "a crash waits first": (seen(RUNNING, run(state=RunState.FAILED), pod(exit_code=1)), "Retrying", ()),
+    "a wait that is over": (seen(failed(attempt(1, "TrainingFailed", 11))), "Pending", (StartRun(2),)),
+    "the wait doubles": (
+        seen(failed(attempt(1, "TrainingFailed", 90), attempt(2, "TrainingFailed", 11))), "Retrying", ()),
+    "a resumed job does not wait": (
+        seen(failed(attempt(1, "Interrupted", 1, requested=True))), "Pending", (StartRun(2),)),
+    "too many failures": (
+        seen(failed(*(attempt(n, "TrainingFailed", 1000) for n in (1, 2))), runPolicy={"backoffLimit": 1}),
+        "Failed", ()),
+    "evictions don't count": (
+        seen(failed(*(attempt(n, "Evicted", 1000) for n in range(1, 9))), runPolicy={"backoffLimit": 1}),
+        "Pending", (StartRun(9),)),
+    "progress sets the count back": (
+        seen(failed(*(attempt(n, "TrainingFailed", 1000, checkpoint=f"c-{n}") for n in range(1, 9))),
+             runPolicy={"backoffLimit": 0}), "Failed", ()),
+    "suspension asks for a checkpoint": (seen(RUNNING, run(), runPolicy={"suspend": True}), "Stopping", (StopRun(1),)),
+    "and asks again": (
+        seen(RUNNING | {"attempts": [attempt(1, stopRequestedTime=ago(5))]}, run(), runPolicy={"suspend": True}),
+        "Stopping", (StopRun(1),)),
+    "and then stops the pods": (
+        seen(RUNNING | {"attempts": [attempt(1, stopRequestedTime=ago(121))]}, run(), runPolicy={"suspend": True}),
+        "Stopping", (DeleteRun(1),)),
+    "what has not begun is deleted at once": (
+        seen(RUNNING, run(state=RunState.PENDING), runPolicy={"suspend": True}), "Stopping", (DeleteRun(1),)),
+    "pods that are going are waited for": (
+        seen(RUNNING, run(deleting=True), runPolicy={"suspend": True}), "Stopping", ()),
+    "suspended once they are gone": (
+        seen(RUNNING | {"attempts": [attempt(1, stopReason="Suspended")]}, runPolicy={"suspend": True}),
+        "Suspended", ()),
+    "a deadline asks for a checkpoint": (
+        seen(RUNNING | {"startTime": ago(61)}, run(), runPolicy={"activeDeadlineSeconds": 60}),
+        "Stopping", (StopRun(1),)),
+    "a deadline between two attempts": (
+        seen(failed(attempt(1, "TrainingFailed", 5), startTime=ago(61)), runPolicy={"activeDeadlineSeconds": 60}),
+        "Failed", ()),
+    "before the deadline": (
+        seen(RUNNING | {"startTime": ago(59)}, run(), runPolicy={"activeDeadlineSeconds": 60}), "Running", ()),
+    "a finished job stays": (seen(OVER), "Succeeded", ()),
+    "a finished job goes after its time": (
+        seen(OVER, runPolicy={"ttlSecondsAfterFinished": 99}), "Succeeded", (DeleteJob(),)),
+    "not before": (seen(OVER, runPolicy={"ttlSecondsAfterFinished": 101}), "Succeeded", ()),
+    "what still runs of a finished job is stopped": (seen(OVER, run(2)), "Succeeded", (DeleteRun(2),)),
+    "a Job deleted behind our back": (seen(RUNNING), "Retrying", ()),
+    "preflight passed": (
+        seen({"conditions": VALID[:1]}, run(0, RunState.SUCCEEDED),
+             pod(0, termination_message=said(plan={"parameters": 7})), kubernetes={}), "Pending", (StartRun(1),)),
+    "preflight failed": (
+        seen({"conditions": VALID[:1]}, run(0, RunState.FAILED), pod(0, exit_code=2, termination_message=said(2, "no")),
+             kubernetes={}), "Failed", ()),
+    "preflight passed, and its Job was cleaned up": (
+        seen({"conditions": VALID[:1], "attempts": [attempt(1)]}, run(), kubernetes={}), "Running", ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_decision(name: str) -> None:
+    world, phase, actions = CASES[name]
+    decision = decide(world, SETTINGS, NOW)
+    assert (decision.status["phase"], decision.actions) == (phase, actions)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_deciding_again_from_the_result_settles(name: str) -> None:
+    """A second look at a world in which nothing happened but the write of the status asks for nothing new."""
+    world, _, actions = CASES[name]
+    first = decide(world, SETTINGS, NOW)
+    again = Observed({**world.body, "status": first.status}, world.runs, world.pods)
+    started = tuple(action.run for action in actions if isinstance(action, StartRun))
+    again = Observed(again.body, (*world.runs, *(run(n, RunState.PENDING) for n in started)), world.pods)
+    second = decide(again, SETTINGS, NOW)
+    third = decide(Observed({**world.body, "status": second.status}, again.runs, again.pods), SETTINGS, NOW)
+    assert third.status == second.status
+    assert not any(isinstance(action, StartRun) for action in second.actions)
+    assert third.events == ()
+
+
+def test_the_wait_before_the_next_attempt() -> None:
+    decision = decide(seen(failed(attempt(1, "TrainingFailed", 4))), SETTINGS, NOW)
+    assert decision.wake == NOW + timedelta(seconds=6)
+    assert "next attempt at" in next(c for c in decision.status["conditions"] if c["type"] == "Running")["message"]
+
+
+def test_what_is_refused_now_is_tried_later() -> None:
+    trouble = Trouble(Reason.FORBIDDEN, "exceeded quota", NOW + timedelta(seconds=3))
+    world = seen()
+    now = decide(Observed(world.body, trouble=trouble), SETTINGS, NOW)
+    assert now.actions == () and now.wake == trouble.again
+    assert decide(Observed(world.body, trouble=trouble), SETTINGS, trouble.again).actions == (StartRun(1),)
+
+
+def test_progress_alone_is_not_urgent() -> None:
+    first = decide(seen(RUNNING, run()), SETTINGS, NOW).status
+    report = {"current": 1, "step": {"step": 3, "total": 10, "loss": 2.5}, "stages": []}
+    later = decide(seen(first, run(), report=report), SETTINGS, NOW)
+    assert later.status["step"] == "3/10" and not later.urgent
+    assert decide(seen(first, run(state=RunState.PENDING)), SETTINGS, NOW).urgent
+
+
+def test_times_of_conditions_move_with_their_status_alone() -> None:
+    decision = decide(seen(RUNNING, run()), SETTINGS, NOW)
+    times = {item["type"]: item["lastTransitionTime"] for item in decision.status["conditions"]}
+    assert times["Validated"] == ago(500) and times["Running"] == ago(500) and times["Admitted"] == ago(0)
+
+
+def test_a_status_of_many_attempts_stays_small() -> None:
+    records = [attempt(n, "Interrupted", 1000, requested=True) for n in range(1, 60)]
+    decision = decide(seen(failed(*records)), SETTINGS, NOW)
+    assert decision.actions == (StartRun(60),) and len(decision.status["attempts"]) == 20
