@@ -312,3 +312,16 @@ def test_a_watch_outlives_whatever_cuts_it(
                 break
     assert tuple(seen) == phases and not faults
     assert any("connection lost" in note for note in notes) and notes[-1] == ""
+
+
+def test_on_a_terminal_the_status_is_drawn_again_in_place(finetune: Finetune, jobs: Jobs) -> None:
+    jobs.create(job())
+    write_status(jobs, RUNNING)
+    with finetune.on_a_terminal("status", "tiny", "--watch") as terminal:
+        first = terminal.until("ETA 1 min 30 s")
+        assert "stage 2/2 pretrain" in first and "━" in first
+        write_status(jobs, RUNNING | {"progress": RUNNING["progress"] | {"step": 9, "etaSeconds": 10.0}})
+        assert "\x1b[1A" in terminal.until("9/10")
+        write_status(jobs, SUCCEEDED)
+        terminal.until("Succeeded")
+        assert terminal.exit_code() == 0

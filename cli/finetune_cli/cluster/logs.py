@@ -55,6 +55,8 @@ class Logs:
         number: int | None = _newest(job) if run is None else run
         while number is not None:
             pod = self._begun(number)
+            if pod is None and run is not None:
+                raise self._absent(self.jobs.read(self.name), run)
             if pod is not None:
                 with self.jobs.telling(self.name):
                     self._stream(pod)
@@ -68,17 +70,18 @@ class Logs:
         """The run's pod once it has a log; None where the job has gone on without it."""
         said = ""
         while True:
+            job = self.jobs.read(self.name)
+            waits = _newest(job) == run and not job_has_ended(job)
+            deadline = time.monotonic() + (LOOK_SECONDS if waits else 0)
             with self.jobs.telling(self.name):
-                deadline = time.monotonic() + LOOK_SECONDS
                 for seen in follow(self.jobs.cluster, self._path(), selector(self.name, run), deadline=deadline):
                     pod = by_node(list(seen.values())).get(self.node)
                     if pod is not None and has_started(pod):
                         return pod
-                    said = _note(self._waiting(run, pod), said)
-            job = self.jobs.read(self.name)
+                    said = _note(self._waiting(run, pod), said) if waits else said
             if _newest(job) > run:
                 return None
-            if job_has_ended(job) or _newest(job) < run:
+            if not waits:
                 raise self._absent(job, run)
 
     def _next(self, run: int) -> int | None:
