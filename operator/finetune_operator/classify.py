@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from finetune_api.exit_codes import ExitCode
+from finetune_api.redact import redact
 from finetune_api.report import AttemptReport
 from finetune_operator.conditions import Reason
 from finetune_operator.observed import PodView, RunView
@@ -139,5 +140,6 @@ def _place(pods: Iterable[PodView]) -> tuple[str | None, str | None]:
 
 
 def _clip(text: str) -> str:
-    """The end of a long text: a traceback's last lines tell most."""
+    """The end of a long text: a traceback's last lines tell most. What kubelet took from a log may hold secrets."""
+    text = redact(text, {})
     return text if len(text) <= MESSAGE_LIMIT else "…" + text[-MESSAGE_LIMIT + 1 :]

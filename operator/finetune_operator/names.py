@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from finetune_api.job import GROUP
 from finetune_api.labels import CONTAINER as CONTAINER
 from finetune_api.labels import JOB_LABEL, MANAGED_BY, OPERATOR, PREFLIGHT, RUN_LABEL
 
+LEAST_ANNOTATION = f"{GROUP}/min-nodes"
+"""Nodes that an elastic run can do with; on its Job, so that its state can be read from it alone."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 RAY_PORT = 6379
 CONFIG_FILE = "run.json"

@@ -31,6 +31,7 @@ def render(run: Run) -> Json:
     """The Job of an attempt, or of the preflight."""
     spec = _preflight_spec(run) if run.number == 0 else _attempt_spec(run)
     metadata = run.metadata(run.name)
+    metadata["annotations"] = {names.LEAST_ANNOTATION: str(run.resources.min_nodes or run.nodes)}
     queue = (run.body["metadata"].get("labels") or {}).get(names.QUEUE_LABEL)
     if queue and run.number:
         metadata["labels"][names.QUEUE_LABEL] = queue
@@ -103,8 +104,8 @@ def _state(body: Json, status: Json, conditions: dict[str, Json]) -> tuple[RunSt
     if (body.get("spec") or {}).get("suspend"):
         held = {"message": "the queue has not admitted it yet"}
         return RunState.QUEUED, conditions.get("Suspended", held) | held
-    ready, active = status.get("ready") or 0, status.get("active") or 0
-    return (RunState.RUNNING if active and ready >= active else RunState.PENDING), {}
+    least = int((body["metadata"].get("annotations") or {}).get(names.LEAST_ANNOTATION, 1))
+    return (RunState.RUNNING if (status.get("ready") or 0) >= least else RunState.PENDING), {}
 
 
 def _ended(status: Json, telling: Json) -> datetime | None:

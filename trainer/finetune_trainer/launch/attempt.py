@@ -18,7 +18,7 @@ from finetune_trainer.progress.attempt import AttemptReporter, termination_messa
 from finetune_trainer.progress.multi import Reporters
 from finetune_trainer.progress.plain import PlainReporter
 from finetune_trainer.progress.report_server import ReportServer
-from finetune_trainer.redact import redact
+from finetune_api.redact import redact
 from finetune_trainer.runtime import apply_environment, quiet_environment
 
 TERMINATION_LOG = Path("/dev/termination-log")

@@ -90,7 +90,7 @@ class Pipeline:
         self.reporter.stage_finished(0, first.title, self.storage.path(first.result), metrics)
 
     def _prepare(self) -> None:
-        preparation = Preparation(self.run, self.workers, self.storage, self.reporter)
+        preparation = Preparation(self.run, self.workers, self.storage, self.reporter.log)
         plan = preparation.run_all(self._todo(), self.stop)
         self.plans, self.peak = {stage.index: stage for stage in plan.stages}, plan.peak
 

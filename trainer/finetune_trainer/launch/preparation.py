@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from finetune_api.problems import Problem
@@ -16,20 +17,26 @@ from finetune_trainer.model.load import context_length, load_config, load_tokeni
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.plan.devices import local_device
 from finetune_trainer.plan.job import DataSize, JobPlan, PlanContext, plan_job
-from finetune_trainer.progress.reporter import Reporter
 from finetune_trainer.storage import Storage
 
 
 class Preparation:
-    """Tokenises all data up front, so that a fault in the last stage's is told before the first one trains."""
+    """Tokenises all data up front, so that a fault in the last stage's is told before the first one trains.
 
-    def __init__(self, run: RunConfig, workers: Workers, storage: Storage, reporter: Reporter) -> None:
-        self.run, self.workers, self.storage, self.reporter = run, workers, storage, reporter
+    Args:
+        log: is told a line at a time what happens.
+
+    Raises:
+        UserError: there is no tokenizer or no model.
+    """
+
+    def __init__(self, run: RunConfig, workers: Workers, storage: Storage, log: Callable[[str], None]) -> None:
+        self.run, self.workers, self.log = run, workers, log
         # All trained stages of a job have the tokenizer and the architecture that the first of them starts from.
         first = 1 if run.job.spec.stages[0].tokenizer is not None else 0
-        self.source = stage_source(run, first, storage)
-        self.tokenizer = load_tokenizer(self.source)
-        self.config = load_config(self.source, self.tokenizer)
+        source = stage_source(run, first, storage)
+        self.tokenizer = load_tokenizer(source)
+        self.config = load_config(source, self.tokenizer)
 
     def run_all(self, todo: list[StageLayout], stop: threading.Event) -> JobPlan:
         """Prepare the stages' data; returns the plan of all trained stages.
@@ -44,26 +51,31 @@ class Preparation:
             if stop.is_set():
                 raise Interrupted("stopped before training began")
             try:
-                reports[layout.index] = self._prepare(layout)
+                reports[layout.index] = self.prepare(layout.index)
             except UserError as error:
                 problems += error.problems
         if problems:
             raise UserError(problems)
         return self._plan(reports)
 
-    def _prepare(self, layout: StageLayout) -> DataReport:
-        stage = self.run.job.spec.stages[layout.index]
+    def prepare(self, index: int) -> DataReport:
+        """Prepare one stage's data.
+
+        Raises:
+            UserError: every fault in it.
+        """
+        stage = self.run.job.spec.stages[index]
         prepared = prepare(
             stage.spec,  # type: ignore[arg-type]  # the tokenizer stage is done by now
             self.tokenizer,
             context_length(self.config),
-            where=f"stages[{layout.index}].{stage.kind}",
+            where=f"stages[{index}].{stage.kind}",
             cache_dir=Path(self.run.cache_dir),
             base_dir=Path(self.run.base_dir),
             num_proc=self.workers.cpus * self.workers.most,
-            on_progress=lambda line: self.reporter.log(f"{layout.title}: {line}"),
+            on_progress=lambda line: self.log(f"{stage.title}: {line}"),
         )
-        self.reporter.log(f"{layout.title}: {data_line(prepared.report)}")
+        self.log(f"{stage.title}: {data_line(prepared.report)}")
         return prepared.report
 
     def _plan(self, reports: dict[int, DataReport]) -> JobPlan:

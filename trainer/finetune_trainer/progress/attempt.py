@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune_api.report import TERMINATION_MESSAGE_BYTES, AttemptReport
 from finetune_trainer.progress.reporter import Progress
-from finetune_trainer.redact import redact
+from finetune_api.redact import redact
 
 Json = dict[str, Any]
 _STEP = {

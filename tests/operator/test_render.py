@@ -1,0 +1,220 @@
+"""What is rendered for a run: by either engine, with the user's pod template, within limits."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from worlds import UID, body
+
+from finetune_api.runconfig import RunConfig
+from finetune_operator import names
+from finetune_operator.actions import DeleteRun, StartRun
+from finetune_operator.engines import ENGINES
+from finetune_operator.observed import RunState
+from finetune_operator.plan import Create, patch_status, plan
+from finetune_operator.render.run import Run
+from finetune_operator.settings import Settings
+
+SETTINGS = Settings(token_key=b"k", ray_version="2.60.0", image="trainer:1")
+Json = dict[str, Any]
+
+
+def objects(number: int = 1, settings: Settings = SETTINGS, **spec: Any) -> dict[str, Json]:
+    """Manifests by kind."""
+    made = plan(body(**spec), (StartRun(number),), settings)
+    return {item.body["kind"]: item.body for item in made if isinstance(item, Create)}
+
+
+def pod_spec(**spec: Any) -> Json:
+    found: Json = objects(**spec)["Job"]["spec"]["template"]["spec"]
+    return found
+
+
+def trainer(spec: Json) -> Json:
+    return next(item for item in spec["containers"] if item["name"] == "trainer")
+
+
+def test_the_run_itself_comes_last_and_all_is_owned() -> None:
+    made = plan(body(), (StartRun(1),), SETTINGS)
+    kinds = [item.body["kind"] for item in made if isinstance(item, Create)]
+    assert kinds == ["ConfigMap", "Secret", "Service", "Job"]
+    for item in made:
+        assert isinstance(item, Create)
+        (owner,) = item.body["metadata"]["ownerReferences"]
+        assert (owner["uid"], owner["controller"]) == (UID, True)
+
+
+def test_rendering_twice_gives_the_same() -> None:
+    assert objects() == objects()
+
+
+def test_a_pod_is_a_node_with_all_its_gpus() -> None:
+    job = objects(resources={"nodes": 4, "gpusPerNode": 8, "cpusPerNode": "64", "memoryPerNode": "512Gi"})["Job"]
+    assert (job["spec"]["completions"], job["spec"]["parallelism"], job["spec"]["backoffLimit"]) == (4, 4, 0)
+    assert job["spec"]["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
+    resources = trainer(job["spec"]["template"]["spec"])["resources"]
+    assert resources["limits"] == {"memory": "512Gi", "nvidia.com/gpu": "8"}
+    assert resources["requests"] == {"cpu": "64", "memory": "512Gi"}
+
+
+def test_the_user_s_template_stays_and_the_operator_s_part_is_added() -> None:
+    own = {
+        "name": "trainer",
+        "env": [{"name": "NCCL_DEBUG", "value": "INFO"}, {"name": "HOME", "value": "/root"}],
+        "volumeMounts": [{"name": "data", "mountPath": "/data"}],
+        "resources": {"limits": {"rdma/ib": "1"}},
+    }
+    template = {
+        "metadata": {"labels": {"team": "a"}, "annotations": {"note": "b"}},
+        "spec": {
+            "nodeSelector": {"gpu": "h100"},
+            "tolerations": [{"operator": "Exists"}],
+            "containers": [own, {"name": "sidecar", "image": "x"}],
+            "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "d"}}],
+        },
+    }
+    made = objects(resources={"podTemplate": template, "gpusPerNode": 1})["Job"]["spec"]["template"]
+    spec, container = made["spec"], trainer(made["spec"])
+    assert made["metadata"]["labels"]["team"] == "a" and made["metadata"]["annotations"] == {"note": "b"}
+    assert spec["nodeSelector"] == {"gpu": "h100"} and spec["tolerations"] == [{"operator": "Exists"}]
+    assert [item["name"] for item in spec["containers"]] == ["trainer", "sidecar"]
+    env = {item["name"]: item.get("value") for item in container["env"]}
+    assert env["NCCL_DEBUG"] == "INFO" and env["HOME"] == "/tmp"
+    assert container["resources"]["limits"] == {"rdma/ib": "1", "nvidia.com/gpu": "1"}
+    assert {"name": "data", "mountPath": "/data"} in container["volumeMounts"]
+    assert container["image"] == "trainer:1"
+
+
+def test_pods_meet_the_restricted_standard() -> None:
+    spec = pod_spec()
+    container = trainer(spec)
+    assert spec["securityContext"]["runAsNonRoot"] and spec["automountServiceAccountToken"] is False
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+def test_secrets_come_by_reference_alone() -> None:
+    made = objects(kubernetes={"envFromSecrets": ["hub", "s3"], "preflight": False})
+    container = trainer(made["Job"]["spec"]["template"]["spec"])
+    assert container["envFrom"] == [{"secretRef": {"name": "hub"}}, {"secretRef": {"name": "s3"}}]
+    token = made["Secret"]["stringData"]["auth_token"]
+    assert len(token) == 64 and token not in json.dumps({kind: item for kind, item in made.items() if kind != "Secret"})
+
+
+def test_tokens_differ_by_run_and_job() -> None:
+    first, second = (objects(number)["Secret"]["stringData"]["auth_token"] for number in (1, 2))
+    assert first != second
+
+
+def test_claims_are_mounted_where_the_run_config_says() -> None:
+    data = {"sources": [{"inline": [{"text": "a b c"}]}]}
+    stages = [{"pretrain": {"data": data, "maxSteps": 10}}]
+    made = objects(storage={"uri": "pvc://results/a/b"}, model={"uri": "pvc://models/llama"}, stages=stages)
+    config = RunConfig.model_validate_json(made["ConfigMap"]["data"]["run.json"])
+    assert config.root == "/pvc/results/a/b/team/tiny"
+    mounts = {item["mountPath"] for item in trainer(made["Job"]["spec"]["template"]["spec"])["volumeMounts"]}
+    assert {"/pvc/results", "/pvc/models"} <= mounts
+
+
+def test_the_model_cache_is_shared_by_attempts() -> None:
+    volumes = pod_spec(kubernetes={"modelCacheClaim": "cache", "preflight": False})["volumes"]
+    cache = next(item for item in volumes if item["name"] == "finetune-cache")
+    assert cache["persistentVolumeClaim"] == {"claimName": "cache"}
+
+
+def test_a_preflight_takes_no_gpu_and_no_gpu_node() -> None:
+    template = {"spec": {"nodeSelector": {"gpu": "h100"}}}
+    made = objects(0, resources={"nodes": 2, "gpusPerNode": 8, "podTemplate": template}, kubernetes={})
+    spec = made["Job"]["spec"]["template"]["spec"]
+    assert set(made) == {"ConfigMap", "Job"} and "nodeSelector" not in spec
+    assert trainer(spec)["resources"]["limits"] == {"memory": "4Gi"}
+
+
+def test_names_at_their_limit() -> None:
+    long = body()
+    long["metadata"]["name"] = "a" * 40
+    for number in (0, 99999):
+        for item in plan(long, (StartRun(number),), SETTINGS):
+            assert isinstance(item, Create)
+            assert len(item.body["metadata"]["name"]) <= (47 if item.run and number else 63)
+
+
+def test_a_network_policy_lets_in_the_run_and_the_operator() -> None:
+    settings = Settings(token_key=b"k", network_policy=True, operator_namespace="ops")
+    policy = objects(settings=settings)["NetworkPolicy"]["spec"]
+    own = {"podSelector": {"matchLabels": names.labels("tiny", 1)}}
+    assert policy["podSelector"] == own["podSelector"] and policy["ingress"][0] == {"from": [own]}
+    assert policy["ingress"][1]["ports"] == [{"port": 8469}]
+
+
+def test_a_ray_job_by_kuberay_s_rules() -> None:
+    made = objects(kubernetes={"engine": "kuberay"}, resources={"nodes": 3, "gpusPerNode": 8})["RayJob"]
+    spec = made["spec"]
+    assert (spec["backoffLimit"], spec["shutdownAfterJobFinishes"]) == (0, True)
+    cluster = spec["rayClusterSpec"]
+    assert cluster["rayVersion"] == "2.60.0" and cluster["authOptions"] == {"mode": "token"}
+    (group,) = cluster["workerGroupSpecs"]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (2, 2, 2)
+    for template in (cluster["headGroupSpec"]["template"], group["template"]):
+        container = template["spec"]["containers"][0]
+        assert "command" not in container and container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+        assert not any(item["name"].startswith("RAY_AUTH") for item in container["env"])
+
+
+def ray_job(status: Json, **spec: Any) -> Json:
+    made = objects(kubernetes={"engine": "kuberay"})["RayJob"]
+    made["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
+    return {**made, "spec": {**made["spec"], **spec}, "status": status}
+
+
+@pytest.mark.parametrize(
+    ("status", "state"),
+    [
+        ({}, RunState.PENDING),
+        ({"jobDeploymentStatus": "Initializing"}, RunState.PENDING),
+        ({"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}, RunState.RUNNING),
+        ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, RunState.SUCCEEDED),
+        ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, RunState.FAILED),
+        ({"jobDeploymentStatus": "Complete", "jobStatus": "FAILED"}, RunState.FAILED),
+        ({"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}, RunState.FAILED),
+        ({"jobDeploymentStatus": "ValidationFailed"}, RunState.FAILED),
+        ({"jobDeploymentStatus": "Suspended"}, RunState.QUEUED),
+    ],
+)
+def test_the_states_of_a_ray_job(status: Json, state: RunState) -> None:
+    view = ENGINES["kuberay"].observe(ray_job(status))
+    assert view is not None and view.state is state
+
+
+def test_a_ray_job_held_by_a_queue_and_its_exit_code() -> None:
+    held = ENGINES["kuberay"].observe(ray_job({}, suspend=True))
+    assert held is not None and held.state is RunState.QUEUED
+    message = "Job entrypoint command failed with exit code 2, last available logs (truncated to 20,000 chars): …"
+    ended = ENGINES["kuberay"].observe(ray_job({"jobDeploymentStatus": "Failed", "message": message}))
+    assert ended is not None and ended.exit_code == 2
+
+
+def test_the_queue_s_label_is_on_the_run_alone() -> None:
+    queued = body()
+    queued["metadata"]["labels"] = {names.QUEUE_LABEL: "gpu"}
+    made = plan(queued, (StartRun(1),), SETTINGS)[-1]
+    assert isinstance(made, Create)
+    assert made.body["metadata"]["labels"][names.QUEUE_LABEL] == "gpu"
+    assert names.QUEUE_LABEL not in made.body["spec"]["template"]["metadata"]["labels"]
+
+
+def test_a_status_patch_takes_away_what_is_gone() -> None:
+    before = {"phase": "Running", "progress": {"step": 1, "loss": 2.0}, "eta": "1m", "attempt": 1}
+    patch = patch_status(body(before), {"phase": "Running", "progress": {"step": 2}, "attempt": 1})
+    assert patch.status == {"progress": {"step": 2, "loss": None}, "eta": None}
+
+
+def test_deleting_a_run_names_its_engine_s_object() -> None:
+    (operation,) = plan(body(kubernetes={"engine": "kuberay"}), (DeleteRun(2),), SETTINGS)
+    assert operation.path == "/apis/ray.io/v1/namespaces/team/rayjobs/tiny-2"
+
+
+def test_every_job_runs_with_its_run() -> None:
+    assert Run(body(), 1, SETTINGS).name == "tiny-1" and Run(body(), 0, SETTINGS).name == "tiny-preflight"
