@@ -48,7 +48,6 @@ def render(directory: Path, values: Json | None = None, *options: str, namespace
 def _values(directory: Path, values: Json | None) -> list[str]:
     if not values:
         return []
-    directory.mkdir(parents=True, exist_ok=True)
     file = directory / "values.yaml"
     file.write_text(yaml.safe_dump(values))
     return [f"--values={file}"]
@@ -88,6 +87,7 @@ class Installed:
 @contextmanager
 def installed(admin: Access, directory: Path, values: Json | None = None, *options: str) -> Iterator[Installed]:
     """`helm install` into a namespace of its own; the release, and then its namespace, go at the end."""
+    directory.mkdir(parents=True, exist_ok=True)
     with namespace_of(admin, "finetune-system") as namespace:
         manifests = render(directory, values, *options, namespace=namespace)
         account = only(manifests, "Deployment")["spec"]["template"]["spec"]["serviceAccountName"]
