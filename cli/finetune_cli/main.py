@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from finetune_cli import cluster_commands, job_commands, node_commands, talk_commands
+from finetune_cli import cluster_commands, expert_commands, job_commands, node_commands, talk_commands
 
 app = typer.Typer(
     name="finetune",
@@ -17,6 +17,7 @@ app = typer.Typer(
 job_commands.register(app)
 cluster_commands.register(app)
 talk_commands.register(app)
+expert_commands.register(app)
 node_commands.register(app)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ MERGE_PATCH = "application/merge-patch+json"
 JSON = "application/json"
 CONNECT_SECONDS = 15.0
 ANSWER_SECONDS = 60.0
+_POOL = re.compile(r"^\w+\(host=[^)]*\): ")
+"""How urllib3 begins its messages: with the address, which ours name already."""
 _POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -109,7 +112,7 @@ class Cluster:
                 raise _refusal(answer.status, answer.read())
             yield answer
         except (HTTPError, ApiException, OSError) as error:
-            raise Unreachable(" ".join(str(error).split())) from error
+            raise Unreachable(_POOL.sub("", " ".join(str(error).split()))) from error
         finally:
             if answer is not None:
                 answer.close()

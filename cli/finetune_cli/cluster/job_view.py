@@ -16,6 +16,7 @@ from finetune_cli.cluster.list_view import COLOURS
 from finetune_cli.cluster.reading import (
     conditions_of,
     hint_of,
+    is_moving,
     phase_of,
     progress_of,
     seconds_between,
@@ -28,6 +29,7 @@ from finetune_trainer.progress.reporter import Progress
 
 Json = dict[str, Any]
 _GLYPHS = {"Succeeded": ("✓", "green"), "Running": ("●", "cyan"), "Pending": ("○", "dim")}
+_STOPPED = ("■", "yellow")
 _INDENT = (0, 0, 0, 2)
 
 
@@ -74,7 +76,7 @@ class JobView:
     def _sections(self) -> Iterator[RenderableType]:
         status = status_of(self.job)
         tables = {
-            "Stages": _stages(status.get("stages") or [], self.now),
+            "Stages": _stages(status.get("stages") or [], self.now if is_moving(self.job) else None),
             "Conditions": _conditions(conditions_of(self.job), self.now),
             "Attempts": _attempts(status.get("attempts") or [], self.now),
         }
@@ -111,16 +113,18 @@ def _failure(failure: Json) -> Text:
     )
 
 
-def _stages(stages: list[Json], now: datetime) -> Table:
+def _stages(stages: list[Json], now: datetime | None) -> Table:
+    """The stages' table; `now` is None where the job stands still."""
     table = _table("", "stage", "took", "metrics", "result")
     for number, stage in enumerate(stages, 1):
         state = str(stage.get("state", ""))
-        glyph, colour = _GLYPHS.get(state, ("", ""))
-        took = seconds_between(stage.get("startTime"), stage.get("completionTime"), now)
+        stands = state == "Running" and now is None
+        glyph, colour = _STOPPED if stands else _GLYPHS.get(state, ("", ""))
+        took = None if stands else seconds_between(stage.get("startTime"), stage.get("completionTime"), now)
         table.add_row(
             Text(glyph, colour),
             Text(f"{number} {clean(str(stage.get('name', '')))}", no_wrap=True),
-            Text(duration(took) if took is not None else clean(state.lower()), no_wrap=True),
+            Text(duration(took) if took is not None else "stopped" if stands else clean(state.lower()), no_wrap=True),
             Text(named_metrics(stage.get("metrics") or {})),
             Text(clean(str(stage.get("result") or "")), "dim"),
         )
@@ -132,9 +136,9 @@ def _conditions(conditions: list[Json], now: datetime) -> Table:
     for item in conditions:
         since = short_duration(seconds_between(item.get("lastTransitionTime"), None, now))
         words = (item.get(name, "") for name in ("type", "status", "reason"))
-        table.add_row(
-            *(Text(clean(str(word)), no_wrap=True) for word in words), since, Text(clean(item.get("message") or ""))
-        )
+        first, _, more = clean(str(item.get("message") or "")).partition("\n")
+        message = Text(f"{first} …" if more else first)  # a traceback is with the failure
+        table.add_row(*(Text(clean(str(word)), no_wrap=True) for word in words), since, message)
     return table
 
 

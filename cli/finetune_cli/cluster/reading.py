@@ -48,6 +48,11 @@ def has_ended(job: Json) -> bool:
     return any(condition_of(job, kind).get("status") == "True" for kind in ENDED)
 
 
+def is_moving(job: Json) -> bool:
+    """Whether it trains."""
+    return phase_of(job) in _MOVING
+
+
 def is_seen(job: Json) -> bool:
     """Whether the operator has seen the newest spec."""
     observed = status_of(job).get("observedGeneration")
@@ -89,7 +94,7 @@ def progress_of(job: Json) -> Progress | None:
         tokens_per_second=said.get("tokensPerSecond"),
         samples_per_second=said.get("samplesPerSecond"),
         mfu=said.get("mfu"),
-        eta=said.get("etaSeconds") if phase_of(job) in _MOVING else None,
+        eta=said.get("etaSeconds") if is_moving(job) else None,
     )
 
 
@@ -102,8 +107,8 @@ def moment(text: object) -> datetime | None:
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
-def seconds_between(start: object, end: object | None, now: datetime) -> float | None:
-    """Seconds from one RFC 3339 time to another, or to now."""
+def seconds_between(start: object, end: object | None, now: datetime | None) -> float | None:
+    """Seconds from one RFC 3339 time to another, or to now; None where one of them isn't known."""
     first, last = moment(start), moment(end) if end is not None else now
     return (last - first).total_seconds() if first and last else None
 

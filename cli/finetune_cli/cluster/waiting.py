@@ -19,7 +19,8 @@ DELETED = "Deleted"
 GOALS = ("Succeeded", "Failed", "Running", "Suspended", "Admitted", "Planned", "Validated", DELETED)
 _IMPLIED = {"Running": "Succeeded"}
 """A job that got to the second has been at the first, seen there or not."""
-_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_NUMBER = r"\d+(?:\.\d+)?"
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class WaitCode(IntEnum):
@@ -50,15 +51,16 @@ def goal_of(name: str) -> str:
 
 
 def seconds_of(text: str) -> float:
-    """`90`, `90s`, `15m`, `2h` or `1d` in seconds.
+    """`90`, `90s`, `15m` or `1h30m` in seconds.
 
     Raises:
         UserError: it is no such time.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
-    if match is None:
+    if re.fullmatch(_NUMBER, text):
+        return float(text)
+    if not re.fullmatch(rf"({_NUMBER}[smhd])+", text):
         raise UserError([Problem("--timeout", f"got {text!r}, expected a time such as 90s, 15m or 2h")])
-    return float(match[1]) * _UNITS[match[2]]
+    return sum(float(number) * _UNITS[unit] for number, unit in re.findall(rf"({_NUMBER})([smhd])", text))
 
 
 def wait(jobs: Jobs, name: str, goal: str, timeout: float | None) -> Outcome:
