@@ -92,8 +92,14 @@ def test_a_cut_that_leaves_nothing_to_learn(tokenizer: Tok, tmp_path: Path) -> N
     rows = [{"prompt": "long " * 50, "completion": "x"}, {"prompt": "a", "completion": "b"}]
     report = made(sft(inline(rows), maxLength=16), tokenizer, tmp_path).report
     assert (report.kept, report.dropped, report.truncated_examples) == (1, {"nothing to learn": 1}, 0)
-    with pytest.raises(UserError, match="nothing is left"):
+    with pytest.raises(UserError, match=r"nothing is left .* of 1 rows: 1 nothing to learn \(raise maxLength\)"):
         made(sft(inline(rows[:1]), maxLength=16), tokenizer, tmp_path)
+
+
+def test_dialogues_without_an_answer(tokenizer: Tok, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "hello"}]}]
+    with pytest.raises(UserError, match=r"nothing is left to train on of 1 rows: 1 no assistant turn$"):
+        made(sft(inline(rows), maxLength=64), tokenizer, tmp_path)
 
 
 def test_length_beyond_the_context(tokenizer: Tok, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ CASES: dict[str, tuple[Callable[[Job], Any], list[str]]] = {
     "maxLength over the context": (lambda job: put(job, "spec/stages/0/sft/maxLength", 4096), ["4096", "64"]),
     "nothing to learn": (
         lambda job: rows(job, {"messages": [turn("user", "1 plus 1")]}),
-        ["stages[0].sft.data", "nothing to learn"],
+        ["stages[0].sft.data", "1 no assistant turn"],
     ),
     "identical pairs": (
         lambda job: (dpo(job), put(job, "spec/stages/0/dpo/data/sources", [{"inline": [SAME, SAME]}])),

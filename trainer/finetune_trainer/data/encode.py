@@ -20,6 +20,7 @@ Tokens = NDArray[np.int32]
 Columns = dict[str, Any]
 IGNORED = -100
 TOO_LONG, NOTHING, IDENTICAL = "too long", "nothing to learn", "identical pair"
+UNANSWERED = "no assistant turn"
 TEXT_BATCH = 256 * 1024
 
 
@@ -95,7 +96,7 @@ class Encoder:
         for piece, piece_mask in self._fit(number, ids, mask, stats):
             trained = sum(piece_mask[1:])
             if not trained:
-                stats.drop(NOTHING, len(piece))
+                stats.drop(NOTHING if any(mask) else UNANSWERED, len(piece))
                 continue
             stats.kept += 1
             stats.tokens += len(piece)

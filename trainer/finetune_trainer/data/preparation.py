@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
 from finetune_api.stages import PretrainSpec, SupervisedSpec, TrainedSpec
-from finetune_trainer.data.encode import IDENTICAL, TOO_LONG, Encoding
+from finetune_trainer.data.encode import IDENTICAL, NOTHING, TOO_LONG, Encoding
 from finetune_trainer.data.forms import Kind, kind_of
 from finetune_trainer.data.keys import content_digest, prepared_key, rows_key, tokenizer_key
 from finetune_trainer.data.report import DataReport, Prepared, Stats
@@ -216,7 +216,8 @@ def _nothing_left(stats: Stats, encoding: Encoding) -> str:
     if encoding.kind == "text":
         return f"{stats.dropped_tokens} tokens do not fill one block of {encoding.limit}: set a smaller blockSize"
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(stats.dropped.items()))
-    hint = " (raise maxLength)" if stats.dropped[TOO_LONG] or encoding.limit else ""
+    was_cut = encoding.limit is not None and stats.longest > encoding.limit
+    hint = " (raise maxLength)" if was_cut and (stats.dropped[TOO_LONG] or stats.dropped[NOTHING]) else ""
     return f"nothing is left to train on of {stats.rows} rows: {reasons}{hint}"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -24,8 +24,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from finetune_trainer.errors import UserError
-from finetune_trainer.esft.adapter import adapter_base, apply_adapter, is_expert_adapter
-from finetune_trainer.generation.result import MODEL_CONFIG, find_base, find_result, is_adapter
+from finetune_trainer.esft.adapter import apply_adapter, is_expert_adapter
+from finetune_trainer.generation.result import find_result
+from finetune_trainer.model.saved import MODEL_CONFIG, base_of, expert_base_of, is_adapter
 
 Kind = Literal["causal", "masked"]
 _CLASSES: dict[Kind, Any] = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
@@ -63,7 +64,7 @@ def load(result_dir: str, device: str = "auto") -> Loaded:
 
 
 def _read(directory: Path) -> Loaded:
-    base = find_base(directory, _recorded_base(directory)) if is_adapter(directory) else str(directory)
+    base = base_of(str(directory))
     model, kind = read_whole(base)
     tokenizer = _tokenizer(directory, base)
     if is_adapter(directory):
@@ -78,7 +79,7 @@ def read_whole(name: str) -> tuple[PreTrainedModel, Kind]:
         UserError: weights are missing, or the adapter does not fit.
     """
     if is_expert_adapter(name):
-        model, kind = read_whole(find_base(Path(name), adapter_base(name)))
+        model, kind = read_whole(expert_base_of(name))
         apply_adapter(model, name)
         return model, kind
     config = AutoConfig.from_pretrained(name)
@@ -105,13 +106,6 @@ def _device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} is not there: expected auto, cpu, cuda, cuda:1, …") from error
-
-
-def _recorded_base(adapter: Path) -> str:
-    recorded = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    if not recorded:
-        raise UserError(f"{adapter}: its adapter_config.json names no base model")
-    return str(recorded)
 
 
 def _kind(config: PretrainedConfig, name: str) -> Kind:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from finetune_api.problems import did_you_mean
 from finetune_trainer.errors import UserError
-from finetune_trainer.esft.adapter import is_expert_adapter
 from finetune_trainer.layout import DONE
+from finetune_trainer.model.saved import ADAPTER_CONFIG, MODEL_CONFIG, is_result
 
-MODEL_CONFIG = "config.json"
-ADAPTER_CONFIG = "adapter_config.json"
 _SHOWN = 12
 
 
@@ -31,44 +28,6 @@ def find_result(path: str) -> Path:
     if is_result(directory / "result"):
         return (directory / "result").absolute()
     raise UserError(_nothing_to_load(path, directory))
-
-
-def is_result(directory: Path) -> bool:
-    """Whether `directory` holds a saved model or an adapter, of PEFT or of experts."""
-    return (directory / MODEL_CONFIG).is_file() or is_adapter(directory) or is_expert_adapter(directory)
-
-
-def is_adapter(directory: Path) -> bool:
-    """Whether `directory` holds an adapter (PEFT) and not a whole model."""
-    return (directory / ADAPTER_CONFIG).is_file()
-
-
-def find_base(adapter: Path, recorded: str) -> str:
-    """The base model of `adapter`: as recorded, or, where a job's directory was moved, the same path beside it.
-
-    A recorded path that is no directory is looked for relative to the adapter; an absolute one by its last parts
-    (`stages/01-pretrain/result`) below each directory above the adapter. What is found nowhere may be a hub id and is
-    returned as it is.
-
-    Raises:
-        UserError: an absolute path that is gone.
-    """
-    candidates = [Path(recorded), adapter / recorded, *_moved(adapter, Path(recorded))]
-    found = next((path for path in candidates if is_result(path) and path != adapter), None)
-    if found is not None:
-        return str(found)
-    if os.path.isabs(recorded):
-        raise UserError(
-            f"{adapter}: its base model {recorded!r} is gone; put it back, "
-            f"or write its place into base_model_name_or_path of {ADAPTER_CONFIG}"
-        )
-    return recorded
-
-
-def _moved(adapter: Path, recorded: Path) -> list[Path]:
-    # A single last part such as `result` would fit too many directories.
-    tails = [Path(*recorded.parts[start:]) for start in range(1, len(recorded.parts) - 1)]
-    return [above / tail for tail in tails for above in adapter.parents]
 
 
 def _last_finished(job: Path) -> Path:

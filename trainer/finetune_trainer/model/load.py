@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -22,11 +21,11 @@ from finetune_api.model import ModelSpec
 from finetune_api.problems import Problem, did_you_mean
 from finetune_api.training import Quantization
 from finetune_trainer.errors import UserError
-from finetune_trainer.esft.adapter import adapter_base, apply_adapter, is_expert_adapter
+from finetune_trainer.esft.adapter import apply_adapter, is_expert_adapter
 from finetune_trainer.model.precision import Precision
+from finetune_trainer.model.saved import base_of, expert_base_of, root_of
 from finetune_trainer.model.source import ModelSource
 
-ADAPTER_CONFIG = "adapter_config.json"
 SHARD_SIZE = "5GB"
 
 
@@ -139,7 +138,7 @@ def load_whole(name: str, auto: Any = AutoModelForCausalLM, **options: Any) -> P
     if not is_expert_adapter(name):
         model: PreTrainedModel = auto.from_pretrained(name, use_safetensors=True, **options)
         return model
-    model = load_whole(adapter_base(name), auto, **options)
+    model = load_whole(expert_base_of(name), auto, **options)
     apply_adapter(model, name)
     model.name_or_path = name  # PEFT records it as the base of an adapter trained on top
     return model
@@ -155,28 +154,6 @@ def quantization_config(spec: Quantization, compute: torch.dtype) -> BitsAndByte
         bnb_4bit_use_double_quant=spec.double_quant,
         bnb_4bit_compute_dtype=compute,
     )
-
-
-def is_adapter(path: str | None) -> bool:
-    """Whether a directory holds an adapter and not a whole model."""
-    return path is not None and os.path.isfile(os.path.join(path, ADAPTER_CONFIG))
-
-
-def base_of(name: str) -> str:
-    """The model that an adapter's directory adapts; a whole model's name as it is."""
-    if not is_adapter(name):
-        return name
-    from peft import PeftConfig
-
-    return str(PeftConfig.from_pretrained(name).base_model_name_or_path)
-
-
-def root_of(name: str) -> str:
-    """The whole model below any adapters: what has a configuration."""
-    if is_expert_adapter(name):
-        return root_of(adapter_base(name))
-    base = base_of(name)
-    return name if base == name else root_of(base)
 
 
 def _tokenizer_fields(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from finetune_api.runconfig import RunConfig
 from finetune_api.stages import PretrainSpec, TrainedSpec
 from finetune_trainer.data import Prepared, StreamedRows
 from finetune_trainer.layout import StageLayout
-from finetune_trainer.model.load import is_adapter
 from finetune_trainer.model.precision import Precision, model_dtype, precision
+from finetune_trainer.model.saved import is_adapter
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.training.batches import Division, Feed
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 
 from finetune_api.stages import EsftSpec, PretrainSpec
 from finetune_trainer.esft.zero3 import undivided_loading
-from finetune_trainer.model.load import SHARD_SIZE, base_of, load_whole
+from finetune_trainer.model.load import SHARD_SIZE, load_whole
+from finetune_trainer.model.saved import base_of
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.expert_results import save_experts
 
@@ -34,16 +35,20 @@ def save_result(trainer: Any, context: StageContext, directory: Path) -> None:
         shutil.rmtree(adapter, ignore_errors=True)
 
 
-def merge_adapter(base: str, adapter: Path, dtype: torch.dtype, directory: Path) -> None:
-    """Merge an adapter into its base in `dtype`, on the CPU.
+def merge_adapter(base: str, revision: str | None, adapter: Path, directory: Path) -> None:
+    """Merge an adapter into its base, on the CPU, in the precision that the base was saved in.
 
-    The base is loaded anew in its original precision, not dequantized from what QLoRA trained on (unsloth#1089). The
-    sum is formed in float32 and rounded once.
+    The base is loaded anew, and is neither what QLoRA quantized it to (unsloth#1089) nor in the precision that the
+    stage computed in. The sum is formed in float32 and rounded once.
     """
     with undivided_loading():
-        model = load_whole(base, dtype=torch.float32)
-    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
-    merged.to(dtype).save_pretrained(directory, max_shard_size=SHARD_SIZE)
+        model = load_whole(base, revision=revision, dtype="auto")
+    whole, saved = model.dtype, {name: weight.dtype for name, weight in model.state_dict().items()}
+    merged = PeftModel.from_pretrained(model.float(), str(adapter)).merge_and_unload(safe_merge=True)
+    for name, weight in chain(merged.named_parameters(), merged.named_buffers()):
+        if weight.is_floating_point():
+            weight.data = weight.data.to(saved.get(name, whole))
+    merged.save_pretrained(directory, max_shard_size=SHARD_SIZE)
 
 
 def _save_whole(trainer: Any, context: StageContext, directory: Path) -> None:
@@ -70,7 +75,7 @@ def _finish_adapter(context: StageContext, adapter: Path, directory: Path) -> No
     assert not isinstance(context.spec, (PretrainSpec, EsftSpec)) and context.spec.lora is not None
     if context.spec.lora.merge:
         assert context.source.name is not None
-        merge_adapter(base_of(context.source.name), adapter, context.precision.result, directory)
+        merge_adapter(base_of(context.source.name), context.source.revision, adapter, directory)
     else:
         shutil.copytree(adapter, directory)
     context.tokenizer.save_pretrained(directory)

@@ -1,0 +1,43 @@
+"""An adapter and its base written as one whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from finetune_trainer.errors import UserError
+from finetune_trainer.esft.adapter import is_expert_adapter
+from finetune_trainer.generation.load import load
+from finetune_trainer.generation.result import find_result, is_adapter
+from finetune_trainer.model.load import SHARD_SIZE
+
+
+def merge(result_dir: str, out: Path) -> None:
+    """Write the model that an adapter and its base make, with the tokenizer, in the base's own precision.
+
+    Trained experts replace the base's; a low-rank sum is formed in float32 and rounded once.
+
+    Raises:
+        UserError: there is no adapter at `result_dir`, it does not fit its base, or `out` is there already.
+    """
+    directory = find_result(result_dir)
+    if out.exists():
+        raise UserError(f"{out} is there already: choose another directory")
+    if not is_adapter(directory) and not is_expert_adapter(directory):
+        raise UserError(f"{directory} holds a whole model: there is nothing to merge")
+    loaded = load(str(directory), device="cpu")
+    model = _merged(loaded.model) if isinstance(loaded.model, PeftModel) else loaded.model
+    model.config.use_cache = True
+    model.save_pretrained(out, max_shard_size=SHARD_SIZE)
+    loaded.tokenizer.save_pretrained(out)
+
+
+def _merged(model: PeftModel) -> PreTrainedModel:
+    dtype = model.get_base_model().config.dtype or torch.float32
+    whole: PreTrainedModel = model.float().merge_and_unload(safe_merge=True)  # type: ignore[operator]
+    return whole.to(dtype)  # type: ignore[arg-type]
+
+
