@@ -1,4 +1,4 @@
-"""`node`, `drive` and `preflight`: what the operator's pods run. Not shown in the help: nobody types them."""
+"""`node`, `drive`, `preflight` and `cleanup`: what the operator's pods run; the help leaves them out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def register(app: typer.Typer) -> None:
     app.command("node", hidden=True)(node_command)
     app.command("drive", hidden=True)(drive_command)
     app.command("preflight", hidden=True)(preflight_command)
+    app.command("cleanup", hidden=True)(cleanup_command)
 
 
 def node_command(run_config: RunConfigFile) -> None:
@@ -36,3 +37,10 @@ def preflight_command(run_config: RunConfigFile) -> None:
     from finetune_trainer.launch.cluster_preflight import run_preflight
 
     raise typer.Exit(int(run_preflight(run_config)))
+
+
+def cleanup_command(run_config: RunConfigFile) -> None:
+    """Delete what a job has stored."""
+    from finetune_trainer.launch.cleanup import run_cleanup
+
+    raise typer.Exit(int(run_cleanup(run_config)))

@@ -103,6 +103,8 @@ class Storage(ApiModel):
     uri: Uri | None = None
     """Storage URI, such as `s3://bucket/runs`, or `pvc://claim/path` on a cluster, where a directory named after the
     namespace lies between it and the job's own."""
+    deletion_policy: Literal["Retain", "Delete"] = "Retain"
+    """What becomes of the job's directory when the job is deleted on a cluster. `Delete`: a pod empties it first."""
 
     def faults(self) -> Iterator[str]:
         yield from not_exactly_one(self, *STORAGE_KINDS)

@@ -33,7 +33,14 @@ class DeleteJob:
     """Delete the FineTuneJob itself; all of its objects go with it."""
 
 
-Action = StartRun | StopRun | DeleteRun | DeleteJob
+@dataclass(frozen=True)
+class HoldJob:
+    """Put the finalizer on the job, or take it off."""
+
+    hold: bool
+
+
+Action = StartRun | StopRun | DeleteRun | DeleteJob | HoldJob
 
 
 @dataclass(frozen=True)

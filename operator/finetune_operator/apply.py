@@ -9,7 +9,7 @@ from kubernetes.aio.client import ApiException
 from finetune_operator.api import Api, reason_of
 from finetune_operator.conditions import Reason
 from finetune_operator.observed import owner_uid
-from finetune_operator.plan import Create, Delete, Operation, PatchStatus
+from finetune_operator.plan import Create, Delete, Operation, SetFinalizers
 
 Json = dict[str, Any]
 CONFLICT, UNPROCESSABLE, FORBIDDEN, NOT_FOUND, BAD_REQUEST = 409, 422, 403, 404, 400
@@ -43,7 +43,10 @@ async def _do(api: Api, operation: Operation) -> Json:
         return await _create(api, operation)
     if isinstance(operation, Delete):
         return await _delete(api, operation)
-    return await _patch_status(api, operation)
+    if isinstance(operation, SetFinalizers):
+        body = {"metadata": {"resourceVersion": operation.version, "finalizers": list(operation.finalizers)}}
+        return await _merge(api, operation.path, body)
+    return await _merge(api, operation.path, {"metadata": {"uid": operation.uid}, "status": operation.status})
 
 
 async def _create(api: Api, operation: Create) -> Json:
@@ -84,10 +87,9 @@ async def _delete(api: Api, operation: Delete) -> Json:
         raise
 
 
-async def _patch_status(api: Api, operation: PatchStatus) -> Json:
-    body = {"metadata": {"uid": operation.uid}, "status": operation.status}
+async def _merge(api: Api, path: str, body: Json) -> Json:
     try:
-        return await api.merge(operation.path, body)
+        return await api.merge(path, body)
     except ApiException as error:
         if error.status in (NOT_FOUND, CONFLICT):
             raise Outdated(reason_of(error)[1]) from error

@@ -92,7 +92,7 @@ class Cache:
         """The running pods that have a report to give."""
         for key, pods in self._pods.items():
             for pod in pods.values():
-                if pod.run and pod.index == 0 and pod.phase == "Running" and pod.ip:
+                if pod.run > 0 and pod.index == 0 and pod.phase == "Running" and pod.ip:
                     yield key, pod
 
     @staticmethod

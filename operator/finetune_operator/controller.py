@@ -16,8 +16,9 @@ from finetune_operator.cache import Cache, Key
 from finetune_operator.decide import decide
 from finetune_operator.engines import ENGINES, engine_of
 from finetune_operator.metrics import Metrics
+from finetune_operator.names import FINALIZER
 from finetune_operator.observed import Observed, Trouble
-from finetune_operator.plan import Create, Delete, Json, engine_for, event, patch_status, plan, run_path
+from finetune_operator.plan import Create, Delete, Json, SetFinalizers, event, patch_status, plan, run_path
 from finetune_operator.poller import Poller
 from finetune_operator.queue import WorkQueue
 from finetune_operator.render.run import Run
@@ -48,7 +49,7 @@ class Controller:
 
     async def _look(self, key: Key) -> None:
         seen = self._cache.observed(key)
-        if seen is None or "deletionTimestamp" in seen.body["metadata"]:
+        if seen is None or _is_leaving(seen.body["metadata"]):
             return
         with self._metrics.reconciling():
             await self._confirm_gone(key, seen)
@@ -73,6 +74,9 @@ class Controller:
         """Make, then tell, then delete: at whatever point this ends, a second look comes to the same."""
         operations = plan(seen.body, decision.actions, self._settings)
         for operation in operations:
+            if isinstance(operation, SetFinalizers):
+                (answer,) = await apply(self._api, [operation])
+                self._cache.put_job(answer)
             if isinstance(operation, Create):
                 (answer,) = await apply(self._api, [operation])
                 self._remember(answer)
@@ -141,4 +145,6 @@ class Controller:
                     self._cache.put_run(body["metadata"]["namespace"], run)
 
 
-__all__ = ["Controller", "engine_for"]
+def _is_leaving(metadata: Json) -> bool:
+    """Deleted, and not held by this operator: nothing is left to do."""
+    return "deletionTimestamp" in metadata and FINALIZER not in (metadata.get("finalizers") or [])

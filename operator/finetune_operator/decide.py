@@ -11,11 +11,12 @@ from datetime import datetime, timedelta
 from finetune_api.cluster import RunPolicy
 from finetune_api.kubernetes import Kubernetes
 from finetune_operator import attempts
-from finetune_operator.actions import Decision, DeleteJob, DeleteRun, StartRun, StopRun
+from finetune_operator.actions import Decision, DeleteJob, DeleteRun, HoldJob, StartRun, StopRun
 from finetune_operator.advice import with_advice
 from finetune_operator.classify import classify, termination_report, waiting
 from finetune_operator.conditions import Reason, Type, moment, stamp
 from finetune_operator.draft import Draft
+from finetune_operator.names import CLEANUP_RUN, PREFLIGHT_RUN
 from finetune_operator.observed import Observed, RunState, RunView
 from finetune_operator.settings import Settings
 from finetune_operator.spec_check import spec_faults
@@ -26,7 +27,7 @@ ENDED = (RunState.SUCCEEDED, RunState.FAILED)
 def decide(seen: Observed, settings: Settings, now: datetime) -> Decision:
     """The status as it should read, what to do, and when to look again."""
     draft = Draft(seen, settings, now)
-    for step in _STEPS:
+    for step in _LAST_STEPS if draft.going() else _STEPS:
         if step(draft):
             break
     return draft.decision()
@@ -67,11 +68,39 @@ def _invalid(draft: Draft) -> bool:
     return False
 
 
+def _hold(draft: Draft) -> bool:
+    """A job that empties its storage in the end must not go before that."""
+    if draft.spec["storage"].get("deletionPolicy") == "Delete" and not draft.held():
+        draft.do(HoldJob(True))
+    return False
+
+
+def _empty(draft: Draft) -> bool:
+    """A job that is to go: stop its runs, empty its storage, let it go."""
+    if not draft.held():
+        return True
+    runs = [run for run in draft.seen.runs if run.owner == draft.seen.uid and run.run > 0]
+    for run in runs:
+        if not run.deleting:
+            draft.do(DeleteRun(run.run))
+    cleanup = draft.seen.run(CLEANUP_RUN)
+    if runs:
+        return True
+    if cleanup is None:
+        draft.do(StartRun(CLEANUP_RUN))
+    elif cleanup.state in ENDED:
+        if cleanup.state is RunState.FAILED:
+            message = "its storage could not be emptied, what is there stays: " + cleanup.message
+            draft.event("Warning", Reason.CLEANUP_FAILED.value, message)
+        draft.do(HoldJob(False))
+    return True
+
+
 def _record(draft: Draft) -> bool:
     """Write the ended attempts into the status before anything is decided from them."""
     draft.learn(draft.seen.report)
     for run in sorted(draft.seen.runs, key=lambda run: run.run):
-        if run.run == 0 or run.owner != draft.seen.uid:
+        if run.run < 1 or run.owner != draft.seen.uid:
             continue
         draft.attempt_seen(run)
         if run.state is RunState.FAILED:
@@ -98,7 +127,7 @@ def _refused(draft: Draft) -> bool:
 
 
 def _succeeded(draft: Draft) -> bool:
-    run = next((run for run in draft.seen.runs if run.run and run.state is RunState.SUCCEEDED), None)
+    run = next((run for run in draft.seen.runs if run.run > 0 and run.state is RunState.SUCCEEDED), None)
     if run is None or run.owner != draft.seen.uid:
         return False
     draft.learn(next(filter(None, map(termination_report, draft.seen.pods_of(run.run)[:1])), None))
@@ -166,22 +195,22 @@ def _preflight(draft: Draft) -> bool:
     if not _kubernetes(draft).preflight:
         draft.set(Type.PLANNED, "True", Reason.PREFLIGHT_SKIPPED)
         return False
-    run = draft.seen.run(0)
+    run = draft.seen.run(PREFLIGHT_RUN)
     if run is None and draft.status.get("attempts"):  # it passed, was cleaned up, and nobody was there to write it down
         draft.set(Type.PLANNED, "True", Reason.PREFLIGHT_PASSED)
         return False
     if run is None or run.deleting:
         draft.set(Type.PLANNED, "Unknown", Reason.PREFLIGHT_RUNNING)
-        draft.do(StartRun(0))
+        draft.do(StartRun(PREFLIGHT_RUN))
         return True
-    pods = draft.seen.pods_of(0)
+    pods = draft.seen.pods_of(PREFLIGHT_RUN)
     if run.state is RunState.SUCCEEDED:
         draft.learn(next(filter(None, map(termination_report, pods)), None))
         draft.set(Type.PLANNED, "True", Reason.PREFLIGHT_PASSED, draft.plan_words())
         return False
     if run.state is RunState.FAILED:
         ending = classify(run, pods, None)
-        draft.failure(ending, 0)
+        draft.failure(ending, PREFLIGHT_RUN)
         draft.set(Type.PLANNED, "False", Reason.PREFLIGHT_FAILED, ending.message)
         return draft.fail(ending.reason if ending.reason is Reason.USER_ERROR else Reason.PREFLIGHT_FAILED,
                           ending.message)  # fmt: skip
@@ -266,6 +295,7 @@ def _kubernetes(draft: Draft) -> Kubernetes:
 _STEPS: tuple[Callable[[Draft], bool], ...] = (
     _over,
     _invalid,
+    _hold,
     _record,
     _succeeded,
     _refused,
@@ -275,3 +305,4 @@ _STEPS: tuple[Callable[[Draft], bool], ...] = (
     _start,
     _follow,
 )
+_LAST_STEPS: tuple[Callable[[Draft], bool], ...] = (_record, _empty)

@@ -11,6 +11,7 @@ from finetune_operator import attempts, display
 from finetune_operator.actions import Action, Decision, DeleteRun, Event, StartRun
 from finetune_operator.classify import Ending
 from finetune_operator.conditions import Condition, Reason, Status, Type, merged, moment, stamp
+from finetune_operator.names import FINALIZER
 from finetune_operator.observed import Observed, RunState, RunView
 from finetune_operator.settings import Settings
 
@@ -40,12 +41,20 @@ class Draft:
 
     def active(self) -> RunView | None:
         """The attempt that is on its way, if any."""
-        runs = [run for run in self.seen.runs if run.run and run.owner == self.seen.uid and run.state in _OPEN]
+        runs = [run for run in self.seen.runs if run.run > 0 and run.owner == self.seen.uid and run.state in _OPEN]
         return max(runs, key=lambda run: run.run, default=None)
 
     def stop_asked(self, number: int) -> datetime | None:
         record = attempts.record_of(self.status, number) or {}
         return moment(record["stopRequestedTime"]) if "stopRequestedTime" in record else None
+
+    def going(self) -> bool:
+        """Whether somebody has asked for the job's deletion."""
+        return "deletionTimestamp" in self.seen.body["metadata"]
+
+    def held(self) -> bool:
+        """Whether it waits for its storage to be emptied."""
+        return FINALIZER in (self.seen.body["metadata"].get("finalizers") or [])
 
     # what to do
 
@@ -196,6 +205,8 @@ class Draft:
         self.status["observedGeneration"] = generation
         stopping = any(isinstance(action, DeleteRun) for action in self._actions)
         self.status |= display.columns(self.status, self.spec, stopping)
+        if self.going():
+            self.status["phase"] = "Deleting"
         urgent = _without_progress(self.status) != _without_progress(self.before)
         return Decision(self.status, tuple(self._actions), tuple(self._events), self._wake, urgent)
 

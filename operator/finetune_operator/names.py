@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_api.job import GROUP
+from finetune_api.labels import CLEANUP, JOB_LABEL, MANAGED_BY, OPERATOR, PREFLIGHT, RUN_LABEL
 from finetune_api.labels import CONTAINER as CONTAINER
-from finetune_api.labels import JOB_LABEL, MANAGED_BY, OPERATOR, PREFLIGHT, RUN_LABEL
 
 LEAST_ANNOTATION = f"{GROUP}/min-nodes"
 """Nodes that an elastic run can do with; on its Job, so that its state can be read from it alone."""
+FINALIZER = f"{GROUP}/storage"
+"""On jobs whose storage is to be emptied before they go; on no others."""
+PREFLIGHT_RUN, CLEANUP_RUN = 0, -1
+"""Runs that are no attempts: those count from 1."""
+_WORDS = {PREFLIGHT_RUN: PREFLIGHT, CLEANUP_RUN: CLEANUP}
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 RAY_PORT = 6379
 CONFIG_FILE = "run.json"
@@ -22,8 +27,8 @@ MANAGED_SELECTOR = f"{MANAGED_BY}={OPERATOR}"
 
 
 def run_name(job: str, run: int) -> str:
-    """Name of a run's Job or RayJob: at most 47 characters, for RayJobs. Run 0 is the preflight."""
-    return f"{job}-{run or PREFLIGHT}"
+    """Name of a run's Job or RayJob: at most 47 characters, for RayJobs. See `PREFLIGHT_RUN`."""
+    return f"{job}-{_WORDS.get(run, run)}"
 
 
 def support_name(job: str, run: int, uid: str) -> str:
@@ -37,13 +42,14 @@ def support_name(job: str, run: int, uid: str) -> str:
 
 def labels(job: str, run: int) -> dict[str, str]:
     """Labels of all of a run's objects."""
-    return {MANAGED_BY: OPERATOR, JOB_LABEL: job, RUN_LABEL: str(run or PREFLIGHT)}
+    return {MANAGED_BY: OPERATOR, JOB_LABEL: job, RUN_LABEL: str(_WORDS.get(run, run))}
 
 
 def run_of(metadata: dict[str, Any]) -> int | None:
     """The run that an object with these metadata belongs to; None where it belongs to none."""
     label = (metadata.get("labels") or {}).get(RUN_LABEL, "")
-    return 0 if label == PREFLIGHT else int(label) if label.isdecimal() else None
+    word = next((run for run, word in _WORDS.items() if word == label), None)
+    return int(label) if label.isdecimal() else word
 
 
 def pod_zero_address(job: str, run: int, uid: str, namespace: str) -> str:

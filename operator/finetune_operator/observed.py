@@ -58,7 +58,7 @@ class PodView:
 
 @dataclass(frozen=True, slots=True)
 class RunView:
-    """A run: the preflight (0) or an attempt (1, 2, …)."""
+    """A run: an attempt (1, 2, …), the preflight or the clean-up (`names.PREFLIGHT_RUN`, `CLEANUP_RUN`)."""
 
     name: str
     job: str

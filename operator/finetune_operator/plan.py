@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune_api.job import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from finetune_operator import names
-from finetune_operator.actions import Action, DeleteJob, DeleteRun, Event, StartRun
+from finetune_operator.actions import Action, DeleteJob, DeleteRun, Event, HoldJob, StartRun
 from finetune_operator.conditions import stamp
 from finetune_operator.engines import Engine, engine_of, indexed_job
 from finetune_operator.render.run import Run
@@ -57,7 +57,16 @@ class PatchStatus:
     status: Json = field(repr=False)
 
 
-Operation = Create | Delete | PatchStatus
+@dataclass(frozen=True)
+class SetFinalizers:
+    """Replace a job's finalizers, if the job is still as it was seen: others may write to the list too."""
+
+    path: str
+    version: str
+    finalizers: tuple[str, ...]
+
+
+Operation = Create | Delete | PatchStatus | SetFinalizers
 
 
 def plan(body: Json, actions: tuple[Action, ...], settings: Settings) -> list[Operation]:
@@ -68,14 +77,22 @@ def plan(body: Json, actions: tuple[Action, ...], settings: Settings) -> list[Op
             operations += _start(Run(body, action.run, settings))
         elif isinstance(action, DeleteRun):
             operations.append(Delete(run_path(Run(body, action.run, settings))))
+        elif isinstance(action, HoldJob):
+            operations.append(_hold(body["metadata"], action.hold))
         elif isinstance(action, DeleteJob):
             operations.append(Delete(job_path(body["metadata"]), body["metadata"]["uid"]))
     return operations
 
 
+def _hold(metadata: Json, hold: bool) -> SetFinalizers:
+    others = [name for name in metadata.get("finalizers") or [] if name != names.FINALIZER]
+    wanted = (*others, names.FINALIZER) if hold else tuple(others)
+    return SetFinalizers(job_path(metadata), metadata["resourceVersion"], wanted)
+
+
 def engine_for(run: Run) -> Engine:
-    """What runs it: the preflight is a Job on every engine."""
-    return indexed_job.ENGINE if run.number == 0 else engine_of(run.kubernetes.engine, run.settings)
+    """What runs it: what is no attempt is a Job on every engine."""
+    return engine_of(run.kubernetes.engine, run.settings) if run.is_attempt else indexed_job.ENGINE
 
 
 def _start(run: Run) -> list[Operation]:

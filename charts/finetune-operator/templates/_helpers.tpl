@@ -53,7 +53,7 @@ tests/cluster/test_chart.py compares them with what the operator makes. */ -}}
 {{- define "finetune-operator.rules" -}}
 - apiGroups: [finetune.dev]
   resources: [finetunejobs]
-  verbs: [get, list, watch, delete]
+  verbs: [get, list, watch, patch, delete]
 - apiGroups: [finetune.dev]
   resources: [finetunejobs/status]
   verbs: [patch]

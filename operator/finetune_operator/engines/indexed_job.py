@@ -17,8 +17,11 @@ from finetune_operator.render.run import Run
 Json = dict[str, Any]
 _CONFIG = f"{names.CONFIG_DIRECTORY}/{names.CONFIG_FILE}"
 NODE_COMMAND = ["finetune", "node", "--run-config", _CONFIG]
-PREFLIGHT_COMMAND = ["finetune", "preflight", "--run-config", _CONFIG]
-PREFLIGHT_RETRIES = 2
+HELPER_COMMANDS = {
+    names.PREFLIGHT_RUN: ["finetune", "preflight", "--run-config", _CONFIG],
+    names.CLEANUP_RUN: ["finetune", "cleanup", "--run-config", _CONFIG],
+}
+HELPER_RETRIES = 2
 _EXIT_CODE = re.compile(r"exit code (\d+)")
 _DISRUPTED: Json = {
     "action": "FailJob",
@@ -28,12 +31,12 @@ _TELLING = [code.value for code in (ExitCode.USER_ERROR, ExitCode.OUT_OF_MEMORY,
 
 
 def render(run: Run) -> Json:
-    """The Job of an attempt, or of the preflight."""
-    spec = _preflight_spec(run) if run.number == 0 else _attempt_spec(run)
+    """The Job of an attempt, of the preflight, or of the clean-up."""
+    spec = _attempt_spec(run) if run.is_attempt else _helper_spec(run)
     metadata = run.metadata(run.name)
     metadata["annotations"] = {names.LEAST_ANNOTATION: str(run.resources.min_nodes or run.nodes)}
     queue = (run.body["metadata"].get("labels") or {}).get(names.QUEUE_LABEL)
-    if queue and run.number:
+    if queue and run.is_attempt:
         metadata["labels"][names.QUEUE_LABEL] = queue
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 
@@ -53,13 +56,14 @@ def _attempt_spec(run: Run) -> Json:
     }
 
 
-def _preflight_spec(run: Run) -> Json:
+def _helper_spec(run: Run) -> Json:
+    """A preflight or a clean-up: one pod, no GPU."""
     return {
-        "backoffLimit": PREFLIGHT_RETRIES,  # no checkpoint to go on from, so Kubernetes' own retries will do
+        "backoffLimit": HELPER_RETRIES,  # no checkpoint to go on from, so Kubernetes' own retries will do
         "ttlSecondsAfterFinished": 86400,
         "podReplacementPolicy": "Failed",
         "podFailurePolicy": {"rules": [_fail_on([ExitCode.USER_ERROR.value])]},
-        "template": pod_template(run, PREFLIGHT_COMMAND, gpus=False),
+        "template": pod_template(run, HELPER_COMMANDS[run.number], gpus=False),
     }
 
 

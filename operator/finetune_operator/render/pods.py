@@ -82,7 +82,7 @@ def _trainer(run: Run, own: Json, command: list[str], gpus: bool) -> Json:
         "securityContext": _CONTAINER_SECURITY | (own.get("securityContext") or {}),
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
-    if run.number:
+    if run.is_attempt:
         container["ports"] = [
             {"name": "ray", "containerPort": names.RAY_PORT},
             {"name": "report", "containerPort": PORT},
@@ -99,7 +99,7 @@ def _env(run: Run, given: list[Json]) -> list[Json]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",
     }
-    if run.number:
+    if run.is_attempt:
         address = names.pod_zero_address(run.job, run.number, run.uid, run.namespace)
         own |= {
             "FINETUNE_HEAD_ADDRESS": f"{address}:{names.RAY_PORT}",
@@ -122,7 +122,7 @@ def _volumes(run: Run) -> list[Json]:
         {"name": "finetune-tmp", "emptyDir": {}},
         {"name": "finetune-shm", "emptyDir": {"medium": "Memory", "sizeLimit": kubernetes.shared_memory}},
     ]
-    if run.number:
+    if run.is_attempt:
         secret = {"secretName": run.support, "defaultMode": 0o440}
         volumes.append({"name": "finetune-token", "secret": secret})
     for index, claim in enumerate(support.claims(run.spec)):
@@ -137,7 +137,7 @@ def _mounts(run: Run) -> list[Json]:
         {"name": "finetune-tmp", "mountPath": _TMP},
         {"name": "finetune-shm", "mountPath": "/dev/shm"},
     ]
-    if run.number:
+    if run.is_attempt:
         mounts.append({"name": "finetune-token", "mountPath": names.TOKEN_DIRECTORY, "readOnly": True})
     for index, claim in enumerate(support.claims(run.spec)):
         mounts.append({"name": f"finetune-claim-{index}", "mountPath": f"{names.CLAIM_DIRECTORY}/{claim}"})

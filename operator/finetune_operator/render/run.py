@@ -16,11 +16,15 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What rendering reads. `number` 0 is the preflight."""
+    """What rendering reads. Attempts have numbers from 1; see `names.PREFLIGHT_RUN`."""
 
     body: Json
     number: int
     settings: Settings
+
+    @property
+    def is_attempt(self) -> bool:
+        return self.number > 0
 
     @property
     def spec(self) -> Json:

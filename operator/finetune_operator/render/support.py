@@ -115,8 +115,8 @@ def network_policy(run: Run) -> Json:
 
 
 def support_objects(run: Run) -> list[Json]:
-    """In the order of their making. A preflight has no Ray, so no name and no token."""
-    if run.number == 0:
+    """In the order of their making. What is no attempt has no Ray, so no name and no token."""
+    if not run.is_attempt:
         return [config_map(run)]
     walls = [network_policy(run)] if run.settings.network_policy else []
     return [config_map(run), secret(run), service(run), *walls]

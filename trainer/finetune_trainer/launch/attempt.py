@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune_api.exit_codes import ExitCode
+from finetune_api.redact import redact
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.errors import Interrupted, TrainingFailed, UserError, exit_code_of
 from finetune_trainer.progress.attempt import AttemptReporter, termination_message
 from finetune_trainer.progress.multi import Reporters
 from finetune_trainer.progress.plain import PlainReporter
 from finetune_trainer.progress.report_server import ReportServer
-from finetune_api.redact import redact
 from finetune_trainer.runtime import apply_environment, quiet_environment
 
 TERMINATION_LOG = Path("/dev/termination-log")
