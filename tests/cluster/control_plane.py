@@ -12,6 +12,7 @@ import ssl
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 from access import Access
@@ -45,8 +46,12 @@ class ControlPlane:
     A context manager: entering starts them and waits until they are ready, leaving stops them.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Raises `MissingAsset` where the binaries are neither given nor can be built."""
+    def __init__(self, directory: Path, apiserver_options: Sequence[str] = ()) -> None:
+        """`apiserver_options` are added to the API server's own (an audit log, say).
+
+        Raises:
+            MissingAsset: the binaries are neither given nor can be built.
+        """
         binaries = assets(CONTROL_PLANE)
         self.directory = directory
         self.kubectl = binaries["kubectl"]
@@ -63,7 +68,9 @@ class ControlPlane:
         kubeconfig = self.admin.kubeconfig(directory / "admin.kubeconfig")
         self._etcd = Server("etcd", [str(binaries["etcd"]), *self._etcd_options()], directory / "etcd.log")
         self._apiserver = Server(
-            "kube-apiserver", [str(binaries["kube-apiserver"]), *self._apiserver_options()], directory / "apiserver.log"
+            "kube-apiserver",
+            [str(binaries["kube-apiserver"]), *self._apiserver_options(), *apiserver_options],
+            directory / "apiserver.log",
         )
         self._manager = Server(
             "kube-controller-manager",
