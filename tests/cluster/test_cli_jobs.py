@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from access import Access
 from api_calls import Call, Fault
 from faulty_proxy import FaultyProxy
-from finetune_command import Finetune
+from finetune_command import Finetune, write_status
 from finetune_jobs import Jobs, job
 from kubernetes import client
 
@@ -79,12 +80,6 @@ FAILED: Json = {
     "failure": {"reason": "CUDAOutOfMemory", "message": "line 1\nCUDA out of memory \x1b[31m", "pod": "tiny-2-0-x",
                 "node": "node-a", "exitCode": 1, "attempt": 2},
 }  # fmt: skip
-
-
-def write_status(jobs: Jobs, status: Json, name: str = "tiny") -> None:
-    """Through the status subresource, as the operator does; fields of before are gone."""
-    body = jobs.read(name) | {"status": status}
-    jobs.api.replace_namespaced_custom_object_status(GROUP, VERSION, jobs.namespace, PLURAL, name, body)
 
 
 def test_submit_creates_what_was_written_and_nothing_else(finetune: Finetune, jobs: Jobs, job_file: Path) -> None:
@@ -184,6 +179,22 @@ def test_a_watch_tells_each_change_until_the_end(finetune: Finetune, jobs: Jobs)
         write_status(jobs, SUCCEEDED)
         assert process.stdout.readline() == "Succeeded\n"
         assert process.wait(20) == 0
+
+
+def test_a_list_is_watched_until_the_user_has_seen_enough(finetune: Finetune, jobs: Jobs) -> None:
+    jobs.create(job())
+    with finetune.started("status", "--watch") as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline().startswith("tiny: Pending")
+        jobs.create(job("other"))
+        assert process.stdout.readline().startswith("other: Pending")
+        write_status(jobs, RUNNING)
+        assert process.stdout.readline().startswith("tiny: Running · 2/2 pretrain")
+        jobs.delete("other")
+        assert process.stdout.readline() == "other: deleted\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert process.stderr.read() == ""
 
 
 def test_submit_and_wait_says_by_its_exit_code_how_it_ended(finetune: Finetune, jobs: Jobs, job_file: Path) -> None:

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 from access import Access
 from control_plane import ControlPlane
-from finetune_command import Finetune
+from finetune_command import Finetune, write_status
 from finetune_jobs import Jobs, job
 from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
 from log_stand_in import LogStandIn, PodLog
 
-from finetune_api.job import GROUP, PLURAL, VERSION
 from finetune_operator import names
 
 Json = dict[str, Any]
@@ -67,11 +66,6 @@ def pods(core: client.CoreV1Api, kubelet: KubeletStandIn, namespace: str) -> Pod
     return Pods(core, kubelet, namespace)
 
 
-def write_status(jobs: Jobs, **status: Any) -> None:
-    body = jobs.read() | {"status": status}
-    jobs.api.replace_namespaced_custom_object_status(GROUP, VERSION, jobs.namespace, PLURAL, "tiny", body)
-
-
 def over(kind: str) -> list[Json]:
     return [{"type": kind, "status": "True", "reason": "Completed", "message": ""}]
 
@@ -89,7 +83,7 @@ def test_the_newest_attempt_and_any_other_node_and_run(
     for run, node in ((0, 0), (1, 0), (2, 0), (2, 1)):
         log_of(logs, pods.running(run, node), f"run {run}", f"node {node}", "ü")
     assert finetune("logs", "tiny").stdout == "run 0\nnode 0\nü\n"
-    write_status(jobs, phase="Running", attempt=2)
+    write_status(jobs, {"phase": "Running", "attempt": 2})
     assert finetune("logs", "tiny").stdout == "run 2\nnode 0\nü\n"
     assert finetune("logs", "tiny", "--node", 1, "--tail", 2).stdout == "node 1\nü\n"
     assert finetune("logs", "tiny", "--attempt", 1, "--tail", 3).stdout.startswith("run 1\n")
@@ -99,7 +93,7 @@ def test_the_newest_attempt_and_any_other_node_and_run(
 def test_no_log_says_why(finetune: Finetune, jobs: Jobs, pods: Pods, kubelet: KubeletStandIn) -> None:
     early = finetune("logs", "tiny")
     assert early.exit_code == 2 and "the pods of the preflight are not there yet; -f waits" in early.stderr
-    write_status(jobs, phase="Running", attempt=1)
+    write_status(jobs, {"phase": "Running", "attempt": 1})
     name = pods.create(1)
     kubelet.unschedulable(pods.namespace, name, "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
     waiting = finetune("logs", "tiny")
@@ -109,7 +103,7 @@ def test_no_log_says_why(finetune: Finetune, jobs: Jobs, pods: Pods, kubelet: Ku
     assert "tiny has no attempt 4: its newest run is attempt 1" in finetune("logs", "tiny", "--attempt", 4).stderr
     kubelet.image_pull_back_off(pods.namespace, name, node=NODE)
     assert "ImagePullBackOff: Back-off pulling image" in finetune("logs", "tiny").stderr
-    write_status(jobs, phase="Failed", attempt=1, conditions=over("Failed"))
+    write_status(jobs, {"phase": "Failed", "attempt": 1, "conditions": over("Failed")})
     kubelet.deleted(pods.namespace, name)
     kubelet.end_deletion(pods.namespace, name)
     gone = finetune("logs", "tiny", "-f")
@@ -119,7 +113,7 @@ def test_no_log_says_why(finetune: Finetune, jobs: Jobs, pods: Pods, kubelet: Ku
 def test_following_goes_from_attempt_to_attempt_until_the_end(
     finetune: Finetune, jobs: Jobs, pods: Pods, logs: dict[str, PodLog]
 ) -> None:
-    write_status(jobs, phase="Running", attempt=1)
+    write_status(jobs, {"phase": "Running", "attempt": 1})
     with finetune.started("logs", "tiny", "-f") as process:
         assert process.stdout is not None and process.stderr is not None
         assert "has no pod of node 0 yet" in process.stderr.readline()
@@ -131,12 +125,12 @@ def test_following_goes_from_attempt_to_attempt_until_the_end(
         assert process.stdout.readline() == "step 2\n"
         pods.ended("tiny-1-0-abcde", 1)
         first.end()
-        write_status(jobs, phase="Running", attempt=2)
+        write_status(jobs, {"phase": "Running", "attempt": 2})
         log_of(logs, "tiny-2-0-abcde", "resumed", ended=True)
         pods.running(2)
         assert process.stdout.readline() == "resumed\n"
         pods.ended("tiny-2-0-abcde")
-        write_status(jobs, phase="Succeeded", attempt=2, conditions=over("Succeeded"))
+        write_status(jobs, {"phase": "Succeeded", "attempt": 2, "conditions": over("Succeeded")})
         rest, notes = process.communicate(timeout=30)
         assert (rest, process.returncode) == ("", 0)
         assert "tiny: attempt 2" in notes and notes.rstrip().endswith("tiny: Succeeded")
@@ -145,7 +139,7 @@ def test_following_goes_from_attempt_to_attempt_until_the_end(
 def test_a_log_that_breaks_off_goes_on_without_loss_or_repeat(
     finetune: Finetune, jobs: Jobs, pods: Pods, logs: dict[str, PodLog]
 ) -> None:
-    write_status(jobs, phase="Running", attempt=1)
+    write_status(jobs, {"phase": "Running", "attempt": 1})
     name = "tiny-1-0-abcde"
     log = log_of(logs, name, *(f"line {number}" for number in range(5)))
     pods.running(1)
@@ -162,6 +156,18 @@ def test_a_log_that_breaks_off_goes_on_without_loss_or_repeat(
 
 
 def test_an_attempt_that_is_gone_is_not_followed(finetune: Finetune, jobs: Jobs) -> None:
-    write_status(jobs, phase="Running", attempt=2, attempts=[{"number": 1}, {"number": 2}])
+    write_status(jobs, {"phase": "Running", "attempt": 2, "attempts": [{"number": 1}, {"number": 2}]})
     gone = finetune("logs", "tiny", "-f", "--attempt", 1)
     assert gone.exit_code == 2 and "the pods of attempt 1 are gone" in gone.stderr
+
+
+def test_with_kuberay_the_log_says_where_the_driver_s_lines_are(
+    finetune: Finetune, jobs: Jobs, pods: Pods, logs: dict[str, PodLog], core: client.CoreV1Api
+) -> None:
+    write_status(jobs, {"phase": "Running", "attempt": 1})
+    log_of(logs, pods.running(1), "ray is up")
+    labels = {"ray.io/node-type": "head", "batch.kubernetes.io/job-completion-index": None}
+    core.patch_namespaced_pod("tiny-1-0-abcde", pods.namespace, {"metadata": {"labels": labels}})
+    shown = finetune("logs", "tiny")
+    assert shown.stdout == "ray is up\n"
+    assert "tiny-1-0-abcde:/tmp/ray/session_latest/logs/job-driver-*.log" in shown.stderr

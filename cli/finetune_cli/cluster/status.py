@@ -58,7 +58,7 @@ def dumped(found: Json, form: Form) -> str:
 def watch_all(jobs: Jobs) -> None:
     """The list, live on a terminal; elsewhere a line for each change. It never ends by itself."""
     console = console_for(sys.stdout)
-    if console.is_terminal:
+    if _is_live(console):
         _live(console, jobs, None, lambda found, note: _list_with(jobs, found, note))
         return
     shown: dict[tuple[str, str], str] = {}
@@ -79,7 +79,7 @@ def watch_one(jobs: Jobs, name: str) -> Json:
     """
     jobs.read(name)
     console = console_for(sys.stdout)
-    if console.is_terminal:
+    if _is_live(console):
         return _live(console, jobs, name, lambda found, note: JobView(next(iter(found.values())), _now(), note))
     shown = None
     for found in jobs.changes(name, note=_stderr):
@@ -117,6 +117,11 @@ def _print(console: Console, drawn: RenderableType) -> None:
     with console.capture() as captured:
         console.print(drawn)
     print("\n".join(line.rstrip() for line in captured.get().rstrip().split("\n")))
+
+
+def _is_live(console: Console) -> bool:
+    """Whether it can draw over what it drew."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def _live(console: Console, jobs: Jobs, name: str | None, drawn: Callable[[Objects, str], RenderableType]) -> Json:
