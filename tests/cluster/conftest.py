@@ -10,10 +10,12 @@ import yaml
 from access import Access, namespace_of, until
 from control_plane import ControlPlane
 from faulty_proxy import FaultyProxy
+from finetune_jobs import Jobs
 from helm_chart import Installed, installed
 from kube_assets import MissingAsset
 from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
+from operator_process import FAST, OperatorProcess
 
 ROOT = Path(__file__).parents[2]
 CRD_FILE = ROOT / "crds" / "finetune.dev_finetunejobs.yaml"
@@ -96,6 +98,22 @@ def release(
 def operator_access(release: Installed) -> Access:
     """The operator's own access: a token of the chart's service account, with the chart's RBAC and no more."""
     return release.access
+
+
+@pytest.fixture(scope="session")
+def operator(
+    release: Installed, operator_access: Access, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[OperatorProcess]:
+    """The operator over all namespaces, with the chart's settings and the chart's rights."""
+    directory = tmp_path_factory.mktemp("operator")
+    with OperatorProcess(operator_access, directory, **(release.environment | FAST)) as running:
+        yield running
+
+
+@pytest.fixture
+def jobs(finetune_jobs: client.CustomObjectsApi, namespace: str, operator: OperatorProcess) -> Jobs:
+    """FineTuneJobs in the test's namespace, with the operator at work."""
+    return Jobs(finetune_jobs, namespace)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ FAST = {
     "FINETUNE_STATUS_SECONDS": "0.5",
     "FINETUNE_STATUS_WRITES_PER_SECOND": "100",
     "FINETUNE_BACKOFF_SECONDS": "1",
+    "FINETUNE_IMAGE_PULL_SECONDS": "3",
     "FINETUNE_RAY_VERSION": "2.60.0",
 }
 
@@ -28,21 +29,22 @@ class OperatorProcess:
 
     Args:
         access: whom it is to the API server, and where that is (a proxy, say).
-        settings: `FINETUNE_…` variables beside those that make tests fast.
+        settings: `FINETUNE_…` variables over those that make tests fast; ports and the token key are this class's.
+        own_key: the operator finds or makes its token key itself.
     """
 
-    def __init__(self, access: Access, directory: Path, **settings: str) -> None:
+    def __init__(self, access: Access, directory: Path, *, own_key: bool = False, **settings: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         key_file = directory / "token-key"
         key_file.write_bytes(KEY)
         self._health, self._metrics = free_port(), free_port()
         self._environment = {
-            "KUBECONFIG": str(access.kubeconfig(directory / "kubeconfig")),
-            "FINETUNE_TOKEN_KEY_FILE": str(key_file),
-            "FINETUNE_HEALTH_PORT": str(self._health),
-            "FINETUNE_METRICS_PORT": str(self._metrics),
             **FAST,
             **settings,
+            "KUBECONFIG": str(access.kubeconfig(directory / "kubeconfig")),
+            "FINETUNE_TOKEN_KEY_FILE": "" if own_key else str(key_file),
+            "FINETUNE_HEALTH_PORT": str(self._health),
+            "FINETUNE_METRICS_PORT": str(self._metrics),
         }
         command = ["env", *(f"{name}={value}" for name, value in self._environment.items())]
         self._server = Server("operator", [*command, sys.executable, "-m", "finetune_operator.main"], directory / "log")

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from access import Access
 from finetune_jobs import Jobs, condition, driver, job
 from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
-from operator_process import OperatorProcess
 
 SELECTOR = "finetune.dev/job=tiny,finetune.dev/run={}"
 Happening = Callable[[KubeletStandIn, str, str], None]
-
-
-@pytest.fixture(scope="module")
-def operator(
-    admin: Access, finetune_jobs: client.CustomObjectsApi, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[OperatorProcess]:
-    with OperatorProcess(admin, tmp_path_factory.mktemp("operator"), FINETUNE_IMAGE_PULL_SECONDS="3") as running:
-        yield running
-
-
-@pytest.fixture
-def jobs(finetune_jobs: client.CustomObjectsApi, namespace: str, operator: OperatorProcess) -> Jobs:
-    return Jobs(finetune_jobs, namespace)
 
 
 def pods_of(kubelet: KubeletStandIn, namespace: str, run: int, count: int = 1) -> list[str]:

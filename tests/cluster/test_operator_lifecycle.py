@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-from access import Access, until, until_gone
+from access import Access, namespace_of, until, until_gone
 from finetune_jobs import Jobs, condition, driver, job
 from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
-from operator_process import OperatorProcess
+from operator_process import OperatorProcess, eventually
 
 from finetune_trainer.progress.reporter import Progress
 
 SELECTOR = "finetune.dev/job=tiny,finetune.dev/run={}"
-
-
-@pytest.fixture
-def operator(admin: Access, namespace: str, tmp_path: Path) -> Iterator[OperatorProcess]:
-    with OperatorProcess(admin, tmp_path, FINETUNE_NAMESPACES=namespace) as running:
-        yield running
-
-
-@pytest.fixture
-def jobs(finetune_jobs: client.CustomObjectsApi, namespace: str) -> Jobs:
-    return Jobs(finetune_jobs, namespace)
 
 
 def pods_of(kubelet: KubeletStandIn, namespace: str, run: int | str, count: int = 1) -> list[str]:
@@ -34,7 +21,7 @@ def pods_of(kubelet: KubeletStandIn, namespace: str, run: int | str, count: int 
 
 
 def test_from_apply_to_succeeded(
-    operator: OperatorProcess, jobs: Jobs, kubelet: KubeletStandIn, core: client.CoreV1Api, namespace: str
+    jobs: Jobs, kubelet: KubeletStandIn, core: client.CoreV1Api, namespace: str
 ) -> None:
     made = jobs.create(job(resources={"nodes": 2, "workersPerNode": 1}))
     first, second = pods_of(kubelet, namespace, 1, 2)
@@ -61,7 +48,7 @@ def test_from_apply_to_succeeded(
 
 
 def test_a_user_error_is_told_and_never_retried(
-    operator: OperatorProcess, jobs: Jobs, kubelet: KubeletStandIn, namespace: str
+    jobs: Jobs, kubelet: KubeletStandIn, namespace: str
 ) -> None:
     jobs.create(job())
     (pod,) = pods_of(kubelet, namespace, 1)
@@ -76,7 +63,7 @@ def test_a_user_error_is_told_and_never_retried(
 
 
 def test_suspend_waits_for_the_checkpoint_and_resume_goes_on(
-    operator: OperatorProcess, jobs: Jobs, kubelet: KubeletStandIn, namespace: str
+    jobs: Jobs, kubelet: KubeletStandIn, namespace: str
 ) -> None:
     made = jobs.create(job())
     (pod,) = pods_of(kubelet, namespace, 1)
@@ -99,7 +86,7 @@ def test_suspend_waits_for_the_checkpoint_and_resume_goes_on(
 
 
 def test_deletion_takes_the_children_along(
-    operator: OperatorProcess, jobs: Jobs, kubelet: KubeletStandIn, api: client.ApiClient, namespace: str
+    jobs: Jobs, kubelet: KubeletStandIn, api: client.ApiClient, namespace: str
 ) -> None:
     jobs.create(job())
     pods_of(kubelet, namespace, 1)
@@ -111,7 +98,7 @@ def test_deletion_takes_the_children_along(
 
 
 def test_preflight_comes_before_any_attempt(
-    operator: OperatorProcess, jobs: Jobs, kubelet: KubeletStandIn, api: client.ApiClient, namespace: str
+    jobs: Jobs, kubelet: KubeletStandIn, api: client.ApiClient, namespace: str
 ) -> None:
     jobs.create(job(kubernetes={}))
     (pod,) = pods_of(kubelet, namespace, "preflight")
@@ -123,3 +110,67 @@ def test_preflight_comes_before_any_attempt(
     planned = jobs.until(lambda status: "plan" in status)
     assert condition(planned, "Planned")["message"] == "35,936 parameters, 20 steps, 1.0 GiB per worker"
     until(client.BatchV1Api(api).list_namespaced_job, lambda item: item.metadata.name == "tiny-1", namespace=namespace)
+
+
+def test_storage_is_emptied_before_the_job_goes(
+    jobs: Jobs, kubelet: KubeletStandIn, api: client.ApiClient, namespace: str
+) -> None:
+    jobs.create(job(storage={"uri": "pvc://results/runs", "deletionPolicy": "Delete"}))
+    (pod,) = pods_of(kubelet, namespace, 1)
+    kubelet.running(namespace, pod)
+    assert jobs.until_phase("Running")["metadata"]["finalizers"] == ["finetune.dev/storage"]
+    jobs.delete()
+    kubelet.until_deleted(namespace, pod)
+    kubelet.end_deletion(namespace, pod)
+    (cleanup,) = pods_of(kubelet, namespace, "cleanup")
+    made = client.BatchV1Api(api).read_namespaced_job("tiny-cleanup", namespace)
+    assert made.spec.template.spec.containers[0].command[:2] == ["finetune", "cleanup"]
+    kubelet.running(namespace, cleanup)
+    kubelet.finished(namespace, cleanup)
+    jobs.until_gone("tiny")
+
+
+def test_a_queue_holds_an_attempt_and_takes_it_back(
+    jobs: Jobs, kubelet: KubeletStandIn, api: client.ApiClient, namespace: str
+) -> None:
+    """Kueue suspends a Job and lets it go on by `spec.suspend`; the attempt stays the same one."""
+    batch = client.BatchV1Api(api)
+    queued = job()
+    queued["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "gpus"}
+    jobs.create(queued)
+    (pod,) = pods_of(kubelet, namespace, 1)
+    assert batch.read_namespaced_job("tiny-1", namespace).metadata.labels["kueue.x-k8s.io/queue-name"] == "gpus"
+    kubelet.running(namespace, pod)
+    jobs.until_phase("Running")
+    batch.patch_namespaced_job("tiny-1", namespace, {"spec": {"suspend": True}})
+    kubelet.until_deleted(namespace, pod)
+    kubelet.end_deletion(namespace, pod)
+    assert condition(jobs.until_phase("Queued"), "Admitted")["status"] == "False"
+    batch.patch_namespaced_job("tiny-1", namespace, {"spec": {"suspend": False}})
+    (again,) = (name for name in kubelet.pods(namespace, 1, selector=SELECTOR.format(1)) if name != pod)
+    kubelet.running(namespace, again)
+    assert jobs.until_phase("Running")["status"]["attempt"] == 1
+
+
+def test_the_token_key_is_made_once(admin: Access, core: client.CoreV1Api, tmp_path: Path) -> None:
+    with namespace_of(admin, "keys") as namespace:
+        settings = {"FINETUNE_OPERATOR_NAMESPACE": namespace, "FINETUNE_NAMESPACES": namespace}
+        with OperatorProcess(admin, tmp_path, own_key=True, **settings):
+            first = core.read_namespaced_secret("finetune-operator-token-key", namespace)
+        with OperatorProcess(admin, tmp_path, own_key=True, **settings):
+            second = core.read_namespaced_secret("finetune-operator-token-key", namespace)
+        assert first.data == second.data and first.metadata.uid == second.metadata.uid
+
+
+def test_metrics_say_how_jobs_do(
+    operator: OperatorProcess, jobs: Jobs, kubelet: KubeletStandIn, namespace: str
+) -> None:
+    jobs.create(job())
+    (pod,) = pods_of(kubelet, namespace, 1)
+    kubelet.running(namespace, pod)
+    jobs.until_phase("Running")
+    eventually(lambda: 'finetune_jobs{phase="Running"}' in operator.metrics())
+    kubelet.finished(namespace, pod, 2)
+    jobs.until_phase("Failed")
+    eventually(lambda: 'finetune_attempts_total{reason="UserError"}' in operator.metrics())
+    assert "finetune_reconcile_seconds_count" in operator.metrics()
