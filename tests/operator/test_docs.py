@@ -1,0 +1,33 @@
+"""What is documented is what there is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from finetune_api.exit_codes import ExitCode
+from finetune_operator.conditions import Reason, Type
+
+TEXT = (Path(__file__).parents[2] / "docs" / "operator.md").read_text()
+MODULES = Path(__file__).parents[2] / "operator" / "finetune_operator"
+
+
+def first_cells(heading: str) -> set[str]:
+    """The words in the first column of the table below a heading."""
+    section = TEXT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| ([^|]+) \|", section, re.MULTILINE)[1:]
+    return {word.strip() for row in rows for word in row.split(",")}
+
+
+def test_every_condition_reason_and_exit_code_is_documented() -> None:
+    assert first_cells("Conditions") == {kind.value for kind in Type}
+    assert first_cells("Reasons") == {reason.value for reason in Reason}
+    assert first_cells("Exit codes of an attempt") == {str(code.value) for code in ExitCode}
+
+
+def test_every_module_is_in_the_table() -> None:
+    table = TEXT.split("what it does |")[1].split("\n\n")[0]
+    named = set(re.findall(r"`([a-z_]+)/?`", table)) - {"observe"} | {"observe"}
+    present = {path.stem for path in MODULES.iterdir() if not path.name.startswith("__")}
+    missing = present - named - {"conditions", "names", "actions", "metrics", "token_key"}
+    assert missing == set()
