@@ -1,0 +1,257 @@
+"""The operator with thousands of jobs at once on a real API server: `python benchmarks/operator_scale.py 1000 5000`.
+
+Each count of jobs is a case of its own: a fresh control plane on the loopback device, the chart's own rights and
+settings, and a stand-in for the kubelets that starts every pod. Nothing answers at the drivers' port, as with jobs
+that have just begun. Calls are counted in the API server's audit log. `--preflight` has each job checked first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "cluster"))
+
+# ruff: noqa: E402  the tests' own modules are no package: they are found by path
+import yaml
+from access import Access, until
+from auto_kubelet import AutoKubelet
+from control_plane import ControlPlane
+from finetune_jobs import job
+from helm_chart import Installed, installed
+from kubelet_stand_in import KubeletStandIn
+from kubernetes import client
+from operator_process import OperatorProcess
+
+from finetune_api.job import GROUP, PLURAL, VERSION
+from finetune_operator.names import MANAGED_SELECTOR, RUN_LABEL
+
+Json = dict[str, Any]
+NAMESPACES = 10
+WRITERS = 16
+CPU_PAUSE = 1.0
+OWN_SETTINGS = ("FINETUNE_HEALTH_PORT", "FINETUNE_METRICS_PORT", "FINETUNE_NAMESPACES")
+"""Of the chart's settings those that the process here has its own of."""
+
+
+@dataclass
+class Case:
+    """One control plane with its operator, and how far it is."""
+
+    admin: Access
+    api: client.ApiClient
+    operator: OperatorProcess
+    audit: Path
+    peak: int = 0
+
+    def phases(self) -> Counter[str]:
+        """Jobs by phase, as the operator's metrics have them."""
+        found = re.findall(r'finetune_jobs\{phase="(\w+)"\} (\S+)', self.operator.metrics())
+        return Counter({phase: int(float(count)) for phase, count in found})
+
+    def runs(self) -> int:
+        """Jobs (batch/v1) on the API server that are attempts."""
+        batch = client.BatchV1Api(self.api)
+        listing = batch.list_job_for_all_namespaces(limit=1, _preload_content=False)
+        found = json.loads(listing.data)
+        return len(found["items"]) + (found["metadata"].get("remainingItemCount") or 0)
+
+    def wait(self, what: str, done: Callable[[], bool], since: float, limit: float) -> float:
+        """Seconds from `since` until `done()`; the operator's memory is looked at on the way."""
+        while not done():
+            assert time.monotonic() - since < limit, f"{what}: not within {limit} s; {self.phases()}"
+            self.peak = max(self.peak, self.operator.memory())
+            time.sleep(CPU_PAUSE)
+        return time.monotonic() - since
+
+    def calls(self, since: int = 0) -> tuple[Counter[str], int]:
+        """The operator's requests from byte `since` of the audit log on, by verb and resource; and where it ends."""
+        counted: Counter[str] = Counter()
+        with self.audit.open("rb") as log:
+            log.seek(since)
+            for line in log:
+                event = json.loads(line)
+                counted[call_of(event)] += 1
+            return counted, log.tell()
+
+
+def call_of(event: Json) -> str:
+    """`create pods`, `patch finetunejobs/status`, …; an answer that is an error says so."""
+    reference = event.get("objectRef") or {}
+    resource = "/".join(filter(None, [reference.get("resource", event["requestURI"]), reference.get("subresource")]))
+    code = (event.get("responseStatus") or {}).get("code", 200)
+    return f"{event['verb']} {resource}" + (f" ({code})" if code >= 400 else "")
+
+
+def audit_options(directory: Path) -> list[str]:
+    """An audit log of what the operator's service account asks for, and of nothing else."""
+    policy = {
+        "apiVersion": "audit.k8s.io/v1",
+        "kind": "Policy",
+        "omitStages": ["RequestReceived", "ResponseStarted"],
+        "rules": [
+            {"level": "None", "userGroups": ["system:serviceaccounts:kube-system"]},
+            {"level": "Metadata", "userGroups": ["system:serviceaccounts"]},
+            {"level": "None"},
+        ],
+    }
+    file = directory / "audit-policy.json"
+    file.write_text(json.dumps(policy))
+    return [f"--audit-policy-file={file}", f"--audit-log-path={directory / 'audit.log'}"]
+
+
+def create_jobs(admin: Access, count: int, *, preflight: bool) -> None:
+    """`count` jobs over the namespaces, as fast as the API server takes them."""
+
+    def create(numbers: range) -> None:
+        with admin.client() as api:
+            objects = client.CustomObjectsApi(api)
+            for number in numbers:
+                body = job(f"job-{number}", kubernetes={"preflight": preflight})
+                objects.create_namespaced_custom_object(GROUP, VERSION, namespace(number), PLURAL, body)
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(create, [range(first, count, WRITERS) for first in range(WRITERS)]))
+
+
+def namespace(number: int) -> str:
+    return f"team-{number % NAMESPACES}"
+
+
+def prepare(admin: Access, api: client.ApiClient) -> None:
+    """The CRD, the namespaces and a node."""
+    definition = yaml.safe_load((ROOT / "crds" / "finetune.dev_finetunejobs.yaml").read_text())
+    admin.apply(definition)
+    core = client.CoreV1Api(api)
+    for name in map(namespace, range(NAMESPACES)):
+        core.create_namespace(client.V1Namespace(metadata=client.V1ObjectMeta(name=name)))
+        until(core.list_namespaced_service_account, lambda found: found.metadata.name == "default", namespace=name)
+    KubeletStandIn(core).node("node-a")
+
+
+def settings(release: Installed) -> dict[str, str]:
+    """The chart's settings of the operator, less those that the process here has its own of."""
+    return {name: value for name, value in release.environment.items() if name not in OWN_SETTINGS}
+
+
+def ended(pod: Json) -> int | None:
+    """A preflight ends well at once; attempts run on."""
+    return 0 if pod["metadata"]["labels"].get(RUN_LABEL) == "preflight" else None
+
+
+def measure(count: int, *, preflight: bool, idle_seconds: float, limit: float) -> Json:
+    """One case, from an empty control plane."""
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        plane = stack.enter_context(ControlPlane(directory, audit_options(directory)))
+        admin = plane.admin
+        api = stack.enter_context(admin.client())
+        prepare(admin, api)
+        release = stack.enter_context(installed(admin, directory / "helm", {"crds": {"enabled": False}}))
+        stack.enter_context(AutoKubelet(admin, "node-a", selector=MANAGED_SELECTOR, ends=ended))
+        operator = OperatorProcess(release.access, directory / "operator", **settings(release))
+        stack.enter_context(operator)
+        case = Case(admin, api, operator, directory / "audit.log")
+        return {"jobs": count, "preflight": preflight, **figures(case, count, preflight, idle_seconds, limit)}
+
+
+def figures(case: Case, count: int, preflight: bool, idle_seconds: float, limit: float) -> Json:
+    empty, cpu, started = case.operator.memory(), case.operator.cpu_seconds(), time.monotonic()
+    _, before = case.calls()
+    create_jobs(case.admin, count, preflight=preflight)
+    created = time.monotonic() - started
+    runs = count * (2 if preflight else 1)
+    children = case.wait("children", lambda: case.runs() >= runs, started, limit)
+    running = case.wait("running", lambda: case.phases()["Running"] == count, started, limit)
+    calls, log = case.calls(before)
+    cpu_running = case.operator.cpu_seconds() - cpu
+    idle = quiet(case, log, idle_seconds)
+    events = sum(number for call, number in calls.items() if call.startswith("create events"))
+    others = {call: number for call, number in calls.items() if not re.match(r"create events|watch|list", call)}
+    return {
+        "created_s": round(created, 1),
+        "children_s": round(children, 1),
+        "running_s": round(running, 1),
+        "calls_per_job": round(sum(others.values()) / count, 3),
+        "events_per_job": round(events / count, 3),
+        "calls": dict(sorted(calls.items())),
+        "cpu_ms_per_job": round(1000 * cpu_running / count, 2),
+        **idle,
+        "rss_mib": {
+            "empty": mib(empty),
+            "peak": mib(max(case.peak, case.operator.memory())),
+            "after": mib(case.operator.memory()),
+        },
+        "restart": restart(case, count, limit),
+        "load": os.getloadavg()[0],
+    }
+
+
+def quiet(case: Case, log: int, seconds: float) -> Json:
+    """What the operator does while nothing happens: writes a second, and CPU."""
+    cpu = case.operator.cpu_seconds()
+    time.sleep(seconds)
+    calls, _ = case.calls(log)
+    writes = sum(number for call, number in calls.items() if not re.match(r"get|list|watch", call))
+    return {
+        "idle_writes_per_s": round(writes / seconds, 3),
+        "idle_calls": dict(calls),
+        "idle_cpu_percent": round(100 * (case.operator.cpu_seconds() - cpu) / seconds, 1),
+    }
+
+
+def restart(case: Case, count: int, limit: float) -> Json:
+    """A new operator that finds all jobs running: how long until it knows them, what it writes, what it needs."""
+    case.operator.kill()
+    _, log = case.calls()
+    started = time.monotonic()
+    case.operator.start()
+    case.wait("restart", lambda: case.phases()["Running"] == count, started, limit)
+    seconds = time.monotonic() - started
+    calls, _ = case.calls(log)
+    return {
+        "seconds": round(seconds, 1),
+        "calls": dict(calls),
+        "rss_mib": mib(case.operator.memory()),
+        "peak_mib": mib(peak(case.operator.pid)),
+        "cpu_s": round(case.operator.cpu_seconds(), 1),
+    }
+
+
+def peak(pid: int) -> int:
+    """The most bytes that a process ever had resident."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
+
+
+def mib(count: int) -> int:
+    return round(count / 2**20)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("counts", nargs="*", type=int, default=[1000, 5000], help="numbers of jobs")
+    parser.add_argument("--preflight", action="store_true", help="check each job first")
+    parser.add_argument("--idle-seconds", type=float, default=60)
+    parser.add_argument("--limit", type=float, default=1200, help="seconds that one case may take to run")
+    given = parser.parse_args()
+    for count in given.counts:
+        found = measure(count, preflight=given.preflight, idle_seconds=given.idle_seconds, limit=given.limit)
+        print(json.dumps(found, indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()
