@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ from finetune_operator.names import JOB_LABEL, RUN_LABEL
 
 PLAN = json.dumps({"plan": {"parameters": 35936, "steps": 20}})
 CRASH = json.dumps({"exitCode": 1, "message": "RuntimeError: a crash"})
+PATIENCE = 120
+"""Seconds for one thing to happen: the operator may have been killed and be on its way back, on a busy machine."""
 SUSPENDED_AT = 2
 """The attempt in which the job is suspended; the one before crashes, the one after succeeds."""
 
@@ -72,13 +74,13 @@ class Life:
             return
         with driver(self.uid, int(run), self.ip) as trainer:
             self._kubelet.running(namespace, name, ip=self.ip)
-            self.jobs.until(lambda status: status.get("phase") == "Running" and status.get("attempt") == int(run))
+            self._until(lambda status: status.get("phase") == "Running" and status.get("attempt") == int(run))
             self._train(int(run), trainer, name)
 
     def _train(self, run: int, trainer: Driver, pod: str) -> None:
         namespace = self.jobs.namespace
         trainer.reporter.checkpoint_saved(1, run, f"/pvc/c-{run}")
-        self.jobs.until(lambda status: status.get("lastCheckpoint", {}).get("step") == run)
+        self._until(lambda status: status.get("lastCheckpoint", {}).get("step") == run)
         if run < SUSPENDED_AT:
             self._kubelet.finished(namespace, pod, 1, message=CRASH)
         elif run == SUSPENDED_AT:
@@ -88,12 +90,15 @@ class Life:
 
     def _suspend(self, trainer: Driver, pod: str) -> None:
         self.jobs.patch(self.name, {"runPolicy": {"suspend": True}})
-        assert trainer.asked_to_stop.wait(30), "nobody asked for a checkpoint"
+        assert trainer.asked_to_stop.wait(PATIENCE), "nobody asked for a checkpoint"
         trainer.reporter.ended(75, "stopped, checkpoint saved")
         said = trainer.reporter.report().model_dump_json(by_alias=True, exclude_none=True)
         self._kubelet.finished(self.jobs.namespace, pod, 75, message=said)
-        self.jobs.until_phase("Suspended", self.name)
+        self._until(lambda status: status["phase"] == "Suspended")
         self.jobs.patch(self.name, {"runPolicy": {"suspend": False}})
+
+    def _until(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        self.jobs.until(wanted, self.name, PATIENCE)
 
 
 def end_state(jobs: Jobs, life: Life) -> dict[str, Any]:

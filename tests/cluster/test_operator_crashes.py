@@ -13,11 +13,11 @@ from control_plane import ControlPlane
 from faulty_proxy import FaultyProxy
 from finetune_jobs import Jobs, job
 from kubernetes import client
-from life import Life, end_state
+from life import PATIENCE, Life, end_state
 from operator_process import OperatorProcess
 
 AT_ONCE = 3
-pytestmark = pytest.mark.timeout(600, func_only=True)
+pytestmark = pytest.mark.timeout(1200, func_only=True)
 
 
 class Lives:
@@ -47,9 +47,9 @@ class Lives:
             life = Life(jobs, client.CoreV1Api(api), made["metadata"]["uid"], f"127.0.1.{kill_at + 1}")
             with operator, life.going_on():
                 if kill_at:
-                    assert operator.wait_for_death(60), f"no write {kill_at}"
+                    assert operator.wait_for_death(PATIENCE), f"no write {kill_at}"
                     operator.start()
-                jobs.until_phase("Succeeded", timeout=90)
+                jobs.until_phase("Succeeded", timeout=4 * PATIENCE)
                 return end_state(jobs, life), sum(call.is_write for call in proxy.calls)
 
 
