@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 QUIET_ENVIRONMENT = {
@@ -39,3 +40,5 @@ def apply_environment(variables: dict[str, str]) -> None:
     """Set what the user hasn't set."""
     for name, value in variables.items():
         os.environ.setdefault(name, value)
+    # It advises a package that fetches faster kernels from the hub at run time.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,0 +1,320 @@
+"""Our `sft` stage against plain `trl sft`: `python benchmarks/step_time.py`.
+
+Both train the same model on the same rows with the same settings, at the same time, each in processes of its own that
+are stopped (SIGSTOP) while the other has its turn. So they share the machine's good and bad moments, and the ratio
+means something where the machine is busy. Compared are steady steps: start-up, and in each turn the step that spans
+the stop, are left out. The losses are compared too: equal work gives equal losses.
+
+Afterwards: what our start-up to the first step is made of, and CPU seconds per step of all processes of either side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+SIZES = {
+    "small": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "large": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
+}
+MAX_LENGTH, BATCH, LEARNING_RATE, WARMUP = 256, 4, 1e-3, 10
+ENOUGH_STEPS = 100_000
+"""More than there is time for: both are ended."""
+PROMISED = 1.05
+
+
+@dataclass
+class Runner:
+    """One side: its processes, and when each of its steps ended on a clock that its stops don't stop."""
+
+    name: str
+    process: subprocess.Popen[str]
+    steps: Path
+    durations: list[list[float]] = field(default_factory=list)
+    """Seconds of each steady step, by turn."""
+    cpu: float = 0.0
+    cpu_steps: int = 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Complete lines that the side has written so far."""
+        text = self.steps.read_text() if self.steps.exists() else ""
+        return [json.loads(line) for line in text.split("\n")[:-1]]
+
+    def tree(self) -> list[psutil.Process]:
+        root = psutil.Process(self.process.pid)
+        return [root, *root.children(recursive=True)]
+
+    def signal(self, number: int) -> None:
+        for process in self.tree():
+            if process.is_running():
+                process.send_signal(number)
+
+    def turn(self, steps: int) -> None:
+        """Run for so many steps, and keep those that lie in this turn whole."""
+        before, cpu = len(self.rows()), self.cpu_seconds()
+        self.signal(signal.SIGCONT)
+        wait_for_steps(self, before + steps + 1)
+        self.signal(signal.SIGSTOP)
+        ends = [row["seconds"] for row in self.rows()[before:]]
+        self.durations.append([after - earlier for earlier, after in pairwise(ends)])
+        self.cpu += self.cpu_seconds() - cpu
+        self.cpu_steps += len(ends)
+
+    def cpu_seconds(self) -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in self.tree() if process.is_running())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--turns", type=int, default=12, help="turns of each side")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a turn")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        measure(Path(directory), options.size, options.turns, options.steps)
+
+
+def measure(directory: Path, size: str, turns: int, steps: int) -> None:
+    """Run both sides in turn and print what was found."""
+    make_inputs(directory, SIZES[size])
+    started = time.time()
+    ours = start_ours(directory)
+    timeline = Timeline(ours, started)
+    timeline.first_step()
+    ours.signal(signal.SIGSTOP)
+    plain = start_plain(directory)
+    try:
+        wait_for_steps(plain, WARMUP)
+        plain.signal(signal.SIGSTOP)
+        ours.signal(signal.SIGCONT)
+        wait_for_steps(ours, WARMUP)
+        ours.signal(signal.SIGSTOP)
+        for turn in range(turns):
+            for side in (ours, plain) if turn % 2 else (plain, ours):
+                side.turn(steps)
+        report(ours, plain)
+        timeline.show()
+    finally:
+        for side in (ours, plain):
+            end(side)
+
+
+def make_inputs(directory: Path, size: dict[str, int]) -> None:
+    """A model from scratch, a tokenizer and conversations of uneven length, on disk as both sides read them."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from finetune_api.stages import TokenizerSpec
+    from finetune_trainer.stages.tokenizer import train_tokenizer
+
+    rows = [conversation(number) for number in range(2000)]
+    texts = [message["content"] for row in rows for message in row["messages"]]
+    spec = TokenizerSpec.model_validate({"data": {"sources": [{"inline": [{"text": "x"}]}]}, "vocabSize": 2000})
+    tokenizer = train_tokenizer(spec, texts, 512)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = Qwen3Config(**size, num_key_value_heads=2, head_dim=64, vocab_size=8000, **special)
+    for part in (Qwen3ForCausalLM(config), tokenizer):
+        part.save_pretrained(directory / "model")
+    (directory / "data").mkdir()
+    (directory / "data/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def conversation(number: int) -> dict[str, Any]:
+    words = " ".join(f"{number * step % 997}" for step in range(1, 20 + number % 60))
+    turns = [("user", f"Multiples of {number}, please."), ("assistant", words)]
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def start_ours(directory: Path) -> Runner:
+    """`finetune run` of one `sft` stage."""
+    sft = {
+        "data": {"sources": [{"file": "data/train.jsonl"}], "shuffle": False},
+        "maxLength": MAX_LENGTH,
+        "maxSteps": ENOUGH_STEPS,
+        "saveSteps": ENOUGH_STEPS,
+        "perDeviceTrainBatchSize": BATCH,
+        "learningRate": LEARNING_RATE,
+        "warmupRatio": 0,
+    }
+    job = {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "ours"},
+        "spec": {
+            "model": {"path": "model", "dtype": "float32"},
+            "stages": [{"sft": sft}],
+            "storage": {"path": str(directory / "runs")},
+        },
+    }
+    path = directory / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    command = ["-c", "from finetune_cli.main import main; main()", "run", str(path)]
+    return start("finetune run", command, directory, directory / "runs/ours/stages/00-sft/metrics.jsonl")
+
+
+def start_plain(directory: Path) -> Runner:
+    """`trl sft` as its command line runs it, with a clock beside it."""
+    arguments = {
+        "model_name_or_path": directory / "model",
+        "dataset_name": directory / "data",
+        "output_dir": directory / "plain",
+        "dtype": "float32",
+        "bf16": False,
+        "use_cpu": True,
+        "assistant_only_loss": True,
+        "max_length": MAX_LENGTH,
+        "max_steps": ENOUGH_STEPS,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "cosine",
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    flags = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    steps = directory / "plain.jsonl"
+    return start("trl sft", ["-c", CLOCKED_TRL.format(steps=str(steps)), *flags], directory, steps)
+
+
+CLOCKED_TRL = """
+import json, time
+import transformers.trainer
+from trl.scripts.sft import main, make_parser
+
+class Clock(transformers.TrainerCallback):
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs:
+            with open({steps!r}, "a") as file:
+                file.write(json.dumps({{"seconds": time.monotonic(), "loss": float(logs["loss"])}}) + "\\n")
+
+transformers.trainer.DEFAULT_CALLBACKS.append(Clock)
+main(*make_parser().parse_args_and_config(fail_with_unknown_args=True))
+"""
+
+
+def start(name: str, command: list[str], directory: Path, steps: Path) -> Runner:
+    cores = str(len(os.sched_getaffinity(0)))
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": cores}
+    quiet["FINETUNE_CACHE"] = str(directory / "cache")
+    output = (directory / f"{name.replace(' ', '-')}.log").open("w+")
+    process = subprocess.Popen(
+        [sys.executable, *command], env=os.environ | quiet, stdout=output, stderr=subprocess.STDOUT, text=True
+    )
+    return Runner(name, process, steps)
+
+
+def wait_for_steps(side: Runner, count: int) -> None:
+    """Until the side has taken so many steps.
+
+    Raises:
+        SystemExit: it ended before.
+    """
+    while len(side.rows()) < count:
+        if side.process.poll() is not None:
+            logs = "\n".join(path.read_text()[-3000:] for path in side.steps.parent.glob("*.log"))
+            raise SystemExit(f"{side.name} ended early:\n{logs}")
+        time.sleep(0.05)  # another program's file: nothing to wait on
+
+
+class Timeline:
+    """When our side's parts of the start-up were done, seen from outside: by its processes and by what it says."""
+
+    SAYS = (
+        ("interpreter, libraries, checks of the job", ": reading "),
+        ("data tokenised (Ray starts meanwhile)", " rows, "),
+        ("workers up, libraries loaded in them", "[1/1 sft]: "),
+        ("model, trainer", "model ready"),
+    )
+
+    def __init__(self, side: Runner, started: float) -> None:
+        self.side, self.started = side, started
+        self.log = side.steps.parents[4] / "finetune-run.log"
+        self.marks: list[tuple[str, float]] = []
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def first_step(self) -> None:
+        """Wait for it."""
+        wait_for_steps(self.side, 1)
+        self.thread.join()
+        self.marks.append(("first step, with samples before it", time.time() - self.started))
+        self.processes = self._processes()
+
+    def _watch(self) -> None:
+        for what, sign in self.SAYS:
+            while sign not in self.log.read_text():
+                if self.side.process.poll() is not None:
+                    return
+                time.sleep(0.02)
+            self.marks.append((what, time.time() - self.started))
+
+    def _processes(self) -> list[tuple[str, float]]:
+        """Seconds from the start to the birth of Ray's daemon and of the worker."""
+        births = []
+        for process in self.side.tree():
+            name = " ".join(process.cmdline())
+            for part, title in (("raylet/raylet", "Ray's daemon"), ("RayTrainWorker", "the worker's process")):
+                if part in name:
+                    births.append((title, process.create_time() - self.started))
+        return births
+
+    def show(self) -> None:
+        print("start-up of finetune run, seconds from the start (and of the part):")
+        before = 0.0
+        for what, at in self.marks:
+            print(f"  {at:6.1f}  ({at - before:5.1f})  {what}")
+            before = at
+        for what, at in self.processes:
+            print(f"  {at:6.1f}           {what} is born")
+
+
+def report(ours: Runner, plain: Runner) -> None:
+    """Medians, the ratio pair by pair, and whether both did the same work."""
+    for side in (ours, plain):
+        steady = [duration for turn in side.durations for duration in turn]
+        print(
+            f"{side.name}: median {statistics.median(steady):.4f} s a step over {len(steady)} steps; "
+            f"{side.cpu / max(1, side.cpu_steps):.3f} CPU s a step"
+        )
+    pairs = zip(ours.durations, plain.durations, strict=True)
+    ratios = sorted(statistics.median(a) / statistics.median(b) for a, b in pairs if a and b)
+    ratio = statistics.median(ratios)
+    verdict = "within" if ratio <= PROMISED else "OVER"
+    print(f"ratio of step times, median of {len(ratios)} pairs of turns: {ratio:.3f} ({verdict} {PROMISED})")
+    print("all pairs: " + ", ".join(f"{one:.3f}" for one in ratios))
+    losses = [[row["loss"] for row in side.rows()] for side in (ours, plain)]
+    worst = max(abs(a - b) for a, b in zip(*losses, strict=False))
+    print(f"losses: {losses[0][0]:.4f} at first; largest difference in {min(map(len, losses))} steps {worst:.1e}")
+
+
+def end(side: Runner) -> None:
+    """As a user ends it: by SIGTERM, on which our side saves a checkpoint and stops its Ray."""
+    if side.process.poll() is not None:
+        return
+    side.signal(signal.SIGCONT)
+    side.process.terminate()
+    try:
+        side.process.wait(timeout=120)
+    except subprocess.TimeoutExpired:
+        side.process.kill()
+
+
+if __name__ == "__main__":
+    main()
