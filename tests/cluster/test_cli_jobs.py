@@ -15,13 +15,13 @@ from faulty_proxy import FaultyProxy
 from finetune_command import Finetune, write_status
 from finetune_jobs import Jobs, job
 from kubernetes import client
+from sample_statuses import FAILED, RUNNING, SUCCEEDED, conditions
 
 from finetune_api.job import GROUP, PLURAL, VERSION
 from finetune_cli.cluster.connection import Target, connect
 from finetune_cli.cluster.watching import follow
 
 Json = dict[str, Any]
-SINCE = "2026-11-24T03:00:00Z"
 
 
 @pytest.fixture
@@ -39,47 +39,6 @@ def job_file(tmp_path: Path) -> Path:
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(job()))
     return path
-
-
-def conditions(**statuses: str) -> list[Json]:
-    """`Running="True Training"`: status, reason and maybe a message."""
-    found = []
-    for kind, words in statuses.items():
-        status, reason, message = [*words.split(" ", 2), "", ""][:3]
-        found.append({"type": kind, "status": status, "reason": reason, "message": message,
-                      "lastTransitionTime": SINCE, "observedGeneration": 1})  # fmt: skip
-    return found
-
-
-RUNNING: Json = {
-    "phase": "Running",
-    "stage": "2/2 pretrain",
-    "step": "4/10",
-    "loss": "3.25",
-    "eta": "1m",
-    "attempt": 2,
-    "observedGeneration": 1,
-    "conditions": conditions(Validated="True Valid", Running="True Training"),
-    "progress": {"step": 4, "total": 10, "loss": 3.25, "learningRate": 0.0002, "tokensPerSecond": 12345.0,
-                 "etaSeconds": 90.0, "stageIndex": 1},
-    "stages": [
-        {"name": "tokenizer", "state": "Succeeded", "startTime": SINCE, "completionTime": "2026-11-24T03:02:05Z",
-         "metrics": {"bytes_per_token": 2.5}, "result": "/pvc/t"},
-        {"name": "pretrain", "state": "Running", "startTime": SINCE},
-    ],
-    "lastCheckpoint": {"stage": 1, "step": 3, "uri": "/pvc/c-3"},
-    "attempts": [
-        {"number": 1, "startTime": SINCE, "endTime": "2026-11-24T03:01:00Z", "reason": "NodeLost", "message": "gone"},
-        {"number": 2, "startTime": SINCE},
-    ],
-}  # fmt: skip
-SUCCEEDED: Json = {"phase": "Succeeded", "conditions": conditions(Succeeded="True Completed")}
-FAILED: Json = {
-    "phase": "Failed",
-    "conditions": conditions(Failed="True CUDAOutOfMemory Set stages[1].pretrain.perDeviceTrainBatchSize to 4"),
-    "failure": {"reason": "CUDAOutOfMemory", "message": "line 1\nCUDA out of memory \x1b[31m", "pod": "tiny-2-0-x",
-                "node": "node-a", "exitCode": 1, "attempt": 2},
-}  # fmt: skip
 
 
 def test_submit_creates_what_was_written_and_nothing_else(finetune: Finetune, jobs: Jobs, job_file: Path) -> None:
