@@ -100,6 +100,11 @@ class SftSpec(SupervisedSpec):
         yield from _quantization_faults(self)
 
 
+def default_threshold(score: Literal["token", "gate"]) -> float:
+    """The sum of scores that selects experts where none is given (arXiv 2407.01906)."""
+    return 0.2 if score == "token" else 0.1
+
+
 class ExpertChoice(ApiModel):
     """The experts to train, given by hand."""
 
@@ -158,7 +163,7 @@ class EsftSpec(SupervisedSpec):
     @property
     def top_p(self) -> float:
         """The threshold, or its default for the kind of score."""
-        return self.threshold if self.threshold is not None else {"token": 0.2, "gate": 0.1}[self.score]
+        return self.threshold if self.threshold is not None else default_threshold(self.score)
 
 
 class DpoSpec(TrainingSpec):

@@ -18,6 +18,7 @@ from finetune_api.validation import _model_in, check_job
 ROOT: dict[str, Any] = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
 SPEC: dict[str, Any] = ROOT["properties"]["spec"]
 ALLOWED = {
+    "additionalProperties",
     "default",
     "description",
     "enum",
@@ -90,7 +91,8 @@ def test_every_node_has_one_type() -> None:
         assert node.get("type") in typed or node.get("x-kubernetes-int-or-string"), path
         assert node.get("type") != "array" or "items" in node, path
         opaque = node.get("x-kubernetes-preserve-unknown-fields", False)
-        assert node.get("type") != "object" or ("properties" in node) != opaque, path
+        known = "properties" in node or "additionalProperties" in node
+        assert node.get("type") != "object" or known != opaque, path
 
 
 def test_bounds_are_boolean_beside_a_number() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 Report = dict[str, Any]
@@ -41,6 +42,7 @@ def _label(axes: Axes, report: Report, title: str, score: str) -> None:
     numbers = sorted(int(layer) for layer in report[f"{score}_scores"])
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("expert")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("layer")
     step = max(1, len(numbers) // 16)
     axes.set_yticks(range(0, len(numbers), step), [str(number) for number in numbers[::step]])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -159,36 +160,62 @@ def _grouped(experts: SplitExperts, hidden: Tensor, index: Tensor, weights: Tens
     inputs = hidden[order // top_k]
     frozen = len(experts.frozen_ids)
     first = int(ends[frozen - 1]) if frozen else 0
-    outputs = [
-        _project(experts, inputs[:first], place[:first], ends[:frozen], FROZEN),
-        _project(experts, inputs[first:], place[first:] - frozen, ends[frozen:] - first, TUNED),
+    parts = [
+        _Part(FROZEN, slice(None, first), place[:first], ends[:frozen]),
+        _Part(TUNED, slice(first, None), place[first:] - frozen, ends[frozen:] - first),
     ]
-    output = torch.cat([part for part in outputs if part is not None])
+    parts = [part for part in parts if len(part.place)]
+    up, down = (name for name in stack_names(experts) if not name.endswith("_bias"))
+    middle = _activate(experts, [_linear(experts, up, part, inputs[part.rows]) for part in parts], moved)
+    output = torch.cat([_linear(experts, down, part, one) for part, one in zip(parts, middle, strict=True)])
+    if experts.has_post_expert_norm:
+        output = experts.post_expert_norm(output)  # type: ignore[operator]
     weighted = output * weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     # Reshape and sum, as the library does it: index_add_ is not deterministic on CUDA.
     total = weighted[back].view(tokens, top_k, hidden.size(-1)).sum(dim=1).to(hidden.dtype)
-    return total if outputs[1] is not None else _touch(total, experts)
+    return total if parts[-1].name == TUNED else _touch(total, experts)
 
 
-def _project(experts: SplitExperts, inputs: Tensor, rows: Tensor, ends: Tensor, part: str) -> Tensor | None:
-    """One part's experts on the inputs routed to them [S, H], sorted by row; None for no inputs."""
-    if not len(inputs):
-        return None
-    stacks = [name for name in stack_names(experts) if not name.endswith("_bias")]
-    hidden = inputs
-    for position, stack in enumerate(stacks):
-        weight, bias = experts.rows(stack, part), None
-        assert weight is not None
-        if experts.has_bias:
-            biases = experts.rows(f"{stack}_bias", part)
-            assert biases is not None
-            bias = biases[rows]
-        hidden = _grouped_linear(hidden, weight, ends, bias=bias, is_transposed=bool(experts.is_transposed))
-        if position == 0:
-            hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)  # type: ignore[operator]
-    return experts.post_expert_norm(hidden) if experts.has_post_expert_norm else hidden  # type: ignore[operator]
+@dataclass(frozen=True)
+class _Part:
+    """The routed inputs of the frozen or of the tuned experts, sorted by row."""
+
+    name: str
+    rows: slice
+    """Where they are among all inputs."""
+    place: Tensor
+    """The row of each input's expert in its part."""
+    ends: Tensor
+    """Where each expert's inputs end."""
+
+
+def _linear(experts: SplitExperts, stack: str, part: _Part, inputs: Tensor) -> Tensor:
+    """One part's product of inputs [S, in] with their experts' rows of a stack."""
+    weight, bias = experts.rows(stack, part.name), None
+    assert weight is not None
+    if experts.has_bias:
+        biases = experts.rows(f"{stack}_bias", part.name)
+        assert biases is not None
+        bias = biases[part.place]
+    result: Tensor = _grouped_linear(inputs, weight, part.ends, bias=bias, is_transposed=bool(experts.is_transposed))
+    return result
+
+
+def _activate(experts: SplitExperts, parts: list[Tensor], moved: Tensor) -> Sequence[Tensor]:
+    """The gate, or the activation alone, on each part [S, …].
+
+    On a CPU on all inputs at once, in the library's order: torch computes the ends of a tensor without vector
+    instructions, so there the last bit depends on an element's place.
+    """
+    apply: Any = experts._apply_gate if experts.has_gate else experts.act_fn
+    if parts[0].device.type != "cpu":
+        return [apply(part) for part in parts]
+    library = torch.empty_like(moved)
+    library[moved] = torch.arange(len(moved))
+    joined = apply(torch.cat(parts)[library])[moved]
+    return joined.split([len(part) for part in parts])
 
 
 def _touch(output: Tensor, experts: SplitExperts) -> Tensor:

@@ -30,6 +30,10 @@ class StageRecord:
     """Metrics by rising step, the stage's own flattened in beside the common ones."""
     data: Json = field(default_factory=dict)
     samples: Json = field(default_factory=dict)
+    experts: Json = field(default_factory=dict)
+    """Scores of the experts, the chosen ones and their balance (`esft`)."""
+    expert_load: bytes = b""
+    """Their picture, a PNG."""
     done: Json = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """Files that are there but can't be read."""
@@ -119,6 +123,8 @@ def _stage(storage: Storage, layout: StageLayout, kind: str) -> StageRecord:
         rows=[_flat(row) for row in read_metrics(_read(storage, layout.metrics, notes) or "")],
         data=_read_object(storage, layout.data_report, notes),
         samples=_read_object(storage, layout.samples, notes),
+        experts=_read_object(storage, layout.expert_scores, notes),
+        expert_load=_read_bytes(storage, layout.expert_load),
         done=_read_object(storage, layout.done, notes),
         notes=notes,
     )
@@ -132,6 +138,13 @@ def _read(storage: Storage, path: str, notes: list[str]) -> str | None:
     except UnicodeDecodeError:
         notes.append(f"{path} is left out: it is not UTF-8 text.")
         return None
+
+
+def _read_bytes(storage: Storage, path: str) -> bytes:
+    try:
+        return storage.read_bytes(path)
+    except FileNotFoundError:
+        return b""
 
 
 def _read_object(storage: Storage, path: str, notes: list[str]) -> Json:

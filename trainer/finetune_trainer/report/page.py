@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
 from importlib.resources import files
 
@@ -58,6 +59,8 @@ def _section(stage: StageRecord) -> dict[str, object]:
         "data_summary": views.data_summary(stage.data),
         "data": views.data_facts(stage.data),
         "samples": views.samples(stage.samples),
+        "experts": views.expert_facts(stage.experts),
+        "expert_load": b64encode(stage.expert_load).decode(),
     }
 
 

@@ -118,6 +118,32 @@ def final_metrics(stage: StageRecord) -> list[tuple[str, str]]:
     return [(clean(name), number(value)) for name, value in stage.metrics.items() if not name.endswith(_TIMING)]
 
 
+def expert_facts(experts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the page says of a stage's experts: how many are trained, and how evenly they are used."""
+    selected, before = _object(experts.get("selected")), _object(experts.get("balance"))
+    if not selected and not before:
+        return []
+    layers = _object(experts.get("token_scores"))
+    sizes = [len(_object(scores)) for scores in layers.values()]
+    trained = sum(len(ids) for ids in selected.values() if isinstance(ids, list))
+    facts = [("Trained experts", f"{trained} of {sum(sizes)} in {len(layers)} layers")]
+    after = _object(_object(experts.get("after")).get("balance"))
+    means = [value["mean"] for value in (before, after) if is_number(value.get("mean"))]
+    facts += [("Tokens measured", count(experts["tokens"]))] if is_number(experts.get("tokens")) else []
+    facts += [("Entropy of load (1 is even)", " → ".join(number(mean) for mean in means))] if means else []
+    facts += [("Drop in entropy", number(means[0] - means[1]))] if len(means) == 2 else []
+    return facts + _largest_drop(_object(before.get("layers")), _object(after.get("layers")))
+
+
+def _largest_drop(before: dict[Any, Any], after: dict[Any, Any]) -> list[tuple[str, str]]:
+    """The layer whose balance fell most."""
+    drops = {layer: before[layer] - after[layer] for layer in before if is_number(after.get(layer))}
+    if not drops:
+        return []
+    layer = max(drops, key=lambda name: drops[name])
+    return [("Largest drop", f"{number(drops[layer])} in layer {clean(str(layer))}")]
+
+
 def panels(stage: StageRecord) -> list[Panel]:
     """The stage's pictures: the common ones, then the stage's own metrics; those without a point left out."""
     common = [
