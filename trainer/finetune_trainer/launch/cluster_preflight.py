@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from finetune_api.exit_codes import ExitCode
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
+from finetune_api.stages import TokenizerSpec
+from finetune_trainer.data.sample import sample_problems
 from finetune_trainer.errors import UserError
 from finetune_trainer.launch.attempt import say_last_word
 from finetune_trainer.launch.cluster import Workers, plan_workers
+from finetune_trainer.model.load import context_length, load_config, load_tokenizer
+from finetune_trainer.model.source import stage_source
 from finetune_trainer.plan.devices import Device
 from finetune_trainer.plan.job import JobPlan
 from finetune_trainer.plan.quantities import parse_quantity
@@ -35,7 +40,24 @@ def _check(run: RunConfig, reporter: AttemptReporter) -> None:
     _writable(run)
     workers = plan_workers(run.job.spec.resources)
     reporter.planned(_plan(preflight(run, workers, device=_device(run, workers))))
+    problems = list(_sample(run))
+    if problems:
+        raise UserError(problems)
     print(f"{run.job.metadata.name}: can work", file=sys.stdout, flush=True)
+
+
+def _sample(run: RunConfig) -> Iterator[Problem]:
+    """Faults in the first rows of each stage's data; a tokenizer that is yet to be trained can't show any."""
+    stages = run.job.spec.stages
+    if stages[0].tokenizer is not None:
+        return
+    source = stage_source(run, 0, Storage(run.root))
+    tokenizer = load_tokenizer(source)
+    context = context_length(load_config(source, tokenizer))
+    for index, stage in enumerate(stages):
+        where = f"stages[{index}].{stage.kind}"
+        assert not isinstance(stage.spec, TokenizerSpec)  # only ever the first
+        yield from sample_problems(stage.spec, tokenizer, context, where, Path(run.base_dir))
 
 
 def _device(run: RunConfig, workers: Workers) -> Device:
