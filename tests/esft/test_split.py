@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +34,20 @@ def test_logits_before_training_are_equal_to_the_bit(family: str, implementation
     before = logits(model, inputs)
     prepare(model, ExpertConfig(select_layers(measure_scores(model, [inputs]).token, 0.3)))
     assert torch.equal(logits(model, inputs), before)
+
+
+def test_logits_of_a_loaded_model_are_equal_to_the_bit(tmp_path: Path) -> None:
+    """Its weights are mapped from a file, at addresses that are no multiple of anything; few tokens per expert."""
+    build("granitemoe").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="grouped_mm")
+    model.config.output_router_logits = False
+    for seed in range(5):
+        inputs = batch(seed=seed)
+        before = logits(model, inputs)
+        split = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="grouped_mm")
+        split.config.output_router_logits = False
+        prepare(split, chosen(split))
+        assert torch.equal(logits(split, inputs), before)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

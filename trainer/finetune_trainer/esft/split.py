@@ -27,6 +27,7 @@ from finetune_trainer.esft.selection import ExpertConfig
 from finetune_trainer.esft.zero3 import gathered, is_divided, partition
 
 FROZEN, TUNED = "frozen", "tuned"
+_ALIGNMENT = 64
 
 
 class SplitExperts(nn.Module):
@@ -92,6 +93,7 @@ def split_layer(experts: nn.Module, ids: Sequence[int]) -> None:
         delattr(experts, name)
         for part, rows in parts.items():
             if len(rows):
+                rows = _aligned_like(rows, stack)
                 experts.register_parameter(f"{name}_{part}", nn.Parameter(rows, requires_grad=part == TUNED))
         if divided:
             partition(experts)
@@ -101,6 +103,19 @@ def split_layer(experts: nn.Module, ids: Sequence[int]) -> None:
     assert isinstance(experts, SplitExperts)
     experts.tuned_ids, experts.frozen_ids = tuple(ids), tuple(frozen)
     experts.register_buffer("place", order.argsort().to(device), persistent=False)
+
+
+def _aligned_like(rows: Tensor, stack: Tensor) -> Tensor:
+    """The rows at an address that stands to 64 bytes as the stack's does, on a CPU.
+
+    The last bit of a CPU's product with a single row depends on it, and weights mapped from a file have any address.
+    """
+    if rows.device.type != "cpu" or not stack.numel():
+        return rows
+    size = rows.element_size()
+    room = torch.empty(rows.numel() + _ALIGNMENT // size, dtype=rows.dtype)
+    shift = (stack.data_ptr() - room.data_ptr()) % _ALIGNMENT // size
+    return room[shift : shift + rows.numel()].view_as(rows).copy_(rows)
 
 
 @cache
