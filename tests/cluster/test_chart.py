@@ -18,9 +18,9 @@ from kubernetes import client
 from operator_process import OperatorProcess
 
 from finetune_api.job import GROUP, PLURAL, VERSION
-from finetune_operator.actions import DeleteJob, DeleteRun, Event, StartRun
+from finetune_operator.actions import DeleteJob, DeleteRun, Event, HoldJob, StartRun
 from finetune_operator.engines import ENGINES
-from finetune_operator.plan import Create, Operation, event, patch_status, plan
+from finetune_operator.plan import Create, Delete, Operation, event, patch_status, plan
 from finetune_operator.settings import Settings
 
 Json = dict[str, Any]
@@ -45,7 +45,7 @@ def needed(operation: Operation) -> Right:
     parts = operation.path.removeprefix("/apis/").removeprefix("/api/").split("/")
     group = parts[0] if operation.path.startswith("/apis/") else ""
     resource = "/".join(part for i, part in enumerate(parts[parts.index("namespaces") + 2 :]) if i != 1)
-    verb = "create" if isinstance(operation, Create) else type(operation).__name__.lower().removesuffix("status")
+    verb = "create" if isinstance(operation, Create) else "delete" if isinstance(operation, Delete) else "patch"
     return group, resource, verb
 
 
@@ -53,8 +53,8 @@ def all_operations(settings: Settings) -> Iterator[Operation]:
     """All that the operator ever asks of the API server in writing, on both engines."""
     for engine in ENGINES:
         body = job(kubernetes={"engine": engine})
-        body["metadata"] |= {"namespace": "a", "uid": "00000000-0000-0000-0000-000000000000"}
-        yield from plan(body, (StartRun(0), StartRun(1), DeleteRun(1), DeleteJob()), settings)
+        body["metadata"] |= {"namespace": "a", "uid": "00000000-0000-0000-0000-000000000000", "resourceVersion": "1"}
+        yield from plan(body, (StartRun(0), StartRun(1), DeleteRun(1), HoldJob(True), DeleteJob()), settings)
         yield patch_status(body, {"phase": "Running"})
         yield event(body, Event("Normal", "Training", "x"), 1, datetime.now(UTC))
 
@@ -85,7 +85,7 @@ def may(access: Access, namespace: str, verb: str, *what: str) -> bool:
 
 
 def test_what_the_operator_may_not_do(operator_access: Access, release: Installed, namespace: str) -> None:
-    for verb in ("create", "update", "patch"):
+    for verb in ("create", "update"):
         assert not may(operator_access, namespace, verb, "finetunejobs.finetune.dev")
     key = release.environment["FINETUNE_TOKEN_KEY_SECRET"]
     assert may(operator_access, release.namespace, "get", f"secrets/{key}")
@@ -101,9 +101,7 @@ def test_the_operator_runs_as_the_chart_sets_it_up(
     release: Installed, finetune_jobs: client.CustomObjectsApi, kubelet: KubeletStandIn, namespace: str, tmp_path: Path
 ) -> None:
     """Its own environment, its own token key, all namespaces."""
-    ports = ("FINETUNE_HEALTH_PORT", "FINETUNE_METRICS_PORT")
-    settings = {name: value for name, value in release.environment.items() if name not in ports}
-    with OperatorProcess(release.access, tmp_path, **settings, FINETUNE_TOKEN_KEY_FILE=""):
+    with OperatorProcess(release.access, tmp_path, own_key=True, **release.environment):
         jobs = Jobs(finetune_jobs, namespace)
         jobs.create(job())
         (pod,) = kubelet.pods(namespace, 1, selector="finetune.dev/job=tiny")
