@@ -1,13 +1,14 @@
-"""A job's `lora` as PEFT's configuration, its names resolved and checked against the model."""
+"""A job's `lora` as PEFT's configuration, its names resolved and checked against the model.
+
+PEFT is imported where it is needed: it takes longer to import than all else that a driver uses.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from peft import LoraConfig
-from peft.utils import transformers_weight_conversion as conversion
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from finetune_api.problems import Problem, did_you_mean
 from finetune_api.training import ALL_LINEAR, Lora
 from finetune_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 _ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate|wg)(\.|$)")
 
@@ -46,6 +50,8 @@ def lora_config(spec: Lora, model: PreTrainedModel, path: str = "lora") -> LoraC
             an adapter on the output head (TRL's loss reads the head's weight directly).
     """
     targets = find_targets(model)
+    from peft import LoraConfig
+
     modules, parameters, problems = _resolve(spec, model, targets, path)
     problems += _expert_problems(spec, parameters, path) + _saved_problems(spec, model, path)
     if problems:
@@ -142,6 +148,8 @@ def _saved_problems(spec: Lora, model: PreTrainedModel, path: str) -> list[Probl
 
 def _needs_tying(spec: Lora, model: PreTrainedModel, modules: set[str]) -> bool:
     """Tied embeddings that are trained must stay tied; PEFT warns where this is set without need."""
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
+
     touched = {_leaf(name) for name in (*modules, *(spec.modules_to_save or []))}
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     return tied and bool(touched & set(EMBEDDING_LAYER_NAMES))
@@ -153,6 +161,8 @@ def _rewritten_by_peft(model: PreTrainedModel) -> frozenset[str]:
     There a linear layer of that name (a shared expert's, a dense first layer's) can't be told apart, and gets no
     adapter.
     """
+    from peft.utils import transformers_weight_conversion as conversion
+
     family = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type, "")  # type: ignore[attr-defined]
     return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(family, {}))
 

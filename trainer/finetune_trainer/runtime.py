@@ -37,7 +37,9 @@ def quiet_environment(accelerator: bool) -> dict[str, str]:
 
 
 def apply_environment(variables: dict[str, str]) -> None:
-    """Set what the user hasn't set."""
+    """Set what the user hasn't set, and hush what has no variable of its own."""
+    # On CPUs it warns at each import that a faster kernel is not installed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for name, value in variables.items():
         os.environ.setdefault(name, value)
     # It advises a package that fetches faster kernels from the hub at run time.

@@ -23,7 +23,6 @@ from finetune_trainer.plan.job import StagePlan
 from finetune_trainer.preflight import preflight
 from finetune_trainer.progress.channel import CheckpointSaved, Event, StageBegun, StageDone
 from finetune_trainer.progress.reporter import Progress, Reporter
-from finetune_trainer.report import write_report
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.work import StageWork
 
@@ -160,6 +159,8 @@ class Pipeline:
             raise Interrupted("stopped before training began")
 
     def _report(self) -> None:
+        from finetune_trainer.report import write_report  # matplotlib loads slowly, and nothing waits for it here
+
         write_report(self.storage, self.layouts, self.run)
 
 

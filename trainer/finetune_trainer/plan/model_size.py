@@ -7,7 +7,6 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
@@ -144,6 +143,8 @@ def adapter_size(model: PreTrainedModel, spec: Lora, path: str = "lora") -> Adap
     Raises:
         UserError: as `lora_config`.
     """
+    from peft import get_peft_model  # takes seconds to import, and only adapters need it
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = get_peft_model(model, lora_config(spec, model, path))
