@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune_api.base import ApiModel, expects
+from finetune_api.base import ApiModel, cel, expects, rules
 from finetune_api.cluster import Quantity
 
 ObjectName = Annotated[
@@ -28,9 +29,17 @@ Image = Annotated[
     ),
 ]
 
+AbsolutePath = Annotated[
+    str, Field(max_length=1024, pattern=r"^/", json_schema_extra=expects("an absolute path such as `/var/models`"))
+]
+
 
 class Kubernetes(ApiModel):
     """What a cluster needs to know beside the job itself. Ignored by `finetune run`."""
+
+    model_config = rules(
+        cel("!has(self.modelCacheClaim) || !has(self.modelCacheHostPath)", "set modelCacheClaim or modelCacheHostPath")
+    )
 
     engine: Literal["auto", "job", "kuberay"] = "auto"
     """What runs an attempt. `job`: an Indexed Job, on any cluster. `kuberay`: a RayJob, where KubeRay is installed.
@@ -46,5 +55,11 @@ class Kubernetes(ApiModel):
     model_cache_claim: ObjectName | None = None
     """PersistentVolumeClaim that keeps downloads and prepared data, shared by the nodes and attempts of a job and by
     other jobs. Default: each attempt has its own, lost with its pods."""
+    model_cache_host_path: AbsolutePath | None = None
+    """Directory of each node that keeps them instead, where the operator allows host paths."""
     checkpoint_grace_seconds: Annotated[int, Field(ge=1, le=86400)] = 120
     """How long a node that is to stop may take to save a checkpoint; also its pod's termination grace period."""
+
+    def faults(self) -> Iterator[str]:
+        if self.model_cache_claim is not None and self.model_cache_host_path is not None:
+            yield "set modelCacheClaim or modelCacheHostPath"

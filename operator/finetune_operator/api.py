@@ -39,6 +39,10 @@ class Api:
                 return None
             raise
 
+    async def has_kuberay(self) -> bool:
+        """Whether the cluster has RayJobs."""
+        return await self.get("/apis/ray.io/v1") is not None
+
     async def create(self, path: str, body: Json) -> Json:
         return await self._call("POST", path, body)
 

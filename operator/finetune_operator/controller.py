@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 from kubernetes.aio.client import ApiException
@@ -31,11 +32,22 @@ class Controller:
     """Works off the queue of jobs.
 
     Args:
-        kuberay: whether the cluster has RayJobs.
+        kuberay: whether the cluster has RayJobs, and this operator may use them.
+        start_again: is called when it has them now and hadn't before: their watch begins with the process.
     """
 
-    def __init__(self, api: Api, cache: Cache, settings: Settings, metrics: Metrics, *, kuberay: bool) -> None:
-        self._api, self._cache, self._settings, self._metrics, self._kuberay = api, cache, settings, metrics, kuberay
+    def __init__(
+        self,
+        api: Api,
+        cache: Cache,
+        settings: Settings,
+        metrics: Metrics,
+        *,
+        kuberay: bool,
+        start_again: Callable[[], None],
+    ) -> None:
+        self._api, self._cache, self._settings, self._metrics = api, cache, settings, metrics
+        self._kuberay, self._start_again = kuberay, start_again
         self.queue = WorkQueue(self._look)
         self.poller = Poller(cache, settings, self.queue.add)
         self._written: dict[Key, float] = {}
@@ -56,7 +68,7 @@ class Controller:
             await self._act(key)
 
     async def _act(self, key: Key) -> None:
-        seen = self._observed(key)
+        seen = await self._observed(key)
         if seen is None:
             return
         now = datetime.now(UTC)
@@ -89,7 +101,7 @@ class Controller:
         await self._tell(seen, decision, attempt, now)
         await self._write(key, seen, decision)
         await apply(self._api, [operation for operation in operations if isinstance(operation, Delete)])
-        self._metrics.seen(key, decision.status)
+        self._metrics.seen(key, seen.body, decision.status)
         if decision.wake is not None:
             self.queue.add_after(key, (decision.wake - datetime.now(UTC)).total_seconds() + 0.05)
 
@@ -121,12 +133,15 @@ class Controller:
             self._next_write = max(now, self._next_write) + 1 / self._settings.status_writes_per_second
         return due - now
 
-    def _observed(self, key: Key) -> Observed | None:
+    async def _observed(self, key: Key) -> Observed | None:
         seen = self._cache.observed(key)
         if seen is None:
             return None
         wanted = seen.body["spec"].get("kubernetes", {}).get("engine", "auto")
         missing = engine_of(wanted, self._settings).name == "kuberay" and not self._kuberay
+        if missing and self._settings.kuberay and await self._api.has_kuberay():
+            log.warning("KubeRay is there now: starting again to watch its RayJobs")
+            self._start_again()
         return Observed(seen.body, seen.runs, seen.pods, seen.report, missing, seen.trouble)
 
     async def _confirm_gone(self, key: Key, seen: Observed) -> None:

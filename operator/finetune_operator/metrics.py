@@ -52,8 +52,11 @@ class Metrics(Collector):
         finally:
             self._reconcile.observe(time.perf_counter() - started)
 
-    def seen(self, key: Key, status: Json) -> None:
-        """A job's newest status."""
+    def seen(self, key: Key, body: Json, status: Json) -> None:
+        """A job as it was, and its newest status."""
+        if "startTime" in status and "startTime" not in (body.get("status") or {}) and status.get("attempt") == 1:
+            waited = moment(status["startTime"]) - moment(body["metadata"]["creationTimestamp"])
+            self._queue.observe(waited.total_seconds())
         self._phases[key] = status.get("phase", "Pending")
         progress = status.get("progress") or {}
         if self._phases[key] == "Running" and progress:
@@ -73,10 +76,6 @@ class Metrics(Collector):
                 took = moment(record["endTime"]) - moment(record["startTime"])
                 self._run.observe(took.total_seconds())
         self._counted[key] = max(last, before)
-
-    def started(self, seconds: float) -> None:
-        """A job trains for the first time, `seconds` after it was made."""
-        self._queue.observe(seconds)
 
     def forget(self, key: Key) -> None:
         for table in (self._phases, self._rates, self._counted):

@@ -26,8 +26,6 @@ from finetune_operator.token_key import with_token_key
 Json = dict[str, Any]
 SERVER_TIMEOUT_SECONDS = 300
 CLIENT_TIMEOUT_SECONDS = 330
-SILENCE_SECONDS = 2 * CLIENT_TIMEOUT_SECONDS
-"""The watches are renewed more often than that; silence for longer means that they have died."""
 log = logging.getLogger(__name__)
 
 
@@ -85,7 +83,7 @@ class Operator:
             scope = f"/namespaces/{namespace}" if namespace else ""
             found = await self.api.get(f"/apis/{GROUP}/{VERSION}{scope}/{PLURAL}?resourceVersion=0")
             for body in (found or {}).get("items", []):
-                if self.cache.is_news(body) and time.monotonic() - self.heard > SILENCE_SECONDS:
+                if self.cache.is_news(body):
                     raise RuntimeError(f"the watch has not told of {'/'.join(_key(body))}")
         self.heard = time.monotonic()
 
@@ -100,7 +98,8 @@ def registry(operator: Operator, engines: list[Engine]) -> kopf.OperatorRegistry
         _watch_kind(handlers, (engine.group, engine.version, engine.plural), _of(operator, engine), begin)
     kopf.on.startup(registry=handlers, id="configure")(_configure)
     kopf.on.login(registry=handlers, id="login", retries=5)(_login)
-    kopf.on.probe(registry=handlers, id="silence")(_probe(operator))
+    # Without that mode kopf would try a failed probe again, and say nothing meanwhile.
+    kopf.on.probe(registry=handlers, id="silence", errors=kopf.ErrorsMode.PERMANENT)(_probe(operator))
     return handlers
 
 
@@ -155,25 +154,21 @@ def _probe(operator: Operator) -> Any:
         Raises:
             RuntimeError: the watch of jobs has died: the API server has news that it did not tell.
         """
-        if time.monotonic() - operator.heard > SILENCE_SECONDS:
+        if time.monotonic() - operator.heard > operator.settings.watch_silence_seconds:
             await operator.check_watch()
         return round(time.monotonic() - operator.heard, 1)
 
     return silence
 
 
-async def has_kuberay(api: Api) -> bool:
-    """Whether the cluster has RayJobs."""
-    return await api.get("/apis/ray.io/v1") is not None
-
-
 async def run(settings: Settings) -> None:
     """The operator, until it is cancelled or told to end by a signal."""
     api = await connect()
     settings = await with_token_key(api, settings)
-    kuberay = settings.kuberay and await has_kuberay(api)
+    kuberay = settings.kuberay and await api.has_kuberay()
     cache, metrics = Cache(), Metrics()
-    controller = Controller(api, cache, settings, metrics, kuberay=kuberay)
+    over = asyncio.Event()
+    controller = Controller(api, cache, settings, metrics, kuberay=kuberay, start_again=over.set)
     operator = Operator(settings, api, cache, controller, metrics)
     engines = [engine for engine in ENGINES.values() if engine.name != "kuberay" or kuberay]
     if settings.metrics_port:
@@ -185,6 +180,7 @@ async def run(settings: Settings) -> None:
             standalone=True,
             clusterwide=not settings.namespaces,
             namespaces=list(settings.namespaces),
+            stop_flag=over,
             liveness_endpoint=f"http://0.0.0.0:{settings.health_port}/healthz" if settings.health_port else None,
         )
     finally:

@@ -52,6 +52,8 @@ class Settings:
     """Most such writes, all jobs together."""
     ray_version: str = ""
     """Ray in the trainer image, which KubeRay needs to know."""
+    watch_silence_seconds: int = 660
+    """Silence of the watches after which the probe looks whether they have died; they are renewed every 300 s."""
     metrics_port: int = 9090
     health_port: int = 8080
 

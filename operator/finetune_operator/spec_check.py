@@ -37,7 +37,7 @@ def spec_faults(body: Json, settings: Settings) -> SpecFault | None:
     if problems:
         return SpecFault(Reason.INVALID_SPEC, _words(problems))
     template = body["spec"].get("resources", {}).get("podTemplate") or {}
-    problems = list(template_faults(template, settings))
+    problems = [*_cache(body["spec"], settings), *template_faults(template, settings)]
     return SpecFault(Reason.POD_TEMPLATE_REFUSED, _words(problems)) if problems else None
 
 
@@ -58,6 +58,11 @@ def _storage(spec: Json) -> Iterator[Problem]:
     if not any(where.is_relative_to(mount) for mount in mounts):
         yield Problem("storage.path", f"is {path!r}, and no volume of {TEMPLATE} is mounted there: mount one, or set "
                       "storage.uri (`pvc://claim/path` mounts a claim by itself)")  # fmt: skip
+
+
+def _cache(spec: Json, settings: Settings) -> Iterator[Problem]:
+    if spec.get("kubernetes", {}).get("modelCacheHostPath") and not settings.allow_host_path:
+        yield Problem("kubernetes.modelCacheHostPath", "is not allowed by this operator: use modelCacheClaim")
 
 
 def _mount_paths(spec: Json) -> Iterator[str]:

@@ -57,6 +57,7 @@ CASES = (
     ),
     Case("'exo_pair' in self", ("lossType=[exo_pair]", "labelSmoothing=0.1"), ("lossType=[exo_pair]",)),
     Case("self.lossWeights.size()", ("lossType=[ipo, sft]", "lossWeights=[1, 0.5]"), ("lossWeights=[1, 0.5]",)),
+    Case("!has(self.modelCacheClaim)", ("modelCacheClaim=a",), ("modelCacheClaim=a", "modelCacheHostPath=/b")),
     Case("self < 0.5", ("=0",), ("=0.5",), ".labelSmoothing"),
     Case("self >= 0.01", ("=0.01",), ("=0",), ".mlmProbability"),
     Case("[has(self.tokenizer), has(self.pretrain)", ("name=a",), ("sft={data: {sources: [{file: x}]}}",)),

@@ -122,7 +122,7 @@ FAULTS = [
     (["stages[2].sft.packing=true"], ["stages[2].sft: packing needs maxLength, the length of a packed row"]),
     (
         ["stages[2].sft.quantization={}", "stages[2].sft.lora=null", "stages[2].sft.packing=true"],
-        ["stages[2].sft: quantization needs lora: quantized weights don't train", "stages[2].sft: packing needs maxLe"],
+        ["stages[2].sft: packing needs maxLe", "stages[2].sft: quantization needs lora: quantized weights don't train"],
     ),
     (["stages[1].name=a", "stages[2].name=a"], ["2 stages are named 'a': a stage's name is its own"]),
     (["model={hub: a/b}"], ["a tokenizer stage needs model.config: a model that exists has a tokenizer of its own"]),

@@ -116,6 +116,8 @@ def _volumes(run: Run) -> list[Json]:
     cache: Json = {"emptyDir": {}}
     if kubernetes.model_cache_claim:
         cache = {"persistentVolumeClaim": {"claimName": kubernetes.model_cache_claim}}
+    elif kubernetes.model_cache_host_path:
+        cache = {"hostPath": {"path": kubernetes.model_cache_host_path, "type": "DirectoryOrCreate"}}
     volumes: list[Json] = [
         {"name": "finetune-config", "configMap": {"name": run.support}},
         {"name": "finetune-cache", **cache},

@@ -1,0 +1,27 @@
+"""The liveness probe tells a watch that has died from one that has nothing to tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from access import Access
+from api_calls import Call, Fault
+from faulty_proxy import FaultyProxy
+from finetune_jobs import Jobs, job
+from kubernetes import client
+from operator_process import OperatorProcess, eventually
+
+
+def test_a_dead_watch_fails_the_probe_and_a_silent_one_does_not(
+    admin: Access, proxy: FaultyProxy, finetune_jobs: client.CustomObjectsApi, namespace: str, tmp_path: Path
+) -> None:
+    def hang(call: Call) -> Fault | None:
+        return Fault("delay", seconds=600) if call.verb == "watch" and call.resource == "finetunejobs" else None
+
+    proxy.rule = hang
+    settings = {"FINETUNE_NAMESPACES": namespace, "FINETUNE_WATCH_SILENCE_SECONDS": "1"}
+    with OperatorProcess(admin.at(proxy.url), tmp_path, **settings) as operator:
+        lists = len([call for call in proxy.calls if call.verb == "list"])
+        eventually(lambda: operator.healthy() and len([c for c in proxy.calls if c.verb == "list"]) > lists, timeout=60)
+        Jobs(finetune_jobs, namespace).create(job())
+        eventually(lambda: not operator.healthy(), timeout=60)
