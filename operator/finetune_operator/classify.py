@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-
-from pydantic import ValidationError
 
 from finetune_api.exit_codes import ExitCode
 from finetune_api.redact import redact
 from finetune_api.report import AttemptReport
 from finetune_operator.conditions import Reason
 from finetune_operator.observed import PodView, RunView
+from finetune_operator.reports import clean, read_report
 
 SIGKILL, SIGTERM = 137, 143
 MESSAGE_LIMIT = 2048
@@ -51,11 +49,11 @@ Rule = Callable[[RunView, tuple[PodView, ...], str], Ending | None]
 def classify(run: RunView, pods: tuple[PodView, ...], report: AttemptReport | None) -> Ending:
     """The ending of a failed run. The first rule that fits wins: the driver's own word, then what Kubernetes saw."""
     said = _said(pods, report)
-    text = said.message or "" if said else _driver_text(pods)
+    text = said.message or "" if said else _driver_text(pods) or run.message
     code = _exit_code(run, pods, said)
     for ending in _endings(run, pods, text, code):
         return ending
-    return Ending(Reason.UNKNOWN, _clip(text or run.message or "the trainer ended without a word"), True, True,
+    return Ending(Reason.UNKNOWN, _clip(text or "the trainer ended without a word"), True, True,
                   *_place(pods[:1]), code)  # fmt: skip
 
 
@@ -113,10 +111,7 @@ def _killed_for_memory(pods: tuple[PodView, ...]) -> Iterable[Ending]:
 
 def termination_report(pod: PodView) -> AttemptReport | None:
     """The report in a pod's termination message; None where there is none."""
-    try:
-        return AttemptReport.model_validate(json.loads(pod.termination_message), strict=False)
-    except (ValueError, ValidationError):
-        return None
+    return read_report(pod.termination_message)
 
 
 def _said(pods: tuple[PodView, ...], report: AttemptReport | None) -> AttemptReport | None:
@@ -141,5 +136,5 @@ def _place(pods: Iterable[PodView]) -> tuple[str | None, str | None]:
 
 def _clip(text: str) -> str:
     """The end of a long text: a traceback's last lines tell most. What kubelet took from a log may hold secrets."""
-    text = redact(text, {})
+    text = clean(redact(text, {}))
     return text if len(text) <= MESSAGE_LIMIT else "…" + text[-MESSAGE_LIMIT + 1 :]

@@ -8,6 +8,7 @@ from finetune_operator.conditions import Reason, Type
 
 Json = dict[str, Any]
 _ENDS = {Type.SUCCEEDED.value: "Succeeded", Type.FAILED.value: "Failed", Type.SUSPENDED.value: "Suspended"}
+LONGEST_SECONDS = 999 * 86400
 _WAITS = {
     Reason.STOPPING.value: "Stopping",
     Reason.BACK_OFF.value: "Retrying",
@@ -57,6 +58,7 @@ def _stage(stages: list[Json], spec: Json) -> str:
 
 def duration(seconds: float) -> str:
     """`45s`, `12m`, `3h20m`, `2d4h`."""
+    seconds = min(max(seconds, 0), LONGEST_SECONDS)
     minutes = int(seconds) // 60
     if seconds < 60:
         return f"{int(seconds)}s"

@@ -13,6 +13,7 @@ from finetune_operator.classify import Ending
 from finetune_operator.conditions import Condition, Reason, Status, Type, merged, moment, stamp
 from finetune_operator.names import FINALIZER
 from finetune_operator.observed import Observed, RunState, RunView
+from finetune_operator.reports import cleaned, fits
 from finetune_operator.settings import Settings
 
 Json = dict[str, Any]
@@ -181,9 +182,9 @@ class Draft:
 
     def learn(self, report: AttemptReport | None) -> None:
         """Take over what a run said of itself."""
-        if report is None:
+        if report is None or not fits(report, self.spec):
             return
-        said = report.to_json()
+        said = cleaned(report.to_json())
         if report.stages:
             self.status["stages"] = said["stages"]
         if report.checkpoint is not None:

@@ -1,0 +1,58 @@
+"""What a run says of itself, read as what it is: words of a program that somebody else wrote (pure).
+
+A report is taken whole or not at all. What is taken has no text that a terminal would obey, no number that the API
+server could not keep, and says nothing of stages that the job does not have.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_api.report import AttemptReport
+
+Json = dict[str, Any]
+LARGEST_NUMBER = 2**53
+"""Whole numbers above it are not the same in every JSON reader."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+def clean(text: str) -> str:
+    """The text without control characters (line ends and tabs stay), marks that turn the direction of writing, and
+    halves of characters."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def read_report(text: str | bytes) -> AttemptReport | None:
+    """The report in a text of JSON; None where there is none."""
+    try:
+        report = AttemptReport.model_validate_json(text, strict=False)
+    except (ValidationError, ValueError):
+        return None
+    return report if all(abs(number) <= LARGEST_NUMBER for number in _integers(report.to_json())) else None
+
+
+def fits(report: AttemptReport, spec: Json) -> bool:
+    """Whether a report is about the stages that the job has."""
+    stages = len(spec.get("stages") or [])
+    indices = [report.current, report.checkpoint.stage if report.checkpoint else None]
+    known = all(index is None or 0 <= index < stages for index in indices)
+    return known and len(report.stages) in (0, stages)
+
+
+def cleaned(value: Any) -> Any:
+    """JSON with clean texts, in keys as in values."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, dict):
+        return {clean(name): cleaned(item) for name, item in value.items()}
+    return [cleaned(item) for item in value] if isinstance(value, list) else value
+
+
+def _integers(value: Any) -> list[int]:
+    if isinstance(value, int):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [number for item in items for number in _integers(item)]
