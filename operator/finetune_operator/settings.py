@@ -58,6 +58,11 @@ class Settings:
     health_port: int = 8080
 
 
+def engine_name(wanted: str, settings: Settings) -> str:
+    """The engine that a job names, or the operator's default."""
+    return settings.default_engine if wanted == "auto" else wanted
+
+
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     """Settings from `FINETUNE_<FIELD>` variables; `FINETUNE_TOKEN_KEY_FILE` may name a file with the token key.
 

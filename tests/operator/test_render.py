@@ -149,6 +149,12 @@ def test_a_network_policy_lets_in_the_run_and_the_operator() -> None:
     assert policy["ingress"][1]["ports"] == [{"port": 8469}]
 
 
+def test_kuberay_may_submit_the_driver() -> None:
+    settings = Settings(token_key=b"k", network_policy=True, operator_namespace="ops", default_engine="kuberay")
+    rule = objects(settings=settings)["NetworkPolicy"]["spec"]["ingress"][2]
+    assert rule["ports"] == [{"port": 8265}]
+
+
 def test_a_ray_job_by_kuberay_s_rules() -> None:
     made = objects(kubernetes={"engine": "kuberay"}, resources={"nodes": 3, "gpusPerNode": 8})["RayJob"]
     spec = made["spec"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from finetune_operator.engines import indexed_job, kuberay
 from finetune_operator.engines.engine import Engine
-from finetune_operator.settings import Settings
+from finetune_operator.settings import Settings, engine_name
 
 ENGINES: dict[str, Engine] = {"job": indexed_job.ENGINE, "kuberay": kuberay.ENGINE}
 
 
 def engine_of(wanted: str, settings: Settings) -> Engine:
     """The engine that a job names, or the operator's default."""
-    return ENGINES[settings.default_engine if wanted == "auto" else wanted]
+    return ENGINES[engine_name(wanted, settings)]
 
 
 __all__ = ["ENGINES", "Engine", "engine_of"]

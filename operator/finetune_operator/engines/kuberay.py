@@ -80,6 +80,7 @@ def observe(body: Json) -> RunView | None:
         run=number,
         state=state,
         created=created(metadata),
+        version=int(metadata["resourceVersion"]),
         engine="kuberay",
         ended=moment(ended) if ended and state in (RunState.SUCCEEDED, RunState.FAILED) else None,
         deleting="deletionTimestamp" in metadata,

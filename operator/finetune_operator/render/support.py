@@ -12,8 +12,10 @@ from finetune_api.report import PORT
 from finetune_api.runconfig import RunConfig
 from finetune_operator import names
 from finetune_operator.render.run import Run
+from finetune_operator.settings import engine_name
 
 Json = dict[str, Any]
+DASHBOARD_PORT = 8265
 CLAIM_SCHEME = "pvc://"
 
 
@@ -109,9 +111,17 @@ def network_policy(run: Run) -> Json:
         "spec": {
             "podSelector": own["podSelector"],
             "policyTypes": ["Ingress"],
-            "ingress": [{"from": [own]}, {"from": [operator], "ports": [{"port": PORT}]}],
+            "ingress": [{"from": [own]}, {"from": [operator], "ports": [{"port": PORT}]}, *_for_kuberay(run)],
         },
     }
+
+
+def _for_kuberay(run: Run) -> list[Json]:
+    """KubeRay's operator submits the driver at Ray's dashboard, whose token it has."""
+    if engine_name(run.kubernetes.engine, run.settings) != "kuberay":
+        return []
+    kuberay = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}}
+    return [{"from": [kuberay], "ports": [{"port": DASHBOARD_PORT}]}]
 
 
 def support_objects(run: Run) -> list[Json]:
