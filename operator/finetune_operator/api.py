@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from kubernetes.aio import config
 from kubernetes.aio.client import ApiException, Configuration
 from kubernetes.aio.client.api_client import ApiClient
@@ -13,6 +15,7 @@ from kubernetes.aio.client.api_client import ApiClient
 Json = dict[str, Any]
 MERGE_PATCH = "application/merge-patch+json"
 TIMEOUT_SECONDS = 30
+SILENCE_SECONDS = 150
 USER_AGENT = "finetune-operator"
 _TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
@@ -25,8 +28,8 @@ class Api:
         OSError, TimeoutError, aiohttp.ClientError: where there is no answer.
     """
 
-    def __init__(self, configuration: Configuration) -> None:
-        configuration.connection_pool_maxsize = 32
+    def __init__(self, configuration: Configuration, connections: int = 32) -> None:
+        configuration.connection_pool_maxsize = connections
         self._client = ApiClient(configuration)
         self._client.user_agent = USER_AGENT
 
@@ -43,6 +46,25 @@ class Api:
         """Whether the cluster has RayJobs."""
         return await self.get("/apis/ray.io/v1") is not None
 
+    async def stream(self, path: str, seconds: float) -> AsyncIterator[Json]:
+        """The events of a watch that the API server ends after `seconds`; bookmarks come at least every minute or so,
+        so longer silence is a dead connection.
+
+        Raises:
+            TimeoutError: nothing came for too long.
+        """
+        timeout = aiohttp.ClientTimeout(total=seconds + TIMEOUT_SECONDS, sock_connect=10, sock_read=SILENCE_SECONDS)
+        response = await self._send("GET", path, None, "application/json", timeout)
+        async with response.response:
+            if response.status != 200:
+                await response.read()
+                raise ApiException(http_resp=response)
+            rest = b""
+            async for piece in response.response.content.iter_any():
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
+                    yield json.loads(line)
+
     async def create(self, path: str, body: Json) -> Json:
         return await self._call("POST", path, body)
 
@@ -56,6 +78,14 @@ class Api:
         await self._client.close()
 
     async def _call(self, method: str, path: str, body: Json | None = None, content: str = "application/json") -> Json:
+        response = await self._send(method, path, body, content, TIMEOUT_SECONDS)
+        await response.read()
+        if not 200 <= response.status <= 299:
+            raise ApiException(http_resp=response)
+        answer: Json = json.loads(response.data)
+        return answer
+
+    async def _send(self, method: str, path: str, body: Json | None, content: str, timeout: Any) -> Any:
         headers: dict[str, str] = {
             "Accept": "application/json",
             "Content-Type": content,
@@ -63,12 +93,7 @@ class Api:
         }
         await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
         url = f"{self._client.configuration.host}{path}"
-        response = await self._client.call_api(method, url, headers, body, _request_timeout=TIMEOUT_SECONDS)
-        await response.read()
-        if not 200 <= response.status <= 299:
-            raise ApiException(http_resp=response)
-        answer: Json = json.loads(response.data)
-        return answer
+        return await self._client.call_api(method, url, headers, body, _request_timeout=timeout)
 
 
 async def configuration() -> Configuration:
@@ -81,9 +106,9 @@ async def configuration() -> Configuration:
     return found
 
 
-async def connect() -> Api:
-    """A client with this process's own identity."""
-    return Api(await configuration())
+async def connect(connections: int = 32) -> Api:
+    """A client with this process's own identity, and so many connections at most; 0 for any number."""
+    return Api(await configuration(), connections)
 
 
 def reason_of(error: ApiException) -> tuple[str, str]:

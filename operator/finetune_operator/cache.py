@@ -48,8 +48,11 @@ class Cache:
         self.troubles.pop(key, None)
 
     def put_run(self, namespace: str, run: RunView) -> Key:
+        """Keep a run's newest state: an answer may come later than what a watch has told since."""
         key = (namespace, run.job)
-        self._runs[key][run.name] = run
+        old = self.run_named(key, run.name)
+        if old is None or old.version <= run.version:
+            self._runs[key][run.name] = run
         return key
 
     def drop_run(self, key: Key, name: str) -> None:

@@ -68,6 +68,8 @@ class RunView:
     state: RunState
     created: datetime
     engine: str = "job"
+    version: int = field(default=0, compare=False)
+    """Of the object, as a number: the larger one is the newer."""
     ended: datetime | None = None
     deleting: bool = False
     reason: str = ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,8 @@ from finetune_operator.cache import Cache, Key
 from finetune_operator.controller import Controller
 from finetune_operator.engines import ENGINES, Engine
 from finetune_operator.metrics import Metrics
-from finetune_operator.observed import pod_view
+from finetune_operator.observed import PodView, RunView, pod_view
+from finetune_operator.reflector import Reflector
 from finetune_operator.settings import Settings
 from finetune_operator.token_key import with_token_key
 
@@ -39,39 +39,29 @@ class Operator:
     controller: Controller
     metrics: Metrics
     heard: float = field(default_factory=time.monotonic)
-    """When a watch last told something."""
+    """When the watch of jobs last told something."""
 
     def job_event(self, kind: str | None, body: Json) -> None:
+        """Look at a job that has changed; what this operator wrote itself is no news."""
         self.heard = time.monotonic()
         if kind == "DELETED":
             self.controller.job_gone(_key(body))
-        else:
+        elif self.cache.is_news(body):
             self.controller.queue.add(self.cache.put_job(body))
 
-    def run_event(self, engine: Engine, kind: str | None, body: Json) -> None:
-        self.heard = time.monotonic()
-        run = engine.observe(body)
-        if run is None:
-            return
-        key: Key = (body["metadata"]["namespace"], run.job)
-        if kind == "DELETED":
-            self.cache.drop_run(key, run.name)
-        else:
-            self.cache.put_run(key[0], run)
-        self.controller.queue.add(key)
+    def put_run(self, namespace: str, run: RunView) -> None:
+        self.controller.queue.add(self.cache.put_run(namespace, run))
 
-    def pod_event(self, kind: str | None, body: Json) -> None:
-        self.heard = time.monotonic()
-        pod = pod_view(body)
-        if pod is None:
-            return
-        key: Key = (body["metadata"]["namespace"], pod.job)
-        if kind == "DELETED":
-            self.cache.drop_pod(key, pod)
-        else:
-            self.cache.put_pod(key[0], pod)
-        self.controller.queue.add(key)
+    def drop_run(self, namespace: str, run: RunView) -> None:
+        self.cache.drop_run((namespace, run.job), run.name)
+        self.controller.queue.add((namespace, run.job))
 
+    def put_pod(self, namespace: str, pod: PodView) -> None:
+        self.controller.queue.add(self.cache.put_pod(namespace, pod))
+
+    def drop_pod(self, namespace: str, pod: PodView) -> None:
+        self.cache.drop_pod((namespace, pod.job), pod)
+        self.controller.queue.add((namespace, pod.job))
 
     async def check_watch(self) -> None:
         """Long silence may be peace, or a dead watch: compare with what the API server has.
@@ -88,14 +78,14 @@ class Operator:
         self.heard = time.monotonic()
 
 
-def registry(operator: Operator, engines: list[Engine]) -> kopf.OperatorRegistry:
-    """Kopf's handlers. Each kind has an index beside its event handler: kopf calls no handler before all indices are
-    filled, so the first decision already sees every job, run and pod."""
-    handlers, begin = kopf.OperatorRegistry(), operator.controller.queue.start
-    _watch_kind(handlers, (GROUP, VERSION, PLURAL), operator.job_event, begin)
-    _watch_kind(handlers, ("", "v1", "pods"), operator.pod_event, begin)
-    for engine in engines:
-        _watch_kind(handlers, (engine.group, engine.version, engine.plural), _of(operator, engine), begin)
+def registry(operator: Operator) -> kopf.OperatorRegistry:
+    """Kopf's handlers."""
+    handlers = kopf.OperatorRegistry()
+
+    async def on_event(event: Json, **_: Any) -> None:
+        operator.job_event(event["type"], event["object"])
+
+    kopf.on.event(GROUP, VERSION, PLURAL, registry=handlers, id=PLURAL)(on_event)
     kopf.on.startup(registry=handlers, id="configure")(_configure)
     kopf.on.login(registry=handlers, id="login", retries=5)(_login)
     # Without that mode kopf would try a failed probe again, and say nothing meanwhile.
@@ -103,24 +93,26 @@ def registry(operator: Operator, engines: list[Engine]) -> kopf.OperatorRegistry
     return handlers
 
 
-def _of(operator: Operator, engine: Engine) -> Any:
-    return lambda kind, body: operator.run_event(engine, kind, body)
+def reflectors(operator: Operator, api: Api, engines: list[Engine]) -> list[Reflector[Any]]:
+    """The watches of runs and pods, in every namespace that is watched."""
+    made: list[Reflector[Any]] = []
+    for namespace in operator.settings.namespaces or ("",):
+        scope = f"/namespaces/{namespace}" if namespace else ""
+        pods = f"/api/v1{scope}/pods"
+        made.append(Reflector(api, pods, names.MANAGED_SELECTOR, pod_view, operator.put_pod, operator.drop_pod))
+        for engine in engines:
+            runs = f"/apis/{engine.group}/{engine.version}{scope}/{engine.plural}"
+            made.append(
+                Reflector(api, runs, names.MANAGED_SELECTOR, engine.observe, operator.put_run, operator.drop_run)
+            )
+    return made
 
 
-def _watch_kind(
-    handlers: kopf.OperatorRegistry, resource: tuple[str, str, str], hear: Any, begin: Callable[[], None]
-) -> None:
-    name = resource[2]
-
-    async def fill(body: kopf.Body, **_: Any) -> None:
-        hear(None, dict(body))
-
-    async def on_event(event: Json, **_: Any) -> None:
-        hear(event["type"], event["object"])
-        begin()  # the first call says that all indices are filled
-
-    kopf.index(*resource, registry=handlers, id=f"{name}-index")(fill)
-    kopf.on.event(*resource, registry=handlers, id=name)(on_event)
+async def begin(operator: Operator, watches: list[Reflector[Any]]) -> None:
+    """Decide nothing before all runs and pods are known."""
+    for watch in watches:
+        await watch.listed.wait()
+    operator.controller.queue.start()
 
 
 async def _configure(settings: kopf.OperatorSettings, **_: Any) -> None:
@@ -130,8 +122,6 @@ async def _configure(settings: kopf.OperatorSettings, **_: Any) -> None:
     settings.watching.client_timeout = CLIENT_TIMEOUT_SECONDS
     settings.watching.connect_timeout = 10
     settings.watching.chunk_size = 500
-    for resource in ("pods", "jobs.batch", "rayjobs.ray.io"):
-        settings.watching.label_selectors[resource] = names.MANAGED_SELECTOR
 
 
 async def _login(**_: Any) -> kopf.ConnectionInfo:
@@ -173,10 +163,16 @@ async def run(settings: Settings) -> None:
     engines = [engine for engine in ENGINES.values() if engine.name != "kuberay" or kuberay]
     if settings.metrics_port:
         metrics.serve(settings.metrics_port)
-    poller = asyncio.create_task(controller.poller.run(), name="poller")
+    watching = await connect(connections=0)
+    watches = reflectors(operator, watching, engines)
+    tasks = [
+        asyncio.create_task(controller.poller.run(), name="poller"),
+        asyncio.create_task(begin(operator, watches), name="begin"),
+        *(asyncio.create_task(watch.run(), name="watch") for watch in watches),
+    ]
     try:
         await kopf.operator(
-            registry=registry(operator, engines),
+            registry=registry(operator),
             standalone=True,
             clusterwide=not settings.namespaces,
             namespaces=list(settings.namespaces),
@@ -184,9 +180,11 @@ async def run(settings: Settings) -> None:
             liveness_endpoint=f"http://0.0.0.0:{settings.health_port}/healthz" if settings.health_port else None,
         )
     finally:
-        poller.cancel()
-        await asyncio.gather(poller, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await controller.queue.stop()
+        await watching.close()
         await api.close()
 
 

@@ -90,7 +90,7 @@ def observe(body: Json) -> RunView | None:
         run=number,
         state=state,
         created=created(metadata),
-        version=int(metadata["resourceVersion"]),
+        version=int(metadata.get("resourceVersion", 0)),
         ended=_ended(status, telling) if state in (RunState.SUCCEEDED, RunState.FAILED) else None,
         deleting="deletionTimestamp" in metadata,
         reason=telling.get("reason", ""),

@@ -80,7 +80,7 @@ def observe(body: Json) -> RunView | None:
         run=number,
         state=state,
         created=created(metadata),
-        version=int(metadata["resourceVersion"]),
+        version=int(metadata.get("resourceVersion", 0)),
         engine="kuberay",
         ended=moment(ended) if ended and state in (RunState.SUCCEEDED, RunState.FAILED) else None,
         deleting="deletionTimestamp" in metadata,
