@@ -16,6 +16,8 @@ Json = dict[str, Any]
 MERGE_PATCH = "application/merge-patch+json"
 TIMEOUT_SECONDS = 30
 SILENCE_SECONDS = 150
+PAGE = 250
+"""Objects of a list that are asked for, and held, at a time."""
 USER_AGENT = "finetune-operator"
 _TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
@@ -45,6 +47,18 @@ class Api:
     async def has_kuberay(self) -> bool:
         """Whether the cluster has RayJobs."""
         return await self.get("/apis/ray.io/v1") is not None
+
+    async def items(self, path: str) -> AsyncIterator[Json]:
+        """The objects of a list, read in pages."""
+        more = ""
+        while True:
+            page = await self.get(f"{path}?limit={PAGE}{more}") or {}
+            for item in page.get("items", []):
+                yield item
+            more = (page.get("metadata") or {}).get("continue", "")
+            if not more:
+                return
+            more = f"&continue={more}"
 
     async def stream(self, path: str, seconds: float) -> AsyncIterator[Json]:
         """The events of a watch that the API server ends after `seconds`; bookmarks come at least every minute or so,

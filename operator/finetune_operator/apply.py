@@ -82,8 +82,10 @@ async def _delete(api: Api, operation: Delete) -> Json:
     try:
         return await api.delete(operation.path, options)
     except ApiException as error:
-        if error.status in (NOT_FOUND, CONFLICT):
+        if error.status == NOT_FOUND:
             return {}
+        if error.status == CONFLICT:
+            raise Outdated(reason_of(error)[1]) from error
         raise
 
 

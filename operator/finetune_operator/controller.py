@@ -19,12 +19,13 @@ from finetune_operator.engines import ENGINES, engine_of
 from finetune_operator.metrics import Metrics
 from finetune_operator.names import FINALIZER
 from finetune_operator.observed import Observed, Trouble
-from finetune_operator.plan import Create, Delete, Json, SetFinalizers, event, patch_status, plan, run_path
+from finetune_operator.plan import Create, Delete, Json, SetFinalizers, event, job_path, patch_status, plan, run_path
 from finetune_operator.poller import Poller
 from finetune_operator.queue import WorkQueue
 from finetune_operator.render.run import Run
 from finetune_operator.settings import Settings
 
+AGAIN_SECONDS = 0.5
 log = logging.getLogger(__name__)
 
 
@@ -81,6 +82,16 @@ class Controller:
             self.queue.add(key)
         except Outdated as outdated:
             log.info("%s/%s: %s", *key, outdated)
+            await self._read_again(key)
+
+    async def _read_again(self, key: Key) -> None:
+        """The job as the API server has it now: a watch may not have told yet, or may never tell, that it has gone."""
+        body = await self._api.get(job_path({"namespace": key[0], "name": key[1]}))
+        if body is None:
+            self.job_gone(key)
+        else:
+            self._cache.put_job(body)
+            self.queue.add_after(key, AGAIN_SECONDS)
 
     async def _carry_out(self, key: Key, seen: Observed, decision: Decision, now: datetime) -> None:
         """Make, then tell, then delete: at whatever point this ends, a second look comes to the same."""

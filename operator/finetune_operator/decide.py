@@ -243,6 +243,8 @@ def _start(draft: Draft) -> bool:
         draft.set(Type.RUNNING, "False", Reason.ENGINE_MISSING, message)
         draft.wake_at(draft.now + timedelta(seconds=60))
         return True
+    if not draft.queued():
+        draft.set(Type.ADMITTED, "True", Reason.NOT_QUEUED)
     draft.start_attempt()
     return True
 

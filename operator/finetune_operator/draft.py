@@ -7,11 +7,10 @@ from datetime import datetime
 from typing import Any
 
 from finetune_api.report import AttemptReport
-from finetune_operator import attempts, display
+from finetune_operator import attempts, display, names
 from finetune_operator.actions import Action, Decision, DeleteRun, Event, StartRun
 from finetune_operator.classify import Ending
 from finetune_operator.conditions import Condition, Reason, Status, Type, merged, moment, stamp
-from finetune_operator.names import FINALIZER
 from finetune_operator.observed import Observed, RunState, RunView
 from finetune_operator.reports import cleaned, fits
 from finetune_operator.settings import Settings
@@ -53,9 +52,13 @@ class Draft:
         """Whether somebody has asked for the job's deletion."""
         return "deletionTimestamp" in self.seen.body["metadata"]
 
+    def queued(self) -> bool:
+        """Whether a queue decides when its attempts may start."""
+        return names.QUEUE_LABEL in (self.seen.body["metadata"].get("labels") or {})
+
     def held(self) -> bool:
         """Whether it waits for its storage to be emptied."""
-        return FINALIZER in (self.seen.body["metadata"].get("finalizers") or [])
+        return names.FINALIZER in (self.seen.body["metadata"].get("finalizers") or [])
 
     # what to do
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 from typing import Any
 
 from finetune_api.job import GROUP
@@ -31,13 +33,14 @@ def run_name(job: str, run: int) -> str:
     return f"{job}-{_WORDS.get(run, run)}"
 
 
-def support_name(job: str, run: int, uid: str) -> str:
+def support_name(job: str, run: int, uid: str, key: bytes, kind: str = "") -> str:
     """Name of what a run needs beside it (ConfigMap, Secret, Service).
 
-    It has a part of the job's uid, so that a job made again under its old name never meets the old one's objects
-    while they are collected.
+    It ends in a mark of the job's uid, so that a job made again under its old name never meets the old one's objects
+    while they are collected; and of the operator's key, so that nobody else can have such an object ready.
     """
-    return f"{run_name(job, run)}-{uid.replace('-', '')[:8]}"
+    mark = hmac.new(key, f"{uid}/{run}/name/{kind}".encode(), hashlib.sha256).hexdigest()[:8]
+    return f"{run_name(job, run)}-{mark}"
 
 
 def labels(job: str, run: int) -> dict[str, str]:
@@ -52,6 +55,6 @@ def run_of(metadata: dict[str, Any]) -> int | None:
     return int(label) if label.isdecimal() else word
 
 
-def pod_zero_address(job: str, run: int, uid: str, namespace: str) -> str:
-    """DNS name of the pod that runs the Ray head and the driver."""
-    return f"{run_name(job, run)}-0.{support_name(job, run, uid)}.{namespace}.svc"
+def pod_zero_address(job: str, run: int, service: str, namespace: str) -> str:
+    """DNS name of the pod that runs the Ray head and the driver, given the run's Service."""
+    return f"{run_name(job, run)}-0.{service}.{namespace}.svc"

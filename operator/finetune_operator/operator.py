@@ -71,8 +71,7 @@ class Operator:
         """
         for namespace in self.settings.namespaces or ("",):
             scope = f"/namespaces/{namespace}" if namespace else ""
-            found = await self.api.get(f"/apis/{GROUP}/{VERSION}{scope}/{PLURAL}?resourceVersion=0")
-            for body in (found or {}).get("items", []):
+            async for body in self.api.items(f"/apis/{GROUP}/{VERSION}{scope}/{PLURAL}"):
                 if self.cache.is_news(body):
                     raise RuntimeError(f"the watch has not told of {'/'.join(_key(body))}")
         self.heard = time.monotonic()

@@ -19,14 +19,6 @@ LAST_RETRY_SECONDS = 60.0
 log = logging.getLogger(__name__)
 
 
-class Retry(Exception):
-    """Look at the job again after `seconds`; nothing is wrong with it."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(f"again in {seconds:g} s")
-        self.seconds = seconds
-
-
 class WorkQueue:
     """Runs `work(key)` for queued keys, `workers` at a time; a failure is tried again after a growing pause."""
 
@@ -98,8 +90,6 @@ class WorkQueue:
         try:
             await self._work(key)
             self._failures.pop(key, None)
-        except Retry as retry:
-            self.add_after(key, retry.seconds)
         except Exception as error:  # the edge: whatever went wrong with one job must not stop the others
             self._failures[key] += 1
             pause = min(FIRST_RETRY_SECONDS * 2 ** (self._failures[key] - 1), LAST_RETRY_SECONDS)

@@ -16,9 +16,8 @@ from typing import Generic, TypeVar
 import aiohttp
 from kubernetes.aio.client import ApiException
 
-from finetune_operator.api import Api, Json
+from finetune_operator.api import PAGE, Api, Json
 
-PAGE = 250
 WATCH_SECONDS = 300
 FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.2, 15.0
 EXPIRED = 410

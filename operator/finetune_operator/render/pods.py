@@ -100,7 +100,7 @@ def _env(run: Run, given: list[Json]) -> list[Json]:
         "PYTHONUNBUFFERED": "1",
     }
     if run.is_attempt:
-        address = names.pod_zero_address(run.job, run.number, run.uid, run.namespace)
+        address = names.pod_zero_address(run.job, run.number, run.support, run.namespace)
         own |= {
             "FINETUNE_HEAD_ADDRESS": f"{address}:{names.RAY_PORT}",
             "FINETUNE_TOKEN_FILE": f"{names.TOKEN_DIRECTORY}/{names.TOKEN_KEY}",
@@ -119,7 +119,7 @@ def _volumes(run: Run) -> list[Json]:
     elif kubernetes.model_cache_host_path:
         cache = {"hostPath": {"path": kubernetes.model_cache_host_path, "type": "DirectoryOrCreate"}}
     volumes: list[Json] = [
-        {"name": "finetune-config", "configMap": {"name": run.support}},
+        {"name": "finetune-config", "configMap": {"name": run.config}},
         {"name": "finetune-cache", **cache},
         {"name": "finetune-tmp", "emptyDir": {}},
         {"name": "finetune-shm", "emptyDir": {"medium": "Memory", "sizeLimit": kubernetes.shared_memory}},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune_api.cluster import Resources
@@ -49,8 +49,18 @@ class Run:
 
     @property
     def support(self) -> str:
-        """Name of its ConfigMap, Secret, Service and NetworkPolicy."""
-        return names.support_name(self.job, self.number, self.uid)
+        """Name of its Secret, Service and NetworkPolicy."""
+        return names.support_name(self.job, self.number, self.uid, self.settings.token_key)
+
+    @property
+    def config(self) -> str:
+        """Name of its ConfigMap."""
+        return names.support_name(self.job, self.config_run.number, self.uid, self.settings.token_key, "config")
+
+    @property
+    def config_run(self) -> Run:
+        """The run whose ConfigMap it reads: a preflight checks what the first attempt is going to do."""
+        return replace(self, number=1) if self.number == names.PREFLIGHT_RUN else self
 
     @property
     def resources(self) -> Resources:

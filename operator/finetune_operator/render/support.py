@@ -30,7 +30,7 @@ def token(key: bytes, uid: str, run: int) -> str:
 def run_config(run: Run) -> RunConfig:
     """The resolved job of one attempt."""
     metadata = {"name": run.job, "namespace": run.namespace}
-    job = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": run.spec}
+    job = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": _without_template(run.spec)}
     return RunConfig.model_validate(
         {
             "job": job,
@@ -40,6 +40,11 @@ def run_config(run: Run) -> RunConfig:
             "attempt": max(run.number, 1),
         }
     )
+
+
+def _without_template(spec: Json) -> Json:
+    resources = {name: value for name, value in spec.get("resources", {}).items() if name != "podTemplate"}
+    return {**spec, "resources": resources}
 
 
 def root(spec: Json, namespace: str, name: str) -> str:
@@ -59,12 +64,16 @@ def claims(spec: Json) -> list[str]:
 
 
 def config_map(run: Run) -> Json:
-    """The attempt's RunConfig. Immutable: a running job never changes under its user."""
+    """The attempt's RunConfig. Immutable: a running job never changes under its user.
+
+    Without the pod template, which is for the operator alone and may hold values that not every reader of ConfigMaps
+    should see.
+    """
     text = json.dumps(run_config(run).to_json(), indent=1)
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": run.metadata(run.support),
+        "metadata": run.config_run.metadata(run.config),
         "immutable": True,
         "data": {names.CONFIG_FILE: text},
     }
@@ -129,4 +138,6 @@ def support_objects(run: Run) -> list[Json]:
     if not run.is_attempt:
         return [config_map(run)]
     walls = [network_policy(run)] if run.settings.network_policy else []
-    return [config_map(run), secret(run), service(run), *walls]
+    checked = run.number == 1 and run.kubernetes.preflight  # the preflight's own is there already
+    config = [] if checked else [config_map(run)]
+    return [*config, secret(run), service(run), *walls]
