@@ -135,6 +135,8 @@ class Controller:
         (body,) = await apply(self._api, [operation])
         self._written[key] = time.monotonic()
         self._cache.put_job(body)
+        if decision.urgent:
+            self.queue.add(key)  # what was written may ask for more, such as a look at the deadline
 
     def _wait(self, key: Key) -> float:
         """Seconds until progress may be written again, for this job and for all together."""
