@@ -98,16 +98,16 @@ def _empty(draft: Draft) -> bool:
 
 def _record(draft: Draft) -> bool:
     """Write the ended attempts into the status before anything is decided from them."""
-    draft.learn(draft.seen.report)
     for run in sorted(draft.seen.runs, key=lambda run: run.run):
         if run.run < 1 or run.owner != draft.seen.uid:
             continue
-        draft.attempt_seen(run)
-        if run.state is RunState.FAILED:
+        record = draft.attempt_seen(run)
+        if run.state is RunState.FAILED and "endTime" not in record:
             pods = draft.seen.pods_of(run.run)
             draft.learn(next(filter(None, map(termination_report, pods[:1])), None))
             ending = with_advice(classify(run, pods, draft.seen.report), draft.seen.body, draft.status)
             draft.attempt_ended(run, ending)
+    draft.learn(draft.seen.report)  # the newest attempt's, so after what older ones have said in the end
     draft.attempts_gone()
     return False
 

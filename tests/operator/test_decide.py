@@ -144,3 +144,13 @@ def test_a_status_of_many_attempts_stays_small() -> None:
     records = [attempt(n, "Interrupted", 1000, requested=True) for n in range(1, 60)]
     decision = decide(seen(failed(*records)), SETTINGS, NOW)
     assert decision.actions == (StartRun(60),) and len(decision.status["attempts"]) == 20
+
+
+def test_what_an_ended_attempt_said_does_not_outweigh_the_newest() -> None:
+    """Its pod stays, and so does its last word, while the next attempt is further."""
+    old = {"checkpoint": {"stage": 1, "step": 2, "uri": "c-2"}}
+    new = {"current": 1, "checkpoint": {"stage": 1, "step": 3, "uri": "c-3"}}
+    status = RUNNING | {"attempts": [attempt(1, "Interrupted", 50), attempt(2)], "attempt": 2}
+    ended = pod(1, exit_code=75, phase="Failed", termination_message=said(75, "stopped", **old))
+    decision = decide(seen(status, run(1, RunState.FAILED), ended, run(2), report=new), SETTINGS, NOW)
+    assert decision.status["lastCheckpoint"]["step"] == 3
