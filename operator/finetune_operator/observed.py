@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -14,6 +15,7 @@ from finetune_operator.names import CONTAINER, JOB_LABEL, run_of
 
 Json = dict[str, Any]
 COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
+_EXIT_CODE = re.compile(r"exit code:? (\d+)")
 RAY_NODE_TYPE = "ray.io/node-type"
 
 
@@ -77,6 +79,15 @@ class RunView:
     message: str = ""
     exit_code: int | None = None
     """As the engine knows it, where no pod is left to ask."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What an engine says of a run's end, or of what holds it: exit codes are found in the message."""
+
+    reason: str = ""
+    message: str = ""
+    ended: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +174,31 @@ def pod_view(body: Json) -> PodView | None:
         terminated=ended.get("reason"),
         exit_code=ended.get("exitCode"),
         termination_message=ended.get("message", ""),
+    )
+
+
+def run_view(body: Json, engine: str, state: RunState, told: Told) -> RunView | None:
+    """An engine's object as a run; None for one that is nobody's of ours."""
+    metadata = body["metadata"]
+    run, job = run_of(metadata), (metadata.get("labels") or {}).get(JOB_LABEL)
+    if run is None or job is None:
+        return None
+    over = state in (RunState.SUCCEEDED, RunState.FAILED)
+    code = _EXIT_CODE.search(told.message)
+    return RunView(
+        name=metadata["name"],
+        job=job,
+        owner=owner_uid(metadata),
+        run=run,
+        state=state,
+        created=created(metadata),
+        version=int(metadata.get("resourceVersion", 0)),
+        engine=engine,
+        ended=moment(told.ended) if over and told.ended else None,
+        deleting="deletionTimestamp" in metadata,
+        reason=told.reason,
+        message=told.message,
+        exit_code=int(code[1]) if code else None,
     )
 
 

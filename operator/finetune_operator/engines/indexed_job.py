@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from datetime import datetime
 from typing import Any
 
 from finetune_api.exit_codes import ExitCode
 from finetune_operator import names
-from finetune_operator.conditions import moment
 from finetune_operator.engines.engine import Engine
-from finetune_operator.observed import RunState, RunView, created, owner_uid
+from finetune_operator.observed import RunState, RunView, Told, run_view
 from finetune_operator.render.pods import pod_template
 from finetune_operator.render.run import Run
 
@@ -22,7 +19,6 @@ HELPER_COMMANDS = {
     names.CLEANUP_RUN: ["finetune", "cleanup", "--run-config", _CONFIG],
 }
 HELPER_RETRIES = 2
-_EXIT_CODE = re.compile(r"exit code (\d+)")
 _DISRUPTED: Json = {
     "action": "FailJob",
     "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
@@ -75,28 +71,11 @@ def _fail_on(codes: list[int]) -> Json:
 
 def observe(body: Json) -> RunView | None:
     """How a Job stands."""
-    metadata, status = body["metadata"], body.get("status") or {}
-    number, job = names.run_of(metadata), (metadata.get("labels") or {}).get(names.JOB_LABEL)
-    if number is None or job is None:
-        return None
+    status = body.get("status") or {}
     conditions = {item["type"]: item for item in status.get("conditions") or [] if item.get("status") == "True"}
     state, telling = _state(body, status, conditions)
-    message = telling.get("message", "")
-    code = _EXIT_CODE.search(message)
-    return RunView(
-        name=metadata["name"],
-        job=job,
-        owner=owner_uid(metadata),
-        run=number,
-        state=state,
-        created=created(metadata),
-        version=int(metadata.get("resourceVersion", 0)),
-        ended=_ended(status, telling) if state in (RunState.SUCCEEDED, RunState.FAILED) else None,
-        deleting="deletionTimestamp" in metadata,
-        reason=telling.get("reason", ""),
-        message=message,
-        exit_code=int(code[1]) if code else None,
-    )
+    ended = status.get("completionTime") or telling.get("lastTransitionTime")
+    return run_view(body, "job", state, Told(telling.get("reason", ""), telling.get("message", ""), ended))
 
 
 def _state(body: Json, status: Json, conditions: dict[str, Json]) -> tuple[RunState, Json]:
@@ -111,11 +90,6 @@ def _state(body: Json, status: Json, conditions: dict[str, Json]) -> tuple[RunSt
         return RunState.QUEUED, conditions.get("Suspended", held) | held
     least = int((body["metadata"].get("annotations") or {}).get(names.LEAST_ANNOTATION, 1))
     return (RunState.RUNNING if (status.get("ready") or 0) >= least else RunState.PENDING), {}
-
-
-def _ended(status: Json, telling: Json) -> datetime | None:
-    text = status.get("completionTime") or telling.get("lastTransitionTime")
-    return moment(text) if text else None
 
 
 ENGINE = Engine("job", "batch", "v1", "jobs", render, observe)

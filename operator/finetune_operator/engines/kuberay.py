@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from finetune_operator import names
-from finetune_operator.conditions import moment
 from finetune_operator.engines.engine import Engine
-from finetune_operator.observed import RunState, RunView, created, owner_uid
+from finetune_operator.observed import RunState, RunView, Told, run_view
 from finetune_operator.render.pods import pod_template
 from finetune_operator.render.run import Run
 
 Json = dict[str, Any]
 ENTRYPOINT = f"finetune drive --run-config {names.CONFIG_DIRECTORY}/{names.CONFIG_FILE}"
 _OWN_AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "FINETUNE_HEAD_ADDRESS")
-_EXIT_CODE = re.compile(r"exit code:? (\d+)")
 _STATES = {"Running": RunState.RUNNING, "Suspended": RunState.QUEUED, "Failed": RunState.FAILED}
 
 
@@ -66,28 +63,9 @@ def _template(run: Run) -> Json:
 
 def observe(body: Json) -> RunView | None:
     """How a RayJob stands."""
-    metadata, status = body["metadata"], body.get("status") or {}
-    number, job = names.run_of(metadata), (metadata.get("labels") or {}).get(names.JOB_LABEL)
-    if number is None or job is None:
-        return None
-    state, ended = _state(body, status), status.get("endTime")
-    message = status.get("message", "")
-    code = _EXIT_CODE.search(message)
-    return RunView(
-        name=metadata["name"],
-        job=job,
-        owner=owner_uid(metadata),
-        run=number,
-        state=state,
-        created=created(metadata),
-        version=int(metadata.get("resourceVersion", 0)),
-        engine="kuberay",
-        ended=moment(ended) if ended and state in (RunState.SUCCEEDED, RunState.FAILED) else None,
-        deleting="deletionTimestamp" in metadata,
-        reason=status.get("reason", ""),
-        message=message,
-        exit_code=int(code[1]) if code else None,
-    )
+    status = body.get("status") or {}
+    told = Told(status.get("reason", ""), status.get("message", ""), status.get("endTime"))
+    return run_view(body, "kuberay", _state(body, status), told)
 
 
 def _state(body: Json, status: Json) -> RunState:
