@@ -1,4 +1,4 @@
-"""Forgetting by ESFT and by full fine-tuning, at equal learning rate and matched loss: `python benchmarks/esft_forgetting.py`.
+"""Forgetting by ESFT and by full fine-tuning at equal rate and matched loss: `python benchmarks/esft_forgetting.py`.
 
 A small mixture of experts learns two domains, A and B, together. Then it learns a changed A by each method, until the
 loss on held-out rows of it falls to the same target. What is measured is how much the loss on B has risen. The outcome
@@ -39,7 +39,8 @@ def main() -> None:
                 f"loss on B {before:.4f} + {rise:.4f}"
             )
     means = {method: statistics.mean(found) for method, found in rises.items()}
-    print(f"mean rise on B: full {means['full']:.4f}, ESFT {means['esft']:.4f}: {means['esft'] / means['full']:.2f} of it")
+    ratio = means["esft"] / means["full"]
+    print(f"mean rise on B: full {means['full']:.4f}, ESFT {means['esft']:.4f}: {ratio:.2f} of it")
 
 
 def pretrained(seed: int) -> Any:

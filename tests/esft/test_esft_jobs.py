@@ -128,7 +128,8 @@ def test_resumes_merges_and_answers(run: Run, tmp_path: Path, expert_model: Path
     run("one", 1, 0, {})
     _same(stage, whole)
     trained = json.loads((stage / "expert_config.json").read_text())["experts"]
-    assert {name.split(".")[5] for name in _weights(stage)} == {str(expert) for ids in trained.values() for expert in ids}
+    ids = {str(expert) for layer in trained.values() for expert in layer}
+    assert {name.split(".")[5] for name in _weights(stage)} == ids
     assert (stage / "expert_load.png").read_bytes().startswith(b"\x89PNG")
     result = CliRunner().invoke(app, ["merge", str(stage), str(tmp_path / "merged")])
     assert result.exit_code == 0, result.output
