@@ -18,11 +18,12 @@ _SHAPES = re.compile(
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """The text without the values of variables that are named like secrets, and without what looks like one."""
-    secrets = {value for name, value in environment.items() if _is_secret(name) and len(value) >= SHORTEST}
+    secrets = {value for name, value in environment.items() if is_secret(name) and len(value) >= SHORTEST}
     for value in sorted(secrets, key=len, reverse=True):
         text = text.replace(value, MARK)
     return _SHAPES.sub(MARK, text)
 
 
-def _is_secret(name: str) -> bool:
+def is_secret(name: str) -> bool:
+    """Whether a variable of that name holds a secret."""
     return bool(_SECRET_NAME.search(name)) and not _NOT_SECRET.search(name)

@@ -12,7 +12,7 @@ from finetune_operator.observed import owner_uid
 from finetune_operator.plan import Create, Delete, Operation, SetFinalizers
 
 Json = dict[str, Any]
-CONFLICT, UNPROCESSABLE, FORBIDDEN, NOT_FOUND, BAD_REQUEST = 409, 422, 403, 404, 400
+CONFLICT, UNPROCESSABLE, FORBIDDEN, NOT_FOUND, BAD_REQUEST, TOO_LARGE = 409, 422, 403, 404, 400, 413
 
 
 class Refused(Exception):
@@ -57,7 +57,7 @@ async def _create(api: Api, operation: Create) -> Json:
         kind = f"{operation.body['kind']} {operation.body['metadata']['name']}"
         if error.status == CONFLICT and reason == "AlreadyExists":
             return await _existing(api, operation, kind) if operation.run else {}
-        if error.status in (UNPROCESSABLE, BAD_REQUEST):
+        if error.status in (UNPROCESSABLE, BAD_REQUEST, TOO_LARGE):
             raise Refused(Reason.REJECTED, f"{kind}: {message}") from error
         if error.status == FORBIDDEN or (error.status == CONFLICT):
             raise Refused(Reason.FORBIDDEN, f"{kind}: {message}") from error

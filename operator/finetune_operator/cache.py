@@ -89,14 +89,21 @@ class Cache:
     def _report(self, key: Key, runs: tuple[RunView, ...]) -> AttemptReport | None:
         """The newest attempt's; an older one's says nothing of it."""
         number, report = self.reports.get(key, (0, None))
-        return report if number == max((run.run for run in runs), default=0) else None
+        uid = self.jobs[key].uid
+        return report if number == max((run.run for run in runs if run.owner == uid), default=0) else None
 
     def drivers(self) -> Iterator[tuple[Key, PodView]]:
         """The running pods that have a report to give."""
         for key, pods in self._pods.items():
             for pod in pods.values():
-                if pod.run > 0 and pod.index == 0 and pod.phase == "Running" and pod.ip:
+                if pod.run > 0 and pod.index == 0 and pod.phase == "Running" and pod.ip and self._is_own(key, pod):
                     yield key, pod
+
+    def _is_own(self, key: Key, pod: PodView) -> bool:
+        """Whether a run of the job itself made the pod: no other gets to see the run's token."""
+        job = self.jobs.get(key)
+        runs = (run for run in self._runs.get(key, {}).values() if job is not None and run.owner == job.uid)
+        return any(run.run == pod.run and run.pods_owner == pod.owner for run in runs)
 
     @staticmethod
     def _drop(kind: defaultdict[Key, dict[str, Any]], key: Key, name: str) -> None:

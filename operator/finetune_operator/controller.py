@@ -14,6 +14,7 @@ from finetune_operator.actions import Decision, StopRun
 from finetune_operator.api import Api
 from finetune_operator.apply import Outdated, Refused, apply
 from finetune_operator.cache import Cache, Key
+from finetune_operator.classify import MESSAGE_LIMIT
 from finetune_operator.decide import decide
 from finetune_operator.engines import ENGINES, engine_of
 from finetune_operator.metrics import Metrics
@@ -23,6 +24,7 @@ from finetune_operator.plan import Create, Delete, Json, SetFinalizers, event, j
 from finetune_operator.poller import Poller
 from finetune_operator.queue import WorkQueue
 from finetune_operator.render.run import Run
+from finetune_operator.reports import clean
 from finetune_operator.settings import Settings
 
 AGAIN_SECONDS = 0.5
@@ -78,7 +80,7 @@ class Controller:
             await self._carry_out(key, seen, decision, now)
         except Refused as refused:
             again = now + timedelta(seconds=self._settings.backoff_seconds)
-            self._cache.troubles[key] = Trouble(refused.reason, refused.message, again)
+            self._cache.troubles[key] = Trouble(refused.reason, clean(refused.message)[:MESSAGE_LIMIT], again)
             self.queue.add(key)
         except Outdated as outdated:
             log.info("%s/%s: %s", *key, outdated)

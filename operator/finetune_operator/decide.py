@@ -57,8 +57,8 @@ def _ttl(draft: Draft) -> None:
 
 
 def _invalid(draft: Draft) -> bool:
-    """Checked once: what is checked cannot change."""
-    if draft.holds(Type.VALIDATED):
+    """Checked again only where the spec has changed: of what is below a pod template, CEL cannot see everything."""
+    if draft.holds(Type.VALIDATED) and not draft.changed():
         return False
     fault = spec_faults(draft.seen.body, draft.settings)
     if fault is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -11,6 +12,7 @@ from finetune_operator import attempts, display, names
 from finetune_operator.actions import Action, Decision, DeleteRun, Event, StartRun
 from finetune_operator.classify import Ending
 from finetune_operator.conditions import Condition, Reason, Status, Type, merged, moment, stamp
+from finetune_operator.literals import hidden, secret_literals, without
 from finetune_operator.observed import Observed, RunState, RunView
 from finetune_operator.reports import cleaned, fits
 from finetune_operator.settings import Settings
@@ -51,6 +53,10 @@ class Draft:
     def going(self) -> bool:
         """Whether somebody has asked for the job's deletion."""
         return "deletionTimestamp" in self.seen.body["metadata"]
+
+    def changed(self) -> bool:
+        """Whether the spec is another one than that of the last look."""
+        return bool(self.before.get("observedGeneration") != self.seen.body["metadata"].get("generation", 1))
 
     def queued(self) -> bool:
         """Whether a queue decides when its attempts may start."""
@@ -211,6 +217,10 @@ class Draft:
         self.status |= display.columns(self.status, self.spec, stopping)
         if self.going():
             self.status["phase"] = "Deleting"
+        literals = secret_literals(self.spec)
+        if literals:
+            self.status = hidden(self.status, literals)
+            self._events = [replace(item, message=without(item.message, literals)) for item in self._events]
         urgent = _without_progress(self.status) != _without_progress(self.before)
         return Decision(self.status, tuple(self._actions), tuple(self._events), self._wake, urgent)
 

@@ -38,6 +38,8 @@ class PodView:
     run: int
     index: int
     phase: str
+    owner: str = ""
+    """Uid of the Job, or name of the RayCluster, that made it."""
     ip: str | None = None
     node: str | None = None
     deleting: bool = False
@@ -70,6 +72,8 @@ class RunView:
     state: RunState
     created: datetime
     engine: str = "job"
+    pods_owner: str = ""
+    """What its pods have as their `owner`: any other pod with its labels is somebody else's."""
     version: int = field(default=0, compare=False)
     """Of the object, as a number: the larger one is the newer."""
     ended: datetime | None = None
@@ -137,7 +141,10 @@ class Observed:
         return next((run for run in self.runs if run.run == number and run.owner == self.uid), None)
 
     def pods_of(self, number: int) -> tuple[PodView, ...]:
-        return tuple(sorted((pod for pod in self.pods if pod.run == number), key=lambda pod: (pod.index, pod.name)))
+        """The pods that a run of this job has made."""
+        run = self.run(number)
+        owned = (pod for pod in self.pods if run is not None and pod.run == number and pod.owner == run.pods_owner)
+        return tuple(sorted(owned, key=lambda pod: (pod.index, pod.name)))
 
 
 def job_view(body: Json) -> JobView:
@@ -163,6 +170,7 @@ def pod_view(body: Json) -> PodView | None:
         run=run,
         index=_index(metadata),
         phase=status.get("phase", "Pending"),
+        owner=_maker(metadata),
         ip=status.get("podIP"),
         node=(body.get("spec") or {}).get("nodeName"),
         deleting="deletionTimestamp" in metadata,
@@ -194,6 +202,7 @@ def run_view(body: Json, engine: str, state: RunState, told: Told) -> RunView | 
         created=created(metadata),
         version=int(metadata.get("resourceVersion", 0)),
         engine=engine,
+        pods_owner=_pods_owner(body, engine),
         ended=moment(told.ended) if over and told.ended else None,
         deleting="deletionTimestamp" in metadata,
         reason=told.reason,
@@ -206,7 +215,20 @@ def _index(metadata: Json) -> int:
     marks = {**(metadata.get("labels") or {}), **(metadata.get("annotations") or {})}
     if RAY_NODE_TYPE in marks:
         return 0 if marks[RAY_NODE_TYPE] == "head" else 1
-    return int(marks.get(COMPLETION_INDEX, 0))
+    index = str(marks.get(COMPLETION_INDEX, 0))
+    return int(index) if index.isdecimal() else 1
+
+
+def _pods_owner(body: Json, engine: str) -> str:
+    if engine == "kuberay":
+        return str((body.get("status") or {}).get("rayClusterName", ""))
+    return str(body["metadata"].get("uid", ""))
+
+
+def _maker(metadata: Json) -> str:
+    owners = metadata.get("ownerReferences") or []
+    owner = next((owner for owner in owners if owner.get("controller")), {})
+    return str(owner["name"] if owner.get("kind") == "RayCluster" else owner.get("uid", ""))
 
 
 def _containers(status: Json) -> list[Json]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -11,14 +13,15 @@ from finetune_api.job import API_VERSION, KIND
 from finetune_api.problems import Problem
 from finetune_api.validation import check_job
 from finetune_operator.conditions import Reason
+from finetune_operator.reports import clean
 from finetune_operator.settings import Settings
+from finetune_operator.template_check import TEMPLATE, template_faults, texts_in
 
 Json = dict[str, Any]
-_HOST_SWITCHES = ("hostNetwork", "hostPID", "hostIPC", "hostUsers", "shareProcessNamespace")
-_CAPABILITIES = ("IPC_LOCK",)  # RDMA pins memory
-_VOLUMES = ("persistentVolumeClaim", "emptyDir", "configMap", "secret", "projected", "csi", "ephemeral", "nfs",
-            "downwardAPI", "image", "name")  # fmt: skip
-TEMPLATE = "resources.podTemplate"
+_CLAIM = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
+CLAIM_MAX = 253
+FAULTS_TOLD = 20
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,20 @@ def spec_faults(body: Json, settings: Settings) -> SpecFault | None:
     job, problems = check_job({"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": body["spec"]})
     if job is None or problems:
         return SpecFault(Reason.INVALID_SPEC, _words(problems))
-    problems = [*_storage(body["spec"])]
+    problems = [*_storage(body["spec"]), *_uris(body["spec"])]
     if problems:
         return SpecFault(Reason.INVALID_SPEC, _words(problems))
     template = body["spec"].get("resources", {}).get("podTemplate") or {}
-    problems = [*_cache(body["spec"], settings), *template_faults(template, settings)]
+    problems = [
+        *_cache(body["spec"], settings),
+        *_token_key(body, settings),
+        *islice(template_faults(template, settings), FAULTS_TOLD),
+    ]
     return SpecFault(Reason.POD_TEMPLATE_REFUSED, _words(problems)) if problems else None
 
 
 def _words(problems: list[Problem]) -> str:
-    return "; ".join(map(str, problems))[:4096]
+    return clean("; ".join(map(str, problems))[:4096])
 
 
 def _storage(spec: Json) -> Iterator[Problem]:
@@ -51,7 +58,7 @@ def _storage(spec: Json) -> Iterator[Problem]:
     if path is None:
         return
     where = PurePosixPath(path)
-    if not where.is_absolute() or ".." in where.parts:
+    if not where.is_absolute() or ".." in where.parts or _UNPRINTABLE.search(path):
         yield Problem("storage.path", f"is {path!r}: on a cluster use storage.uri, or an absolute path on a volume")
         return
     mounts = [PurePosixPath(mount) for mount in _mount_paths(spec)]
@@ -60,66 +67,42 @@ def _storage(spec: Json) -> Iterator[Problem]:
                       "storage.uri (`pvc://claim/path` mounts a claim by itself)")  # fmt: skip
 
 
+def _uris(spec: Json) -> Iterator[Problem]:
+    """A path below a URI stays below it; a claim is one that Kubernetes could have."""
+    for field in ("storage", "model"):
+        uri = spec[field].get("uri") or ""
+        scheme, _, rest = uri.partition("://")
+        if ".." in rest.split("/") or _UNPRINTABLE.search(uri):
+            yield Problem(f"{field}.uri", f"is {uri[:200]!r}: expected no `..` and no control characters")
+        elif scheme == "pvc" and not _is_claim(rest.partition("/")[0]):
+            yield Problem(
+                f"{field}.uri", f"is {uri[:200]!r}: expected the name of a PersistentVolumeClaim after pvc://"
+            )
+
+
+def _is_claim(name: str) -> bool:
+    return len(name) <= CLAIM_MAX and _CLAIM.fullmatch(name) is not None
+
+
+def _token_key(body: Json, settings: Settings) -> Iterator[Problem]:
+    """The operator's own key makes the tokens of all jobs everywhere: no job of its namespace gets to see it."""
+    if body["metadata"].get("namespace") != settings.operator_namespace:
+        return
+    if settings.token_key_secret in texts_in([body["spec"].get("resources"), body["spec"].get("kubernetes")]):
+        yield Problem("", f"{settings.token_key_secret} is the operator's own Secret: no job may name it")
+
+
 def _cache(spec: Json, settings: Settings) -> Iterator[Problem]:
     if spec.get("kubernetes", {}).get("modelCacheHostPath") and not settings.allow_host_path:
         yield Problem("kubernetes.modelCacheHostPath", "is not allowed by this operator: use modelCacheClaim")
 
 
 def _mount_paths(spec: Json) -> Iterator[str]:
-    template = spec.get("resources", {}).get("podTemplate") or {}
-    for container in _list((template.get("spec") or {}).get("containers")):
+    template = (spec.get("resources", {}).get("podTemplate") or {}).get("spec")
+    for container in _list(template.get("containers") if isinstance(template, dict) else None):
         for mount in _list(container.get("volumeMounts")):
             if isinstance(mount.get("mountPath"), str):
                 yield mount["mountPath"]
-
-
-def template_faults(template: Json, settings: Settings) -> Iterator[Problem]:
-    """What a pod template asks for beyond what a job may have.
-
-    Whoever may make a FineTuneJob gets pods by it; they must get no more than that: no way onto the node, no other
-    service account's rights.
-    """
-    if not isinstance(template, dict) or not isinstance(template.get("spec") or {}, dict):
-        yield Problem(TEMPLATE, "expected a PodTemplateSpec: metadata and spec")
-        return
-    spec: Json = template.get("spec") or {}
-    for name in _HOST_SWITCHES:
-        if spec.get(name):
-            yield Problem(f"{TEMPLATE}.spec.{name}", "is not allowed")
-    yield from _account_faults(spec, settings)
-    yield from _volume_faults(spec, settings)
-    for kind in ("containers", "initContainers", "ephemeralContainers"):
-        for index, container in enumerate(_list(spec.get(kind))):
-            yield from _container_faults(container, f"{TEMPLATE}.spec.{kind}[{index}]")
-
-
-def _account_faults(spec: Json, settings: Settings) -> Iterator[Problem]:
-    for name in ("serviceAccountName", "serviceAccount"):
-        account = spec.get(name)
-        if account and account != "default" and account not in settings.service_accounts:
-            allowed = ", ".join(("default", *settings.service_accounts))
-            yield Problem(f"{TEMPLATE}.spec.{name}", f"is {account!r}; this operator allows {allowed}")
-
-
-def _volume_faults(spec: Json, settings: Settings) -> Iterator[Problem]:
-    for index, volume in enumerate(_list(spec.get("volumes"))):
-        for kind in volume:
-            if kind in _VOLUMES or (kind == "hostPath" and settings.allow_host_path):
-                continue
-            yield Problem(f"{TEMPLATE}.spec.volumes[{index}].{kind}", "is not allowed by this operator")
-
-
-def _container_faults(container: Json, where: str) -> Iterator[Problem]:
-    context = container.get("securityContext")
-    if not isinstance(context, dict):
-        return
-    for name in ("privileged", "allowPrivilegeEscalation"):
-        if context.get(name):
-            yield Problem(f"{where}.securityContext.{name}", "is not allowed")
-    added = (context.get("capabilities") or {}).get("add") or []
-    for capability in added:
-        if capability not in _CAPABILITIES:
-            yield Problem(f"{where}.securityContext.capabilities.add", f"{capability} is not allowed, only IPC_LOCK")
 
 
 def _list(value: object) -> list[Json]:

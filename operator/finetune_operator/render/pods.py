@@ -46,6 +46,8 @@ def pod_template(run: Run, command: list[str], *, gpus: bool = True) -> Json:
     spec["terminationGracePeriodSeconds"] = run.kubernetes.checkpoint_grace_seconds
     spec["securityContext"] = _POD_SECURITY | (spec.get("securityContext") or {})
     spec["volumes"] = [*(spec.get("volumes") or []), *_volumes(run)]
+    if spec.get("initContainers"):
+        spec["initContainers"] = [_confined(item) for item in spec["initContainers"]]
     spec["containers"] = _containers(run, spec.get("containers") or [], command, gpus)
     if not gpus:
         spec.pop("nodeSelector", None)  # the GPU nodes', most likely, which a preflight must not take
@@ -61,7 +63,14 @@ def _containers(run: Run, given: list[Json], command: list[str], gpus: bool) -> 
     own = next((item for item in given if item.get("name") == names.CONTAINER), {})
     trainer = _trainer(run, own, command, gpus)
     others = [item for item in given if item.get("name") != names.CONTAINER]
-    return [trainer, *(others if gpus else [])]
+    return [trainer, *(map(_confined, others) if gpus else [])]
+
+
+def _confined(container: Json) -> Json:
+    """A user's own container, without what Pod Security's «restricted» forbids."""
+    given = container.get("securityContext") or {}
+    drop = {"capabilities": {"drop": ["ALL"]} | (given.get("capabilities") or {})}
+    return {**container, "securityContext": {"allowPrivilegeEscalation": False, **given, **drop}}
 
 
 def _trainer(run: Run, own: Json, command: list[str], gpus: bool) -> Json:
