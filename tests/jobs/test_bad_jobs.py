@@ -62,7 +62,7 @@ CASES: dict[str, tuple[Callable[[Job], Any], list[str]]] = {
     "no stages": (lambda job: put(job, "spec/stages", []), ["stages"]),
     "two kinds in a stage": (
         lambda job: put(job, "spec/stages/0/dpo", sft(job)),
-        ["exactly one of tokenizer, pretrain, sft, dpo"],
+        ["exactly one of tokenizer, pretrain, sft, esft, dpo"],
     ),
     "bad name": (lambda job: put(job, "metadata/name", "My Job"), ["metadata.name"]),
     "wrong version": (lambda job: put(job, "apiVersion", "finetune.dev/v9"), ["finetune.dev/v1alpha1"]),
