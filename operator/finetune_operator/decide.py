@@ -253,6 +253,7 @@ def _follow(draft: Draft) -> bool:
     """An attempt is on its way: say how it does."""
     run = draft.active()
     assert run is not None
+    draft.resumed()  # where the operator ended between starting the attempt and writing that down
     pods = draft.seen.pods_of(run.run)
     held = run.state is RunState.QUEUED
     if held:

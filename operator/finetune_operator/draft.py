@@ -125,11 +125,14 @@ class Draft:
         self.status["attempts"] = [*attempts.records(self.status), {"number": number, "startTime": stamp(self.now)}]
         self.status["attempt"] = number
         attempts.trimmed(self.status)
-        resumed = self._conditions.get(Type.SUSPENDED.value)
-        if resumed is not None and resumed.status == "True":
-            self.set(Type.SUSPENDED, "False", Reason.RESUMED)
+        self.resumed()
         self.set(Type.RUNNING, "False", Reason.STARTING)
         self.do(StartRun(number))
+
+    def resumed(self) -> None:
+        """An attempt is on its way, so the job is not suspended any more."""
+        if self.holds(Type.SUSPENDED):
+            self.set(Type.SUSPENDED, "False", Reason.RESUMED)
 
     def attempt_ended(self, run: RunView, ending: Ending) -> None:
         record = self.attempt_seen(run)

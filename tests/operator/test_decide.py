@@ -28,6 +28,8 @@ CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
     "a new job is checked first": (seen(None, kubernetes={}), "Preflight", (StartRun(0),)),
     "a suspended job does not start": (seen(None, runPolicy={"suspend": True}), "Suspended", ()),
     "an attempt found running is adopted": (seen(None, run()), "Running", ()),
+    "an attempt found running ends the suspension": (
+        seen({"conditions": [*VALID, *conditions(Suspended="True/Suspended")]}, run()), "Running", ()),
     "another owner's run is nobody's": (seen(None, run(owner="other")), "Pending", (StartRun(1),)),
     "pods on their way": (seen(RUNNING, run(state=RunState.PENDING)), "Pending", ()),
     "a queue holds it": (seen(RUNNING, run(state=RunState.QUEUED)), "Queued", ()),
