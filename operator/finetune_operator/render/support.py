@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+from collections.abc import Iterator
 from typing import Any
 
+from finetune_api.claims import claim_of, mounted
 from finetune_api.job import API_VERSION, KIND
 from finetune_api.report import PORT
 from finetune_api.runconfig import RunConfig
@@ -16,7 +18,6 @@ from finetune_operator.settings import engine_name
 
 Json = dict[str, Any]
 DASHBOARD_PORT = 8265
-CLAIM_SCHEME = "pvc://"
 
 
 def token(key: bytes, uid: str, run: int) -> str:
@@ -50,17 +51,20 @@ def _without_template(spec: Json) -> Json:
 def root(spec: Json, namespace: str, name: str) -> str:
     """A job's directory in storage. The namespace is part of it, so that two jobs of one name never meet."""
     storage = spec["storage"]
-    base = storage.get("uri") or storage["path"]
-    if base.startswith(CLAIM_SCHEME):
-        base = f"{names.CLAIM_DIRECTORY}/{base.removeprefix(CLAIM_SCHEME)}"
+    base = mounted(storage.get("uri") or storage["path"])
     return f"{base.rstrip('/')}/{namespace}/{name}"
 
 
 def claims(spec: Json) -> list[str]:
-    """PersistentVolumeClaims that `pvc://` URIs of the storage and the model name."""
-    uris = [spec["storage"].get("uri") or "", spec["model"].get("uri") or ""]
-    found = (uri.removeprefix(CLAIM_SCHEME).partition("/")[0] for uri in uris if uri.startswith(CLAIM_SCHEME))
-    return sorted(set(found))
+    """PersistentVolumeClaims that `pvc://` URIs of the storage, the model and the data name."""
+    uris = [spec["storage"].get("uri"), spec["model"].get("uri"), *_data_uris(spec["stages"])]
+    return sorted({claim for uri in uris if uri and (claim := claim_of(uri))})
+
+
+def _data_uris(stages: list[Json]) -> Iterator[str | None]:
+    for part in (part for stage in stages for part in stage.values() if isinstance(part, dict)):
+        for data in (part.get("data") or {}, part.get("evalData") or {}):
+            yield from (source.get("uri") for source in data.get("sources") or [])
 
 
 def config_map(run: Run) -> Json:
@@ -69,7 +73,7 @@ def config_map(run: Run) -> Json:
     Without the pod template, which is for the operator alone and may hold values that not every reader of ConfigMaps
     should see.
     """
-    text = json.dumps(run_config(run).to_json(), indent=1)
+    text = json.dumps(run_config(run).to_json(), ensure_ascii=False, separators=(",", ":"))  # it may have 1 MiB
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
