@@ -19,7 +19,7 @@ from kubernetes.aio.client import ApiException
 from finetune_operator.api import PAGE, Api, Json
 
 WATCH_SECONDS = 300
-FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.2, 15.0
+FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.2, 5.0
 EXPIRED = 410
 log = logging.getLogger(__name__)
 View = TypeVar("View")
@@ -59,21 +59,23 @@ class Reflector(Generic[View]):
         """Set once everything that there is has been told."""
 
     async def run(self) -> None:
-        """Until cancelled. Whatever goes wrong is tried again after a pause that doubles."""
-        pause = FIRST_PAUSE_SECONDS
+        """Until cancelled. What went wrong, or was over at once, is tried again after a pause that doubles."""
+        pause, clock = FIRST_PAUSE_SECONDS, asyncio.get_running_loop().time
         while True:
+            began = clock()
             try:
                 if not self._version:
                     await self._list()
                 await self._watch()
-                pause = FIRST_PAUSE_SECONDS
             except Expired:
                 log.info("%s: the watch has expired: listing again", self._path)
                 self._version = ""
             except (ApiException, aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-                log.info("%s: %s: %s; again in %.1f s", self._path, type(error).__name__, error, pause)
-                await asyncio.sleep(pause * random.uniform(0.8, 1.2))
-                pause = min(2 * pause, LAST_PAUSE_SECONDS)
+                log.info("%s: %s: %s", self._path, type(error).__name__, getattr(error, "reason", error))
+            if clock() - began > LAST_PAUSE_SECONDS:
+                pause = FIRST_PAUSE_SECONDS
+            await asyncio.sleep(pause * random.uniform(0.8, 1.2))
+            pause = min(2 * pause, LAST_PAUSE_SECONDS)
 
     async def _list(self) -> None:
         """All objects, page by page; those that are there no more are dropped."""
