@@ -15,7 +15,7 @@ from kubernetes.aio.client.api_client import ApiClient
 Json = dict[str, Any]
 MERGE_PATCH = "application/merge-patch+json"
 TIMEOUT_SECONDS = 30
-SILENCE_SECONDS = 150
+SILENCE_SECONDS = 90
 PAGE = 250
 """Objects of a list that are asked for, and held, at a time."""
 USER_AGENT = "finetune-operator"

@@ -24,8 +24,9 @@ from finetune_operator.settings import Settings
 from finetune_operator.token_key import with_token_key
 
 Json = dict[str, Any]
-SERVER_TIMEOUT_SECONDS = 300
-CLIENT_TIMEOUT_SECONDS = 330
+SERVER_TIMEOUT_SECONDS = 60
+CLIENT_TIMEOUT_SECONDS = 75
+"""A connection that has died without a word is given up after that: kopf asks for no bookmarks to tell."""
 log = logging.getLogger(__name__)
 
 

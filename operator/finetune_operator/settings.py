@@ -53,7 +53,7 @@ class Settings:
     ray_version: str = ""
     """Ray in the trainer image, which KubeRay needs to know."""
     watch_silence_seconds: int = 660
-    """Silence of the watches after which the probe looks whether they have died; they are renewed every 300 s."""
+    """Silence after which the probe looks whether the watch of jobs has died; it is renewed every minute."""
     metrics_port: int = 9090
     health_port: int = 8080
 
