@@ -179,7 +179,7 @@ def _stop(draft: Draft, run: RunView, reason: Reason) -> bool:
         draft.ask_stop(run.run)
         draft.do(StopRun(run.run))
         draft.wake_at(draft.now + timedelta(seconds=grace))
-    elif run.state is RunState.RUNNING and asked is not None and asked + timedelta(seconds=grace) > draft.now:
+    elif asked is not None and asked + timedelta(seconds=grace) > draft.now:
         draft.do(StopRun(run.run))  # again, in case the first request met nobody
         draft.wake_at(min(asked + timedelta(seconds=grace), draft.now + timedelta(seconds=5)))
     else:

@@ -62,6 +62,9 @@ CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
         "Stopping", (DeleteRun(1),)),
     "what has not begun is deleted at once": (
         seen(RUNNING, run(state=RunState.PENDING), runPolicy={"suspend": True}), "Stopping", (DeleteRun(1),)),
+    "what was asked to stop and ends is not deleted meanwhile": (
+        seen(RUNNING | {"attempts": [attempt(1, stopRequestedTime=ago(5))]}, run(state=RunState.PENDING),
+             runPolicy={"suspend": True}), "Stopping", (StopRun(1),)),
     "pods that are going are waited for": (
         seen(RUNNING, run(deleting=True), runPolicy={"suspend": True}), "Stopping", ()),
     "suspended once they are gone": (
