@@ -6,6 +6,7 @@ import hashlib
 import hmac
 from typing import Any
 
+from finetune_api.claims import CLAIM_DIRECTORY as CLAIM_DIRECTORY
 from finetune_api.job import GROUP
 from finetune_api.labels import CLEANUP, JOB_LABEL, MANAGED_BY, OPERATOR, PREFLIGHT, RUN_LABEL
 from finetune_api.labels import CONTAINER as CONTAINER
@@ -24,7 +25,6 @@ TOKEN_KEY = "auth_token"  # KubeRay's name for the key
 CONFIG_DIRECTORY = "/etc/finetune"
 TOKEN_DIRECTORY = "/etc/finetune-token"
 CACHE_DIRECTORY = "/cache"
-CLAIM_DIRECTORY = "/pvc"
 MANAGED_SELECTOR = f"{MANAGED_BY}={OPERATOR}"
 
 

@@ -109,13 +109,13 @@ def test_tokens_differ_by_run_and_job() -> None:
 
 
 def test_claims_are_mounted_where_the_run_config_says() -> None:
-    data = {"sources": [{"inline": [{"text": "a b c"}]}]}
+    data = {"sources": [{"inline": [{"text": "a b c"}]}, {"uri": "pvc://corpus/*.jsonl"}]}
     stages = [{"pretrain": {"data": data, "maxSteps": 10}}]
     made = objects(storage={"uri": "pvc://results/a/b"}, model={"uri": "pvc://models/llama"}, stages=stages)
     config = RunConfig.model_validate_json(made["ConfigMap"]["data"]["run.json"])
     assert config.root == "/pvc/results/a/b/team/tiny"
     mounts = {item["mountPath"] for item in trainer(made["Job"]["spec"]["template"]["spec"])["volumeMounts"]}
-    assert {"/pvc/results", "/pvc/models"} <= mounts
+    assert {"/pvc/results", "/pvc/models", "/pvc/corpus"} <= mounts
 
 
 def test_the_model_cache_is_shared_by_attempts() -> None:

@@ -5,24 +5,38 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+from finetune_api.claims import mounted
+from finetune_trainer.patience import patiently
+
+OUTAGE_SECONDS = 600.0
+"""How long a remote store may be away before a job that waits for it fails."""
+TRANSFERS = 4
+"""Files on their way at once; each large one goes in parts that do so, too."""
+_PART = ".part"
+T = TypeVar("T")
 
 
 class Storage:
     """Files below one root. Paths are relative to it, with forward slashes.
 
     Raises:
-        OSError: from every method, where the store can't be reached or refuses.
+        OSError: from every method, where the store refuses, or a remote one was away for longer than its patience.
     """
 
-    def __init__(self, root: str, **options: Any) -> None:
-        self.fs, path = fsspec.core.url_to_fs(root, **options)
+    def __init__(self, root: str, *, patience: float = OUTAGE_SECONDS, **options: Any) -> None:
+        """`patience` in seconds; `options` are those of fsspec's file system."""
+        self.fs, path = fsspec.core.url_to_fs(mounted(root), **options)
         self.root = str(path).rstrip("/")
         self.is_local = isinstance(self.fs, LocalFileSystem)
+        self._patience = 0.0 if self.is_local else patience
 
     def path(self, relative: str) -> str:
         """The path as the file system knows it."""
@@ -33,8 +47,7 @@ class Storage:
         return Path(self.path(relative)) if self.is_local else None
 
     def exists(self, relative: str) -> bool:
-        self.fs.invalidate_cache()
-        return bool(self.fs.exists(self.path(relative)))
+        return bool(self._patiently(lambda: self._fresh().exists(self.path(relative)), f"looking for {relative}"))
 
     def read_text(self, relative: str) -> str:
         """Raises FileNotFoundError where there is no such file."""
@@ -42,7 +55,7 @@ class Storage:
 
     def read_bytes(self, relative: str) -> bytes:
         """Raises FileNotFoundError where there is no such file."""
-        return bytes(self.fs.cat_file(self.path(relative)))
+        return self._patiently(lambda: bytes(self.fs.cat_file(self.path(relative))), f"reading {relative}")
 
     def write_text(self, relative: str, text: str) -> None:
         """Write a whole file at once: a reader sees the old one or the new one, never a part."""
@@ -52,10 +65,10 @@ class Storage:
         """As `write_text`."""
         path = self.path(relative)
         if not self.is_local:
-            self.fs.pipe_file(path, content)
+            self._patiently(lambda: self.fs.pipe_file(path, content), f"writing {relative}")
             return
         self.fs.makedirs(os.path.dirname(path), exist_ok=True)
-        part = f"{path}.{uuid.uuid4().hex[:8]}.part"
+        part = f"{path}.{uuid.uuid4().hex[:8]}{_PART}"
         with open(part, "wb") as file:
             file.write(content)
             file.flush()
@@ -64,24 +77,26 @@ class Storage:
 
     def names(self, relative: str) -> list[str]:
         """Names in a directory, sorted; none where it does not exist."""
-        self.fs.invalidate_cache()
         try:
-            entries = self.fs.ls(self.path(relative), detail=False)
+            entries = self._patiently(
+                lambda: self._fresh().ls(self.path(relative), detail=False), f"listing {relative}"
+            )
         except FileNotFoundError:
             return []
-        return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+        paths = (str(entry).rstrip("/") for entry in entries)
+        # Some S3 servers (SeaweedFS) keep a directory whose files are deleted, and list it as its own only entry.
+        return sorted(path.rsplit("/", 1)[-1] for path in paths if path != self.path(relative))
 
     def sizes(self, relative: str) -> dict[str, int]:
         """Sizes in bytes of all files below a directory, by path relative to it."""
-        self.fs.invalidate_cache()
         base = self.path(relative)
-        found = self.fs.find(base, detail=True)
-        return {str(path)[len(base) + 1 :]: int(info["size"]) for path, info in found.items()}
+        found = self._patiently(lambda: self._fresh().find(base, detail=True), f"listing {relative}")
+        return {str(path)[len(base) + 1 :]: int(info["size"]) for path, info in found.items() if str(path) != base}
 
     def delete(self, relative: str) -> None:
         """Delete a file or a directory with all in it; nothing where it does not exist."""
         try:
-            self.fs.rm(self.path(relative), recursive=True)
+            self._patiently(lambda: self._fresh().rm(self.path(relative), recursive=True), f"deleting {relative}")
         except FileNotFoundError:
             return
 
@@ -89,13 +104,49 @@ class Storage:
         """Copy a local directory's files into one in storage."""
         if self.is_local:
             shutil.copytree(local, self.path(relative), dirs_exist_ok=True)
-        else:
-            self.fs.put(f"{local}/", f"{self.path(relative)}/", recursive=True)
+            return
+        names = [path.relative_to(local).as_posix() for path in sorted(local.rglob("*")) if path.is_file()]
+
+        def send(name: str) -> None:
+            target = self.path(f"{relative}/{name}")
+            self._patiently(lambda: self.fs.put_file(str(local / name), target), f"uploading {relative}/{name}")
+
+        _all_of(send, names)
 
     def download(self, relative: str, local: Path) -> Path:
-        """A local directory with the files of one in storage: itself where that is local already."""
+        """A local directory with just the files of one in storage: itself where that is local already.
+
+        Several processes may do so at once: each file appears whole.
+        """
         if self.is_local:
             return Path(self.path(relative))
+        names = list(self.sizes(relative))
+        for path in local.rglob("*") if local.exists() else ():
+            if path.is_file() and path.suffix != _PART and path.relative_to(local).as_posix() not in names:
+                path.unlink(missing_ok=True)
         local.mkdir(parents=True, exist_ok=True)
-        self.fs.get(f"{self.path(relative)}/", f"{local}/", recursive=True)
+        _all_of(lambda name: self._receive(f"{relative}/{name}" if relative else name, local / name), names)
         return local
+
+    def _receive(self, relative: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{_PART}")
+        try:
+            self._patiently(lambda: self.fs.get_file(self.path(relative), str(part)), f"downloading {relative}")
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _fresh(self) -> Any:
+        """The file system without what it remembers of listings: other machines write there, too."""
+        self.fs.invalidate_cache()
+        return self.fs
+
+    def _patiently(self, work: Callable[[], T], what: str) -> T:
+        return patiently(work, f"{self.root}: {what}", self._patience)
+
+
+def _all_of(work: Callable[[str], None], names: list[str]) -> None:
+    with ThreadPoolExecutor(max_workers=TRANSFERS) as threads:
+        for _ in threads.map(work, names):
+            pass

@@ -62,6 +62,11 @@ class CheckpointStore:
         if not self.storage.is_local:
             self.storage.upload(self.place(step), self.layout.checkpoint(step))
 
+    def push_metrics(self, metrics: Path) -> None:
+        """Copy the curve so far to storage, for whoever goes on from there; as `push`."""
+        if not self.storage.is_local:
+            self.storage.write_bytes(self.layout.metrics, metrics.read_bytes())
+
     def place(self, step: int) -> Path:
         """The local directory in which a checkpoint is written, and to which one is fetched."""
         return self.workdir / f"{CHECKPOINT_PREFIX}{step}"
@@ -77,9 +82,15 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps of all checkpoint directories, complete or not, ascending."""
-        names = self.storage.names(self.layout.checkpoints)
+        names = self._names()
         numbers = [name.removeprefix(CHECKPOINT_PREFIX) for name in names if name.startswith(CHECKPOINT_PREFIX)]
         return sorted(int(number) for number in numbers if number.isdecimal())
+
+    def _names(self) -> set[str]:
+        """Some S3 servers (SeaweedFS) keep the directory of deleted files: there only files count."""
+        if self.storage.is_local:
+            return set(self.storage.names(self.layout.checkpoints))
+        return {path.partition("/")[0] for path in self.storage.sizes(self.layout.checkpoints)}
 
     def manifest(self, step: int) -> Manifest | None:
         """The manifest of a complete checkpoint, or None where it isn't complete."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import fsspec
 
+from finetune_api.claims import mounted
 from finetune_api.data import DataSource, DataSpec, Join
 from finetune_api.problems import Problem, did_you_mean
 from finetune_trainer.data.readers import START, DataFile, Position, Row, read_rows
@@ -54,6 +55,7 @@ class Located:
 
 def resolve(path: str, base_dir: Path) -> str:
     """An absolute path or URI: relative paths start from `base_dir`, else from the current directory."""
+    path = mounted(path)
     if "://" in path or os.path.isabs(path):
         return path
     first = os.path.join(base_dir, path)

@@ -26,6 +26,8 @@ from finetune_trainer.runtime import apply_environment, quiet_environment
 from finetune_trainer.storage import Storage
 
 _UNKNOWN_BYTES = 1 << 50
+PREFLIGHT_SECONDS = 20.0
+"""How long a store may take to answer a preflight: a wrong address never does."""
 
 
 def run_preflight(config: Path) -> ExitCode:
@@ -90,7 +92,7 @@ def _writable(run: RunConfig) -> None:
     name = f".preflight-{uuid.uuid4().hex[:8]}"
     field = "storage.uri" if run.job.spec.storage.uri else "storage.path"
     try:
-        storage = Storage(run.root)
+        storage = Storage(run.root, patience=PREFLIGHT_SECONDS)
         storage.write_text(name, "")
         storage.delete(name)
     except Exception as error:  # every store has errors of its own

@@ -25,12 +25,15 @@ HEAD_VARIABLE = "FINETUNE_HEAD_ADDRESS"
 HEAD_SECONDS = 1800.0
 """How long a node waits for the head: its image may still be on its way."""
 RETRY_SECONDS = 0.5
+SIGTERM_EXIT = 128 + signal.SIGTERM
 OBJECT_STORE_BYTES = 256 * 2**20
 _RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
 def run_node(config: Path) -> int:
     """What every pod runs; returns its exit code. Pod 0's is the attempt's, by `ExitCode`."""
+    # The first process of a container ignores every signal that it has no handler for.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_EXIT))
     run = RunConfig.model_validate_json(config.read_text())
     gpus = run.job.spec.resources.gpus_per_node or 0
     apply_environment(quiet_environment(accelerator=gpus > 0))

@@ -130,6 +130,8 @@ class StageRun:
         self.peers.wait()
         if self.first:
             self.store.clean()
+        if self.context.placement.local_rank == 0 and not self.storage.is_local:
+            shutil.rmtree(self.scratch, ignore_errors=True)  # an earlier attempt's files belong to no checkpoint now
         self.peers.wait()
         if newest is None:
             return None
@@ -164,6 +166,7 @@ class StageRun:
         progress.trainer, trainer.paused = trainer, progress.paused
         trainer.routing = watch_routing(trainer.model)
         if self.first:
+            self._fetch_metrics()
             progress.log_file = MetricsLog(self._metrics_path())
         if resumed is not None:
             progress.restore(json.loads((resumed.directory / PROGRESS_STATE).read_text()))
@@ -206,7 +209,7 @@ class StageRun:
         if not self.storage.is_local:
             self.storage.upload(result, self.context.layout.result)
             if self._metrics_path().exists():
-                self.storage.write_text(self.context.layout.metrics, self._metrics_path().read_text())
+                self.store.push_metrics(self._metrics_path())
 
     def _write_done(self, steps: int, seconds: float, tokens: int, metrics: dict[str, float]) -> None:
         done = {
@@ -219,6 +222,12 @@ class StageRun:
             "environment": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
         }
         self.storage.write_text(self.context.layout.done, json.dumps(done, indent=1))
+
+    def _fetch_metrics(self) -> None:
+        """The curve so far, which another pod may have drawn."""
+        if not self.storage.is_local and self.storage.exists(self.context.layout.metrics):
+            self._metrics_path().parent.mkdir(parents=True, exist_ok=True)
+            self._metrics_path().write_bytes(self.storage.read_bytes(self.context.layout.metrics))
 
     def _metrics_path(self) -> Path:
         return self.storage.local(self.context.layout.metrics) or self.scratch / METRICS

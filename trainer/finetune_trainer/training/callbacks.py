@@ -158,6 +158,8 @@ class CheckpointCallback(TrainerCallback):
             self.store.push(step)
         self.peers.wait()
         if placement.rank == 0:
+            if self.progress.log_file is not None:
+                self.store.push_metrics(self.progress.log_file.path)
             self.store.publish(
                 step,
                 world_size=placement.world_size,

