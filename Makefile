@@ -6,7 +6,7 @@ BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export UV_COMPILE_BYTECODE = 1
 
-.PHONY: install quickstart test assets lint check clean
+.PHONY: install quickstart test e2e assets lint check clean
 
 install: $(UV)
 	$(UV) sync --frozen --all-extras --quiet
@@ -26,6 +26,10 @@ test: install lint assets
 # etcd, kube-apiserver, kube-controller-manager and helm for tests/cluster: given, or built once with Go.
 assets: install
 	$(BIN)/python tests/cluster/kube_assets.py
+
+# Jobs on a real kubelet: as root, with `apt-get install containerd runc iptables`; skipped with the reason elsewhere.
+e2e: install
+	FINETUNE_E2E=1 $(BIN)/pytest tests/e2e -rs
 
 lint: install
 	$(BIN)/ruff check .

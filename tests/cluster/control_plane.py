@@ -46,13 +46,16 @@ class ControlPlane:
     A context manager: entering starts them and waits until they are ready, leaving stops them.
     """
 
-    def __init__(self, directory: Path, apiserver_options: Sequence[str] = ()) -> None:
-        """`apiserver_options` are added to the API server's own (an audit log, say).
+    def __init__(
+        self, directory: Path, apiserver_options: Sequence[str] = (), controllers: Sequence[str] = ()
+    ) -> None:
+        """`apiserver_options` are added to the API server's own (an audit log, say), `controllers` to `CONTROLLERS`.
 
         Raises:
             MissingAsset: the binaries are neither given nor can be built.
         """
         binaries = assets(CONTROL_PLANE)
+        self._controllers = (*CONTROLLERS, *controllers)
         self.directory = directory
         self.kubectl = binaries["kubectl"]
         self.start_seconds = 0.0
@@ -175,7 +178,7 @@ class ControlPlane:
         """Its own client limits are lifted: a test of thousands of jobs measures the operator, not this."""
         return [
             f"--kubeconfig={kubeconfig}",
-            f"--controllers={','.join(CONTROLLERS)}",
+            f"--controllers={','.join(self._controllers)}",
             f"--service-account-private-key-file={self._sa_key}",
             f"--root-ca-file={self.ca_file}",
             "--use-service-account-credentials=true",

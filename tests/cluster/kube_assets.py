@@ -94,7 +94,22 @@ KUBERNETES = GoModule(
 )
 ETCD = GoModule("etcd", "go.etcd.io/etcd/server/v3", lambda version: "", {"etcd": "go.etcd.io/etcd/server/v3"})
 HELM = GoModule("helm", "helm.sh/helm/v3", _helm_flags, {"helm": "helm.sh/helm/v3/cmd/helm"})
-SOURCES = {name: module for module in (ETCD, KUBERNETES, HELM) for name in module.packages}
+_PLUGINS = "github.com/containernetworking/plugins"
+CNI = GoModule(
+    "cni",
+    _PLUGINS,
+    lambda version: "",
+    {
+        "bridge": f"{_PLUGINS}/plugins/main/bridge",
+        "loopback": f"{_PLUGINS}/plugins/main/loopback",
+        "host-local": f"{_PLUGINS}/plugins/ipam/host-local",
+    },
+)
+COREDNS = GoModule(
+    "coredns", "github.com/coredns/coredns", lambda version: "", {"coredns": "github.com/coredns/coredns"}
+)
+ALL_MODULES = (ETCD, KUBERNETES, HELM, CNI, COREDNS)
+SOURCES = {name: module for module in ALL_MODULES for name in module.packages}
 
 
 def assets(names: Iterable[str] = CONTROL_PLANE) -> dict[str, Path]:
@@ -105,7 +120,7 @@ def assets(names: Iterable[str] = CONTROL_PLANE) -> dict[str, Path]:
         subprocess.CalledProcessError: a build failed; what the compiler said is on stderr.
     """
     found = {name: _given(name) for name in names}
-    for module in (ETCD, KUBERNETES, HELM):
+    for module in ALL_MODULES:
         missing = [name for name, path in found.items() if path is None and SOURCES[name] is module]
         found |= _built(module, missing)
     return {name: path for name, path in found.items() if path is not None}

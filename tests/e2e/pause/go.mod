@@ -1,0 +1,3 @@
+module finetune.dev/tests/assets/pause
+
+go 1.24.0
