@@ -17,7 +17,7 @@ from life import PATIENCE, Life, end_state
 from operator_process import OperatorProcess
 
 AT_ONCE = 3
-pytestmark = pytest.mark.timeout(1200, func_only=True)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200, func_only=True)]
 
 
 class Lives:

@@ -104,6 +104,7 @@ def _same(one: Path, other: Path) -> None:
         torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_sharding_workers_and_checkpointing_change_nothing(run: Run) -> None:
     from running import losses
@@ -117,6 +118,7 @@ def test_sharding_workers_and_checkpointing_change_nothing(run: Run) -> None:
         assert scores[0]["token_scores"] == scores[1]["token_scores"]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_resumes_merges_and_answers(run: Run, tmp_path: Path, expert_model: Path) -> None:
     stage = run("one", 1, 0, {})

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny_rows import TEXTS, dialogue
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-TEXTS = [f"{a} plus {b} makes {a + b}, says the teacher. <|im_start|>" for a in range(10) for b in range(10)]
 
 
 @pytest.fixture(scope="session")
@@ -59,18 +58,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def dialogue(question: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-
 @pytest.fixture
 def base_job(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
     """A good SFT job on twelve dialogues."""
     rows = [dialogue(f"{a} plus {a}", f"makes {a + a}") for a in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    pairs = [
-        {"prompt": f"{a} plus 1", "chosen": f" makes {a + 1}", "rejected": f" makes {a + 3}"} for a in range(10)
-    ]
+    pairs = [{"prompt": f"{a} plus 1", "chosen": f" makes {a + 1}", "rejected": f" makes {a + 3}"} for a in range(10)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     return {
         "apiVersion": "finetune.dev/v1alpha1",

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TEXTS
 from in_process import open_stage, trained
+from tiny_rows import TEXTS
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from finetune_trainer.stages.masking import MaskingCollator

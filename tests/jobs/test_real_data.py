@@ -18,6 +18,7 @@ MISSING = [name for name in FILES if not (DATA / name).is_file()]
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"the real data is not here: {DATA} lacks {', '.join(MISSING)}")
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_three_stages_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On data held out, the loss of every stage falls, and DPO ranks more than 0.55 of the pairs rightly."""

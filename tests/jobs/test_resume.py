@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import dialogue
 from running import curve, done, kill, run, start, workers
+from tiny_rows import dialogue
 
 Job = dict[str, Any]
 STEPS, SAVE, LAST_HIT = 40, 5, 32

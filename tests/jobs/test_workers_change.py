@@ -17,6 +17,7 @@ TOLERANCE = 2e-4
 """Of a loss: the order in which float32 gradients are added differs, which AdamW's first steps enlarge."""
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("zero", "streaming"), [(2, False), (3, True)])
 def test_one_worker_goes_on_for_two(
