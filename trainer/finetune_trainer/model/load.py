@@ -121,6 +121,8 @@ def load_model(
         if quantization is not None:
             options["quantization_config"] = quantization_config(quantization, precision.compute)
         model = load_whole(base_of(source.name), auto, revision=source.revision, config=config, **options)
+        if quantization is not None and quantization.bits == 4:
+            keep_differentiable(model)
     model.config.use_cache = False
     return model
 
@@ -154,6 +156,20 @@ def quantization_config(spec: Quantization, compute: torch.dtype) -> BitsAndByte
         bnb_4bit_use_double_quant=spec.double_quant,
         bnb_4bit_compute_dtype=compute,
     )
+
+
+def keep_differentiable(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference, on CPUs with AVX512-BF16.
+
+    Its first evaluation would repack them for a kernel that has no backward, computes in bfloat16 whatever the job
+    asks for and fails on rows that 32 doesn't divide; training after it stays on that kernel (bitsandbytes 0.50.2),
+    and nearly all of the gradient is lost without a word.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _tokenizer_fields(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, Any]:
