@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from finetune_trainer.errors import UserError
 from finetune_trainer.esft.adapter import is_expert_adapter
 from finetune_trainer.generation.load import load
-from finetune_trainer.generation.result import find_result, is_adapter
+from finetune_trainer.generation.result import find_result
 from finetune_trainer.model.load import SHARD_SIZE
+from finetune_trainer.model.saved import is_adapter
 
 
 def merge(result_dir: str, out: Path) -> None:

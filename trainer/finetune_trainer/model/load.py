@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from finetune_api.model import ModelSpec
 from finetune_api.problems import Problem, did_you_mean
@@ -186,12 +189,24 @@ def _tokenizer_fields(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, An
 def _unknown_fields(family: str, values: dict[str, Any]) -> list[Problem]:
     known = set(AutoConfig.for_model(family).to_dict()) | set(PretrainedConfig().to_dict())
     aliases = getattr(type(AutoConfig.for_model(family)), "attribute_map", {})
-    valid = known | set(aliases)
+    valid = known | set(aliases) | _undeclared_fields(family)
     return [
         Problem("", f"unknown field `{name}` in model.config{did_you_mean(name, valid)}")
         for name in values
         if name not in valid
     ]
+
+
+def _undeclared_fields(family: str) -> set[str]:
+    """Fields that a family's code reads where they are set though its configuration declares none of the name.
+
+    Published models rely on them: Qwen3-MoE's `head_dim`.
+    """
+    code = CONFIG_MAPPING[family].__module__.replace(".configuration_", ".modeling_")
+    spec = find_spec(code)
+    if spec is None or spec.origin is None:
+        return set()
+    return set(re.findall(r'getattr\((?:self\.)?config, "(\w+)"', Path(spec.origin).read_text(encoding="utf-8")))
 
 
 def _first_line(error: Exception) -> str:

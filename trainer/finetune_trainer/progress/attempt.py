@@ -6,9 +6,9 @@ import threading
 from datetime import UTC, datetime
 from typing import Any
 
+from finetune_api.redact import redact
 from finetune_api.report import TERMINATION_MESSAGE_BYTES, AttemptReport
 from finetune_trainer.progress.reporter import Progress
-from finetune_api.redact import redact
 
 Json = dict[str, Any]
 _STEP = {
