@@ -62,9 +62,24 @@ def test_a_summary_of_the_reference_code(tmp_path: Path) -> None:
     assert json.loads(gate.stdout)["experts"]["7"] == _reference(table["7"], 0.1)
 
 
+ROW = [0.1, 0.4, 0.2, 0.3]
+SHUFFLED = {"2": 0.2, "0": 0.1, "3": 0.3, "1": 0.4}
+
+
+@pytest.mark.parametrize("row", [ROW, SHUFFLED, dict(enumerate(ROW))], ids=["list", "by name", "by number"])
+@pytest.mark.parametrize("bare", [False, True], ids=["named", "bare"])
+def test_forms_of_score_files(tmp_path: Path, row: Any, bare: bool) -> None:
+    path = tmp_path / "scores.json"
+    for layers in ({"10": row, "2": row}, {10: row, 2: row}):
+        path.write_text(json.dumps(layers if bare else {"token_scores": layers}))
+        assert read_scores(path, "token") == {10: ROW, 2: ROW}
+
+
 @pytest.mark.parametrize(
     ("content", "part"),
     [
+        ("{}", "token_scores"),
+        ('{"token_scores": [[0.1, 0.9]]}', "by layer and expert"),  # the first layer's number is not known
         ("{", "no JSON"),
         ("[1]", "list"),
         ('{"gate_scores": {}}', "token_scores"),

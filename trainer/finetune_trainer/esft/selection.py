@@ -57,13 +57,17 @@ def select_layers(scores: Mapping[int, Sequence[float]], threshold: float) -> di
 
 
 def read_scores(path: Path, score: Score) -> dict[int, list[float]]:
-    """Scores by layer and expert id from a score file: ours, or the reference code's `summary.json`.
+    """Scores by layer and expert id from a score file: ours, the reference code's `summary.json`, or one table of them.
+
+    A layer is an object by expert id, in any order, or a list.
 
     Raises:
         UserError: there is no such file, or it has another form.
     """
     data = _read_object(path)
     key = f"{score}_scores"
+    if data and all(name.isdecimal() for name in data):
+        data = {key: data}
     if key not in data:
         raise UserError([Problem(str(path), f"no `{key}`{did_you_mean(key, data)}")])
     try:
