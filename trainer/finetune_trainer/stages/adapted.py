@@ -41,8 +41,9 @@ def finish_adapters(model: Any, context: StageContext) -> None:
     """Adapters in float32 on a quantized base: TRL casts them to bfloat16, in which AdamW's small updates vanish."""
     spec = context.spec
     assert isinstance(spec, (SftSpec, DpoSpec))
-    if spec.quantization is None or context.zero == 3:
+    if spec.quantization is None:
         return
+    # transformers divides no quantized base as it loads, so the adapters are whole here under ZeRO-3 too.
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
