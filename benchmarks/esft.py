@@ -1,7 +1,7 @@
 """ESFT against other ways to train a mixture of experts, on the CPU in float32: `python benchmarks/esft.py`.
 
-Each method runs in a process of its own: peak resident memory of AdamW steps over what the process had with its
-libraries loaded and warm, the median step's time, and the elements of AdamW's states.
+Each method has a process of its own, and they take turns step by step: peak resident memory of AdamW steps over
+what the process had with its libraries loaded and warm, the median step's time, and the elements of AdamW's states.
 
 - esft: the experts that token scores select (p = 0.2), in split storage
 - full: every weight
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,51 +54,83 @@ ROWS, LENGTH, STEPS = 4, 128, 6
 def main() -> None:
     """All methods, or with an argument the one of that name in this process."""
     if len(sys.argv) > 1:
-        print(json.dumps(measure(sys.argv[1])))
+        serve(sys.argv[1])
         return
-    results = {}
-    for method in METHODS:
-        child = subprocess.run([sys.executable, __file__, method], capture_output=True, text=True, check=True)
-        results[method] = json.loads(child.stdout.splitlines()[-1])
+    results = compare()
     full = results["full"]
     for method, found in results.items():
         memory, seconds = found["memory"] / full["memory"], found["seconds"] / full["seconds"]
         print(
-            f"{method:8} peak {human_bytes(found['memory'])} ({memory:.2f} of full), "
+            f"{method:8} peak {human_bytes(int(found['memory']))} ({memory:.2f} of full), "
             f"step {found['seconds']:.3f} s ({seconds:.2f} of full), "
             f"{found['trained'] / 1e6:.2f} M trained, {found['states'] / 1e6:.2f} M elements of Adam's states"
         )
 
 
-def measure(method: str) -> dict[str, float]:
-    """Peak resident bytes over the warm process, seconds per step, trained weights, elements of AdamW's moments."""
+def compare() -> dict[str, dict[str, float]]:
+    """What `serve` found for each method; the methods take turns, so that other load falls on all of them alike."""
+    children = {method: start(method) for method in METHODS}
+    turns = [{method: step(child) for method, child in children.items()} for _ in range(STEPS)]
+    for child in children.values():
+        child.communicate(timeout=60)
+    seconds = {method: statistics.median(turn[method]["seconds"] for turn in turns[1:]) for method in METHODS}
+    return {method: turns[-1][method] | {"seconds": seconds[method]} for method in METHODS}
+
+
+def start(method: str) -> subprocess.Popen[str]:
+    """A process that trains a step by that method for each line it is sent."""
+    child = subprocess.Popen(
+        [sys.executable, __file__, method], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    answer(child)
+    return child
+
+
+def step(child: subprocess.Popen[str]) -> dict[str, float]:
+    """One step of a process."""
+    assert child.stdin is not None
+    child.stdin.write("\n")
+    child.stdin.flush()
+    return answer(child)
+
+
+def answer(child: subprocess.Popen[str]) -> dict[str, float]:
+    """The next JSON object that a process prints; libraries print other lines."""
+    assert child.stdout is not None
+    line = next((line for line in child.stdout if line.startswith("{")), None)
+    if line is None:
+        raise SystemExit(f"{child.args} ended with exit code {child.wait()}")
+    found: dict[str, float] = json.loads(line)
+    return found
+
+
+def serve(method: str) -> None:
+    """A step for each line of standard input: what `train` yields, and peak resident bytes over the warm process."""
     torch.set_num_threads(2)
-    train(method, TINY, steps=2)
+    list(islice(train(method, TINY), 2))
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
     before = resident("VmRSS")
-    found = train(method, SHAPE, STEPS)
-    return found | {"memory": resident("VmHWM") - before}
+    steps = train(method, SHAPE)
+    print("{}", flush=True)
+    for _ in sys.stdin:
+        found = next(steps)
+        print(json.dumps(found | {"memory": resident("VmHWM") - before}), flush=True)
 
 
-def train(method: str, shape: dict[str, int], steps: int) -> dict[str, float]:
-    """A few steps of AdamW with weight decay on random tokens."""
+def train(method: str, shape: dict[str, int]) -> Iterator[dict[str, float]]:
+    """Steps of AdamW with weight decay on random tokens: seconds, trained weights, elements of AdamW's moments."""
     model, ids = build(shape), tokens(shape)
     trained = list(METHOD[method](model, ids))
     model = trained.pop(0)  # PEFT wraps the model
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.1, fused=True)
-    times = []
-    for _ in range(steps):
-        start = time.perf_counter()
+    while True:
+        began = time.perf_counter()
         model(input_ids=ids, labels=ids, fused_lm_head=True).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        times.append(time.perf_counter() - start)
-    states = [value.numel() for state in optimizer.state.values() for value in state.values() if value.ndim]
-    return {
-        "seconds": statistics.median(times[1:]),
-        "trained": sum(weight.numel() for weight in trained),
-        "states": sum(states),
-    }
+        seconds = time.perf_counter() - began
+        states = [value.numel() for state in optimizer.state.values() for value in state.values() if value.ndim]
+        yield {"seconds": seconds, "trained": sum(weight.numel() for weight in trained), "states": sum(states)}
 
 
 def build(shape: dict[str, int]) -> Any:
