@@ -20,18 +20,22 @@ from finetune_cli.main import app
 from finetune_trainer.generation.load import load
 from finetune_trainer.stages.tokenizer import train_tokenizer
 
-Run = Callable[[str, int, int, dict[str, Any]], Path]
+Run = Callable[..., Path]
 TEXTS = [f"{a} plus {b} makes {a + b}, says the teacher. <|im_start|>" for a in range(10) for b in range(10)]
 
 
 @pytest.fixture(scope="module")
 def expert_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3-MoE of 16 experts a layer with a tokenizer."""
+    return _save_model(tmp_path_factory.mktemp("experts") / "model", "qwen3_moe")
+
+
+def _save_model(directory: Path, family: str, **fields: Any) -> Path:
     spec = TokenizerSpec.model_validate({"data": {"sources": [{"inline": [{"text": "x"}]}]}, "vocabSize": 400})
     tokenizer = train_tokenizer(spec, TEXTS, 64)
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "qwen3_moe",
+        family,
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=64,
@@ -43,8 +47,8 @@ def expert_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_experts=16,
         num_experts_per_tok=4,
         max_position_embeddings=64,
+        **fields,
     )
-    directory = tmp_path_factory.mktemp("experts") / "model"
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -59,7 +63,7 @@ def run(expert_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     rows = [{"messages": [_turn("user", f"{a} plus {a}"), _turn("assistant", f"makes {a + a}")]} for a in range(16)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
-    def job(name: str, workers: int, zero: int, fields: dict[str, Any]) -> Path:
+    def job(name: str, workers: int, zero: int, fields: dict[str, Any], model: Path | None = None) -> Path:
         esft = {
             "data": {"sources": [{"file": "rows.jsonl"}]},
             "maxLength": 64,
@@ -71,7 +75,7 @@ def run(expert_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "perDeviceTrainBatchSize": 8 // workers,
         }
         spec = {
-            "model": {"path": str(expert_model)},
+            "model": {"path": str(model or expert_model)},
             "stages": [{"esft": esft | fields}],
             "resources": {"workersPerNode": workers},
             "sharding": {"zero": zero},
@@ -145,3 +149,27 @@ def test_resumes_merges_and_answers(run: Run, tmp_path: Path, expert_model: Path
         assert torch.equal(weight, mine)
         differs |= {name} if not torch.equal(weight, old) else set()
     assert differs and all(".experts." in name for name in differs)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("switch", "kinds"),
+    [
+        ("trainSharedExperts", {"experts", "shared_expert"}),
+        ("trainNonExperts", {"experts", "attention", "router", "embeddings", "norm"}),
+    ],
+)
+def test_switches_train_more_than_routed_experts(run: Run, tmp_path: Path, switch: str, kinds: set[str]) -> None:
+    model = _save_model(tmp_path / "model", "qwen2_moe", shared_expert_intermediate_size=32)
+    stage = run("one", 1, 0, {switch: True}, model)
+    base, trained = load_file(model / "model.safetensors"), _weights(stage)
+    changed = {name for name, weight in trained.items() if not torch.equal(weight, base[name])}
+    assert {_kind(name) for name in trained} >= kinds and {_kind(name) for name in changed} >= kinds
+    assert ("shared_expert" in {_kind(name) for name in trained}) == (switch == "trainSharedExperts")
+
+
+def _kind(name: str) -> str:
+    parts = {".experts.": "experts", ".shared_expert": "shared_expert", ".self_attn.": "attention", ".gate.": "router"}
+    found = next((kind for part, kind in parts.items() if part in name), None)
+    return found or ("embeddings" if "embed" in name or "lm_head" in name else "norm")
