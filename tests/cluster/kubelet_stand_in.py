@@ -32,13 +32,20 @@ class KubeletStandIn:
         known = {node.metadata.name for node in self.core.list_node().items}
         if name not in known:
             labels = {"kubernetes.io/hostname": name, **(labels or {})}
-            self.core.create_node(client.V1Node(metadata=client.V1ObjectMeta(name=name, labels=labels)))
+            self._make_node(client.V1Node(metadata=client.V1ObjectMeta(name=name, labels=labels)))
         capacity = CAPACITY | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
         ready = condition("Ready", "True", "KubeletReady", "kubelet is posting ready status")
         status = {"capacity": capacity, "allocatable": capacity, "conditions": [ready]}
         self.core.patch_node_status(name, {"status": status})
         self.core.patch_node(name, {"spec": {"taints": None}})
         return name
+
+    def _make_node(self, node: client.V1Node) -> None:
+        try:
+            self.core.create_node(node)
+        except client.ApiException as error:  # lives that go on at the same time may all miss it at first
+            if error.status != 409:
+                raise
 
     def pods(self, namespace: str, count: int, *, selector: str = "", timeout: float = 30) -> list[str]:
         """Names of the pods of that selector, in order, once there are `count` of them that nobody deletes."""

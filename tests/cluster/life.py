@@ -46,8 +46,8 @@ class Life:
         finally:
             self._over.set()
             self._thread.join(15)
-        if self.error is not None:
-            raise self.error
+            if self.error is not None:  # what stopped this life explains why the test waits in vain
+                raise self.error
 
     def _play(self) -> None:
         try:

@@ -24,10 +24,12 @@ def kuberay(
     finetune_jobs: client.CustomObjectsApi,
     release: Installed,
     operator_access: Access,
+    operator: OperatorProcess,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[OperatorProcess]:
     """An operator that found no KubeRay when it started, and started again when it came."""
     directory = tmp_path_factory.mktemp("kuberay")
+    operator.kill()  # no two operators may watch one namespace
     extensions = client.ApiextensionsV1Api(api)
     with OperatorProcess(operator_access, directory, **(release.environment | FAST)) as running:
         admin.kubectl("create", "namespace", "waits-for-kuberay")
@@ -44,6 +46,7 @@ def kuberay(
     admin.kubectl("delete", "namespace", "waits-for-kuberay", "--wait=false")
     extensions.delete_custom_resource_definition(NAME)
     until_gone(extensions.list_custom_resource_definition, NAME)
+    operator.start()
 
 
 def _established(definition: client.V1CustomResourceDefinition) -> bool:

@@ -18,7 +18,8 @@ from running import curve, done, kill, run, start, workers
 from tiny_rows import dialogue
 
 Job = dict[str, Any]
-STEPS, SAVE, LAST_HIT = 40, 5, 32
+# A killed driver's workers live on for about a second, in which they must not reach the end.
+STEPS, SAVE, LAST_HIT = 100, 5, 32
 AGAIN = "starting again from the last checkpoint"
 
 
