@@ -131,7 +131,8 @@ class Draft:
 
     def resumed(self) -> None:
         """An attempt is on its way, so the job is not suspended any more."""
-        if self.holds(Type.SUSPENDED):
+        condition = self._conditions.get(Type.SUSPENDED.value)
+        if condition is not None and condition.reason is not Reason.RESUMED:
             self.set(Type.SUSPENDED, "False", Reason.RESUMED)
 
     def attempt_ended(self, run: RunView, ending: Ending) -> None:
