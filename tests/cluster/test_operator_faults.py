@@ -33,11 +33,14 @@ pytestmark = pytest.mark.timeout(400, func_only=True)
 
 def faults(seed: int) -> Rule:
     """Strikes the operator's calls; a watch too, whose events may be cut or expire. No watch's answer is ever whole, so
-    none can be lost after it."""
+    none can be lost after it. A read is never in conflict or expired: no API server says so of a list, and kopf's watch
+    would die of it until the probe has the operator started again."""
     any_fault = schedule(seed, RATE, FAULTS)
 
     def rule(call: Call) -> Fault | None:
         fault = any_fault(call)
+        if fault is not None and call.verb in ("get", "list") and fault.status in (409, 410):
+            return Fault("answer", status=503)
         return Fault("drop") if fault is not None and fault.kind == "lose" and call.verb == "watch" else fault
 
     return rule

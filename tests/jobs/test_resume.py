@@ -19,7 +19,7 @@ from tiny_rows import dialogue
 
 Job = dict[str, Any]
 # A killed driver's workers live on for about a second, in which they must not reach the end.
-STEPS, SAVE, LAST_HIT = 100, 5, 32
+STEPS, SAVE, LAST_HIT = 160, 5, 24
 AGAIN = "starting again from the last checkpoint"
 
 
