@@ -93,7 +93,9 @@ def namespace_of(access: Access, prefix: str, labels: dict[str, str] | None = No
     with access.client() as api:
         core = client.CoreV1Api(api)
         core.create_namespace(client.V1Namespace(metadata=client.V1ObjectMeta(name=name, labels=labels)))
-        until(core.list_namespaced_service_account, lambda found: found.metadata.name == "default", namespace=name)
+        accounts = core.list_namespaced_service_account
+        # The controllers come back slowly from an API server that was away.
+        until(accounts, lambda found: found.metadata.name == "default", timeout=120, namespace=name)
         try:
             yield name
         finally:
