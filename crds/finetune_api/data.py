@@ -7,10 +7,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from finetune_api.base import ApiModel, cel, exactly_one, not_exactly_one, rules
+from finetune_api.base import ApiModel, cel, exactly_one, expects, not_exactly_one, rules
 from finetune_api.model import HubId, Path, Revision, Uri
 
-DATA_SOURCES = ("inline", "file", "directory", "hub", "uri")
+DATA_SOURCES = ("inline", "file", "directory", "hub", "uri", "stage")
+RowKind = Literal["text", "sft", "preference", "prompt"]
+"""What rows are to a stage: plain text, dialogues, pairs of answers, or prompts to answer."""
+StageName = Annotated[
+    str,
+    Field(
+        max_length=40,
+        pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$",
+        json_schema_extra=expects("up to 40 lower-case letters, digits and inner dashes"),
+    ),
+]
 FileFormat = Literal["auto", "jsonl", "csv", "parquet", "text"]
 Column = Annotated[str, Field(min_length=1, max_length=256)]
 Template = Annotated[str, Field(min_length=1, max_length=65536)]
@@ -29,7 +39,7 @@ class Join(ApiModel):
 
 
 class DataSource(ApiModel):
-    """One place rows come from: exactly one of `inline`, `file`, `directory`, `hub` and `uri`."""
+    """One place rows come from: exactly one of `inline`, `file`, `directory`, `hub`, `uri` and `stage`."""
 
     model_config = rules(
         exactly_one(*DATA_SOURCES),
@@ -50,6 +60,8 @@ class DataSource(ApiModel):
     """Dataset id on the Hugging Face hub."""
     uri: Uri | None = None
     """Storage URI of a file, a glob or a directory (one that ends in `/`), such as `s3://bucket/data/*.parquet`."""
+    stage: StageName | None = None
+    """Name of an earlier `synthesize` stage, whose rows these are."""
     format: FileFormat = "auto"
     """File format. `auto`: by the file's ending; in a directory, by the endings found there, which must agree."""
     subset: Column | None = None

@@ -12,6 +12,7 @@ from finetune_api.base import ApiModel, cel, expects, rules
 from finetune_api.cluster import Resources, RunPolicy, Sharding, Storage
 from finetune_api.kubernetes import Kubernetes
 from finetune_api.model import ModelSpec
+from finetune_api.problems import did_you_mean
 from finetune_api.stages import Stage
 
 GROUP = "finetune.dev"
@@ -21,6 +22,7 @@ PLURAL = "finetunejobs"
 SHORT_NAME = "ftj"
 API_VERSION = f"{GROUP}/{VERSION}"
 NAME_MAX = 40
+SYNTHESIZE = "synthesize"
 
 NAME_PATTERN = r"^[a-z]([a-z0-9-]*[a-z0-9])?$"
 
@@ -90,6 +92,18 @@ class FineTuneJobSpec(ApiModel):
         for name, count in Counter(stage.name for stage in self.stages if stage.name).items():
             if count > 1:
                 yield f"{count} stages are named {name!r}: a stage's name is its own"
+        yield from self._unknown_stages()
+
+    def _unknown_stages(self) -> Iterator[str]:
+        """Sources that are the data of a stage which isn't there, comes later or makes none."""
+        made: dict[str, bool] = {}
+        for index, stage in enumerate(self.stages):
+            for place, name in stage.sources_from_stages():
+                if not made.get(name):
+                    makers = [title for title, makes in made.items() if makes]
+                    what = "makes no data" if name in made else "is no stage before this one"
+                    yield f"stages[{index}].{place}: {name!r} {what}{did_you_mean(name, makers)}"
+            made[stage.title] = stage.kind == SYNTHESIZE
 
 
 class FineTuneJob(ApiModel):

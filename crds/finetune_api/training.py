@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import ApiModel, Json, cel, rules
-from finetune_api.data import DataSpec
+from finetune_api.data import DataSpec, RowKind
 
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Rate = Annotated[float, Field(ge=0, le=1)]
@@ -19,6 +19,9 @@ ALL_LINEAR = "all-linear"
 
 STREAMING_RULE: Json = cel(
     "!self.data.streaming || has(self.maxSteps)", "streaming data has no known length: set maxSteps"
+)
+QUANTIZED_LORA_RULE: Json = cel(
+    "!has(self.quantization) || has(self.lora)", "quantization needs lora: quantized weights don't train"
 )
 
 
@@ -111,3 +114,24 @@ class TrainingSpec(ApiModel):
     def faults(self) -> Iterator[str]:
         if self.data.streaming and self.max_steps is None:
             yield "streaming data has no known length: set maxSteps"
+
+    @property
+    def trains(self) -> bool:
+        """Whether the stage takes optimizer steps."""
+        return True
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether the next stage starts from this one's result."""
+        return True
+
+    @property
+    def row_kind(self) -> RowKind:
+        """The kind of rows that the stage reads."""
+        raise NotImplementedError
+
+
+def quantization_faults(lora: Lora | None, quantization: Quantization | None) -> Iterator[str]:
+    """The Python twin of `QUANTIZED_LORA_RULE`."""
+    if quantization is not None and lora is None:
+        yield "quantization needs lora: quantized weights don't train"

@@ -11,6 +11,7 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.json"
 DATA_REPORT = "data.json"
 DONE = "done.json"
+ROWS = "rows.jsonl"
 EXPERT_CONFIG = "expert_config.json"
 EXPERT_SCORES = "expert_scores.json"
 EXPERT_LOAD = "expert_load.png"
@@ -37,6 +38,11 @@ class StageLayout:
     def result(self) -> str:
         """What `from_pretrained` loads."""
         return f"{self.root}/result"
+
+    @property
+    def rows(self) -> str:
+        """The rows that a `synthesize` stage makes, one JSON object per line."""
+        return f"{self.root}/{ROWS}"
 
     @property
     def done(self) -> str:

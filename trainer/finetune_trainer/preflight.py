@@ -12,12 +12,12 @@ import torch
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import PretrainSpec, Stage, TokenizerSpec
+from finetune_api.stages import DATA_FIELDS, PretrainSpec, Stage
 from finetune_trainer.data import inspect
-from finetune_trainer.data.forms import kind_of
 from finetune_trainer.errors import UserError
 from finetune_trainer.launch.cluster import Workers, plan_workers
-from finetune_trainer.model.source import local_path, stage_before
+from finetune_trainer.model.source import local_path
+from finetune_trainer.pipeline import place, stage_before
 from finetune_trainer.plan.devices import Device, local_device
 from finetune_trainer.plan.job import JobPlan, PlanContext, plan_job
 
@@ -94,12 +94,11 @@ def _adapter_faults(run: RunConfig, stage: Stage, before: Stage | None, where: s
 def _data(run: RunConfig) -> Iterator[Problem]:
     base = Path(run.base_dir)
     for index, stage in enumerate(run.job.spec.stages):
-        where, spec = f"stages[{index}].{stage.kind}", stage.spec
-        kind = "text" if isinstance(spec, TokenizerSpec) else kind_of(spec)
-        yield from inspect(spec.data, kind, f"{where}.data", base)
-        evaluation = getattr(spec, "eval_data", None)
-        if evaluation is not None:
-            yield from inspect(evaluation, kind, f"{where}.evalData", base)
+        for field in DATA_FIELDS:
+            data = getattr(stage.spec, field, None)
+            if data is not None and all(source.stage is None for source in data.sources):
+                alias = type(stage.spec).model_fields[field].alias
+                yield from inspect(data, stage.spec.row_kind, f"{place(run, index)}.{alias}", base)
 
 
 def _model(run: RunConfig, workers: Workers, device: Device) -> JobPlan:

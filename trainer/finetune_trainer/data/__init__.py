@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finetune_trainer.data.checks import inspect
     from finetune_trainer.data.collators import PackedCollator, PreferenceCollator
-    from finetune_trainer.data.forms import Kind, kind_of
+    from finetune_trainer.data.forms import Kind
     from finetune_trainer.data.preparation import prepare
     from finetune_trainer.data.report import DataReport, Prepared
     from finetune_trainer.data.streaming import StreamedRows
@@ -27,14 +27,13 @@ __all__ = [
     "corpus_texts",
     "eval_prompts",
     "inspect",
-    "kind_of",
     "prepare",
 ]
 
 _MODULES = {
     "checks": ("inspect",),
     "collators": ("PackedCollator", "PreferenceCollator"),
-    "forms": ("Kind", "kind_of"),
+    "forms": ("Kind",),
     "preparation": ("prepare",),
     "report": ("DataReport", "Prepared"),
     "streaming": ("StreamedRows",),

@@ -14,14 +14,13 @@ says that they are turns of a chat. Texts made by `template` do say so: they bec
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any
 
-from finetune_api.data import DataSpec, Transcript
+from finetune_api.data import DataSpec, RowKind, Transcript
 from finetune_api.problems import did_you_mean, nearest
-from finetune_api.stages import PretrainSpec, SupervisedSpec, TrainedSpec
 from finetune_trainer.data.readers import Row
 
-Kind = Literal["text", "sft", "preference"]
+Kind = RowKind
 Message = dict[str, Any]
 Example = dict[str, Any]
 
@@ -40,13 +39,6 @@ class FormError(ValueError):
 
 class EmptyRow(ValueError):
     """A row in the right form that has no text, or a pair that shares no prompt: left out and counted."""
-
-
-def kind_of(stage: TrainedSpec) -> Kind:
-    """The kind of rows that a stage trains on."""
-    if isinstance(stage, PretrainSpec):
-        return "text"
-    return "sft" if isinstance(stage, SupervisedSpec) else "preference"
 
 
 def template_columns(template: str) -> list[str]:

@@ -21,7 +21,7 @@ from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
 from finetune_api.stages import PretrainSpec, SupervisedSpec, TrainedSpec
 from finetune_trainer.data.encode import IDENTICAL, NOTHING, TOO_LONG, Encoding
-from finetune_trainer.data.forms import Kind, kind_of
+from finetune_trainer.data.forms import Kind
 from finetune_trainer.data.keys import content_digest, prepared_key, rows_key, tokenizer_key
 from finetune_trainer.data.report import DataReport, Prepared, Stats
 from finetune_trainer.data.rows import RowStore, order_rows, store_rows
@@ -111,7 +111,7 @@ def encoding_of(stage: TrainedSpec, context: int | None, where: str) -> tuple[En
         share = stage.mlm_probability if stage.objective == "masked" else 1.0
         return Encoding("text", length, "split", share), False
     overflow = stage.overflow if stage.overflow != "auto" else "error" if length is None else "truncate"
-    return Encoding(kind_of(stage), length or context, overflow), isinstance(stage, SupervisedSpec) and stage.packing
+    return Encoding(stage.row_kind, length or context, overflow), isinstance(stage, SupervisedSpec) and stage.packing
 
 
 def _check_loader(stage: TrainedSpec, where: str) -> None:
@@ -136,7 +136,7 @@ def open_table(spec: DataSpec, kind: Kind, where: str, cache_dir: Path, base_dir
 
 def _parts(stage: TrainedSpec, where: str, cache_dir: Path, base_dir: Path, log: Log) -> dict[str, Part]:
     """What is to be tokenised ahead: `train`, unless it is streamed, and `eval`, where there is any."""
-    kind, parts = kind_of(stage), {}
+    kind, parts = stage.row_kind, {}
     if not stage.data.streaming:
         table = open_table(stage.data, kind, f"{where}.data", cache_dir, base_dir, log)
         train, held = order_rows(len(table), stage.data, f"{where}.data")

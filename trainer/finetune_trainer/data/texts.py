@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from finetune_api.data import DataSpec
 from finetune_api.stages import TrainedSpec
-from finetune_trainer.data.forms import Example, Kind, kind_of
+from finetune_trainer.data.forms import Example, Kind
 from finetune_trainer.data.preparation import open_table
 from finetune_trainer.data.rows import RowStore, order_rows
 
@@ -51,7 +51,7 @@ def eval_prompts(stage: TrainedSpec, base_dir: Path, cache_dir: Path, n: int) ->
     """
     if stage.data.streaming and stage.eval_data is None:
         return []
-    spec, kind = stage.eval_data or stage.data, kind_of(stage)
+    spec, kind = stage.eval_data or stage.data, stage.row_kind
     where = "evalData" if stage.eval_data else "data"
     store = open_table(spec, kind, where, cache_dir, base_dir, lambda message: None)
     train, held = order_rows(len(store), spec, where)

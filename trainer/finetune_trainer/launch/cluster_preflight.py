@@ -10,13 +10,14 @@ from pathlib import Path
 from finetune_api.exit_codes import ExitCode
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import TokenizerSpec
+from finetune_api.training import TrainingSpec
 from finetune_trainer.data.sample import sample_problems
 from finetune_trainer.errors import UserError
 from finetune_trainer.launch.attempt import say_last_word
 from finetune_trainer.launch.cluster import Workers, plan_workers
 from finetune_trainer.model.load import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
+from finetune_trainer.pipeline import place, waits_for
 from finetune_trainer.plan.devices import Device
 from finetune_trainer.plan.job import JobPlan
 from finetune_trainer.plan.quantities import parse_quantity
@@ -57,9 +58,8 @@ def _sample(run: RunConfig) -> Iterator[Problem]:
     tokenizer = load_tokenizer(source)
     context = context_length(load_config(source, tokenizer))
     for index, stage in enumerate(stages):
-        where = f"stages[{index}].{stage.kind}"
-        assert not isinstance(stage.spec, TokenizerSpec)  # only ever the first
-        yield from sample_problems(stage.spec, tokenizer, context, where, Path(run.base_dir))
+        if isinstance(stage.spec, TrainingSpec) and not list(waits_for(run, index)):
+            yield from sample_problems(stage.spec, tokenizer, context, place(run, index), Path(run.base_dir))
 
 
 def _device(run: RunConfig, workers: Workers) -> Device:

@@ -18,7 +18,7 @@ from finetune_trainer.launch.preparation import Preparation
 from finetune_trainer.launch.resume import finished, open_run
 from finetune_trainer.launch.tokenizer_run import run_tokenizer_stage
 from finetune_trainer.layout import REPORT, StageLayout
-from finetune_trainer.model.source import layouts
+from finetune_trainer.pipeline import layouts
 from finetune_trainer.plan.job import StagePlan
 from finetune_trainer.preflight import preflight
 from finetune_trainer.progress.channel import CheckpointSaved, Event, StageBegun, StageDone
@@ -112,7 +112,9 @@ class Pipeline:
 
     def _work(self, layout: StageLayout) -> StageWork:
         """As planned; a stage that has a checkpoint goes on with the sharding and the global batch that wrote it."""
-        plan, newest = self.plans[layout.index], self._store(layout).newest()
+        plan, newest = self.plans.get(layout.index), self._store(layout).newest()
+        if plan is None:
+            return StageWork(layout.index, 0, 0.0, self.peak)
         if newest is None:
             zero, rows, shards = plan.zero, plan.steps.rows_per_step, self.workers.most
         else:
@@ -125,7 +127,8 @@ class Pipeline:
         elif isinstance(event, StageBegun):
             layout = self.layouts[event.index]
             plural = "s" if event.workers > 1 else ""
-            message = f"{event.workers} worker{plural}, {self.plans[event.index].why}"
+            plan = self.plans.get(event.index)
+            message = f"{event.workers} worker{plural}" + (f", {plan.why}" if plan else "")
             self.reporter.stage_started(event.index, layout.title, len(self.layouts), message)
         elif isinstance(event, CheckpointSaved):
             place = self.storage.path(self.layouts[event.index].checkpoint(event.step))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
+from finetune_api.training import TrainingSpec
 from finetune_trainer.data import DataReport, prepare
 from finetune_trainer.data.summary import data_line
 from finetune_trainer.errors import Interrupted, UserError
@@ -15,6 +16,7 @@ from finetune_trainer.launch.cluster import Workers
 from finetune_trainer.layout import StageLayout
 from finetune_trainer.model.load import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
+from finetune_trainer.pipeline import place, spec_of, waits_for
 from finetune_trainer.plan.devices import local_device
 from finetune_trainer.plan.job import DataSize, JobPlan, PlanContext, plan_job
 from finetune_trainer.storage import Storage
@@ -31,7 +33,7 @@ class Preparation:
     """
 
     def __init__(self, run: RunConfig, workers: Workers, storage: Storage, log: Callable[[str], None]) -> None:
-        self.run, self.workers, self.log = run, workers, log
+        self.run, self.workers, self.storage, self.log = run, workers, storage, log
         # All trained stages of a job have the tokenizer and the architecture that the first of them starts from.
         first = 1 if run.job.spec.stages[0].tokenizer is not None else 0
         source = stage_source(run, first, storage)
@@ -47,7 +49,7 @@ class Preparation:
         """
         reports: dict[int, DataReport] = {}
         problems: list[Problem] = []
-        for layout in todo:
+        for layout in filter(self._can_be_prepared, todo):
             if stop.is_set():
                 raise Interrupted("stopped before training began")
             try:
@@ -58,18 +60,25 @@ class Preparation:
             raise UserError(problems)
         return self._plan(reports)
 
+    def _can_be_prepared(self, layout: StageLayout) -> bool:
+        """Whether the stage trains on data that is there; what a stage has yet to make is prepared by the workers."""
+        spec = self.run.job.spec.stages[layout.index].spec
+        waits = any(not self.storage.exists(other.done) for other in waits_for(self.run, layout.index))
+        return isinstance(spec, TrainingSpec) and not waits
+
     def prepare(self, index: int) -> DataReport:
         """Prepare one stage's data.
 
         Raises:
             UserError: every fault in it.
         """
-        stage = self.run.job.spec.stages[index]
+        spec, stage = spec_of(self.run, index), self.run.job.spec.stages[index]
+        assert isinstance(spec, TrainingSpec)
         prepared = prepare(
-            stage.spec,  # type: ignore[arg-type]  # the tokenizer stage is done by now
+            spec,
             self.tokenizer,
             context_length(self.config),
-            where=f"stages[{index}].{stage.kind}",
+            where=place(self.run, index),
             cache_dir=Path(self.run.cache_dir),
             base_dir=Path(self.run.base_dir),
             num_proc=self.workers.cpus * self.workers.most,

@@ -10,7 +10,7 @@ from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.errors import UserError
 from finetune_trainer.layout import RUN_CONFIG
-from finetune_trainer.model.source import layouts
+from finetune_trainer.pipeline import layouts
 from finetune_trainer.storage import Storage
 
 # Fields that change how a run is watched and saved, but not what it trains.

@@ -17,18 +17,20 @@ import torch
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import PretrainSpec
+from finetune_api.stages import PretrainSpec, StageSpec
+from finetune_api.training import TrainingSpec
 from finetune_trainer.checkpoint.store import CheckpointStore, Manifest
 from finetune_trainer.checkpoint.universal import SUFFIX, to_universal
-from finetune_trainer.data import eval_prompts, prepare
+from finetune_trainer.data import Prepared, eval_prompts, prepare
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.layout import METRICS
 from finetune_trainer.model.load import context_length, load_config, load_tokenizer
-from finetune_trainer.model.source import layouts, only_scores, stage_source
+from finetune_trainer.model.source import stage_source
+from finetune_trainer.pipeline import layouts, place, spec_of
 from finetune_trainer.plan.steps import rows_per_step
 from finetune_trainer.progress.channel import Event, StageBegun, StageDone, WorkerEnd
 from finetune_trainer.progress.metrics_log import MetricsLog
-from finetune_trainer.stages import make_trainer
+from finetune_trainer.stages import make_trainer, perform
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.callbacks import (
     PROGRESS_STATE,
@@ -41,11 +43,11 @@ from finetune_trainer.training.callbacks import (
 from finetune_trainer.training.context import Placement, ResumePoint, StageContext
 from finetune_trainer.training.deepspeed import join_process_group
 from finetune_trainer.training.expert_load import watch_routing
-from finetune_trainer.training.expert_results import save_scores
 from finetune_trainer.training.forget import forget_stage
 from finetune_trainer.training.peers import Peers
 from finetune_trainer.training.results import save_result
 from finetune_trainer.training.samples import SamplesCallback
+from finetune_trainer.training.tools import StageTools
 from finetune_trainer.training.work import StageWork, WorkOrder
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "datasets", "bitsandbytes")
@@ -97,8 +99,8 @@ class StageRun:
 
     def train(self) -> None:
         """Run the stage to its end, or to where it is asked to stop."""
-        if only_scores(self.context.run.job.spec.stages[self.context.layout.index]):
-            self._score()
+        if not self.context.spec.trains:
+            self._perform()
             return
         started = time.monotonic()
         resumed = self._resume_point()
@@ -113,15 +115,14 @@ class StageRun:
             raise Interrupted(f"stopped at step {trainer.state.global_step}, checkpoint saved")
         self._finish(trainer, callbacks)
 
-    def _score(self) -> None:
-        """Measure experts and train nothing."""
-        from finetune_trainer.stages.esft import score
-
-        started = time.monotonic()
-        metrics = score(self.context)
+    def _perform(self) -> None:
+        """A stage that takes no optimizer steps."""
+        tools = StageTools(self.context, self.storage, self.peers, self.end, self.scratch)
+        metrics = perform(self.context, tools)
         if self.first:
-            self._publish(save_scores(self.context, self._result()))
-            self._write_done(0, time.monotonic() - started, 0, metrics)
+            if self.context.prepared is not None:
+                self._publish_data_report()
+            self._write_done(0, time.monotonic() - tools.started, 0, metrics)
         self.peers.wait()
 
     def _resume_point(self) -> ResumePoint | None:
@@ -204,12 +205,15 @@ class StageRun:
         return self.storage.local(self.context.layout.result) or self.scratch / "result"
 
     def _publish(self, result: Path) -> None:
-        report = json.dumps(self.context.data.report.to_json(), indent=1)
-        self.storage.write_text(self.context.layout.data_report, report)
+        self._publish_data_report()
         if not self.storage.is_local:
             self.storage.upload(result, self.context.layout.result)
             if self._metrics_path().exists():
                 self.store.push_metrics(self._metrics_path())
+
+    def _publish_data_report(self) -> None:
+        report = json.dumps(self.context.data.report.to_json(), indent=1)
+        self.storage.write_text(self.context.layout.data_report, report)
 
     def _write_done(self, steps: int, seconds: float, tokens: int, metrics: dict[str, float]) -> None:
         done = {
@@ -247,26 +251,32 @@ def stage_context(
 ) -> StageContext:
     """All that a stage's trainer is built from, its data prepared or found prepared."""
     index = work.index
-    stage, layout = run.job.spec.stages[index], layouts(run)[index]
+    layout, spec = layouts(run)[index], spec_of(run, index)
     source = stage_source(run, index, storage)
     tokenizer = load_tokenizer(source)
     config = load_config(source, tokenizer)
-    data = prepare(
-        stage.spec,  # type: ignore[arg-type]  # a tokenizer stage has no worker
-        tokenizer,
-        context_length(config),
-        where=f"stages[{index}].{stage.kind}",
-        cache_dir=Path(run.cache_dir),
-        base_dir=Path(run.base_dir),
-        num_proc=threads,
-    )
+    data = _prepared(run, index, spec, tokenizer, context_length(config), threads)
     output = storage.local(layout.checkpoints) or _scratch(run, index)
-    rows = work.rows_per_step or rows_per_step(stage.spec, placement.world_size)  # type: ignore[arg-type]
+    rows = work.rows_per_step or _rows_per_step(spec, placement.world_size)
     shards = work.shards or placement.world_size
     if rows < placement.world_size:
         message = f"{placement.world_size} workers can't share the {rows} rows of a step: use at most {rows} workers"
         raise UserError([Problem("resources", message)])
     return StageContext(run, layout, source, tokenizer, config, data, placement, work.zero, output, rows, shards)
+
+
+def _prepared(
+    run: RunConfig, index: int, spec: StageSpec, tokenizer: Any, context: int | None, threads: int
+) -> Prepared | None:
+    """The stage's data, found prepared or, where another stage made it, prepared now."""
+    if not isinstance(spec, TrainingSpec):
+        return None
+    places = {"cache_dir": Path(run.cache_dir), "base_dir": Path(run.base_dir)}
+    return prepare(spec, tokenizer, context, where=place(run, index), num_proc=threads, **places)
+
+
+def _rows_per_step(spec: StageSpec, workers: int) -> int:
+    return rows_per_step(spec, workers) if isinstance(spec, TrainingSpec) else workers
 
 
 def _scratch(run: RunConfig, index: int) -> Path:

@@ -8,8 +8,8 @@ from typing import Any
 
 from finetune_api.model import ModelSpec
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import Stage
 from finetune_trainer.layout import StageLayout
+from finetune_trainer.pipeline import layouts, stage_before
 from finetune_trainer.storage import Storage
 
 
@@ -30,33 +30,22 @@ def local_path(path: str, base_dir: str) -> Path:
     return beside_job if beside_job.exists() or not Path(path).exists() else Path(path).absolute()
 
 
-def layouts(run: RunConfig) -> list[StageLayout]:
-    """The layout of every stage, in order."""
-    return [StageLayout(index, stage.title) for index, stage in enumerate(run.job.spec.stages)]
-
-
 def stage_source(run: RunConfig, index: int, storage: Storage) -> ModelSource:
     """What stage `index` starts from: the result of the stage before it, or the job's model."""
-    stages, places = run.job.spec.stages, layouts(run)
+    stages = run.job.spec.stages
     last = stage_before(run, index)
     if last is None:
         return _job_source(run, tokenizer="")
-    before = _fetch_result(run, storage, places[last])
+    before = stage_result(run, storage, layouts(run)[last])
     if stages[last].tokenizer is not None:
         return _job_source(run, tokenizer=before)
     return ModelSource(name=before, config=None, revision=None, tokenizer=before)
 
 
-def stage_before(run: RunConfig, index: int) -> int | None:
-    """The stage whose result stage `index` starts from; one that only measures experts has none to start from."""
-    stages = run.job.spec.stages
-    trained = (before for before in reversed(range(index)) if not only_scores(stages[before]))
-    return next(trained, None)
-
-
-def only_scores(stage: Stage) -> bool:
-    """Whether the stage trains nothing and leaves no model."""
-    return stage.esft is not None and stage.esft.score_only
+def stage_result(run: RunConfig, storage: Storage, layout: StageLayout) -> str:
+    """A local directory with the result of a finished stage, fetched where storage is elsewhere."""
+    cache = Path(run.cache_dir, "results", run.job.metadata.name, layout.root)
+    return str(storage.download(layout.result, cache))
 
 
 def _job_source(run: RunConfig, tokenizer: str) -> ModelSource:
@@ -79,7 +68,3 @@ def _tokenizer_name(spec: ModelSpec, run: RunConfig) -> str | None:
         return None
     path = local_path(spec.tokenizer, run.base_dir)
     return str(path) if path.exists() else spec.tokenizer
-
-
-def _fetch_result(run: RunConfig, storage: Storage, place: StageLayout) -> str:
-    return str(storage.download(place.result, Path(run.cache_dir, "results", run.job.metadata.name, place.root)))

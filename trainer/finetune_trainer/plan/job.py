@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import DpoSpec, EsftSpec, PretrainSpec, Stage, SupervisedSpec, TokenizerSpec, TrainedSpec
-from finetune_api.training import Lora
+from finetune_api.training import Lora, TrainingSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.load import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
@@ -84,7 +84,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """What a job needs. A tokenizer stage has no entry: it trains no model."""
+    """What a job needs. Only the stages that train a model have an entry."""
 
     name: str
     device: Device
@@ -121,7 +121,7 @@ def plan_job(run: RunConfig, context: PlanContext, rows: Rows | None = None) -> 
     dtype = plan_dtype(run, context.device)
     stages, problems = [], []
     for index, stage in enumerate(run.job.spec.stages):
-        if stage.tokenizer is not None:
+        if not isinstance(stage.spec, TrainingSpec):
             continue
         try:
             stages.append(_StagePlanner(run, context, config, dtype, index, stage).plan(rows))

@@ -1,6 +1,7 @@
-"""The trained stages: one small module each, found by the member field that a job sets.
+"""The stages that run on workers: one small module each, found by the member field that a job sets.
 
-A new stage is a spec in `finetune_api.stages`, a module here with a `make_trainer`, and a line in `MODULES`.
+A new stage is a spec in `finetune_api.stages`, a line in `MODULES` and a module here: with a `make_trainer` where it
+takes optimizer steps (`trains`), else with a `perform`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from finetune_trainer.training.context import StageContext
+from finetune_trainer.training.tools import StageTools
 
 MODULES = {
     "pretrain": "finetune_trainer.stages.pretrain",
@@ -18,11 +20,21 @@ MODULES = {
 }
 
 
+def perform(context: StageContext, tools: StageTools) -> dict[str, float]:
+    """Run a stage that takes no optimizer steps; returns its metrics. Every worker calls it."""
+    metrics: dict[str, float] = _module(context).perform(context, tools)
+    return metrics
+
+
 def make_trainer(context: StageContext) -> Any:
-    """The trainer of the context's stage. Only that stage's module is imported: TRL's trainers load slowly."""
-    kind = context.run.job.spec.stages[context.layout.index].kind
-    trainer = import_module(MODULES[kind]).make_trainer(context)
+    """The trainer of the context's stage."""
+    trainer = _module(context).make_trainer(context)
     trainer.feed = context.feed()
     if context.data.report.streaming:
         trainer.train_dataset = context.data.train
     return trainer
+
+
+def _module(context: StageContext) -> Any:
+    """Only the module of that stage is imported: TRL's trainers load slowly."""
+    return import_module(MODULES[context.run.job.spec.stages[context.layout.index].kind])

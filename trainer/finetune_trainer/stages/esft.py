@@ -19,7 +19,9 @@ from finetune_trainer.stages.expert_choice import ExpertChoice
 from finetune_trainer.stages.sft import supervised_collator
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.context import StageContext
+from finetune_trainer.training.expert_results import save_scores
 from finetune_trainer.training.stage_trainer import StageTrainer
+from finetune_trainer.training.tools import StageTools
 
 TRAINED = "trained.safetensors"
 """In a checkpoint: the trained weights under their names in the split model. The frozen ones are the base's."""
@@ -84,13 +86,15 @@ def make_trainer(context: StageContext) -> Any:
     return trainer
 
 
-def score(context: StageContext) -> dict[str, float]:
+def perform(context: StageContext, tools: StageTools) -> dict[str, float]:
     """A `scoreOnly` stage: measure, select and write down; returns its metrics. Every worker calls it."""
     spec = _spec(context)
     args = trl.SFTConfig(**training_arguments(context), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     model = _model(context, args.device)
     choice = ExpertChoice(context, spec, model)
     config = choice.choose(model)
+    if tools.first:
+        tools.result(lambda directory: save_scores(context, directory))
     chosen = sum(map(len, config.experts.values()))
     metrics = {"experts_selected": float(chosen), "experts": float(sum(choice.sizes.values()))}
     return metrics | {"expert_entropy": choice.before["balance"]["mean"], "tokens": float(choice.before["tokens"])}

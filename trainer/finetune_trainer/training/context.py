@@ -10,12 +10,13 @@ from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import PretrainSpec, TrainedSpec
+from finetune_api.stages import PretrainSpec, TokenizerSpec, TrainedSpec
 from finetune_trainer.data import Prepared, StreamedRows
 from finetune_trainer.layout import StageLayout
 from finetune_trainer.model.precision import Precision, model_dtype, precision
 from finetune_trainer.model.saved import is_adapter
 from finetune_trainer.model.source import ModelSource
+from finetune_trainer.pipeline import spec_of
 from finetune_trainer.training.batches import Division, Feed
 
 
@@ -48,7 +49,8 @@ class StageContext:
     source: ModelSource
     tokenizer: PreTrainedTokenizerFast
     config: PretrainedConfig
-    data: Prepared
+    prepared: Prepared | None
+    """The stage's data as tokens; None for a stage that has none to train on."""
     placement: Placement
     zero: int
     output_dir: Path
@@ -58,12 +60,18 @@ class StageContext:
     """In so many shards a stream is read."""
     resumed: ResumePoint | None = None
 
-    @property
+    @cached_property
     def spec(self) -> TrainedSpec:
         """The stage's own part of the job."""
-        spec = self.run.job.spec.stages[self.layout.index].spec
-        assert not hasattr(spec, "vocab_size"), "a tokenizer stage trains no model"
-        return spec  # type: ignore[return-value]
+        spec = spec_of(self.run, self.layout.index)
+        assert not isinstance(spec, TokenizerSpec), "a tokenizer stage has no worker"
+        return spec
+
+    @property
+    def data(self) -> Prepared:
+        """The stage's data as tokens."""
+        assert self.prepared is not None
+        return self.prepared
 
     @property
     def sample(self) -> Dataset:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+PATIENCE = timedelta(days=30)
+"""One worker may have hours of work that the others wait for; a worker that is lost breaks the connection at once."""
 
 
 class Peers:
@@ -13,7 +17,7 @@ class Peers:
 
     def __init__(self) -> None:
         self.many = dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo") if self.many else None
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.many else None
 
     def sum(self, values: Sequence[int]) -> list[int]:
         """Element-wise sum over the workers; every worker gets it."""

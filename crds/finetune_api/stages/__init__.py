@@ -1,0 +1,28 @@
+"""The stages of a job, a module for each family of them.
+
+A new stage is a spec in one of these modules and a member field of `Stage`. What the rest of the project asks of every
+spec: `trains` (does it take optimizer steps), `hands_on` (does the next stage start from its result) and `row_kind`.
+"""
+
+from finetune_api.stages.corpus import PretrainSpec, TokenizerSpec
+from finetune_api.stages.experts import EsftSpec, ExpertChoice, default_threshold
+from finetune_api.stages.preference import DpoSpec
+from finetune_api.stages.stage import DATA_FIELDS, STAGE_KINDS, AdapterSpec, Stage, StageSpec, TrainedSpec
+from finetune_api.stages.supervised import SftSpec, SupervisedSpec
+
+__all__ = [
+    "DATA_FIELDS",
+    "STAGE_KINDS",
+    "AdapterSpec",
+    "DpoSpec",
+    "EsftSpec",
+    "ExpertChoice",
+    "PretrainSpec",
+    "SftSpec",
+    "Stage",
+    "StageSpec",
+    "SupervisedSpec",
+    "TokenizerSpec",
+    "TrainedSpec",
+    "default_threshold",
+]

@@ -1,0 +1,69 @@
+"""One step of a pipeline: a member field for each kind of stage, exactly one of them set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from finetune_api.base import ApiModel, exactly_one, not_exactly_one, rules
+from finetune_api.data import StageName
+from finetune_api.stages.corpus import PretrainSpec, TokenizerSpec
+from finetune_api.stages.experts import EsftSpec
+from finetune_api.stages.preference import DpoSpec
+from finetune_api.stages.supervised import SftSpec
+
+STAGE_KINDS = ("tokenizer", "pretrain", "sft", "esft", "dpo")
+
+AdapterSpec = SftSpec | DpoSpec
+"""Stages that may train adapters."""
+TrainedSpec = PretrainSpec | SftSpec | EsftSpec | DpoSpec
+"""Stages that train a model."""
+StageSpec = TokenizerSpec | TrainedSpec
+DATA_FIELDS = ("data", "eval_data")
+"""The fields of a spec that hold a `DataSpec`."""
+
+
+class Stage(ApiModel):
+    """One step of the pipeline: exactly one member field says which."""
+
+    model_config = rules(exactly_one(*STAGE_KINDS))
+
+    name: StageName | None = None
+    """Name of the stage in status, logs and paths. Default: the member field's name."""
+    tokenizer: TokenizerSpec | None = None
+    """Train a tokenizer; the first stage."""
+    pretrain: PretrainSpec | None = None
+    """Train on plain text."""
+    sft: SftSpec | None = None
+    """Supervised fine-tuning."""
+    esft: EsftSpec | None = None
+    """Fine-tuning of the experts that the data uses."""
+    dpo: DpoSpec | None = None
+    """Preference tuning."""
+
+    def faults(self) -> Iterator[str]:
+        yield from not_exactly_one(self, *STAGE_KINDS)
+
+    @property
+    def kind(self) -> str:
+        """The member field that is set."""
+        return next(kind for kind in STAGE_KINDS if getattr(self, kind) is not None)
+
+    @property
+    def spec(self) -> StageSpec:
+        """The member field's value."""
+        spec: StageSpec = getattr(self, self.kind)
+        return spec
+
+    @property
+    def title(self) -> str:
+        """The stage's name, or its kind where it has none."""
+        return self.name or self.kind
+
+    def sources_from_stages(self) -> Iterator[tuple[str, str]]:
+        """Each source that is an earlier stage's data: the source's place below the stage, and that stage's name."""
+        for name in DATA_FIELDS:
+            data = getattr(self.spec, name, None)
+            for index, source in enumerate(data.sources if data is not None else ()):
+                if source.stage is not None:
+                    alias = type(self.spec).model_fields[name].alias
+                    yield f"{self.kind}.{alias}.sources[{index}].stage", source.stage

@@ -1,0 +1,60 @@
+"""Stages on dialogues: supervised fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_api.base import cel, rules
+from finetune_api.data import RowKind
+from finetune_api.training import (
+    QUANTIZED_LORA_RULE,
+    STREAMING_RULE,
+    Lora,
+    Quantization,
+    TrainingSpec,
+    quantization_faults,
+)
+
+Overflow = Literal["auto", "error", "truncate", "drop", "split"]
+PACKING_RULE = cel("!self.packing || has(self.maxLength)", "packing needs maxLength, the length of a packed row")
+
+
+class SupervisedSpec(TrainingSpec):
+    """Training on dialogues: the loss is on the assistant's tokens of every turn."""
+
+    model_config = rules(STREAMING_RULE, PACKING_RULE)
+
+    max_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
+    """Longest example in tokens. Default: the model's context."""
+    overflow: Overflow = "auto"
+    """What happens to a longer example: `error` refuses the job, `truncate` cuts its end, `drop` leaves it out,
+    `split` goes on in a further row. `auto`: `truncate` where `maxLength` is set, else `error`."""
+    packing: bool = False
+    """Fill rows of `maxLength` with several examples, kept exactly apart by the attention mask."""
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.packing and self.max_length is None:
+            yield "packing needs maxLength, the length of a packed row"
+
+    @property
+    def row_kind(self) -> RowKind:
+        return "sft"
+
+
+class SftSpec(SupervisedSpec):
+    """Supervised fine-tuning: the loss is on the assistant's tokens of every turn."""
+
+    model_config = rules(STREAMING_RULE, QUANTIZED_LORA_RULE, PACKING_RULE)
+
+    lora: Lora | None = None
+    """Train adapters. Default: train every weight."""
+    quantization: Quantization | None = None
+    """Quantize the base model under the adapters. Default: not quantized."""
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        yield from quantization_faults(self.lora, self.quantization)
