@@ -103,7 +103,8 @@ class FineTuneJobSpec(ApiModel):
                     makers = [title for title, makes in made.items() if makes]
                     what = "makes no data" if name in made else "is no stage before this one"
                     yield f"stages[{index}].{place}: {name!r} {what}{did_you_mean(name, makers)}"
-            made[stage.title] = stage.kind == SYNTHESIZE
+            for kind in stage.kinds:
+                made[stage.name or kind] = kind == SYNTHESIZE
 
 
 class FineTuneJob(ApiModel):

@@ -44,9 +44,14 @@ class Stage(ApiModel):
         yield from not_exactly_one(self, *STAGE_KINDS)
 
     @property
+    def kinds(self) -> list[str]:
+        """The member fields that are set: one, in a stage without fault."""
+        return [kind for kind in STAGE_KINDS if getattr(self, kind) is not None]
+
+    @property
     def kind(self) -> str:
         """The member field that is set."""
-        return next(kind for kind in STAGE_KINDS if getattr(self, kind) is not None)
+        return self.kinds[0]
 
     @property
     def spec(self) -> StageSpec:
@@ -61,9 +66,10 @@ class Stage(ApiModel):
 
     def sources_from_stages(self) -> Iterator[tuple[str, str]]:
         """Each source that is an earlier stage's data: the source's place below the stage, and that stage's name."""
-        for name in DATA_FIELDS:
-            data = getattr(self.spec, name, None)
-            for index, source in enumerate(data.sources if data is not None else ()):
-                if source.stage is not None:
-                    alias = type(self.spec).model_fields[name].alias
-                    yield f"{self.kind}.{alias}.sources[{index}].stage", source.stage
+        for kind in self.kinds:
+            spec = getattr(self, kind)
+            for name in DATA_FIELDS:
+                sources = getattr(getattr(spec, name, None), "sources", ())
+                for index, source in enumerate(sources):
+                    if source.stage is not None:
+                        yield f"{kind}.{type(spec).model_fields[name].alias}.sources[{index}].stage", source.stage
