@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from finetune_api.problems import Problem
 from finetune_trainer.errors import UserError
+from finetune_trainer.generation.batches import context_of, generate_batch
 from finetune_trainer.generation.load import Loaded
 from finetune_trainer.generation.options import GenerationOptions
-from finetune_trainer.generation.prompts import Prompt, encode, stop_ids
+from finetune_trainer.generation.prompts import Prompt, encode
 
 
 def generate(
@@ -36,9 +38,10 @@ def generate(
     """
     options = options or GenerationOptions()
     encoded = _checked(loaded, prompts, options, raw)
-    _seed(options)
-    batches = (encoded[start : start + batch_size] for start in range(0, len(encoded), batch_size))
-    return [answer for batch in batches for answer in _answers(loaded, batch, options, raw)]
+    seed = _seed(options)
+    starts = range(0, len(encoded), batch_size)
+    batches = (_answers(loaded, encoded[at : at + batch_size], options, raw, seed, at) for at in starts)
+    return [answer for batch in batches for answer in batch]
 
 
 def stream(
@@ -50,9 +53,8 @@ def stream(
     """
     options = options or GenerationOptions()
     encoded = _checked(loaded, [prompt], options, raw)
-    _seed(options)
     if options.num_beams > 1:
-        yield from _answers(loaded, encoded, options, raw)
+        yield from _answers(loaded, encoded, options, raw, seed=0)
         return
     yield from _streamed(loaded, encoded, options, raw)
 
@@ -76,8 +78,8 @@ def _streamed(loaded: Loaded, encoded: list[list[int]], options: GenerationOptio
 
     def work() -> None:
         try:
-            criteria = StoppingCriteriaList([_Stop(stop)])
-            _generate(loaded, encoded, options, raw, streamer=streamer, stopping_criteria=criteria)
+            extra = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([_Stop(stop)])}
+            generate_batch(loaded.model, tokenizer, encoded, options, _seed(options), raw=raw, **extra)
         except BaseException as error:
             failures.append(error)
             streamer.on_finalized_text("", stream_end=True)
@@ -93,40 +95,20 @@ def _streamed(loaded: Loaded, encoded: list[list[int]], options: GenerationOptio
         raise failures[0]
 
 
-def _answers(loaded: Loaded, encoded: list[list[int]], options: GenerationOptions, raw: bool) -> list[str]:
-    output = _generate(loaded, encoded, options, raw)
-    start = max(map(len, encoded))
-    return list(loaded.tokenizer.batch_decode(output[:, start:], skip_special_tokens=True))
-
-
-def _generate(
-    loaded: Loaded, encoded: list[list[int]], options: GenerationOptions, raw: bool, **extra: Any
-) -> torch.Tensor:
-    """Prompt and answer ids, shape (batch, longest prompt + longest answer)."""
-    batch = loaded.tokenizer.pad({"input_ids": encoded}, padding_side="left", return_tensors="pt")
-    config = _config(loaded, options, raw, longest=max(map(len, encoded)))
-    ids, mask = batch["input_ids"].to(loaded.model.device), batch["attention_mask"].to(loaded.model.device)
-    # peft's and transformers' stubs disagree about what `generate` is.
-    model: Any = loaded.model
-    with torch.inference_mode():
-        output: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **extra)
-    return output
-
-
-def _config(loaded: Loaded, options: GenerationOptions, raw: bool, longest: int) -> GenerationConfig:
-    own = loaded.model.generation_config
-    stops = stop_ids(loaded.tokenizer, own.eos_token_id if own is not None else None, raw)
-    context = _context(loaded)
-    room = options.max_new_tokens if context is None else min(options.max_new_tokens, context - longest)
-    pad = loaded.tokenizer.pad_token_id
-    return options.config(stop_ids=stops, pad_id=0 if pad is None else int(pad), max_new_tokens=room)
+def _answers(
+    loaded: Loaded, encoded: list[list[int]], options: GenerationOptions, raw: bool, seed: int, first: int = 0
+) -> list[str]:
+    """Answers to one batch, the first of which is prompt number `first`."""
+    keys = range(first, first + len(encoded))
+    found = generate_batch(loaded.model, loaded.tokenizer, encoded, options, seed, keys=keys, raw=raw)
+    return [completion.text for completion in found]
 
 
 def _checked(loaded: Loaded, prompts: Sequence[Prompt], options: GenerationOptions, raw: bool) -> list[list[int]]:
     if loaded.kind != "causal":
         raise UserError("this model fills masks and does not continue text: use fill")
     encoded = encode(loaded.tokenizer, prompts, options.system, raw)
-    context = _context(loaded)
+    context = context_of(loaded.model)
     problems = [
         Problem(f"prompts[{index}]", f"{len(ids)} tokens leave no room for an answer in a context of {context}")
         for index, ids in enumerate(encoded)
@@ -137,11 +119,5 @@ def _checked(loaded: Loaded, prompts: Sequence[Prompt], options: GenerationOptio
     return encoded
 
 
-def _context(loaded: Loaded) -> int | None:
-    value = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    return value if isinstance(value, int) and value > 0 else None
-
-
-def _seed(options: GenerationOptions) -> None:
-    if options.seed is not None:
-        torch.manual_seed(options.seed)
+def _seed(options: GenerationOptions) -> int:
+    return secrets.randbits(62) if options.seed is None else options.seed

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 from transformers import GenerationConfig
 
+from finetune_api.generation import Generation
 from finetune_api.problems import Problem
 from finetune_trainer.errors import UserError
 
-_DEFAULT_TOP_K = 50  # transformers' own: any other one makes greedy decoding warn
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k")
 
 
@@ -42,6 +43,14 @@ class GenerationOptions:
     """Seed of sampling: the same seed, prompts and options give the same answers. None: new ones each time."""
     system: str | None = None
     """System message put before each conversation that has none."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, beside the end of text and of a turn; they are no part of it."""
+
+    @classmethod
+    def of(cls, generation: Generation) -> Self:
+        """The options that a job asks for."""
+        values = generation.model_dump()
+        return cls(**values | {"stop": tuple(generation.stop)})
 
     def __post_init__(self) -> None:
         problems = [*_range_problems(self), *_conflicts(self)]
@@ -49,15 +58,19 @@ class GenerationOptions:
             raise UserError(problems)
 
     def config(self, *, stop_ids: list[int], pad_id: int, max_new_tokens: int) -> GenerationConfig:
-        """transformers' form of the options; every field a model might set otherwise is written out."""
+        """transformers' form of the options; every field a model might set otherwise is written out.
+
+        Sampling is `generation.sampling`'s: to transformers all decoding is greedy or by beams.
+        """
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
-            do_sample=self.do_sample,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=(self.top_k or 0) if self.do_sample else _DEFAULT_TOP_K,
+            do_sample=False,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=50,  # transformers' own: any other one makes greedy decoding warn
             num_beams=self.num_beams,
             repetition_penalty=self.repetition_penalty,
+            stop_strings=list(self.stop) or None,
             eos_token_id=stop_ids,
             pad_token_id=pad_id,
             use_cache=True,

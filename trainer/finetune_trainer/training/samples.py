@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune_trainer.generation.prompts import stop_ids
+from finetune_trainer.generation.batches import generate_batch
+from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.model.load import context_length
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.context import StageContext
@@ -40,7 +40,8 @@ class SamplesCallback(TrainerCallback):
     def _record(self, when: str, model: Any) -> None:
         rank = self.context.placement.rank
         if self.prompts and (rank == 0 or self.context.zero == 3):
-            rows = [{**prompt, "output": self._answer(model, prompt)} for prompt in self.prompts]
+            answers = self._answers(model)
+            rows = [{**prompt, "output": answer} for prompt, answer in zip(self.prompts, answers, strict=True)]
             if rank == 0:
                 known = self._known() if when == "after" else {}
                 self.storage.write_text(self.context.layout.samples, json.dumps({**known, when: rows}, indent=1))
@@ -50,32 +51,19 @@ class SamplesCallback(TrainerCallback):
         path = self.context.layout.samples
         return dict(json.loads(self.storage.read_text(path))) if self.storage.exists(path) else {}
 
-    def _answer(self, model: Any, prompt: dict[str, Any]) -> str:
+    def _answers(self, model: Any) -> list[str]:
         tokenizer = self.context.tokenizer
-        ids = _prompt_ids(tokenizer, prompt, room=self._room()).to(model.device)
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                use_cache=True,
-                eos_token_id=stop_ids(tokenizer, None),
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        model.train(training)
-        return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+        ids = [_prompt_ids(tokenizer, prompt, room=self._room()) for prompt in self.prompts]
+        options = GenerationOptions(max_new_tokens=NEW_TOKENS)
+        return [completion.text.strip() for completion in generate_batch(model, tokenizer, ids, options)]
 
     def _room(self) -> int:
         return max(1, (context_length(self.context.config) or 4096) - NEW_TOKENS)
 
 
-def _prompt_ids(tokenizer: Any, prompt: dict[str, Any], room: int) -> torch.Tensor:
+def _prompt_ids(tokenizer: Any, prompt: dict[str, Any], room: int) -> list[int]:
     if "messages" in prompt:
         text = tokenizer.apply_chat_template(prompt["messages"], tokenize=False, add_generation_prompt=True)
     else:
         text = prompt["prompt"]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"][-room:]
-    return torch.tensor([ids])
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"][-room:])

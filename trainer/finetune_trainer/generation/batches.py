@@ -1,0 +1,176 @@
+"""Answers to a batch of prompts by any causal model at hand: saved or in training, adapted, divided among workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+
+from finetune_trainer.generation.options import GenerationOptions
+from finetune_trainer.generation.prompts import Prompt, encode, stop_ids
+from finetune_trainer.generation.sampling import SeededSampling, draws
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer."""
+
+    text: str
+    """Without special tokens, and without the stop text that ended it."""
+    tokens: list[int]
+    """As generated: the token that ended the answer is the last one."""
+    prompt: list[int]
+    """The prompt's tokens."""
+    finished: bool
+    """Whether it ended by itself and was not cut where an answer is longest."""
+
+
+def generate_batch(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]] | Sequence[Prompt],
+    options: GenerationOptions,
+    seed: int = 0,
+    *,
+    keys: Sequence[int] | None = None,
+    samples: int = 1,
+    raw: bool = False,
+    **extra: Any,
+) -> list[Completion]:
+    """Answers to all prompts at once, padded on the left: `samples` of each prompt, one prompt after the other.
+
+    The model is in evaluation mode meanwhile, and no global random state is used. Under ZeRO-3 every worker calls this
+    equally often; their prompts may differ.
+
+    Args:
+        model: a causal language model of transformers, of PEFT's, or DeepSpeed's engine around one.
+        prompts: token ids, or texts and conversations as `generation.prompts.encode` takes them.
+        seed: of sampling. A sample depends on the seed, its prompt's key and its number alone, so it is the same in
+            every batch and on every worker (but for rounding in the model itself).
+        keys: a number of each prompt's own, from 0. Default: its place among the prompts.
+        raw: a text goes on as it stands, and the end of a turn does not end it.
+        extra: for transformers' `generate`, such as a streamer.
+
+    Raises:
+        UserError: prompts that can't be encoded.
+        ValueError: a prompt fills the model's whole context, or greedy decoding is asked for several samples.
+    """
+    if not prompts:
+        return []
+    if samples > 1 and not options.do_sample:
+        raise ValueError(f"{samples} samples of a prompt without do_sample would all be the same")
+    encoded = _token_ids(tokenizer, prompts, options, raw)
+    rows = [ids for ids in encoded for _ in range(samples)]
+    numbers = [(key, sample) for key in (range(len(encoded)) if keys is None else keys) for sample in range(samples)]
+    output = _generate(model, tokenizer, rows, numbers, options, seed, raw, extra)
+    start = max(map(len, rows))
+    stops = set(_stops(model, tokenizer, raw))
+    return [
+        _completion(tokenizer, ids, answer, stops, options)
+        for ids, answer in zip(rows, output[:, start:].tolist(), strict=True)
+    ]
+
+
+def context_of(model: Any) -> int | None:
+    """Most tokens the model takes at once, or None where its configuration does not say."""
+    value = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[list[int]],
+    numbers: list[tuple[int, int]],
+    options: GenerationOptions,
+    seed: int,
+    raw: bool,
+    extra: dict[str, Any],
+) -> torch.Tensor:
+    """Prompt and answer ids, shape (rows, longest prompt + longest answer)."""
+    config = _config(model, tokenizer, options, raw, longest=max(map(len, rows)))
+    batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
+    processors = LogitsProcessorList()
+    if options.do_sample:
+        processors.append(SeededSampling(options, draws(seed, numbers, cast(int, config.max_new_tokens))))
+    with _answering(model), torch.no_grad():
+        output: torch.Tensor = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            generation_config=config,
+            logits_processor=processors,
+            **({"tokenizer": tokenizer} if options.stop else {}),
+            **extra,
+        )
+    return output
+
+
+def _config(
+    model: Any, tokenizer: PreTrainedTokenizerBase, options: GenerationOptions, raw: bool, longest: int
+) -> GenerationConfig:
+    context = context_of(model)
+    room = options.max_new_tokens if context is None else min(options.max_new_tokens, context - longest)
+    if room < 1:
+        raise ValueError(f"a prompt of {longest} tokens leaves no room for an answer in a context of {context}")
+    pad = tokenizer.pad_token_id
+    stops = _stops(model, tokenizer, raw)
+    return options.config(stop_ids=stops, pad_id=0 if pad is None else int(pad), max_new_tokens=room)
+
+
+def _stops(model: Any, tokenizer: PreTrainedTokenizerBase, raw: bool) -> list[int]:
+    own = getattr(model, "generation_config", None)
+    return stop_ids(tokenizer, None if own is None else own.eos_token_id, raw)
+
+
+def _token_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]] | Sequence[Prompt],
+    options: GenerationOptions,
+    raw: bool,
+) -> list[list[int]]:
+    first = prompts[0]
+    if isinstance(first, list) and first and isinstance(first[0], int):
+        return cast(list[list[int]], list(prompts))
+    return encode(tokenizer, cast(Sequence[Prompt], prompts), options.system, raw)
+
+
+def _completion(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[int],
+    answer: list[int],
+    stops: set[int],
+    options: GenerationOptions,
+) -> Completion:
+    end = next((at for at, token in enumerate(answer) if token in stops), None)
+    tokens = answer if end is None else answer[: end + 1]
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    cuts = [at for at in map(text.find, options.stop) if at >= 0]
+    if cuts:
+        # Rows that are done are padded until the last one is: nothing after the stop text is an answer.
+        text, tokens = text[: min(cuts)], _until_stop(tokenizer, tokens, options.stop)
+    return Completion(text, tokens, prompt, finished=end is not None or bool(cuts))
+
+
+def _until_stop(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: Sequence[str]) -> list[int]:
+    """The fewest tokens whose text has a stop text."""
+    low, high = 1, len(tokens)
+    while low < high:
+        middle = (low + high) // 2
+        text = tokenizer.decode(tokens[:middle], skip_special_tokens=True)
+        low, high = (low, middle) if any(one in text for one in stop) else (middle + 1, high)
+    return tokens[:low]
+
+
+@contextmanager
+def _answering(model: Any) -> Iterator[None]:
+    """The model in evaluation mode; then as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
