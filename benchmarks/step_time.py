@@ -18,8 +18,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +36,8 @@ MAX_LENGTH, BATCH, LEARNING_RATE, WARMUP = 256, 4, 1e-3, 10
 ENOUGH_STEPS = 100_000
 """More than there is time for: both are ended."""
 PROMISED = 1.05
+PATIENCE_SECONDS = 300.0
+"""The longest that a side may take to its next steps."""
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Runner:
     name: str
     process: subprocess.Popen[str]
     steps: Path
+    log: Path
     durations: list[list[float]] = field(default_factory=list)
     """Seconds of each steady step, by turn."""
     cpu: float = 0.0
@@ -54,6 +57,20 @@ class Runner:
         """Complete lines that the side has written so far."""
         text = self.steps.read_text() if self.steps.exists() else ""
         return [json.loads(line) for line in text.split("\n")[:-1]]
+
+    def said(self) -> str:
+        """All that the side has printed so far."""
+        return self.log.read_text()
+
+    def must_live(self, started: float) -> None:
+        """
+        Raises:
+            SystemExit: it has ended, or has had its time since `started` (monotonic).
+        """
+        if self.process.poll() is not None:
+            raise SystemExit(f"{self.name} ended early:\n{self.said()[-3000:]}")
+        if time.monotonic() - started > PATIENCE_SECONDS:
+            raise SystemExit(f"{self.name}: no step in {PATIENCE_SECONDS:.0f} s:\n{self.said()[-3000:]}")
 
     def tree(self) -> list[psutil.Process]:
         root = psutil.Process(self.process.pid)
@@ -92,13 +109,15 @@ def main() -> None:
 def measure(directory: Path, size: str, turns: int, steps: int) -> None:
     """Run both sides in turn and print what was found."""
     make_inputs(directory, SIZES[size])
-    started = time.time()
-    ours = start_ours(directory)
-    timeline = Timeline(ours, started)
-    timeline.first_step()
-    ours.signal(signal.SIGSTOP)
-    plain = start_plain(directory)
-    try:
+    with ExitStack() as running:
+        started = time.time()
+        ours = start_ours(directory)
+        running.callback(end, ours)
+        timeline = Timeline(ours, started)
+        timeline.first_step()
+        ours.signal(signal.SIGSTOP)
+        plain = start_plain(directory)
+        running.callback(end, plain)
         wait_for_steps(plain, WARMUP)
         plain.signal(signal.SIGSTOP)
         ours.signal(signal.SIGCONT)
@@ -109,9 +128,6 @@ def measure(directory: Path, size: str, turns: int, steps: int) -> None:
                 side.turn(steps)
         report(ours, plain)
         timeline.show()
-    finally:
-        for side in (ours, plain):
-            end(side)
 
 
 def make_inputs(directory: Path, size: dict[str, int]) -> None:
@@ -213,23 +229,23 @@ def start(name: str, command: list[str], directory: Path, steps: Path) -> Runner
     cores = str(len(os.sched_getaffinity(0)))
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": cores}
     quiet["FINETUNE_CACHE"] = str(directory / "cache")
-    output = (directory / f"{name.replace(' ', '-')}.log").open("w+")
-    process = subprocess.Popen(
-        [sys.executable, *command], env=os.environ | quiet, stdout=output, stderr=subprocess.STDOUT, text=True
-    )
-    return Runner(name, process, steps)
+    log = directory / f"{name.replace(' ', '-')}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command], env=os.environ | quiet, stdout=output, stderr=subprocess.STDOUT, text=True
+        )
+    return Runner(name, process, steps, log)
 
 
 def wait_for_steps(side: Runner, count: int) -> None:
     """Until the side has taken so many steps.
 
     Raises:
-        SystemExit: it ended before.
+        SystemExit: it ended before, or took too long.
     """
+    started = time.monotonic()
     while len(side.rows()) < count:
-        if side.process.poll() is not None:
-            logs = "\n".join(path.read_text()[-3000:] for path in side.steps.parent.glob("*.log"))
-            raise SystemExit(f"{side.name} ended early:\n{logs}")
+        side.must_live(started)
         time.sleep(0.05)  # another program's file: nothing to wait on
 
 
@@ -245,25 +261,25 @@ class Timeline:
 
     def __init__(self, side: Runner, started: float) -> None:
         self.side, self.started = side, started
-        self.log = side.steps.parents[4] / "finetune-run.log"
         self.marks: list[tuple[str, float]] = []
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
 
     def first_step(self) -> None:
-        """Wait for it."""
-        wait_for_steps(self.side, 1)
-        self.thread.join()
-        self.marks.append(("first step, with samples before it", time.time() - self.started))
-        self.processes = self._processes()
+        """Wait for it.
 
-    def _watch(self) -> None:
-        for what, sign in self.SAYS:
-            while sign not in self.log.read_text():
-                if self.side.process.poll() is not None:
-                    return
-                time.sleep(0.02)
-            self.marks.append((what, time.time() - self.started))
+        Raises:
+            SystemExit: it never came.
+        """
+        begun, seen = time.monotonic(), dict[str, float]()
+        while not self.side.rows():
+            self.side.must_live(begun)
+            said = self.side.said()
+            for what, sign in self.SAYS:
+                if sign in said:
+                    seen.setdefault(what, time.time() - self.started)
+            time.sleep(0.02)  # another program's files: nothing to wait on
+        seen["first step, with samples before it"] = time.time() - self.started
+        self.marks = list(seen.items())
+        self.processes = self._processes()
 
     def _processes(self) -> list[tuple[str, float]]:
         """Seconds from the start to the birth of Ray's daemon and of the worker."""
