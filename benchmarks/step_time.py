@@ -51,6 +51,8 @@ class Runner:
     durations: list[list[float]] = field(default_factory=list)
     """Seconds of each steady step, by turn."""
     cpu: float = 0.0
+    training_cpu: float = 0.0
+    """Of the process that trains, without Ray's daemons and the driver."""
     cpu_steps: int = 0
 
     def rows(self) -> list[dict[str, Any]]:
@@ -89,11 +91,13 @@ class Runner:
         self.signal(signal.SIGSTOP)
         ends = [row["seconds"] for row in self.rows()[before:]]
         self.durations.append([after - earlier for earlier, after in pairwise(ends)])
-        self.cpu += self.cpu_seconds() - cpu
+        spent = [seconds - cpu.get(pid, 0.0) for pid, seconds in self.cpu_seconds().items()]
+        self.cpu, self.training_cpu = self.cpu + sum(spent), self.training_cpu + max(spent)
         self.cpu_steps += len(ends)
 
-    def cpu_seconds(self) -> float:
-        return sum(sum(process.cpu_times()[:2]) for process in self.tree() if process.is_running())
+    def cpu_seconds(self) -> dict[int, float]:
+        """CPU seconds so far, by process."""
+        return {process.pid: sum(process.cpu_times()[:2]) for process in self.tree() if process.is_running()}
 
 
 def main() -> None:
@@ -101,17 +105,20 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--turns", type=int, default=12, help="turns of each side")
     parser.add_argument("--steps", type=int, default=10, help="steps of a turn")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, default=cores, help="of either side; 1 bears a busy machine best")
     options = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     with tempfile.TemporaryDirectory() as directory:
-        measure(Path(directory), options.size, options.turns, options.steps)
+        measure(Path(directory), options)
 
 
-def measure(directory: Path, size: str, turns: int, steps: int) -> None:
+def measure(directory: Path, options: argparse.Namespace) -> None:
     """Run both sides in turn and print what was found."""
-    make_inputs(directory, SIZES[size])
+    make_inputs(directory, SIZES[options.size])
     with ExitStack() as running:
         started = time.time()
-        ours = start_ours(directory)
+        ours = start_ours(directory, options.threads)
         running.callback(end, ours)
         timeline = Timeline(ours, started)
         timeline.first_step()
@@ -123,9 +130,9 @@ def measure(directory: Path, size: str, turns: int, steps: int) -> None:
         ours.signal(signal.SIGCONT)
         wait_for_steps(ours, WARMUP)
         ours.signal(signal.SIGSTOP)
-        for turn in range(turns):
+        for turn in range(options.turns):
             for side in (ours, plain) if turn % 2 else (plain, ours):
-                side.turn(steps)
+                side.turn(options.steps)
         report(ours, plain)
         timeline.show()
 
@@ -155,7 +162,7 @@ def conversation(number: int) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def start_ours(directory: Path) -> Runner:
+def start_ours(directory: Path, threads: int) -> Runner:
     """`finetune run` of one `sft` stage."""
     sft = {
         "data": {"sources": [{"file": "data/train.jsonl"}], "shuffle": False},
@@ -173,6 +180,7 @@ def start_ours(directory: Path) -> Runner:
         "spec": {
             "model": {"path": "model", "dtype": "float32"},
             "stages": [{"sft": sft}],
+            "resources": {"cpusPerNode": str(threads)},
             "storage": {"path": str(directory / "runs")},
         },
     }
@@ -226,13 +234,16 @@ main(*make_parser().parse_args_and_config(fail_with_unknown_args=True))
 
 
 def start(name: str, command: list[str], directory: Path, steps: Path) -> Runner:
-    cores = str(len(os.sched_getaffinity(0)))
-    quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": cores}
-    quiet["FINETUNE_CACHE"] = str(directory / "cache")
+    env = os.environ | {"FINETUNE_CACHE": str(directory / "cache")}
     log = directory / f"{name.replace(' ', '-')}.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, *command], env=os.environ | quiet, stdout=output, stderr=subprocess.STDOUT, text=True
+            [sys.executable, *command],
+            env=env,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # Ray's workers have one, and Linux shares a busy CPU out among sessions
         )
     return Runner(name, process, steps, log)
 
@@ -307,7 +318,8 @@ def report(ours: Runner, plain: Runner) -> None:
         steady = [duration for turn in side.durations for duration in turn]
         print(
             f"{side.name}: median {statistics.median(steady):.4f} s a step over {len(steady)} steps; "
-            f"{side.cpu / max(1, side.cpu_steps):.3f} CPU s a step"
+            f"{side.cpu / max(1, side.cpu_steps):.3f} CPU s a step, "
+            f"{side.training_cpu / max(1, side.cpu_steps):.3f} of them in the process that trains"
         )
     pairs = zip(ours.durations, plain.durations, strict=True)
     ratios = sorted(statistics.median(a) / statistics.median(b) for a, b in pairs if a and b)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,79 @@ CASES: dict[str, tuple[Callable[[Job], Any], list[str]]] = {
         lambda job: (put(job, "spec/stages/0/sft/packing", True), sft(job).pop("maxLength")),
         ["packing needs maxLength"],
     ),
+    "binary rows": (
+        lambda job: put(job, "spec/stages/0/sft/data/sources", [{"file": "binary.jsonl"}]),
+        ["binary.jsonl, line 1: not UTF-8 text"],
+    ),
+    "an archive that was cut off": (
+        lambda job: put(job, "spec/stages/0/sft/data/sources", [{"file": "cut.jsonl.gz"}]),
+        ["stages[0].sft.data.sources[0]", "cut.jsonl.gz", "ended before"],
+    ),
+    "parquet that is none": (
+        lambda job: put(job, "spec/stages/0/sft/data/sources", [{"file": "rows.parquet"}]),
+        ["rows.parquet: not a readable parquet file"],
+    ),
+    "another separator than commas": (
+        lambda job: put(job, "spec/stages/0/sft/data/sources", [{"file": "semicolons.csv"}]),
+        ["semicolons.csv, line 1", "expected commas between columns, not ';'"],
+    ),
+    "a column twice": (
+        lambda job: put(job, "spec/stages/0/sft/data/sources", [{"file": "twice.csv"}]),
+        ["twice.csv, line 1: the column `prompt` is there more than once"],
+    ),
+    "rows nested without end": (
+        lambda job: put(job, "spec/stages/0/sft/data/sources", [{"file": "deep.jsonl"}]),
+        ["deep.jsonl, line 1: malformed JSON"],
+    ),
+    "a number where text is expected": (
+        lambda job: rows(job, {"prompt": 1, "completion": 2}),
+        ["`prompt` is a number, expected a string or a list of messages"],
+    ),
+    "a role misspelt": (
+        lambda job: rows(job, {"messages": [turn("usr", "1 plus 1"), turn("assistant", "makes 2")]}),
+        ["messages[0].role is 'usr': did you mean `user`?"],
+    ),
+    "a role of another tool": (
+        lambda job: rows(job, {"messages": [turn("human", "1 plus 1"), turn("gpt", "makes 2")]}),
+        ["messages[0].role is 'human': did you mean `user`?"],
+    ),
+    "no tokenizer": (lambda job: put(job, "spec/model", {"path": "no-tokenizer"}), ["model: no tokenizer at"]),
+    "no weights": (lambda job: put(job, "spec/model", {"path": "no-weights"}), ["model.safetensors is not there"]),
+    "pickled weights": (
+        lambda job: put(job, "spec/model", {"path": "pickled"}),
+        ["model.path", "pytorch_model.bin is not loaded: save the weights as safetensors"],
+    ),
+    "weights that were cut off": (
+        lambda job: put(job, "spec/model", {"path": "cut-weights"}),
+        ["model.path", "model.safetensors is damaged or was cut off"],
+    ),
+    "heads that don't divide": (
+        lambda job: put(
+            job,
+            "spec/model",
+            {
+                "config": {"model_type": "qwen3", "num_attention_heads": 4, "num_key_value_heads": 3},
+                "tokenizer": job["spec"]["model"]["path"],
+            },
+        ),
+        ["model.config.num_key_value_heads: 4 attention heads can't share 3"],
+    ),
+    "a wrong type in the family's field": (
+        lambda job: put(
+            job,
+            "spec/model",
+            {"config": {"model_type": "qwen3", "hidden_size": "big"}, "tokenizer": job["spec"]["model"]["path"]},
+        ),
+        ["model.config: ", "'hidden_size' expected int, got str"],
+    ),
+    "a store that nobody knows": (
+        lambda job: put(job, "spec/storage", {"uri": "ftp2://host/runs"}),
+        ["ftp2://host/runs", "Protocol not known"],
+    ),
+    "a model in a store that nobody knows": (
+        lambda job: put(job, "spec/model", {"uri": "ftp2://host/model"}),
+        ["ftp2://host/model", "Protocol not known"],
+    ),
     "streaming without steps": (
         lambda job: (put(job, "spec/stages/0/sft/data/streaming", True), sft(job).pop("maxSteps")),
         ["streaming", "maxSteps"],
@@ -175,11 +250,36 @@ CASES: dict[str, tuple[Callable[[Job], Any], list[str]]] = {
 }
 
 
+def spoil_data(directory: Path) -> None:
+    """Files that can't be what their names say."""
+    (directory / "binary.jsonl").write_bytes(bytes(range(128, 256)))
+    (directory / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(LONG).encode() * 99)[:-20])
+    (directory / "rows.parquet").write_text("prompt,completion")
+    (directory / "semicolons.csv").write_text("prompt;completion\n1 plus 1;makes 2\n")
+    (directory / "twice.csv").write_text("prompt,prompt,completion\n1,plus 1,makes 2\n")
+    (directory / "deep.jsonl").write_text("[" * 100_000)
+
+
+def spoil_models(directory: Path, model: Path) -> None:
+    """Copies of a model that lack something."""
+    for name in ("no-tokenizer", "no-weights", "pickled", "cut-weights"):
+        shutil.copytree(model, directory / name)
+    for path in (directory / "no-tokenizer").iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            path.unlink()
+    (directory / "no-weights/model.safetensors").unlink()
+    (directory / "pickled/model.safetensors").rename(directory / "pickled/pytorch_model.bin")
+    cut = directory / "cut-weights/model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_bad_job(name: str, base_job: Job, write_job: Callable[[Job], Path], tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text(json.dumps(LONG) + '\n{"messages": [')
     (tmp_path / "rows.xyz").write_text("?")
+    spoil_data(tmp_path)
+    spoil_models(tmp_path, Path(base_job["spec"]["model"]["path"]))
     (tmp_path / "q.jsonl").write_text(json.dumps({"id": 1, **LONG}))
     (tmp_path / "t.csv").write_text("id,more\n2,x\n")
     change, expected = CASES[name]

@@ -16,10 +16,15 @@ from finetune_api.stages import DATA_FIELDS, PretrainSpec, Stage
 from finetune_trainer.data import inspect
 from finetune_trainer.errors import UserError
 from finetune_trainer.launch.cluster import Workers, plan_workers
+from finetune_trainer.layout import RUN_CONFIG
+from finetune_trainer.model.saved import is_result, root_of
 from finetune_trainer.model.source import local_path
+from finetune_trainer.model.weights import weight_faults
+from finetune_trainer.patience import passing
 from finetune_trainer.pipeline import place, stage_before
 from finetune_trainer.plan.devices import Device, local_device
 from finetune_trainer.plan.job import JobPlan, PlanContext, plan_job
+from finetune_trainer.storage import Storage
 
 
 def preflight(run: RunConfig, workers: Workers | None = None, *, device: Device | None = None) -> JobPlan:
@@ -44,8 +49,10 @@ def preflight(run: RunConfig, workers: Workers | None = None, *, device: Device 
 
 
 def _storage(run: RunConfig) -> Iterator[Problem]:
-    """The nearest directory that exists must be writable; a remote store shows when it is first written to."""
+    """The nearest directory that exists must be writable; a remote store must not refuse (one that is away may come
+    back, and is waited for)."""
     if "://" in run.root:
+        yield from _refusal(run)
         return
     place = next(parent for parent in Path(run.root).parents if parent.exists())
     try:
@@ -53,6 +60,14 @@ def _storage(run: RunConfig) -> Iterator[Problem]:
             return
     except OSError as error:
         yield Problem("storage.path", f"can't write to {place} ({error.strerror}): choose another directory")
+
+
+def _refusal(run: RunConfig) -> Iterator[Problem]:
+    try:
+        Storage(run.root, patience=0).exists(RUN_CONFIG)
+    except Exception as error:  # every store has errors of its own
+        if not passing(error):
+            yield Problem("storage.uri", f"can't reach {run.root}: {type(error).__name__}: {error}")
 
 
 def _resources(workers: Workers) -> Iterator[Problem]:
@@ -115,8 +130,14 @@ def _model(run: RunConfig, workers: Workers, device: Device) -> JobPlan:
 
 def _paths(run: RunConfig) -> Iterator[Problem]:
     path = run.job.spec.model.path
-    if path is not None and not local_path(path, run.base_dir).is_dir():
+    if path is None:
+        return
+    directory = local_path(path, run.base_dir)
+    if not directory.is_dir():
         yield Problem("model.path", f"no such directory: {path} (looked in {run.base_dir} and the current directory)")
+    elif is_result(directory):
+        root = Path(root_of(str(directory)))
+        yield from (Problem("model.path", fault) for fault in (weight_faults(root) if root.is_dir() else ()))
 
 
 def _is_masked(stage: Stage) -> bool:

@@ -14,6 +14,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from finetune_api.claims import mounted
+from finetune_trainer.errors import UserError
 from finetune_trainer.patience import patiently
 
 OUTAGE_SECONDS = 600.0
@@ -32,8 +33,15 @@ class Storage:
     """
 
     def __init__(self, root: str, *, patience: float = OUTAGE_SECONDS, **options: Any) -> None:
-        """`patience` in seconds; `options` are those of fsspec's file system."""
-        self.fs, path = fsspec.core.url_to_fs(mounted(root), **options)
+        """`patience` in seconds; `options` are those of fsspec's file system.
+
+        Raises:
+            UserError: no library knows such a store.
+        """
+        try:
+            self.fs, path = fsspec.core.url_to_fs(mounted(root), **options)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"{root} can't be reached: {error}") from error
         self.root = str(path).rstrip("/")
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self._patience = 0.0 if self.is_local else patience

@@ -30,6 +30,7 @@ NEEDED = {
     "preference": "`chosen` and `rejected`",
 }
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
@@ -116,7 +117,7 @@ def _likely(spec: DataSpec, row: Row) -> str:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise FormError(f"`text` is a {type(value).__name__}, expected a string")
+        raise FormError(f"`text` is {kind_name(value)}, expected a string")
     if not value:
         raise EmptyRow("empty")
     return value
@@ -181,13 +182,14 @@ def _messages(value: Any, name: str, spec: DataSpec) -> list[Message]:
     if isinstance(value, str) and spec.transcript is not None:
         return parse_transcript(value, spec.transcript)
     if not isinstance(value, list):
-        raise FormError(f"`{name}` is a {type(value).__name__}, expected a list of messages")
+        expected = "" if name == "messages" else "a string or "
+        raise FormError(f"`{name}` is {kind_name(value)}, expected {expected}a list of messages")
     return [_message(message, f"{name}[{index}]") for index, message in enumerate(value)]
 
 
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
-        raise FormError(f"{where} is a {type(message).__name__}, expected a message with `role` and `content`")
+        raise FormError(f"{where} is {kind_name(message)}, expected a message with `role` and `content`")
     if "from" in message and "value" in message:
         role, content, extra = message["from"], message["value"], {}
         if role not in ROLES:
@@ -200,7 +202,22 @@ def _message(message: Any, where: str) -> Message:
         extra = {key: item for key, item in message.items() if key not in ("role", "content") and item is not None}
     if not isinstance(role, str) or not isinstance(content, str):
         raise FormError(f"{where}: `role` and `content` must be strings")
+    _check_role(role, f"{where}.role")
     return {"role": role, "content": content, **extra}
+
+
+def _check_role(role: str, where: str) -> None:
+    """A role of a template's own is the template's to judge, but not a slip in one that every template has."""
+    meant = ROLES.get(role.lower()) or nearest(role, KNOWN_ROLES)
+    if role not in KNOWN_ROLES and meant is not None:
+        raise FormError(f"{where} is {role!r}: did you mean `{meant}`?")
+
+
+def kind_name(value: Any) -> str:
+    """What kind of JSON value it is, for a message: `a number`, `null`."""
+    names = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    names |= {dict: "a mapping", type(None): "null"}
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def parse_transcript(text: str, transcript: Transcript) -> list[Message]:
@@ -223,7 +240,7 @@ def _preference(fields: Row, templated: set[str], spec: DataSpec, row: Row) -> E
     chosen = _need(fields, "chosen", spec, row, "preference")
     rejected = _need(fields, "rejected", spec, row, "preference")
     if type(chosen) is not type(rejected):
-        raise FormError(f"`chosen` is a {type(chosen).__name__} and `rejected` a {type(rejected).__name__}")
+        raise FormError(f"`chosen` is {kind_name(chosen)} and `rejected` {kind_name(rejected)}")
     prompt = fields.get("prompt")
     marked = bool({"prompt", "chosen", "rejected"} & templated)
     strings = isinstance(chosen, str) and spec.transcript is None and not isinstance(prompt, list)

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ Log = Callable[[str], None]
 Ready = tuple[dict[str, Dataset], DataReport]
 REPORT = "report.json"
 SHOWN = 3
+MAX_FAULTS = 5
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def _build_part(root: Path, name: str, plan: Plan, part: Part) -> Stats:
 
 
 def _check(stats: Stats, plan: Plan, part: Part) -> None:
-    problems = [Problem(part.where, f"row {row}: {reason}") for row, reason in stats.faults[:5]]
+    problems = _row_faults(stats, part.where)
     if stats.too_long:
         problems.append(_too_long(stats, plan))
     elif not problems and not stats.written:
@@ -199,6 +201,17 @@ def _check(stats: Stats, plan: Plan, part: Part) -> None:
         problems.append(Problem(part.where, message))
     if problems:
         raise UserError(problems)
+
+
+def _row_faults(stats: Stats, where: str) -> list[Problem]:
+    """One problem for each reason, of which the first row is named."""
+    reasons: dict[str, list[int]] = {}
+    for row, reason in stats.faults:
+        reasons.setdefault(reason, []).append(row)
+    return [
+        Problem(where, f"row {min(rows)}: {reason}" + (f" (and {len(rows) - 1} more rows)" if len(rows) > 1 else ""))
+        for reason, rows in islice(reasons.items(), MAX_FAULTS)
+    ]
 
 
 def _too_long(stats: Stats, plan: Plan) -> Problem:

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
@@ -24,6 +25,8 @@ Row = dict[str, Any]
 TEXT_PIECE = 64 * 1024
 """Bytes: a longer text file is cut at line ends into documents of at most this size."""
 PARQUET_BATCH = 256
+OTHER_SEPARATORS = ";\t|"
+"""What separates columns in files that are called csv and are not."""
 
 csv.field_size_limit(2**31 - 1)
 
@@ -114,7 +117,7 @@ def _parse_json(line: str, file: DataFile, number: int) -> Row:
     where = f"{file.url}, line {number}"
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         hint = "; the file must have one JSON object per line" if line.strip() in ("[", "{") else ""
         raise UserError([Problem("", f"{where}: malformed JSON: {error}{hint}")]) from error
     if not isinstance(row, dict):
@@ -124,9 +127,23 @@ def _parse_json(line: str, file: DataFile, number: int) -> Row:
 
 def _read_csv(file: DataFile, start: Position) -> Rows:
     header, first = next(_csv_records(file, START), ([], START))
+    _check_header(header, file)
     for fields, position in _csv_records(file, first if start == START else start):
         if fields:
             yield _csv_row(header, fields, file, position.line), position
+
+
+def _check_header(header: list[str], file: DataFile) -> None:
+    where = f"{file.url}, line 1"
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    if twice:
+        raise UserError([Problem("", f"{where}: the column `{twice[0]}` is there more than once")])
+    other = next((mark for mark in OTHER_SEPARATORS if len(header) == 1 and mark in header[0]), None)
+    if other is not None:
+        message = (
+            f"{where}: the header is one column, `{header[0]}`: expected commas between columns, not {other!r}"
+        )
+        raise UserError([Problem("", message)])
 
 
 def _csv_records(file: DataFile, start: Position) -> Iterator[tuple[list[str], Position]]:

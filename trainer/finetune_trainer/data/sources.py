@@ -55,7 +55,7 @@ class Located:
 
 def resolve(path: str, base_dir: Path) -> str:
     """An absolute path or URI: relative paths start from `base_dir`, else from the current directory."""
-    path = mounted(path)
+    path = os.path.expanduser(mounted(path))
     if "://" in path or os.path.isabs(path):
         return path
     first = os.path.join(base_dir, path)
@@ -99,7 +99,7 @@ def find_files(path: str, kind: str, format: str, where: str, base_dir: Path) ->
     directory = kind == "directory" or (kind == "uri" and url.endswith("/"))
     try:
         found = _list(url, directory)
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:  # every store has errors of its own
         raise UserError([Problem(field, f"{path}: can't be reached: {error}")]) from error
     if not found:
         raise UserError([Problem(field, _missing(path, url, directory))])
@@ -113,8 +113,16 @@ def _list(url: str, directory: bool) -> list[str]:
     elif any(mark in path for mark in "*?["):
         names = [name for name in fs.glob(path) if fs.isfile(name)]
     else:
-        names = [path] if fs.isfile(path) else []
+        names = [path] if _is_file(fs, path) else []
     return sorted(str(fs.unstrip_protocol(name)) if "://" in url else str(name) for name in names)
+
+
+def _is_file(fs: Any, path: str) -> bool:
+    """As fsspec's `isfile`, which calls a store that can't be reached, or refuses, an absent file."""
+    try:
+        return str(fs.info(path)["type"]) == "file"
+    except FileNotFoundError:
+        return False
 
 
 def _missing(path: str, url: str, directory: bool) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -44,6 +45,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, revision=source.revision)
     except (OSError, ValueError) as error:
         raise UserError([Problem("model", f"no tokenizer at {source.tokenizer!r}: {_first_line(error)}")]) from error
+    if len(tokenizer) == len(tokenizer.all_special_ids):  # what transformers makes of a directory without its files
+        raise UserError([Problem("model", f"no tokenizer at {source.tokenizer!r}: set model.tokenizer")])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -61,7 +64,7 @@ def load_config(source: ModelSource, tokenizer: PreTrainedTokenizerFast | None) 
     name = root_of(source.name)
     try:
         return AutoConfig.from_pretrained(name, revision=source.revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError([Problem("model", f"no model at {name!r}: {_first_line(error)}")]) from error
 
 
@@ -82,13 +85,24 @@ def build_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast | No
         raise UserError(unknown)
     try:
         config = AutoConfig.for_model(family, **(_tokenizer_fields(tokenizer) | values))
+    except StrictDataclassError as error:
+        raise UserError([Problem("model.config", " ".join(str(error).split()))]) from error
     except (TypeError, ValueError) as error:
         raise UserError([Problem("model.config", _first_line(error))]) from error
     if tokenizer is not None and config.vocab_size < len(tokenizer):
         raise UserError(
             [Problem("model.config.vocab_size", f"{config.vocab_size} is less than the tokenizer's {len(tokenizer)}")]
         )
+    _check_heads(config)
     return config
+
+
+def _check_heads(config: PretrainedConfig) -> None:
+    """What transformers finds out no earlier than in the first forward pass."""
+    heads, shared = (getattr(config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        message = f"{heads} attention heads can't share {shared}: expected a divisor of {heads}"
+        raise UserError([Problem("model.config.num_key_value_heads", message)])
 
 
 def context_length(config: PretrainedConfig) -> int | None:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.model import ModelSpec
+from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
+from finetune_trainer.errors import UserError
 from finetune_trainer.layout import StageLayout
+from finetune_trainer.patience import passing
 from finetune_trainer.pipeline import layouts, stage_before
 from finetune_trainer.storage import Storage
 
@@ -26,8 +29,9 @@ class ModelSource:
 
 def local_path(path: str, base_dir: str) -> Path:
     """A relative path starts at the job's file; where nothing is there, at the current directory."""
-    beside_job = Path(base_dir, path)
-    return beside_job if beside_job.exists() or not Path(path).exists() else Path(path).absolute()
+    given = Path(path).expanduser()
+    beside_job = Path(base_dir, given)
+    return beside_job if beside_job.exists() or not given.exists() else given.absolute()
 
 
 def stage_source(run: RunConfig, index: int, storage: Storage) -> ModelSource:
@@ -59,8 +63,17 @@ def _name(spec: ModelSpec, run: RunConfig) -> str | None:
     if spec.path is not None:
         return str(local_path(spec.path, run.base_dir))
     if spec.uri is not None:
-        return str(Storage(spec.uri).download("", Path(run.cache_dir, "models", spec.uri.replace("/", "_"))))
+        return _download(spec.uri, Path(run.cache_dir, "models", spec.uri.replace("/", "_")))
     return spec.hub
+
+
+def _download(uri: str, place: Path) -> str:
+    try:
+        return str(Storage(uri).download("", place))
+    except Exception as error:  # every store has errors of its own
+        if passing(error) or isinstance(error, UserError):
+            raise
+        raise UserError([Problem("model.uri", f"{uri} can't be read: {type(error).__name__}: {error}")]) from error
 
 
 def _tokenizer_name(spec: ModelSpec, run: RunConfig) -> str | None:

@@ -145,7 +145,7 @@ def adapter_size(model: PreTrainedModel, spec: Lora, path: str = "lora") -> Adap
     """
     from peft import get_peft_model  # takes seconds to import, and only adapters need it
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.device("meta"):  # else PEFT draws every weight on the CPU first
         warnings.simplefilter("ignore")
         adapted = get_peft_model(model, lora_config(spec, model, path))
     trained = [(name, weight) for name, weight in adapted.named_parameters() if weight.requires_grad]
