@@ -127,6 +127,13 @@ CASES: dict[str, tuple[Callable[[Job], Any], list[str]]] = {
         ),
         ["sharding.zero", "8-bit"],
     ),
+    "8-bit DoRA on a CPU": (
+        lambda job: (
+            put(job, "spec/stages/0/sft/lora", {"useDora": True}),
+            put(job, "spec/stages/0/sft/quantization", {"bits": 8}),
+        ),
+        ["stages[0].sft.lora.useDora", "8-bit", "needs a GPU"],
+    ),
     "quantization without LoRA": (
         lambda job: put(job, "spec/stages/0/sft/quantization", {"bits": 4}),
         ["quantization needs lora"],

@@ -37,7 +37,8 @@ def preflight(run: RunConfig, workers: Workers | None = None, *, device: Device 
         UserError: one problem per fault.
     """
     workers = workers or plan_workers(run.job.spec.resources)
-    problems = [*_storage(run), *([] if device else _resources(workers)), *_pipeline(run), *_data(run)]
+    problems = [*_storage(run), *([] if device else _resources(workers)), *_pipeline(run), *_cpu_limits(run, workers)]
+    problems += _data(run)
     plan: JobPlan | None = None
     try:
         plan = _model(run, workers, device or local_device(workers.most))
@@ -104,6 +105,15 @@ def _adapter_faults(run: RunConfig, stage: Stage, before: Stage | None, where: s
                 field = type(lora).model_fields[name].alias
                 message += f"{getattr(carried, name)!r}: set lora.merge there, or the same value here"
                 yield Problem(f"{where}.lora.{field}", message)
+
+
+def _cpu_limits(run: RunConfig, workers: Workers) -> Iterator[Problem]:
+    """On CPUs, PEFT's DoRA loses the scales of an 8-bit layer at the first step (peft 0.21.2)."""
+    for index, stage in enumerate([] if workers.accelerator else run.job.spec.stages):
+        lora, quantization = (getattr(stage.spec, name, None) for name in ("lora", "quantization"))
+        if lora is not None and lora.use_dora and quantization is not None and quantization.bits == 8:
+            where = f"stages[{index}].{stage.kind}.lora.useDora"
+            yield Problem(where, "DoRA on 8-bit weights needs a GPU: set quantization.bits to 4, or useDora to false")
 
 
 def _data(run: RunConfig) -> Iterator[Problem]:
