@@ -1,0 +1,278 @@
+"""An OpenAI-compatible server, asked with patience."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from types import TracebackType
+from typing import Any, Self
+
+from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, TCPConnector
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
+
+from finetune_api.endpoint import Endpoint
+from finetune_api.problems import Problem
+from finetune_api.redact import MARK, redact
+from finetune_trainer.endpoint.body import Dialect
+from finetune_trainer.endpoint.chat import BadBody, ChatAnswer, ChatRequest, read_answer
+from finetune_trainer.endpoint.pace import Pace
+from finetune_trainer.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Seconds between two tries: the first pause and the longest, each about twice the one before."""
+OUTAGE_SECONDS = 600.0
+"""How long a server may answer nobody at all before the run fails."""
+LARGEST_BODY = 64 << 20
+SHOWN = 300
+_WAITS = (429,)
+_PASSES = (408, 409, 425, *range(500, 600))
+_WRONG = (401, 402, 403, 404, 405)
+_NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached")
+
+
+class NoAnswer(Exception):
+    """The server has no answer to this request, and goes on to answer others."""
+
+
+class _Passing(Exception):
+    """A failure that says nothing about the next try."""
+
+    def __init__(self, message: str, wait: float | None = None, counts: bool = True) -> None:
+        super().__init__(message)
+        self.wait, self.counts = wait, counts
+
+
+class ChatClient:
+    """The client of one endpoint; an asynchronous context manager, for one event loop.
+
+    What may pass is tried again: status 408, 409, 425, 429 and 5xx, timeouts, lost connections, bodies that are no
+    chat completion. An `Idempotency-Key` lets a server that knows it charge one request once.
+
+    Args:
+        where: the endpoint's place in the job, for messages.
+
+    Raises:
+        UserError: the variable of the API key is not set.
+    """
+
+    def __init__(self, endpoint: Endpoint, where: str, outage: float = OUTAGE_SECONDS) -> None:
+        self.endpoint, self.where, self._outage = endpoint, where, outage
+        self._key = _api_key(endpoint, where)
+        self._dialect, self._pace = Dialect(endpoint), Pace(endpoint)
+        self._session: ClientSession | None = None
+        self._heard = 0.0
+        self.retries = 0
+        """Requests sent again so far."""
+
+    async def __aenter__(self) -> Self:
+        headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
+        self._session = ClientSession(
+            headers=headers,
+            connector=TCPConnector(limit=self.endpoint.concurrency),
+            timeout=ClientTimeout(total=self.endpoint.timeout_seconds),
+            trust_env=True,
+        )
+        self._heard = _now()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def complete(self, request: ChatRequest) -> ChatAnswer:
+        """The answer to one request, however often it must be sent.
+
+        Raises:
+            NoAnswer: the server refuses this request, or `maxRetries` are used up.
+            UserError: the server refuses every request: a wrong key, address or model, or no money left.
+            ConnectionError: the server has answered nobody for ten minutes.
+        """
+        patience = _Patience(self.endpoint.max_retries)
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(_Passing),
+            wait=patience.wait,
+            stop=patience.stop,
+            before_sleep=self._before_retry,
+            reraise=True,
+        )
+        try:
+            answer: ChatAnswer = await retrying(self._once, request)
+        except _Passing as error:
+            raise NoAnswer(f"no answer after {patience.failures} tries: {error}") from error
+        return answer
+
+    async def models(self) -> list[str]:
+        """The names of the models that the server has; empty where it doesn't tell.
+
+        Raises:
+            UserError: it can't be reached, or refuses the key.
+        """
+        assert self._session is not None
+        url = f"{self._base}/models"
+        try:
+            async with self._session.get(url, allow_redirects=False) as response:
+                body = await _body(response)
+                if response.status in (401, 402, 403):
+                    raise self._fatal(response, body.decode("utf-8", "replace"))
+        except (ClientError, OSError, TimeoutError, BadBody) as error:
+            raise UserError([Problem(f"{self.where}.baseUrl", f"{url} can't be reached: {_words(error)}")]) from error
+        return _names(body) if response.status == 200 else []
+
+    async def _once(self, request: ChatRequest) -> ChatAnswer:
+        async with self._pace.turn(request.prompt_tokens + request.generation.max_new_tokens):
+            return await self._send(request)
+
+    async def _send(self, request: ChatRequest) -> ChatAnswer:
+        assert self._session is not None
+        sent = self._dialect.body(request)
+        headers = {"Idempotency-Key": request.key(self.endpoint.model)}
+        url = f"{self._base}/chat/completions"
+        try:
+            async with self._session.post(url, json=sent, headers=headers, allow_redirects=False) as response:
+                body = await _body(response)
+                if response.status != 200:
+                    raise self._failure(response, body.decode("utf-8", "replace"), sent)
+                answer = read_answer(body)
+        except (ClientError, OSError, TimeoutError, BadBody) as error:
+            raise _Passing(_words(error)) from error
+        self._heard = _now()
+        return answer
+
+    def _failure(self, response: ClientResponse, text: str, sent: dict[str, Any]) -> Exception:
+        status = response.status
+        said = f"status {status}: {self._clean(text)}"
+        if status in _WAITS and not any(mark in text for mark in _NO_MONEY):
+            self._heard = _now()
+            wait = retry_after(response.headers)
+            if wait is not None:
+                self._pace.hold(wait)
+            return _Passing(said, wait, counts=False)
+        if status in _PASSES:
+            return _Passing(said, retry_after(response.headers))
+        if status in _WRONG or status in _WAITS or 300 <= status < 400:
+            return self._fatal(response, text)
+        self._heard = _now()
+        if status in (400, 422) and self._dialect.learn(sent, text):
+            return _Passing(said, wait=0.0, counts=False)
+        return NoAnswer(f"the server refuses the request, {said}")
+
+    def _fatal(self, response: ClientResponse, text: str) -> UserError:
+        endpoint, status = self.endpoint, response.status
+        field, why = "baseUrl", ""
+        if status in (401, 403):
+            field = "apiKeyEnv"
+            why = " (no key was sent)" if self._key is None else f" (the key is that of {endpoint.api_key_env})"
+        elif status == 404:
+            field, why = "model", f" (asked for {endpoint.model!r} at {self._base})"
+        elif 300 <= status < 400:
+            why = f" (it redirects to {self._clean(response.headers.get('Location', 'nowhere'))})"
+        message = f"the server refuses, status {status}: {self._clean(text)}{why}"
+        return UserError([Problem(f"{self.where}.{field}", message)])
+
+    def _before_retry(self, state: RetryCallState) -> None:
+        self.retries += 1
+        error = state.outcome.exception() if state.outcome else None
+        log.debug("%s: %s; tried again", self.where, error)
+        if _now() - self._heard > self._outage:
+            minutes = f"{self._outage / 60:.0f} minutes"
+            raise ConnectionError(f"{self.where}: {self._base} has answered nobody for {minutes}; last: {error}")
+
+    def _clean(self, text: str) -> str:
+        """A server's words in one short line, without the key: some servers repeat it."""
+        known = text if not self._key else text.replace(self._key, MARK)
+        return " ".join(redact(known).split())[:SHOWN] or "(no text)"
+
+    @property
+    def _base(self) -> str:
+        return self.endpoint.base_url.rstrip("/")
+
+
+class _Patience:
+    """How long to wait before a request is sent again, and when to give it up."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.failures = most, 0
+        self._pause = wait_exponential_jitter(initial=FIRST_PAUSE, max=LONGEST_PAUSE, jitter=FIRST_PAUSE)
+
+    def stop(self, state: RetryCallState) -> bool:
+        self.failures += _error(state).counts
+        return self.failures > self.most
+
+    def wait(self, state: RetryCallState) -> float:
+        asked = _error(state).wait
+        return self._pause(state) if asked is None else asked
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait as a response's `Retry-After` says, in seconds or as a date; None where it says nothing."""
+    value = headers.get("Retry-After", "").strip()
+    if not value:
+        return None
+    try:
+        return max(float(value), 0.0)
+    except ValueError:
+        pass
+    try:
+        until = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    until = until if until.tzinfo else until.replace(tzinfo=UTC)
+    return max((until - datetime.now(UTC)).total_seconds(), 0.0)
+
+
+def _error(state: RetryCallState) -> _Passing:
+    error = state.outcome.exception() if state.outcome else None
+    assert isinstance(error, _Passing)
+    return error
+
+
+def _api_key(endpoint: Endpoint, where: str) -> str | None:
+    if endpoint.api_key_env is None:
+        return None
+    key = os.environ.get(endpoint.api_key_env, "").strip()
+    if not key:
+        message = f"the environment variable {endpoint.api_key_env} is not set: it holds the API key"
+        raise UserError([Problem(f"{where}.apiKeyEnv", message)])
+    return key
+
+
+async def _body(response: ClientResponse) -> bytes:
+    """The whole body, of a bounded size.
+
+    Raises:
+        BadBody: it is larger.
+    """
+    parts, size = [], 0
+    async for part in response.content.iter_any():
+        size += len(part)
+        if size > LARGEST_BODY:
+            raise BadBody(f"a body of more than {LARGEST_BODY} bytes")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _names(body: bytes) -> list[str]:
+    try:
+        listed = json.loads(body)["data"]
+        return sorted(str(model["id"]) for model in listed)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return []
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    return f"{type(error).__name__}: {error}"
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
