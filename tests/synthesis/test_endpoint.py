@@ -65,9 +65,8 @@ def test_every_request_is_answered_once_whatever_goes_wrong(seed: int, tmp_path:
         assert [answer.text for answer in answers] == [f"you said {number}" for number in range(60)]
         assert server.charged == 60 and not server.charged_twice
         assert set(server.fared) == {*FAULTS, "good"}
-        assert server.most_under_way <= 8 + server.fared["stall"], (
-            "a stalled request is gone for us, not for the server"
-        )
+        # A request that was given up is under way at the server until it notices.
+        assert server.most_under_way <= 8 + server.fared["stall"] + server.fared["stall in the body"]
 
 
 def test_a_journal_pays_for_nothing_twice(tmp_path: Path) -> None:
@@ -147,12 +146,6 @@ def test_the_key_is_sent_and_its_absence_told(monkeypatch: pytest.MonkeyPatch) -
 def test_one_refused_request_is_no_fault_of_the_others() -> None:
     with FaultyTeacher(echo) as server:
         refuse = "prompt is too long"
-        server_answer = server.completion
-
-        def completion(body: dict[str, Any]) -> dict[str, Any]:
-            return server_answer(body)
-
-        server.completion = completion  # type: ignore[method-assign]
         _answer_with(
             server,
             lambda web: web.Response(status=400, text=refuse),
@@ -164,7 +157,7 @@ def test_one_refused_request_is_no_fault_of_the_others() -> None:
 
 
 def test_what_a_server_does_not_know_is_left_out() -> None:
-    generation = Generation(max_new_tokens=7, do_sample=True, top_k=5, stop=["###"])
+    generation = Generation.model_validate({"maxNewTokens": 7, "doSample": True, "topK": 5, "stop": ["###"]})
 
     def refusal(body: dict[str, Any]) -> str | None:
         if "max_tokens" in body:
@@ -197,7 +190,7 @@ def test_a_server_that_answers_nobody_ends_the_run() -> None:
         async with ChatClient(at, "teacher.endpoint", outage=0.3) as client:
             await client.complete(request("x"))
 
-    at = Endpoint(base_url="http://127.0.0.1:9/v1", model="m", max_retries=1000)
+    at = Endpoint.model_validate({"baseUrl": "http://127.0.0.1:9/v1", "model": "m", "maxRetries": 1000})
     with pytest.raises(ConnectionError, match="has answered nobody"):
         asyncio.run(wait_for(at))
 
@@ -228,7 +221,7 @@ def test_answers_are_read_strictly() -> None:
 
 
 def test_cost() -> None:
-    at = Endpoint(base_url="http://x/v1", model="m", prompt_price=2.0, completion_price=10.0)
+    at = Endpoint.model_validate({"baseUrl": "http://x/v1", "model": "m", "promptPrice": 2.0, "completionPrice": 10.0})
     answers = [ChatAnswer("", prompt_tokens=500_000, completion_tokens=100_000), ChatAnswer("")]
     cost = cost_of(answers, at)
     assert (cost.answers, cost.uncounted, cost.price) == (2, 1, 2.0)

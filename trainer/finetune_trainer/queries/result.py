@@ -1,0 +1,30 @@
+"""What came of a query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Engine = Literal["sqlite", "duckdb", "cypher"]
+FailureKind = Literal["invalid", "not read-only", "timeout", "memory", "crash"]
+
+
+@dataclass(frozen=True)
+class QueryResult:
+    """The rows that a query returned, as JSON values; of what JSON has no form for, the text."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    more: bool
+    """Whether there are more rows than these."""
+
+
+class QueryFailed(Exception):
+    """A query that returned nothing to look at: `kind` says in which way, the message why."""
+
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        super().__init__(message)
+        self.kind: FailureKind = kind
+
+    def __reduce__(self) -> tuple[type[QueryFailed], tuple[FailureKind, str]]:
+        return type(self), (self.kind, str(self))
