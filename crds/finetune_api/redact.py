@@ -11,9 +11,27 @@ MARK = "***"
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CONNECTION_STRING", re.I)
 _NOT_SECRET = re.compile(r"_(FILE|PATH|MODE|DIR)$|^TOKENIZERS_", re.I)
 _SHAPES = re.compile(
-    r"hf_[A-Za-z0-9]{16,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}"
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"  # PEM
+    r"|\b(?:hf|api_org)_[A-Za-z0-9]{16,}"  # Hugging Face
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # AWS
+    r"|\bsk-[A-Za-z0-9_-]{20,}|\bxox[abeprs]-[A-Za-z0-9-]{10,}|\bAIza[A-Za-z0-9_-]{30,}"  # OpenAI, Slack, Google
+    r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_[A-Za-z0-9_]{20,}|\bglpat-[A-Za-z0-9_-]{16,}"  # GitHub, GitLab
+    r"|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"  # JSON web tokens, such as service accounts'
+    r"|(?<=://)[^/\s:@'\"]*:[^/\s'\"]+(?=@)"  # user:password@host
+    r"|(?<=\b[Bb]earer )[A-Za-z0-9._~+/=-]{8,}|(?<=\b[Bb]asic )[A-Za-z0-9+/=]{8,}",
+    re.DOTALL,
 )
+_NAMED = re.compile(
+    r"""(?P<name>\b[\w.-]*(?:secret|passwd|password|pwd|credential|signature
+        |(?:auth|access|api|hub|hf|session|security|refresh|id)[_-]?token
+        |(?:api|access|account|private|secret|encryption)[_-]?key(?:[_-]?id)?)s?
+        ["']?\s*[=:]\s*["']?)
+        (?P<value>[^\s"',;&)}\]]{%d,})"""
+    % SHORTEST,
+    re.IGNORECASE | re.VERBOSE,
+)
+"""`password=…`, `"aws_secret_access_key": "…"`, `&X-Amz-Signature=…`: by the name before it. A mere `token` is a word of
+every tokenizer, so it takes more than that."""
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
@@ -21,7 +39,7 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
     secrets = {value for name, value in environment.items() if is_secret(name) and len(value) >= SHORTEST}
     for value in sorted(secrets, key=len, reverse=True):
         text = text.replace(value, MARK)
-    return _SHAPES.sub(MARK, text)
+    return _NAMED.sub(rf"\g<name>{MARK}", _SHAPES.sub(MARK, text))
 
 
 def is_secret(name: str) -> bool:
