@@ -56,7 +56,8 @@ class Kubernetes(ApiModel):
     """PersistentVolumeClaim that keeps downloads and prepared data, shared by the nodes and attempts of a job and by
     other jobs. Default: each attempt has its own, lost with its pods."""
     model_cache_host_path: AbsolutePath | None = None
-    """Directory of each node that keeps them instead, where the operator allows host paths."""
+    """Directory of each node that keeps them instead, where the operator allows host paths. It is there already, and
+    writable for the pod's user (1000): one that Kubernetes made would be root's."""
     checkpoint_grace_seconds: Annotated[int, Field(ge=1, le=86400)] = 120
     """How long a node that is to stop may take to save a checkpoint; also its pod's termination grace period."""
 

@@ -22,16 +22,15 @@ _SHAPES = re.compile(
     re.DOTALL,
 )
 _NAMED = re.compile(
-    r"""(?P<name>\b[\w.-]*(?:secret|passwd|password|pwd|credential|signature
+    rf"""(?P<name>\b[\w.-]*(?:secret|passwd|password|pwd|credential|signature
         |(?:auth|access|api|hub|hf|session|security|refresh|id)[_-]?token
         |(?:api|access|account|private|secret|encryption)[_-]?key(?:[_-]?id)?)s?
         ["']?\s*[=:]\s*["']?)
-        (?P<value>[^\s"',;&)}\]]{%d,})"""
-    % SHORTEST,
+        (?P<value>[^\s"',;&)}}\]]{{{SHORTEST},}})""",
     re.IGNORECASE | re.VERBOSE,
 )
-"""`password=…`, `"aws_secret_access_key": "…"`, `&X-Amz-Signature=…`: by the name before it. A mere `token` is a word of
-every tokenizer, so it takes more than that."""
+"""`password=…`, `"aws_secret_access_key": "…"`, `&X-Amz-Signature=…`: by the name before it. A mere `token` is a word
+of every tokenizer, so it takes more than that."""
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:

@@ -26,6 +26,8 @@ class DeleteRun:
     """Delete a run; its pods get their grace period."""
 
     run: int
+    engine: str
+    """The engine that runs it, which may not be the one that the operator would choose today."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ async def _create(api: Api, operation: Create) -> Json:
             return await _existing(api, operation, kind) if operation.run else {}
         if error.status in (UNPROCESSABLE, BAD_REQUEST, TOO_LARGE):
             raise Refused(Reason.REJECTED, f"{kind}: {message}") from error
-        if error.status == FORBIDDEN or (error.status == CONFLICT):
+        if error.status in (FORBIDDEN, CONFLICT) or "failed calling webhook" in message:
             raise Refused(Reason.FORBIDDEN, f"{kind}: {message}") from error
         if error.status == NOT_FOUND:
             raise Outdated(message) from error

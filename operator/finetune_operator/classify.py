@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from finetune_api.exit_codes import ExitCode
 from finetune_api.redact import redact
 from finetune_api.report import AttemptReport
 from finetune_operator.conditions import Reason
-from finetune_operator.observed import PodView, RunView
+from finetune_operator.observed import Complaint, PodView, RunView
 from finetune_operator.reports import clean, read_report
 
-SIGKILL, SIGTERM = 137, 143
 MESSAGE_LIMIT = 2048
 _NODE_LOST = ("NodeLost", "NodeShutdown", "Shutdown", "Terminated", "DeletionByTaintManager", "DeletionByPodGC")
 _EVICTED = ("Evicted", "Preempted", "Preempting", "PreemptionByScheduler", "EvictionByEvictionAPI",
             "TerminationByKubelet", "OutOfcpu", "OutOfmemory", "OutOfpods", "UnexpectedAdmissionError")  # fmt: skip
 _PULL = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
-_DEVICE_OOM = re.compile(r"CUDA out of memory|CUDA error: out of memory|torch\.(cuda\.)?OutOfMemoryError")
+_MOUNT = ("FailedMount", "FailedAttachVolume", "FailedMapVolume")
+_CREATE = ("FailedCreate", "FailedToCreateHeadPod", "FailedToCreateWorkerPod")
+_DEVICE_OOM = re.compile(
+    r"(CUDA|HIP|XPU) out of memory|CUDA error: out of memory|torch\.(cuda\.)?OutOfMemoryError|"
+    r"CUBLAS_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation"
+)
 _RENDEZVOUS = re.compile(
-    r"NCCL (error|timeout|WARN)|ncclSystemError|ncclRemoteError|gloo.*(connect|timeout|Connection)|"
-    r"DistNetworkError|DistStoreError|rendezvous|failed to connect to (the )?(head|GCS)|RpcError|"
+    r"NCCL (error|timeout|WARN)|nccl(System|Remote|Internal|UnhandledCuda)Error|WorkNCCL|ProcessGroup(NCCL|Gloo)|"
+    r"Watchdog caught collective operation timeout|gloo.*(connect|timeout|Connection)|"
+    r"Dist(Network|Store|Backend)Error|rendezvous|failed to connect to (the )?(head|GCS)|RpcError|"
     r"Unable to connect to GCS",
     re.IGNORECASE,
-)  # fmt: skip
+)
+_SIGNALS = {137: "SIGKILL", 143: "SIGTERM", 139: "SIGSEGV", 134: "SIGABRT"}
 
 
 @dataclass(frozen=True)
@@ -41,23 +47,24 @@ class Ending:
     pod: str | None = None
     node: str | None = None
     exit_code: int | None = None
-
-
-Rule = Callable[[RunView, tuple[PodView, ...], str], Ending | None]
+    traceback: str = ""
+    """The last lines of what the driver said, where that is more than the message."""
+    container: str = ""
+    """The container that is to blame, where it isn't the trainer's."""
 
 
 def classify(run: RunView, pods: tuple[PodView, ...], report: AttemptReport | None) -> Ending:
     """The ending of a failed run. The first rule that fits wins: the driver's own word, then what Kubernetes saw."""
     said = _said(pods, report)
-    text = said.message or "" if said else _driver_text(pods) or run.message
+    text = (said.message or "") if said else _driver_text(pods) or run.message
     code = _exit_code(run, pods, said)
-    for ending in _endings(run, pods, text, code):
-        return ending
-    return Ending(Reason.UNKNOWN, _clip(text or "the trainer ended without a word"), True, True,
-                  *_place(pods[:1]), code)  # fmt: skip
+    unknown = Ending(Reason.UNKNOWN, _last_line(text) or _wordless(code), True, True, *_place(pods[:1]), code)
+    ending = next(iter(_endings(run, pods, text, code)), unknown)
+    more = len(text.strip().splitlines()) > 1 and ending.message != _clip(text)
+    return replace(ending, traceback=_clip(text) if more else "")
 
 
-def waiting(pods: Iterable[PodView]) -> tuple[Reason, str] | None:
+def waiting(pods: Iterable[PodView], complaints: Iterable[Complaint] = ()) -> tuple[Reason, str] | None:
     """What holds up a run that has not begun, most telling first."""
     pods = tuple(pods)
     for reasons, reason in ((_PULL, Reason.IMAGE_PULL), (_CONFIG, Reason.POD_CONFIG)):
@@ -67,6 +74,9 @@ def waiting(pods: Iterable[PodView]) -> tuple[Reason, str] | None:
     for pod in pods:
         if pod.unschedulable is not None and pod.node is None:
             return Reason.UNSCHEDULABLE, _clip(pod.unschedulable)
+    for said in complaints:
+        reason = Reason.POD_CONFIG if said.reason in _MOUNT else Reason.FORBIDDEN if said.reason in _CREATE else None
+        return reason or Reason.STARTING, _clip(f"{said.reason}: {said.message}")
     return None
 
 
@@ -81,16 +91,17 @@ def _endings(run: RunView, pods: tuple[PodView, ...], text: str, code: int | Non
         yield Ending(Reason.EVICTED, _clip(run.message), True, False, *place, code)
     yield from _killed_for_memory(pods)
     if _DEVICE_OOM.search(text):
-        yield Ending(Reason.DEVICE_OOM, _clip(text), False, True, *place, code)
+        yield Ending(Reason.DEVICE_OOM, _line_of(_DEVICE_OOM, text), False, True, *place, code)
     if code == ExitCode.OUT_OF_MEMORY:
-        yield Ending(Reason.OOM_KILLED, _clip(text or "out of memory"), False, True, *place, code)
+        yield Ending(Reason.OOM_KILLED, _last_line(text) or "out of memory", False, True, *place, code)
     if code == ExitCode.INTERRUPTED:
-        yield Ending(Reason.INTERRUPTED, _clip(text or "stopped, with a checkpoint"), True, False, *place, code)
+        message = _last_line(text) or "stopped, with a checkpoint"
+        yield Ending(Reason.INTERRUPTED, message, True, False, *place, code)
     stuck = waiting(pods)
     if stuck is not None:
         yield Ending(stuck[0], stuck[1], True, True, *place, code)
     if _RENDEZVOUS.search(text):
-        yield Ending(Reason.RENDEZVOUS, _clip(text), True, True, *place, code)
+        yield Ending(Reason.RENDEZVOUS, _line_of(_RENDEZVOUS, text), True, True, *place, code)
 
 
 def _lost_pods(pods: tuple[PodView, ...]) -> Iterable[Ending]:
@@ -105,13 +116,14 @@ def _lost_pods(pods: tuple[PodView, ...]) -> Iterable[Ending]:
 def _killed_for_memory(pods: tuple[PodView, ...]) -> Iterable[Ending]:
     for pod in pods:
         if pod.terminated == "OOMKilled":
-            message = f"pod {pod.name} used more memory than its limit"
-            yield Ending(Reason.OOM_KILLED, message, False, True, pod.name, pod.node, pod.exit_code)
+            who = f"container {pod.failed_container} of pod" if pod.failed_container else "pod"
+            yield Ending(Reason.OOM_KILLED, f"{who} {pod.name} used more memory than its limit", False, True, pod.name,
+                         pod.node, pod.exit_code, container=pod.failed_container)  # fmt: skip
 
 
 def termination_report(pod: PodView) -> AttemptReport | None:
     """The report in a pod's termination message; None where there is none."""
-    return read_report(pod.termination_message)
+    return None if pod.failed_container else read_report(pod.termination_message)
 
 
 def _said(pods: tuple[PodView, ...], report: AttemptReport | None) -> AttemptReport | None:
@@ -120,18 +132,38 @@ def _said(pods: tuple[PodView, ...], report: AttemptReport | None) -> AttemptRep
 
 
 def _driver_text(pods: tuple[PodView, ...]) -> str:
-    return next((pod.termination_message for pod in pods if pod.index == 0), "")
+    driver = next((pod for pod in pods if pod.index == 0), None)
+    if driver is None or not driver.failed_container:
+        return driver.termination_message if driver else ""
+    how = f"container {driver.failed_container} ended with exit code {driver.exit_code}"
+    return f"{driver.termination_message}\n{how}".strip()
 
 
 def _exit_code(run: RunView, pods: tuple[PodView, ...], said: AttemptReport | None) -> int | None:
+    """The driver's; another container's codes mean what they like."""
     if said is not None and said.exit_code is not None:
         return said.exit_code
-    driver = next((pod.exit_code for pod in pods if pod.index == 0), None)
+    driver = next((pod.exit_code for pod in pods if pod.index == 0 and not pod.failed_container), None)
     return driver if driver is not None else run.exit_code
+
+
+def _wordless(code: int | None) -> str:
+    how = f" (exit code {code}{f', {_SIGNALS[code]}' if code in _SIGNALS else ''})" if code is not None else ""
+    return f"the trainer ended without a word{how}"
 
 
 def _place(pods: Iterable[PodView]) -> tuple[str | None, str | None]:
     return next(((pod.name, pod.node) for pod in pods), (None, None))
+
+
+def _last_line(text: str) -> str:
+    """A traceback's last line is the error itself."""
+    return _clip(next((line for line in reversed(text.splitlines()) if line.strip()), "").strip())
+
+
+def _line_of(pattern: re.Pattern[str], text: str) -> str:
+    """The last line that says so."""
+    return _clip(next((line for line in reversed(text.splitlines()) if pattern.search(line)), text).strip())
 
 
 def _clip(text: str) -> str:

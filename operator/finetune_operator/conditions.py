@@ -71,6 +71,8 @@ class Reason(StrEnum):
     """Stopped by `runPolicy.suspend`."""
     RESUMED = "Resumed"
     """Goes on after a suspension."""
+    STAGE_DONE = "StageSucceeded"
+    """A stage is done, its result in storage; of events alone."""
     COMPLETED = "Completed"
     """Every stage is done."""
     DEADLINE = "DeadlineExceeded"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from kubernetes.aio.client import ApiException
@@ -15,6 +16,7 @@ from finetune_operator.api import Api
 from finetune_operator.apply import Outdated, Refused, apply
 from finetune_operator.cache import Cache, Key
 from finetune_operator.classify import MESSAGE_LIMIT
+from finetune_operator.complaints import Complaints
 from finetune_operator.decide import decide
 from finetune_operator.engines import ENGINES, engine_of
 from finetune_operator.metrics import Metrics
@@ -52,6 +54,7 @@ class Controller:
         self._api, self._cache, self._settings, self._metrics = api, cache, settings, metrics
         self._kuberay, self._start_again = kuberay, start_again
         self.queue = WorkQueue(self._look)
+        self._complaints = Complaints(api, self.queue.add_after)
         self.poller = Poller(cache, settings, self.queue.add)
         self._written: dict[Key, float] = {}
         self._next_write = 0.0
@@ -60,6 +63,7 @@ class Controller:
         self._cache.forget(key)
         self.queue.forget(key)
         self._written.pop(key, None)
+        self._complaints.forget(key)
         self._metrics.forget(key)
 
     async def _look(self, key: Key) -> None:
@@ -110,18 +114,17 @@ class Controller:
         for action in decision.actions:
             if isinstance(action, StopRun):
                 await self.poller.stop(key, action.run)
-        attempt = decision.status.get("attempt", 0)
-        await self._tell(seen, decision, attempt, now)
+        await self._tell(seen, decision, now)
         await self._write(key, seen, decision)
         await apply(self._api, [operation for operation in operations if isinstance(operation, Delete)])
         self._metrics.seen(key, seen.body, decision.status)
         if decision.wake is not None:
             self.queue.add_after(key, (decision.wake - datetime.now(UTC)).total_seconds() + 0.05)
 
-    async def _tell(self, seen: Observed, decision: Decision, attempt: int, now: datetime) -> None:
+    async def _tell(self, seen: Observed, decision: Decision, now: datetime) -> None:
         for item in decision.events:
             try:
-                await apply(self._api, [event(seen.body, item, attempt, now)])
+                await apply(self._api, [event(seen.body, item, now)])
             except (Refused, ApiException) as error:  # an event is a courtesy: the conditions say the same
                 log.warning("event %s was not taken: %s", item.reason, error)
 
@@ -157,7 +160,8 @@ class Controller:
         if missing and self._settings.kuberay and await self._api.has_kuberay():
             log.warning("KubeRay is there now: starting again to watch its RayJobs")
             self._start_again()
-        return Observed(seen.body, seen.runs, seen.pods, seen.report, missing, seen.trouble)
+        said = await self._complaints.about(key, seen, datetime.now(UTC))
+        return replace(seen, engine_missing=missing, complaints=said)
 
     async def _confirm_gone(self, key: Key, seen: Observed) -> None:
         """A watch may lag behind: ask for the run of an attempt that has not ended and that no watch has told of."""

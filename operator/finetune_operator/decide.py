@@ -8,20 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
-from finetune_api.cluster import RunPolicy
-from finetune_api.kubernetes import Kubernetes
 from finetune_operator import attempts
-from finetune_operator.actions import Decision, DeleteJob, DeleteRun, HoldJob, StartRun, StopRun
+from finetune_operator.actions import Decision, DeleteJob, DeleteRun, HoldJob, StartRun
 from finetune_operator.advice import with_advice
+from finetune_operator.checking import patience, preflight
 from finetune_operator.classify import classify, termination_report, waiting
 from finetune_operator.conditions import Reason, Type, moment, stamp
 from finetune_operator.draft import Draft
-from finetune_operator.names import CLEANUP_RUN, PREFLIGHT_RUN
-from finetune_operator.observed import Observed, RunState, RunView
+from finetune_operator.names import CLEANUP_RUN
+from finetune_operator.observed import ENDED, Observed, RunState, RunView
 from finetune_operator.settings import Settings
 from finetune_operator.spec_check import spec_faults
-
-ENDED = (RunState.SUCCEEDED, RunState.FAILED)
+from finetune_operator.stopping import deadline, suspend
 
 
 def decide(seen: Observed, settings: Settings, now: datetime) -> Decision:
@@ -39,13 +37,13 @@ def _over(draft: Draft) -> bool:
         return False
     for run in draft.seen.runs:
         if run.owner == draft.seen.uid and run.state not in ENDED and not run.deleting:
-            draft.do(DeleteRun(run.run))
+            draft.do(DeleteRun(run.run, run.engine))
     _ttl(draft)
     return True
 
 
 def _ttl(draft: Draft) -> None:
-    ttl = _policy(draft).ttl_seconds_after_finished
+    ttl = draft.policy.ttl_seconds_after_finished
     ended = draft.status.get("completionTime")
     if ttl is None or ended is None:
         return
@@ -63,6 +61,7 @@ def _invalid(draft: Draft) -> bool:
     fault = spec_faults(draft.seen.body, draft.settings)
     if fault is not None:
         draft.set(Type.VALIDATED, "False", fault.reason, fault.message)
+        draft.status.pop("failure", None)
         return draft.fail(fault.reason, fault.message)
     draft.set(Type.VALIDATED, "True", Reason.VALID)
     return False
@@ -82,7 +81,7 @@ def _empty(draft: Draft) -> bool:
     runs = [run for run in draft.seen.runs if run.owner == draft.seen.uid and run.run > 0]
     for run in runs:
         if not run.deleting:
-            draft.do(DeleteRun(run.run))
+            draft.do(DeleteRun(run.run, run.engine))
     cleanup = draft.seen.run(CLEANUP_RUN)
     if runs:
         return True
@@ -118,6 +117,7 @@ def _refused(draft: Draft) -> bool:
     if trouble is None:
         return False
     if trouble.reason is Reason.REJECTED:
+        draft.status.pop("failure", None)
         return draft.fail(trouble.reason, trouble.message)
     if trouble.again <= draft.now:
         return False
@@ -137,94 +137,12 @@ def _succeeded(draft: Draft) -> bool:
     return True
 
 
-def _deadline(draft: Draft) -> bool:
-    seconds, started = _policy(draft).active_deadline_seconds, draft.status.get("startTime")
-    if seconds is None or started is None:
-        return False
-    end = moment(started) + timedelta(seconds=seconds)
-    if end > draft.now:
-        draft.wake_at(end)
-        return False
-    message = f"ran longer than runPolicy.activeDeadlineSeconds ({seconds} s); its last checkpoint is kept"
-    run = draft.active()
-    if run is not None and _stop(draft, run, Reason.DEADLINE):
-        return True
-    draft.status["failure"] = {"reason": Reason.DEADLINE.value, "message": message}
-    return draft.fail(Reason.DEADLINE, message)
-
-
-def _suspend(draft: Draft) -> bool:
-    run, wanted = draft.active(), _policy(draft).suspend
-    if not wanted:
-        return False
-    if run is not None and _stop(draft, run, Reason.SUSPENDED):
-        draft.set(Type.SUSPENDED, "False", Reason.STOPPING, "saving a checkpoint")
-        return True
-    last = draft.status.get("lastCheckpoint")
-    kept = f"goes on from step {last['step']} of stage {last['stage'] + 1}" if last else "nothing was trained yet"
-    draft.set(Type.RUNNING, "False", Reason.SUSPENDED)
-    draft.set(Type.SUSPENDED, "True", Reason.SUSPENDED, kept)
-    draft.status.pop("startTime", None)
-    return True
-
-
-def _stop(draft: Draft, run: RunView, reason: Reason) -> bool:
-    """Ask for a checkpoint, give it time, then delete the run; False once it is gone."""
-    asked = draft.stop_asked(run.run)
-    if run.deleting:
-        draft.set(Type.RUNNING, "False", Reason.STOPPING, "the pods have their grace period")
-        return True
-    grace = _kubernetes(draft).checkpoint_grace_seconds
-    if run.state is RunState.RUNNING and asked is None:
-        draft.ask_stop(run.run)
-        draft.do(StopRun(run.run))
-        draft.wake_at(draft.now + timedelta(seconds=grace))
-    elif asked is not None and asked + timedelta(seconds=grace) > draft.now:
-        draft.do(StopRun(run.run))  # again, in case the first request met nobody
-        draft.wake_at(min(asked + timedelta(seconds=grace), draft.now + timedelta(seconds=5)))
-    else:
-        draft.do(DeleteRun(run.run))
-    draft.set(Type.RUNNING, "False" if run.state is not RunState.RUNNING else "True", Reason.STOPPING)
-    draft.stop_reason(run.run, reason)
-    return True
-
-
-def _preflight(draft: Draft) -> bool:
-    if draft.holds(Type.PLANNED):
-        return False
-    if not _kubernetes(draft).preflight:
-        draft.set(Type.PLANNED, "True", Reason.PREFLIGHT_SKIPPED)
-        return False
-    run = draft.seen.run(PREFLIGHT_RUN)
-    if run is None and draft.status.get("attempts"):  # it passed, was cleaned up, and nobody was there to write it down
-        draft.set(Type.PLANNED, "True", Reason.PREFLIGHT_PASSED)
-        return False
-    if run is None or run.deleting:
-        draft.set(Type.PLANNED, "Unknown", Reason.PREFLIGHT_RUNNING)
-        draft.do(StartRun(PREFLIGHT_RUN))
-        return True
-    pods = draft.seen.pods_of(PREFLIGHT_RUN)
-    if run.state is RunState.SUCCEEDED:
-        draft.learn(next(filter(None, map(termination_report, pods)), None))
-        draft.set(Type.PLANNED, "True", Reason.PREFLIGHT_PASSED, draft.plan_words())
-        return False
-    if run.state is RunState.FAILED:
-        ending = classify(run, pods, None)
-        draft.failure(ending, PREFLIGHT_RUN)
-        draft.set(Type.PLANNED, "False", Reason.PREFLIGHT_FAILED, ending.message)
-        return draft.fail(ending.reason if ending.reason is Reason.USER_ERROR else Reason.PREFLIGHT_FAILED,
-                          ending.message)  # fmt: skip
-    stuck = waiting(pods)
-    draft.set(Type.PLANNED, "Unknown", *(stuck or (Reason.PREFLIGHT_RUNNING, "")))
-    return True
-
-
 def _start(draft: Draft) -> bool:
     """No attempt is on its way: give up, wait, or start the next one."""
     if draft.active() is not None:
         return False
     last = attempts.last(draft.status)
-    limit = _policy(draft).backoff_limit
+    limit = draft.policy.backoff_limit
     if last is not None and not last["retryable"]:
         return draft.fail(Reason(last["reason"]), last["message"])
     failed = attempts.failures(draft.status)
@@ -254,13 +172,12 @@ def _follow(draft: Draft) -> bool:
     run = draft.active()
     assert run is not None
     draft.resumed()  # where the operator ended between starting the attempt and writing that down
-    pods = draft.seen.pods_of(run.run)
     held = run.state is RunState.QUEUED
     if held:
         draft.set(Type.ADMITTED, "False", Reason.QUEUED, run.message)
     else:
         draft.set(Type.ADMITTED, "True", Reason.NOT_QUEUED)
-    stuck = waiting(pods)
+    stuck = waiting(draft.seen.pods_of(run.run), draft.seen.complaints)
     if run.deleting:
         draft.set(Type.RUNNING, "False", Reason.STOPPING, "the run is being deleted")
     elif run.state is RunState.RUNNING:
@@ -276,7 +193,7 @@ def _follow(draft: Draft) -> bool:
 def _stuck(draft: Draft, run: RunView, reason: Reason, message: str) -> None:
     """Say what holds the pods up; after a while delete the run, which then counts as failed."""
     draft.set(Type.RUNNING, "False", reason, message)
-    limit = draft.settings.start_seconds if reason is Reason.UNSCHEDULABLE else draft.settings.image_pull_seconds
+    limit = patience(reason, draft.settings)
     if not limit:
         return
     end = run.created + timedelta(seconds=limit)
@@ -284,15 +201,7 @@ def _stuck(draft: Draft, run: RunView, reason: Reason, message: str) -> None:
         draft.wake_at(end)
     else:
         draft.stop_reason(run.run, reason, message)
-        draft.do(DeleteRun(run.run))
-
-
-def _policy(draft: Draft) -> RunPolicy:
-    return RunPolicy.model_validate(draft.spec.get("runPolicy", {}))
-
-
-def _kubernetes(draft: Draft) -> Kubernetes:
-    return Kubernetes.model_validate(draft.spec.get("kubernetes", {}))
+        draft.do(DeleteRun(run.run, run.engine))
 
 
 _STEPS: tuple[Callable[[Draft], bool], ...] = (
@@ -302,9 +211,9 @@ _STEPS: tuple[Callable[[Draft], bool], ...] = (
     _record,
     _succeeded,
     _refused,
-    _deadline,
-    _suspend,
-    _preflight,
+    deadline,
+    suspend,
+    preflight,
     _start,
     _follow,
 )

@@ -7,6 +7,8 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from finetune_api.cluster import RunPolicy
+from finetune_api.kubernetes import Kubernetes
 from finetune_api.report import AttemptReport
 from finetune_operator import attempts, display, names
 from finetune_operator.actions import Action, Decision, DeleteRun, Event, StartRun
@@ -20,6 +22,18 @@ from finetune_operator.settings import Settings
 Json = dict[str, Any]
 PROGRESS_FIELDS = ("step", "loss", "eta", "progress", "stages", "lastCheckpoint")
 _OPEN = (RunState.QUEUED, RunState.PENDING, RunState.RUNNING)
+_TROUBLES = (Reason.UNSCHEDULABLE, Reason.IMAGE_PULL, Reason.POD_CONFIG, Reason.ENGINE_MISSING, Reason.BACK_OFF,
+             Reason.REJECTED, Reason.FORBIDDEN)  # fmt: skip
+_NEWS = {
+    (Type.PLANNED, Reason.PREFLIGHT_PASSED),
+    (Type.ADMITTED, Reason.QUEUED),
+    (Type.RUNNING, Reason.STARTING),
+    (Type.RUNNING, Reason.TRAINING),
+    (Type.RUNNING, Reason.STOPPING),
+    (Type.SUSPENDED, Reason.SUSPENDED),
+    (Type.SUSPENDED, Reason.RESUMED),
+    (Type.SUCCEEDED, Reason.COMPLETED),
+}
 
 
 class Draft:
@@ -36,6 +50,14 @@ class Draft:
         self._wake: datetime | None = None
 
     # what stands
+
+    @property
+    def policy(self) -> RunPolicy:
+        return RunPolicy.model_validate(self.spec.get("runPolicy", {}))
+
+    @property
+    def kubernetes(self) -> Kubernetes:
+        return Kubernetes.model_validate(self.spec.get("kubernetes", {}))
 
     def holds(self, kind: Type) -> bool:
         condition = self._conditions.get(kind.value)
@@ -83,16 +105,16 @@ class Draft:
         before = self._conditions.get(kind.value)
         self._conditions[kind.value] = Condition(kind, status, reason, message)
         if before is None or (before.status, before.reason) != (status, reason):
-            self._tell(kind, status, reason, message)
+            admitted = kind is Type.ADMITTED and status == "True" and before is not None
+            self._tell(self._conditions[kind.value], admitted)
 
-    def _tell(self, kind: Type, status: Status, reason: Reason, message: str) -> None:
-        """An event for what people wait for or must act on; the rest stands in the conditions alone."""
-        troubles = (Reason.UNSCHEDULABLE, Reason.IMAGE_PULL, Reason.POD_CONFIG, Reason.ENGINE_MISSING, Reason.BACK_OFF,
-                    Reason.REJECTED, Reason.FORBIDDEN)  # fmt: skip
-        if kind is Type.FAILED or reason in troubles:
-            self.event("Warning", reason.value, message)
-        elif status == "True" and kind in (Type.RUNNING, Type.SUSPENDED, Type.SUCCEEDED):
-            self.event("Normal", reason.value, message or f"{kind.value}: {reason.value}")
+    def _tell(self, news: Condition, admitted: bool) -> None:
+        """An event for each change that people see in the phase, or must act on."""
+        if news.type is Type.FAILED or (news.reason in _TROUBLES and news.message):
+            self.event("Warning", news.reason.value, news.message)
+        elif (news.type, news.reason) in _NEWS or admitted:
+            said = f"attempt {self.status['attempt']}" if self.status.get("attempt") else news.type.value
+            self.event("Normal", news.reason.value, news.message or said)
 
     def succeed(self) -> None:
         self.set(Type.RUNNING, "False", Reason.COMPLETED)
@@ -152,7 +174,10 @@ class Draft:
         """An attempt on record whose run is there no more: deleted by this operator, or behind its back."""
         for record in attempts.records(self.status):
             if "endTime" not in record and self.seen.run(record["number"]) is None:
-                self._close(record, _gone(record), self.now)
+                ending = _gone(record)
+                self._close(record, ending, self.now)
+                if ending.reason is Reason.DELETED:
+                    self.event("Warning", ending.reason.value, f"attempt {record['number']}: {ending.message}")
 
     def _close(self, record: Json, ending: Ending, ended: datetime) -> None:
         asked = record.get("stopReason")
@@ -187,6 +212,7 @@ class Draft:
             "pod": ending.pod,
             "node": ending.node,
             "exitCode": ending.exit_code,
+            "traceback": ending.traceback or None,
             "attempt": number,
         }
         self.status["failure"] = {name: value for name, value in found.items() if value is not None}
@@ -199,6 +225,7 @@ class Draft:
             return
         said = cleaned(report.to_json())
         if report.stages:
+            self._tell_of_stages(said["stages"])
             self.status["stages"] = said["stages"]
         if report.checkpoint is not None:
             self.status["lastCheckpoint"] = said["checkpoint"]
@@ -206,6 +233,15 @@ class Draft:
             self.status["plan"] = said["plan"]
         if report.step is not None:
             self.status["progress"] = said["step"] | {"stageIndex": report.current}
+
+    def _tell_of_stages(self, stages: list[Json]) -> None:
+        """An event for each stage that is done now and wasn't before."""
+        before = [stage["state"] for stage in self.status.get("stages") or []]
+        for index, stage in enumerate(stages):
+            if stage["state"] == "Succeeded" and before[index : index + 1] != ["Succeeded"]:
+                words = f"stage {index + 1}/{len(stages)} {stage['name']}"
+                words += f": {stage['result']}" if stage.get("result") else ""
+                self.event("Normal", Reason.STAGE_DONE.value, words)
 
     def plan_words(self) -> str:
         return display.plan_words(self.status.get("plan"))
@@ -225,7 +261,7 @@ class Draft:
         if literals:
             self.status = hidden(self.status, literals)
             self._events = [replace(item, message=without(item.message, literals)) for item in self._events]
-        urgent = _without_progress(self.status) != _without_progress(self.before)
+        urgent = bool(self._events) or _without_progress(self.status) != _without_progress(self.before)
         return Decision(self.status, tuple(self._actions), tuple(self._events), self._wake, urgent)
 
 

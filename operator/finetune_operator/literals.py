@@ -11,6 +11,7 @@ from typing import Any
 from finetune_api.redact import MARK, SHORTEST, is_secret
 
 Json = dict[str, Any]
+SAID = ("message", "traceback", "stopMessage")
 LONG = 16
 """A value of so many characters may be a secret whatever its variable is called."""
 
@@ -30,10 +31,10 @@ def without(text: str, literals: list[str]) -> str:
 
 
 def hidden(value: Any, literals: list[str]) -> Any:
-    """JSON in which no `message` has one of the literals."""
+    """JSON in which no text that a run or Kubernetes has said has one of the literals."""
     if isinstance(value, dict):
         return {
-            name: without(item, literals) if name == "message" and isinstance(item, str) else hidden(item, literals)
+            name: without(item, literals) if name in SAID and isinstance(item, str) else hidden(item, literals)
             for name, item in value.items()
         }
     return [hidden(item, literals) for item in value] if isinstance(value, list) else value

@@ -18,7 +18,9 @@ FINALIZER = f"{GROUP}/storage"
 PREFLIGHT_RUN, CLEANUP_RUN = 0, -1
 """Runs that are no attempts: those count from 1."""
 _WORDS = {PREFLIGHT_RUN: PREFLIGHT, CLEANUP_RUN: CLEANUP}
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+KUEUE = "kueue.x-k8s.io/"
+QUEUE_LABEL = f"{KUEUE}queue-name"
+"""Kueue's labels are a job's own, and go on to its runs: the queue, the priority class, …"""
 RAY_PORT = 6379
 CONFIG_FILE = "run.json"
 TOKEN_KEY = "auth_token"  # KubeRay's name for the key

@@ -29,6 +29,9 @@ class RunState(Enum):
     FAILED = "failed"
 
 
+ENDED = (RunState.SUCCEEDED, RunState.FAILED)
+
+
 @dataclass(frozen=True, slots=True)
 class PodView:
     """The part of a pod that decisions need. `index` 0 holds the driver."""
@@ -55,9 +58,11 @@ class PodView:
     waiting: tuple[str, str] | None = None
     """Reason and message of a container that can't start."""
     terminated: str | None = None
-    """Reason of the container's end: `OOMKilled`, `Error`, …"""
+    """Reason of the trainer's end: `OOMKilled`, `Error`, …"""
     exit_code: int | None = None
     termination_message: str = ""
+    failed_container: str = ""
+    """Another container, which failed while the trainer has not ended: then the three above are its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,14 @@ class JobView:
 
 
 @dataclass(frozen=True)
+class Complaint:
+    """A warning of Kubernetes about a run that does not begin: an event's reason and message."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
 class Trouble:
     """The API server did not take a run's objects: for good (`REJECTED`), or until `again` at least."""
 
@@ -132,6 +145,8 @@ class Observed:
     """The job wants an engine that the cluster doesn't have."""
     trouble: Trouble | None = None
     """Why the API server did not take the run's objects when they were last applied."""
+    complaints: tuple[Complaint, ...] = ()
+    """About the run that is to begin, newest first; asked for where nothing else says what holds it up."""
 
     @property
     def uid(self) -> str:
@@ -163,7 +178,7 @@ def pod_view(body: Json) -> PodView | None:
     if run is None or job is None:
         return None
     conditions = {item["type"]: item for item in status.get("conditions") or []}
-    ended = _terminated(status)
+    container, ended = _terminated(status)
     return PodView(
         name=metadata["name"],
         job=job,
@@ -182,6 +197,7 @@ def pod_view(body: Json) -> PodView | None:
         terminated=ended.get("reason"),
         exit_code=ended.get("exitCode"),
         termination_message=ended.get("message", ""),
+        failed_container="" if container == CONTAINER else container,
     )
 
 
@@ -235,12 +251,12 @@ def _containers(status: Json) -> list[Json]:
     return [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
 
 
-def _terminated(status: Json) -> Json:
+def _terminated(status: Json) -> tuple[str, Json]:
     """How the trainer's container ended, or else the first other one that failed."""
-    ends = {item["name"]: (item.get("state") or {}).get("terminated") for item in _containers(status)}
+    ends = {item["name"]: (item.get("state") or {}).get("terminated") or {} for item in _containers(status)}
+    failed = ((name, end) for name, end in ends.items() if end.get("exitCode"))
     own = ends.get(CONTAINER)
-    failed = (end for end in ends.values() if end and end.get("exitCode"))
-    return own or next(failed, None) or {}
+    return (CONTAINER, own) if own else next(failed, (CONTAINER, {}))
 
 
 def _waiting(status: Json) -> tuple[str, str] | None:

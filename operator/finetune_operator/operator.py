@@ -170,6 +170,8 @@ async def run(settings: Settings) -> None:
         asyncio.create_task(begin(operator, watches), name="begin"),
         *(asyncio.create_task(watch.run(), name="watch") for watch in watches),
     ]
+    for task in tasks:
+        task.add_done_callback(lambda ended: _end_with(ended, over))
     try:
         await kopf.operator(
             registry=registry(operator),
@@ -182,10 +184,20 @@ async def run(settings: Settings) -> None:
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
         await controller.queue.stop()
         await watching.close()
         await api.close()
+    for end in ends:
+        if isinstance(end, Exception):
+            raise end
+
+
+def _end_with(task: asyncio.Task[None], over: asyncio.Event) -> None:
+    """An operator that is blind on one eye is worse than one that starts again."""
+    if not task.cancelled() and task.exception() is not None:
+        log.error("%s ended: %r", task.get_name(), task.exception())
+        over.set()
 
 
 def _key(body: Json) -> Key:

@@ -11,7 +11,7 @@ from finetune_api.job import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from finetune_operator import names
 from finetune_operator.actions import Action, DeleteJob, DeleteRun, Event, HoldJob, StartRun
 from finetune_operator.conditions import stamp
-from finetune_operator.engines import Engine, engine_of, indexed_job
+from finetune_operator.engines import ENGINES, Engine, engine_of, indexed_job
 from finetune_operator.render.run import Run
 from finetune_operator.render.support import support_objects
 from finetune_operator.settings import Settings
@@ -76,7 +76,7 @@ def plan(body: Json, actions: tuple[Action, ...], settings: Settings) -> list[Op
         if isinstance(action, StartRun):
             operations += _start(Run(body, action.run, settings))
         elif isinstance(action, DeleteRun):
-            operations.append(Delete(run_path(Run(body, action.run, settings))))
+            operations.append(Delete(run_path(Run(body, action.run, settings), ENGINES[action.engine])))
         elif isinstance(action, HoldJob):
             operations.append(_hold(body["metadata"], action.hold))
         elif isinstance(action, DeleteJob):
@@ -101,8 +101,7 @@ def _start(run: Run) -> list[Operation]:
     return [*(Create(_collection(item), item) for item in support_objects(run)), Create(_collection(main), main, True)]
 
 
-def run_path(run: Run) -> str:
-    engine = engine_for(run)
+def run_path(run: Run, engine: Engine) -> str:
     return f"/apis/{engine.group}/{engine.version}/namespaces/{run.namespace}/{engine.plural}/{run.name}"
 
 
@@ -126,10 +125,11 @@ def _merge_value(before: Any, value: Any) -> Any:
     return value
 
 
-def event(body: Json, event: Event, attempt: int, now: datetime) -> Create:
-    """A Kubernetes event about the job. Its name follows from what it says: told twice, it is there once."""
+def event(body: Json, event: Event, now: datetime) -> Create:
+    """A Kubernetes event about the job. Its name follows from what it says of which state of the job: an operator that
+    ends before it has written the next state tells the same again, and it is there once."""
     metadata = body["metadata"]
-    words = f"{metadata['uid']}/{attempt}/{event.type}/{event.reason}/{event.message}"
+    words = f"{metadata['uid']}/{metadata.get('resourceVersion')}/{event.type}/{event.reason}/{event.message}"
     item = {
         "apiVersion": "v1",
         "kind": "Event",

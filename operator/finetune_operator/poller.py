@@ -95,12 +95,15 @@ class Poller:
                 task.add_done_callback(self._tasks.discard)
 
     async def _ask(self, key: Key, pod: PodView, pace: _Pace, least: float) -> None:
-        async with self._limit:
-            report = await self._report(key, pod)
-        pace.silent = pace.silent + 1 if report is None else 0
-        pause = min(self._settings.poll_seconds * 2 ** min(pace.silent, 16), LONGEST_PAUSE)
-        pace.due = asyncio.get_running_loop().time() + max(pause, least, self._settings.poll_seconds)
-        pace.asking = False
+        report = None
+        try:
+            async with self._limit:
+                report = await self._report(key, pod)
+        finally:  # whatever went wrong, the pod is asked again
+            pace.silent = pace.silent + 1 if report is None else 0
+            pause = min(self._settings.poll_seconds * 2 ** min(pace.silent, 16), LONGEST_PAUSE)
+            pace.due = asyncio.get_running_loop().time() + max(pause, least, self._settings.poll_seconds)
+            pace.asking = False
         if report is not None and self._cache.reports.get(key) != (pod.run, report):
             self._cache.reports[key] = (pod.run, report)
             self._changed(key)

@@ -90,15 +90,15 @@ def condition(body: Json, kind: str) -> Json:
 class Driver:
     """What runs in a driver's pod as far as the operator can tell: the trainer's own reporter and its HTTP port."""
 
-    def __init__(self) -> None:
-        self.reporter = AttemptReporter(TITLES)
+    def __init__(self, titles: list[str]) -> None:
+        self.reporter = AttemptReporter(titles)
         self.asked_to_stop = threading.Event()
 
 
 @contextmanager
-def driver(uid: str, run: int, ip: str = "127.0.0.1") -> Iterator[Driver]:
-    """A driver that answers at `ip` with the token of that run."""
-    made = Driver()
+def driver(uid: str, run: int, ip: str = "127.0.0.1", titles: list[str] = TITLES) -> Iterator[Driver]:
+    """A driver that answers at `ip` with the token of that run; `titles` are the stages' names."""
+    made = Driver(titles)
 
     def stop() -> None:
         made.reporter.stopping()

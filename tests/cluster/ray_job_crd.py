@@ -1,22 +1,85 @@
-"""The part of KubeRay's RayJob that the API server must know: KubeRay itself can't be had here."""
+"""KubeRay's RayJob as far as the API server must know it: KubeRay itself can't be had here.
+
+The fields are those of the `ray.io/v1` types of KubeRay 1.7 (`apis/ray/v1/rayjob_types.go`, `raycluster_types.go`),
+closed as theirs are, so that a field which KubeRay does not have is an error where a client asks for that. Its pod
+templates are open: the API server checks those as pods.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+Json = dict[str, Any]
 NAME = "rayjobs.ray.io"
+TEXT, WHOLE, NUMBER, YES_NO = ({"type": kind} for kind in ("string", "integer", "number", "boolean"))
+OPAQUE: Json = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+TEXTS: Json = {"type": "object", "additionalProperties": TEXT}
 
 
-def ray_job_crd() -> dict[str, Any]:
-    """A CRD that takes any spec and any status, with KubeRay's own names."""
-    opaque = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-    schema = {"type": "object", "properties": {"spec": opaque, "status": opaque}}
+def closed(required: tuple[str, ...] = (), **fields: Json) -> Json:
+    """An object with these fields and no others."""
+    return {"type": "object", "properties": fields, **({"required": list(required)} if required else {})}
+
+
+GROUP_FIELDS: Json = {"rayStartParams": TEXTS, "template": OPAQUE, "resources": OPAQUE, "labels": TEXTS}
+HEAD = closed(("template",), serviceType=TEXT, headService=OPAQUE, enableIngress=YES_NO, **GROUP_FIELDS)
+WORKERS = closed(
+    ("groupName", "template", "minReplicas", "maxReplicas"),
+    groupName=TEXT,
+    replicas={**WHOLE, "default": 0},
+    minReplicas={**WHOLE, "default": 0},
+    maxReplicas={**WHOLE, "default": 2147483647},
+    numOfHosts={**WHOLE, "default": 1},
+    idleTimeoutSeconds=WHOLE,
+    suspend=YES_NO,
+    scaleStrategy=OPAQUE,
+    **GROUP_FIELDS,
+)
+CLUSTER = closed(
+    ("headGroupSpec",),
+    headGroupSpec=HEAD,
+    workerGroupSpecs={"type": "array", "items": WORKERS},
+    rayVersion=TEXT,
+    authOptions=closed(mode={**TEXT, "enum": ["disabled", "token"]}, secretName=TEXT, enableK8sTokenAuth=YES_NO),
+    enableInTreeAutoscaling=YES_NO,
+    autoscalerOptions=OPAQUE,
+    headServiceAnnotations=TEXTS,
+    gcsFaultToleranceOptions=OPAQUE,
+    managedBy=TEXT,
+    suspend=YES_NO,
+)
+SPEC = closed(
+    entrypoint=TEXT,
+    submissionMode={**TEXT, "default": "K8sJobMode"},
+    backoffLimit={**WHOLE, "default": 0},
+    activeDeadlineSeconds=WHOLE,
+    preRunningDeadlineSeconds=WHOLE,
+    ttlSecondsAfterFinished={**WHOLE, "default": 0},
+    shutdownAfterJobFinishes=YES_NO,
+    deletionStrategy=OPAQUE,
+    suspend=YES_NO,
+    managedBy=TEXT,
+    jobId=TEXT,
+    metadata=TEXTS,
+    runtimeEnvYAML=TEXT,
+    clusterSelector=TEXTS,
+    submitterPodTemplate=OPAQUE,
+    submitterConfig=OPAQUE,
+    entrypointNumCpus=NUMBER,
+    entrypointNumGpus=NUMBER,
+    entrypointResources=TEXT,
+    rayClusterSpec=CLUSTER,
+)
+
+
+def ray_job_crd() -> Json:
+    """The CRD, with KubeRay's own names; its status is open."""
     version = {
         "name": "v1",
         "served": True,
         "storage": True,
         "subresources": {"status": {}},
-        "schema": {"openAPIV3Schema": schema},
+        "schema": {"openAPIV3Schema": closed(spec=SPEC, status=OPAQUE)},
     }
     names = {"kind": "RayJob", "listKind": "RayJobList", "plural": "rayjobs", "singular": "rayjob"}
     return {

@@ -45,5 +45,6 @@ FAILED: Json = {
     "phase": "Failed",
     "conditions": conditions(Failed="True CUDAOutOfMemory Set stages[1].pretrain.perDeviceTrainBatchSize to 4"),
     "failure": {"reason": "CUDAOutOfMemory", "message": "line 1\nCUDA out of memory \x1b[31m", "pod": "tiny-2-0-x",
-                "node": "node-a", "exitCode": 1, "attempt": 2},
+                "node": "node-a", "exitCode": 1, "attempt": 2,
+                "traceback": "Traceback (most recent call last):\n  step"},
 }  # fmt: skip

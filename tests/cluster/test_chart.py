@@ -54,15 +54,16 @@ def all_operations(settings: Settings) -> Iterator[Operation]:
     for engine in ENGINES:
         body = job(kubernetes={"engine": engine})
         body["metadata"] |= {"namespace": "a", "uid": "00000000-0000-0000-0000-000000000000", "resourceVersion": "1"}
-        yield from plan(body, (StartRun(0), StartRun(1), DeleteRun(1), HoldJob(True), DeleteJob()), settings)
+        yield from plan(body, (StartRun(0), StartRun(1), DeleteRun(1, engine), HoldJob(True), DeleteJob()), settings)
         yield patch_status(body, {"phase": "Running"})
-        yield event(body, Event("Normal", "Training", "x"), 1, datetime.now(UTC))
+        yield event(body, Event("Normal", "Training", "x"), datetime.now(UTC))
 
 
 def watching() -> set[Right]:
     """Kopf lists and watches what it has handlers for; a run is also read by name, ahead of the watch."""
     seen = {(group, resource, verb) for group, resource in WATCHED for verb in ("list", "watch")}
-    return seen | {(group, resource, "get") for group, resource in WATCHED if resource != "pods"}
+    events = ("", "events", "list")  # of a run that does not begin
+    return seen | {events} | {(group, resource, "get") for group, resource in WATCHED if resource != "pods"}
 
 
 @pytest.mark.parametrize("walls", [False, True])

@@ -112,7 +112,7 @@ def test_one_job_in_full(finetune: Finetune, jobs: Jobs) -> None:
     write_status(jobs, FAILED)
     shown = finetune("status", "tiny").stdout
     assert "CUDAOutOfMemory (pod tiny-2-0-x, node node-a, exit code 1, attempt 2)" in shown
-    assert "line 1\n  CUDA out of memory ␛[31m" in shown
+    assert "line 1\n  CUDA out of memory ␛[31m\n  Traceback (most recent call last):\n" in shown
     assert "\x1b" not in shown
 
 

@@ -6,15 +6,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from access import Access, until, until_gone
+from access import Access, namespace_of, until, until_gone
 from finetune_jobs import Jobs, condition, job
 from helm_chart import Installed
 from kubernetes import client
 from operator_process import FAST, OperatorProcess
 from ray_job_crd import NAME, ray_job_crd
 
+from finetune_operator.actions import StartRun
+from finetune_operator.plan import Create, plan
+from finetune_operator.settings import Settings
+
 Status = Callable[..., None]
 KUBERAY = {"preflight": False, "engine": "kuberay"}
+SIDE = {"name": "side", "image": "x"}
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +107,56 @@ def test_a_queue_holds_a_ray_job(ray_jobs: Jobs, say: Status, finetune_jobs: cli
     say("tiny-1", jobDeploymentStatus="Suspended")
     held = ray_jobs.until_phase("Queued")
     assert condition(held, "Admitted")["status"] == "False"
+
+
+FULL = {
+    "nodes": 3,
+    "gpusPerNode": 8,
+    "cpusPerNode": "64",
+    "memoryPerNode": "512Gi",
+    "podTemplate": {
+        "spec": {
+            "containers": [{"name": "trainer", "env": [{"name": "NCCL_DEBUG", "value": "INFO"}]}],
+            "nodeSelector": {"gpu": "h100"},
+        }
+    },
+}
+
+
+def test_kuberay_s_own_fields_and_no_others(
+    kuberay: OperatorProcess, finetune_jobs: client.CustomObjectsApi, core: client.CoreV1Api, admin: Access
+) -> None:
+    """A RayJob is taken where unknown fields are errors; its pods are, where Pod Security is at its strictest."""
+    body = job("a" * 40, kubernetes={"engine": "kuberay"}, resources=FULL)
+    body["metadata"] |= {"uid": "0123abcd-0000-0000-0000-000000000000"}
+    settings = Settings(token_key=b"k", ray_version="2.60.0", image="trainer:1")
+    with namespace_of(admin, "strict", {"pod-security.kubernetes.io/enforce": "restricted"}) as namespace:
+        body["metadata"]["namespace"] = namespace
+        made = plan(body, (StartRun(999999),), settings)[-1]
+        assert isinstance(made, Create) and len(made.body["metadata"]["name"]) == 47
+        strict = {"field_validation": "Strict", "dry_run": "All"}
+        finetune_jobs.create_namespaced_custom_object("ray.io", "v1", namespace, "rayjobs", made.body, **strict)
+        cluster = made.body["spec"]["rayClusterSpec"]
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            pod = {"metadata": {"name": "pod"}, "spec": group["template"]["spec"]}
+            core.create_namespaced_pod(namespace, pod, **strict)
+
+
+def test_the_first_container_is_ray_s(ray_jobs: Jobs, say: Status, finetune_jobs: client.CustomObjectsApi) -> None:
+    """KubeRay takes it for that, whatever its name is."""
+    ray_jobs.create(job(kubernetes=KUBERAY, resources={"podTemplate": {"spec": {"containers": [SIDE]}}}))
+    say("tiny-1", jobDeploymentStatus="Initializing")
+    made = finetune_jobs.get_namespaced_custom_object("ray.io", "v1", ray_jobs.namespace, "rayjobs", "tiny-1")
+    containers = made["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert [item["name"] for item in containers] == ["trainer", "side"]
+
+
+def test_suspension_deletes_the_ray_job_once_its_driver_was_asked(ray_jobs: Jobs, say: Status) -> None:
+    ray_jobs.create(job(kubernetes={**KUBERAY, "checkpointGraceSeconds": 1}))
+    say("tiny-1", jobDeploymentStatus="Running", jobStatus="RUNNING")
+    ray_jobs.until_phase("Running")
+    ray_jobs.patch("tiny", {"runPolicy": {"suspend": True}})
+    suspended = ray_jobs.until_phase("Suspended")
+    assert suspended["status"]["attempts"][0]["reason"] == "Suspended"
+    place = {"group": "ray.io", "version": "v1", "namespace": ray_jobs.namespace, "plural": "rayjobs"}
+    until_gone(ray_jobs.api.list_namespaced_custom_object, "tiny-1", **place)

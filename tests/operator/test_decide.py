@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -11,7 +12,7 @@ from worlds import NOW, VALID, ago, attempt, conditions, pod, run, said, seen
 from finetune_operator.actions import DeleteJob, DeleteRun, StartRun, StopRun
 from finetune_operator.conditions import Reason
 from finetune_operator.decide import decide
-from finetune_operator.observed import Observed, RunState, Trouble
+from finetune_operator.observed import Complaint, Observed, RunState, Trouble
 from finetune_operator.settings import Settings
 
 SETTINGS = Settings(backoff_seconds=10, backoff_cap_seconds=300)
@@ -59,9 +60,9 @@ CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
         "Stopping", (StopRun(1),)),
     "and then stops the pods": (
         seen(RUNNING | {"attempts": [attempt(1, stopRequestedTime=ago(121))]}, run(), runPolicy={"suspend": True}),
-        "Stopping", (DeleteRun(1),)),
+        "Stopping", (DeleteRun(1, "job"),)),
     "what has not begun is deleted at once": (
-        seen(RUNNING, run(state=RunState.PENDING), runPolicy={"suspend": True}), "Stopping", (DeleteRun(1),)),
+        seen(RUNNING, run(state=RunState.PENDING), runPolicy={"suspend": True}), "Stopping", (DeleteRun(1, "job"),)),
     "what was asked to stop and ends is not deleted meanwhile": (
         seen(RUNNING | {"attempts": [attempt(1, stopRequestedTime=ago(5))]}, run(state=RunState.PENDING),
              runPolicy={"suspend": True}), "Stopping", (StopRun(1),)),
@@ -82,8 +83,27 @@ CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
     "a finished job goes after its time": (
         seen(OVER, runPolicy={"ttlSecondsAfterFinished": 99}), "Succeeded", (DeleteJob(),)),
     "not before": (seen(OVER, runPolicy={"ttlSecondsAfterFinished": 101}), "Succeeded", ()),
-    "what still runs of a finished job is stopped": (seen(OVER, run(2)), "Succeeded", (DeleteRun(2),)),
+    "what still runs of a finished job is stopped": (seen(OVER, run(2)), "Succeeded", (DeleteRun(2, "job"),)),
     "a Job deleted behind our back": (seen(RUNNING), "Retrying", ()),
+    "a suspended job is not checked either": (
+        seen({"conditions": VALID[:1]}, run(0, RunState.PENDING), kubernetes={}, runPolicy={"suspend": True}),
+        "Suspended", (DeleteRun(0, "job"),)),
+    "suspended while it waits to try again": (
+        seen(failed(attempt(1, "TrainingFailed", 1)), runPolicy={"suspend": True}), "Suspended", ()),
+    "a suspended job has no deadline": (
+        seen({"conditions": [*VALID, *conditions(Suspended="True/Suspended")]},
+             runPolicy={"suspend": True, "activeDeadlineSeconds": 1}), "Suspended", ()),
+    "a preflight whose image may yet come": (
+        seen({"conditions": VALID[:1]}, run(0, RunState.PENDING, age=1199), pod(0, waiting=("ErrImagePull", "x")),
+             kubernetes={}), "Preflight", ()),
+    "a preflight whose image never comes": (
+        seen({"conditions": VALID[:1]}, run(0, RunState.PENDING, age=1201), pod(0, waiting=("ErrImagePull", "x")),
+             kubernetes={}), "Failed", (DeleteRun(0, "job"),)),
+    "a preflight that a queue holds": (
+        seen({"conditions": VALID[:1]}, run(0, RunState.QUEUED), kubernetes={}), "Preflight", ()),
+    "what another engine began is deleted there": (
+        seen(RUNNING, run(engine="kuberay", state=RunState.PENDING), runPolicy={"suspend": True}),
+        "Stopping", (DeleteRun(1, "kuberay"),)),
     "preflight passed": (
         seen({"conditions": VALID[:1]}, run(0, RunState.SUCCEEDED),
              pod(0, termination_message=said(plan={"parameters": 7})), kubernetes={}), "Pending", (StartRun(1),)),
@@ -159,3 +179,63 @@ def test_what_an_ended_attempt_said_does_not_outweigh_the_newest() -> None:
     ended = pod(1, exit_code=75, phase="Failed", termination_message=said(75, "stopped", **old))
     decision = decide(seen(status, run(1, RunState.FAILED), ended, run(2), report=new), SETTINGS, NOW)
     assert decision.status["lastCheckpoint"]["step"] == 3
+
+
+TOLD: dict[str, tuple[Observed, list[str]]] = {
+    "a start": (seen(), ["Starting"]),
+    "the check before it": (seen({"conditions": VALID[:1]}, run(0, RunState.SUCCEEDED), kubernetes={}),
+                            ["PreflightPassed", "Starting"]),
+    "held by a queue": (seen(RUNNING, run(state=RunState.QUEUED)), ["Queued"]),
+    "let go by it": (
+        seen({"conditions": [*VALID, *conditions(Admitted="False/Queued", Running="False/Queued")]},
+             run(state=RunState.PENDING)), ["NotQueued", "Starting"]),
+    "training": (seen({"conditions": VALID}, run()), ["Training"]),
+    "asked to stop": (seen(RUNNING, run(), runPolicy={"suspend": True}), ["Stopping"]),
+    "stopped": (seen(RUNNING | {"attempts": [attempt(1, stopReason="Suspended")]}, runPolicy={"suspend": True}),
+                ["Suspended"]),
+    "resumed": (seen({"conditions": [*VALID, *conditions(Suspended="True/Suspended")]}), ["Resumed", "Starting"]),
+    "crashed": (seen(RUNNING, run(state=RunState.FAILED), pod(exit_code=1)), ["TrainingFailed", "BackOff"]),
+    "deleted by somebody": (seen(RUNNING), ["RunDeleted", "BackOff"]),
+    "done": (seen(RUNNING, run(state=RunState.SUCCEEDED)), ["Completed"]),
+    "refused": (seen(storage={"path": "runs"}), ["InvalidSpec"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_events_tell_each_change(name: str) -> None:
+    world, reasons = TOLD[name]
+    events = decide(world, SETTINGS, NOW).events
+    assert [event.reason for event in events] == reasons
+    assert all(event.message for event in events)
+
+
+def test_an_event_for_each_stage_that_is_done() -> None:
+    stages = [{"name": "tokenizer", "state": "Succeeded", "result": "/pvc/t"}, {"name": "pretrain", "state": "Running"}]
+    report = {"current": 1, "stages": stages}
+    first = decide(seen(RUNNING, run(), report=report), SETTINGS, NOW)
+    told = [(event.reason, event.message) for event in first.events if event.reason == "StageSucceeded"]
+    assert told == [("StageSucceeded", "stage 1/2 tokenizer: /pvc/t")] and first.urgent
+    assert decide(seen(first.status, run(), report=report), SETTINGS, NOW).events == ()
+
+
+def test_the_traceback_stands_beside_the_message() -> None:
+    text = "Traceback (most recent call last):\n  step()\nRuntimeError: what nobody expects"
+    ended = pod(exit_code=1, phase="Failed", termination_message=said(1, text))
+    failure = decide(seen(RUNNING, run(state=RunState.FAILED), ended), SETTINGS, NOW).status["failure"]
+    assert failure == {"reason": "TrainingFailed", "message": "RuntimeError: what nobody expects", "traceback": text,
+                       "pod": "tiny-1-0-x", "node": "node-a", "exitCode": 1, "attempt": 1}  # fmt: skip
+
+
+def test_what_ends_a_job_is_its_failure_and_no_older_one() -> None:
+    older = failed(attempt(1, "Evicted", 100), failure={"reason": "Evicted", "message": "x", "attempt": 1})
+    trouble = Trouble(Reason.REJECTED, "Job tiny-2: invalid", NOW)
+    decision = decide(Observed(seen(older).body, trouble=trouble), SETTINGS, NOW)
+    assert decision.status["failure"] == {"reason": "Rejected", "message": "Job tiny-2: invalid"}
+
+
+def test_what_kubernetes_complains_of_is_told_while_nothing_begins() -> None:
+    complaint = Complaint("FailedCreate", 'pods "x" is forbidden: violates PodSecurity "restricted:latest"')
+    world = seen(RUNNING, run(state=RunState.PENDING))
+    status = decide(replace(world, complaints=(complaint,)), SETTINGS, NOW).status
+    running = next(item for item in status["conditions"] if item["type"] == "Running")
+    assert (running["reason"], "PodSecurity" in running["message"]) == ("Forbidden", True)

@@ -125,10 +125,20 @@ def test_the_model_cache_is_shared_by_attempts() -> None:
 
 
 def test_a_preflight_takes_no_gpu_and_no_gpu_node() -> None:
-    template = {"spec": {"nodeSelector": {"gpu": "h100"}}}
+    template = {
+        "spec": {
+            "nodeSelector": {"gpu": "h100", "kubernetes.io/arch": "amd64", "topology.kubernetes.io/zone": "a"},
+            "resourceClaims": [{"name": "gpus", "resourceClaimName": "gpus"}],
+            "schedulingGates": [{"name": "a.b/c"}],
+            "containers": [
+                {"name": "trainer", "resources": {"claims": [{"name": "gpus"}], "limits": {"rdma/ib": "1"}}}
+            ],
+        }
+    }
     made = objects(0, resources={"nodes": 2, "gpusPerNode": 8, "podTemplate": template}, kubernetes={})
     spec = made["Job"]["spec"]["template"]["spec"]
-    assert set(made) == {"ConfigMap", "Job"} and "nodeSelector" not in spec
+    assert set(made) == {"ConfigMap", "Job"} and not {"resourceClaims", "schedulingGates"} & set(spec)
+    assert spec["nodeSelector"] == {"kubernetes.io/arch": "amd64", "topology.kubernetes.io/zone": "a"}
     assert trainer(spec)["resources"]["limits"] == {"memory": "4Gi"}
 
 
@@ -160,13 +170,26 @@ def test_a_ray_job_by_kuberay_s_rules() -> None:
     spec = made["spec"]
     assert (spec["backoffLimit"], spec["shutdownAfterJobFinishes"]) == (0, True)
     cluster = spec["rayClusterSpec"]
-    assert cluster["rayVersion"] == "2.60.0" and cluster["authOptions"] == {"mode": "token"}
+    assert cluster["rayVersion"] == "2.60.0"
     (group,) = cluster["workerGroupSpecs"]
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (2, 2, 2)
     for template in (cluster["headGroupSpec"]["template"], group["template"]):
         container = template["spec"]["containers"][0]
         assert "command" not in container and container["resources"]["limits"]["nvidia.com/gpu"] == "8"
         assert not any(item["name"].startswith("RAY_AUTH") for item in container["env"])
+
+
+def test_kuberay_takes_the_attempt_s_own_token() -> None:
+    made = objects(kubernetes={"engine": "kuberay"})
+    auth = made["RayJob"]["spec"]["rayClusterSpec"]["authOptions"]
+    assert auth == {"mode": "token", "secretName": made["Secret"]["metadata"]["name"]}
+    assert list(made["Secret"]["stringData"]) == ["auth_token"]
+
+
+def test_an_elastic_ray_job_begins_with_its_least() -> None:
+    made = objects(kubernetes={"engine": "kuberay"}, resources={"minNodes": 2, "maxNodes": 5})["RayJob"]
+    (group,) = made["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (1, 1, 4)
 
 
 def ray_job(status: Json, **spec: Any) -> Json:
@@ -202,13 +225,15 @@ def test_a_ray_job_held_by_a_queue_and_its_exit_code() -> None:
     assert ended is not None and ended.exit_code == 2
 
 
-def test_the_queue_s_label_is_on_the_run_alone() -> None:
-    queued = body()
-    queued["metadata"]["labels"] = {names.QUEUE_LABEL: "gpu"}
+@pytest.mark.parametrize("engine", ["job", "kuberay"])
+def test_the_queue_s_labels_are_on_the_run_alone(engine: str) -> None:
+    queued = body(kubernetes={"engine": engine, "preflight": False})
+    given = {names.QUEUE_LABEL: "gpu", "kueue.x-k8s.io/priority-class": "high"}
+    queued["metadata"]["labels"] = {**given, "team": "a"}
     made = plan(queued, (StartRun(1),), SETTINGS)[-1]
     assert isinstance(made, Create)
-    assert made.body["metadata"]["labels"][names.QUEUE_LABEL] == "gpu"
-    assert names.QUEUE_LABEL not in made.body["spec"]["template"]["metadata"]["labels"]
+    assert made.body["metadata"]["labels"] == {**names.labels("tiny", 1), **given}
+    assert not any(label in json.dumps(made.body["spec"]) for label in given)
 
 
 def test_a_status_patch_takes_away_what_is_gone() -> None:
@@ -218,7 +243,7 @@ def test_a_status_patch_takes_away_what_is_gone() -> None:
 
 
 def test_deleting_a_run_names_its_engine_s_object() -> None:
-    (operation,) = plan(body(kubernetes={"engine": "kuberay"}), (DeleteRun(2),), SETTINGS)
+    (operation,) = plan(body(kubernetes={"engine": "kuberay"}), (DeleteRun(2, "kuberay"),), SETTINGS)
     assert operation.path == "/apis/ray.io/v1/namespaces/team/rayjobs/tiny-2"
 
 

@@ -69,8 +69,11 @@ tests/cluster/test_chart.py compares them with what the operator makes. */ -}}
   resources: [pods]
   verbs: [list, watch]
 - apiGroups: [""]
-  resources: [configmaps, secrets, services, events]
+  resources: [configmaps, secrets, services]
   verbs: [create]
+- apiGroups: [""]
+  resources: [events]
+  verbs: [list, create]
 {{- if .Values.jobs.networkPolicy }}
 - apiGroups: [networking.k8s.io]
   resources: [networkpolicies]

@@ -101,7 +101,7 @@ class ProgressLine:
 
 
 def _failure(failure: Json) -> Text:
-    """The last failure: why, where, and all of its message."""
+    """The last failure: why, where, its message and the end of the driver's traceback."""
     names = {"pod": "pod", "node": "node", "exitCode": "exit code", "attempt": "attempt"}
     places = [f"{word} {failure[name]}" for name, word in names.items() if failure.get(name) is not None]
     where = f" ({clean(', '.join(places))})" if places else ""
@@ -110,6 +110,7 @@ def _failure(failure: Json) -> Text:
         (clean(str(failure.get("reason", ""))), "bold red"),
         (where, "dim"),
         ("\n" + clean(str(failure["message"])) if failure.get("message") else ""),
+        ("\n" + clean(str(failure["traceback"])) if failure.get("traceback") else "", "dim"),
     )
 
 
@@ -137,7 +138,7 @@ def _conditions(conditions: list[Json], now: datetime) -> Table:
         since = short_duration(seconds_between(item.get("lastTransitionTime"), None, now))
         words = (item.get(name, "") for name in ("type", "status", "reason"))
         first, _, more = clean(str(item.get("message") or "")).partition("\n")
-        message = Text(f"{first} …" if more else first)  # a traceback is with the failure
+        message = Text(f"{first} …" if more else first)  # all of it is with the failure
         table.add_row(*(Text(clean(str(word)), no_wrap=True) for word in words), since, message)
     return table
 
@@ -151,7 +152,7 @@ def _attempts(attempts: list[Json], now: datetime) -> Table:
             str(item.get("number", "")),
             Text(duration(took) if took is not None else "", no_wrap=True),
             Text(clean(str(item.get("reason", "") if "endTime" in item else "runs")), no_wrap=True),
-            Text(message[-1]),  # a traceback's last line tells most; all of it is in the failure
+            Text(message[-1]),  # all of it is with the failure
         )
     return table
 

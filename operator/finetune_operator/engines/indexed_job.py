@@ -31,9 +31,8 @@ def render(run: Run) -> Json:
     spec = _attempt_spec(run) if run.is_attempt else _helper_spec(run)
     metadata = run.metadata(run.name)
     metadata["annotations"] = {names.LEAST_ANNOTATION: str(run.resources.min_nodes or run.nodes)}
-    queue = (run.body["metadata"].get("labels") or {}).get(names.QUEUE_LABEL)
-    if queue and run.is_attempt:
-        metadata["labels"][names.QUEUE_LABEL] = queue
+    if run.is_attempt:
+        metadata["labels"] |= run.queue_labels
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 
 

@@ -19,9 +19,7 @@ _STATES = {"Running": RunState.RUNNING, "Suspended": RunState.QUEUED, "Failed": 
 def render(run: Run) -> Json:
     """The RayJob of an attempt."""
     metadata = run.metadata(run.name)
-    queue = (run.body["metadata"].get("labels") or {}).get(names.QUEUE_LABEL)
-    if queue:
-        metadata["labels"][names.QUEUE_LABEL] = queue
+    metadata["labels"] |= run.queue_labels
     spec = {
         "entrypoint": ENTRYPOINT,
         "submissionMode": "HTTPMode",  # no submitter pod beside the nodes
@@ -33,11 +31,13 @@ def render(run: Run) -> Json:
 
 
 def _cluster(run: Run) -> Json:
+    """KubeRay submits the driver once all replicas run: so an elastic job begins with its least, and whoever scales
+    RayClusters there may add to it."""
     workers = run.nodes - 1
     least = (run.resources.min_nodes or run.nodes) - 1
     group = {
         "groupName": "workers",
-        "replicas": workers,
+        "replicas": least,
         "minReplicas": least,
         "maxReplicas": workers,
         "rayStartParams": {},
@@ -45,7 +45,7 @@ def _cluster(run: Run) -> Json:
     }
     return {
         "rayVersion": run.settings.ray_version,
-        "authOptions": {"mode": "token"},
+        "authOptions": {"mode": "token", "secretName": run.support},  # its key is KubeRay's own (names.TOKEN_KEY)
         "headGroupSpec": {"rayStartParams": {"dashboard-host": "0.0.0.0"}, "template": _template(run)},
         "workerGroupSpecs": [group] if workers else [],
     }

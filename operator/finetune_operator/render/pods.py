@@ -13,6 +13,7 @@ from finetune_operator.render.run import Run
 Json = dict[str, Any]
 USER = 1000
 GPU = "nvidia.com/gpu"
+_PLACES = ("kubernetes.io/", "topology.kubernetes.io/")
 _TMP = "/tmp"
 _CONTAINER_SECURITY: Json = {
     "allowPrivilegeEscalation": False,
@@ -50,8 +51,19 @@ def pod_template(run: Run, command: list[str], *, gpus: bool = True) -> Json:
         spec["initContainers"] = [_confined(item) for item in spec["initContainers"]]
     spec["containers"] = _containers(run, spec.get("containers") or [], command, gpus)
     if not gpus:
-        spec.pop("nodeSelector", None)  # the GPU nodes', most likely, which a preflight must not take
+        _leave_accelerators(spec)
     return template
+
+
+def _leave_accelerators(spec: Json) -> None:
+    """A preflight takes no GPU and no GPU node: of what leads to one only what says which kind of machine, and where,
+    stays. Nor does it wait for what lets attempts start."""
+    for name in ("resources", "resourceClaims", "schedulingGates"):
+        spec.pop(name, None)
+    chosen = spec.pop("nodeSelector", None) or {}
+    kept = {name: value for name, value in chosen.items() if name.startswith(_PLACES)}
+    if kept:
+        spec["nodeSelector"] = kept
 
 
 def _queue(labels: dict[str, str]) -> dict[str, str]:
@@ -126,7 +138,7 @@ def _volumes(run: Run) -> list[Json]:
     if kubernetes.model_cache_claim:
         cache = {"persistentVolumeClaim": {"claimName": kubernetes.model_cache_claim}}
     elif kubernetes.model_cache_host_path:
-        cache = {"hostPath": {"path": kubernetes.model_cache_host_path, "type": "DirectoryOrCreate"}}
+        cache = {"hostPath": {"path": kubernetes.model_cache_host_path, "type": "Directory"}}
     volumes: list[Json] = [
         {"name": "finetune-config", "configMap": {"name": run.config}},
         {"name": "finetune-cache", **cache},

@@ -63,6 +63,12 @@ class Run:
         return replace(self, number=1) if self.number == names.PREFLIGHT_RUN else self
 
     @property
+    def queue_labels(self) -> dict[str, str]:
+        """What a queue knows the job's runs by."""
+        labels = self.body["metadata"].get("labels") or {}
+        return {name: value for name, value in labels.items() if name.startswith(names.KUEUE)}
+
+    @property
     def resources(self) -> Resources:
         return Resources.model_validate(self.spec.get("resources", {}))
 

@@ -1,0 +1,102 @@
+"""Kubernetes' own warnings about a run that does not begin.
+
+A pod that is not made (a quota, Pod Security), and a volume that can't be mounted, are told of in events alone. Events
+are read where nothing else says what holds a run up, and seldom: a job that goes well costs no call.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from kubernetes.aio.client import ApiException
+
+from finetune_operator.api import Api
+from finetune_operator.cache import Key
+from finetune_operator.classify import waiting
+from finetune_operator.conditions import moment
+from finetune_operator.observed import Complaint, Observed, RunState, RunView
+
+Json = dict[str, Any]
+FIRST_SECONDS = 15.0
+"""Age of a run that has not begun before anybody asks why."""
+PAUSE_SECONDS = 60.0
+MOST = 50
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    subject: str
+    asked: datetime
+    said: tuple[Complaint, ...]
+
+
+class Complaints:
+    """Keeps what was last heard of each job; `again(key, seconds)` has a job looked at later."""
+
+    def __init__(self, api: Api, again: Callable[[Key, float], None]) -> None:
+        self._api, self._again = api, again
+        self._answers: dict[Key, _Answer] = {}
+
+    def forget(self, key: Key) -> None:
+        self._answers.pop(key, None)
+
+    async def about(self, key: Key, seen: Observed, now: datetime) -> tuple[Complaint, ...]:
+        """Warnings about the job's run that has not begun, newest first; none where its pods say enough."""
+        run = _not_begun(seen)
+        subject = _subject(seen, run) if run is not None else None
+        if run is None or subject is None:
+            self.forget(key)
+            return ()
+        young = FIRST_SECONDS - (now - run.created).total_seconds()
+        if young > 0:
+            self._again(key, young)
+            return ()
+        known = self._answers.get(key)
+        if known is None or known.subject != subject or now - known.asked >= timedelta(seconds=PAUSE_SECONDS):
+            known = _Answer(subject, now, await self._ask(key[0], subject, run))
+            self._answers[key] = known
+        self._again(key, PAUSE_SECONDS - (now - known.asked).total_seconds())
+        return known.said
+
+    async def _ask(self, namespace: str, subject: str, run: RunView) -> tuple[Complaint, ...]:
+        query = f"fieldSelector=type%3DWarning%2CinvolvedObject.name%3D{subject}&limit={MOST}"
+        try:
+            page = await self._api.get(f"/api/v1/namespaces/{namespace}/events?{query}") or {}
+        except ApiException as error:  # without that right the job runs as well, and says less
+            log.warning("events of %s/%s: %s", namespace, subject, error.reason)
+            return ()
+        return complaints_of(page.get("items") or [], run.created)
+
+
+def complaints_of(events: list[Json], since: datetime) -> tuple[Complaint, ...]:
+    """Events since then, newest first: an older object may have had the same name."""
+    told = sorted(((_time(item), item) for item in events), key=lambda pair: pair[0], reverse=True)
+    recent = (item for time, item in told if time >= since.replace(microsecond=0))
+    return tuple(Complaint(item.get("reason") or "", item.get("message") or "") for item in recent)
+
+
+def _time(event: Json) -> datetime:
+    series = event.get("series") or {}
+    found = series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime")
+    return moment(found or event["metadata"]["creationTimestamp"])
+
+
+def _not_begun(seen: Observed) -> RunView | None:
+    """The newest run of the job that is to begin; a held one waits for its queue alone."""
+    runs = [run for run in seen.runs if run.owner == seen.uid and run.state is RunState.PENDING and not run.deleting]
+    return max(runs, key=lambda run: run.run, default=None)
+
+
+def _subject(seen: Observed, run: RunView) -> str | None:
+    """Name of the object that knows: who makes the pods where there are none, else a pod that its node can't start."""
+    pods = [pod for pod in seen.pods_of(run.run) if not pod.gone and not pod.deleting]
+    if not pods:
+        return (run.pods_owner if run.engine == "kuberay" else "") or run.name
+    if waiting(pods) is not None:
+        return None
+    return next((pod.name for pod in pods if pod.node is not None and pod.phase == "Pending"), None)
