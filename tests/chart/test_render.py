@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 import subprocess
 import sys
 import tomllib
@@ -17,7 +15,6 @@ import yaml
 from helm_chart import CHART, RELEASE, HelmError, environment, helm, only
 
 from finetune_operator import names
-from finetune_operator.metrics import Metrics
 from finetune_operator.render.pods import USER
 from finetune_operator.settings import PREFIX, Settings, from_environment
 
@@ -198,24 +195,6 @@ def test_names_stay_in_their_bounds(rendered: Render) -> None:
     two = (rendered(namespace=namespace) for namespace in ("one", "two"))
     first, second = ({item["metadata"]["name"] for item in found if item["kind"] == "ClusterRole"} for found in two)
     assert first and not first & second
-
-
-def metric_names() -> set[str]:
-    """Every metric, as Prometheus stores it."""
-    metrics = Metrics()
-    made = (family.name + ("_total" if family.type == "counter" else "") for family in metrics.registry.collect())
-    return set(made)
-
-
-def test_the_dashboard_shows_every_metric_and_no_other(everything: list[Json]) -> None:
-    dashboard = json.loads(only(everything, "ConfigMap")["data"]["finetune-operator.json"])
-    text = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", []))
-    shown = {re.sub(r"_(bucket|count|sum)$", "", name) for name in re.findall(r"\bfinetune_\w+", text)}
-    assert shown == metric_names()
-    boxes = [panel["gridPos"] for panel in dashboard["panels"]]
-    cells = [(box["x"] + x, box["y"] + y) for box in boxes for x in range(box["w"]) for y in range(box["h"])]
-    assert len(cells) == len(set(cells)) and max(x for x, _ in cells) < 24
-    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 
 
 def test_the_readme_has_every_value() -> None:
