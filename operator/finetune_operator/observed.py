@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -43,6 +44,8 @@ class PodView:
     phase: str
     owner: str = ""
     """Uid of the Job, or name of the RayCluster, that made it."""
+    created: str = ""
+    """RFC 3339."""
     ip: str | None = None
     node: str | None = None
     deleting: bool = False
@@ -101,17 +104,17 @@ class Told:
 
 @dataclass(frozen=True)
 class JobView:
-    """A FineTuneJob as the API server has it. Kept as text: thousands of parsed specs would fill the memory."""
+    """A FineTuneJob as the API server has it. Kept as packed text: thousands of parsed specs would fill the memory."""
 
     namespace: str
     name: str
     uid: str
     version: int
-    text: str = field(repr=False)
+    packed: bytes = field(repr=False)
 
     @property
     def body(self) -> Json:
-        body: Json = json.loads(self.text)
+        body: Json = json.loads(zlib.decompress(self.packed))
         return body
 
 
@@ -156,18 +159,19 @@ class Observed:
         return next((run for run in self.runs if run.run == number and run.owner == self.uid), None)
 
     def pods_of(self, number: int) -> tuple[PodView, ...]:
-        """The pods that a run of this job has made."""
+        """The pods that a run of this job has made, by index; of those with one index the newest first."""
         run = self.run(number)
         owned = (pod for pod in self.pods if run is not None and pod.run == number and pod.owner == run.pods_owner)
-        return tuple(sorted(owned, key=lambda pod: (pod.index, pod.name)))
+        newest = sorted(owned, key=lambda pod: (pod.created, pod.name), reverse=True)
+        return tuple(sorted(newest, key=lambda pod: pod.index))
 
 
 def job_view(body: Json) -> JobView:
     """A FineTuneJob without what nobody reads."""
     metadata = {name: value for name, value in body["metadata"].items() if name != "managedFields"}
     slim = {"metadata": metadata, "spec": body.get("spec", {}), "status": body.get("status", {})}
-    text = json.dumps(slim, separators=(",", ":"))
-    return JobView(metadata["namespace"], metadata["name"], metadata["uid"], int(metadata["resourceVersion"]), text)
+    packed = zlib.compress(json.dumps(slim, separators=(",", ":")).encode(), level=1)
+    return JobView(metadata["namespace"], metadata["name"], metadata["uid"], int(metadata["resourceVersion"]), packed)
 
 
 def pod_view(body: Json) -> PodView | None:
@@ -186,6 +190,7 @@ def pod_view(body: Json) -> PodView | None:
         index=_index(metadata),
         phase=status.get("phase", "Pending"),
         owner=_maker(metadata),
+        created=metadata.get("creationTimestamp", ""),
         ip=status.get("podIP"),
         node=(body.get("spec") or {}).get("nodeName"),
         deleting="deletionTimestamp" in metadata,

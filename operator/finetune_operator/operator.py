@@ -13,7 +13,7 @@ from kubernetes.aio.client import Configuration
 
 from finetune_api.job import GROUP, PLURAL, VERSION
 from finetune_operator import names
-from finetune_operator.api import Api, configuration, connect
+from finetune_operator.api import PAGE, Api, configuration, connect
 from finetune_operator.cache import Cache, Key
 from finetune_operator.controller import Controller
 from finetune_operator.engines import ENGINES, Engine
@@ -121,7 +121,8 @@ async def _configure(settings: kopf.OperatorSettings, **_: Any) -> None:
     settings.watching.server_timeout = SERVER_TIMEOUT_SECONDS
     settings.watching.client_timeout = CLIENT_TIMEOUT_SECONDS
     settings.watching.connect_timeout = 10
-    settings.watching.chunk_size = 500
+    settings.watching.chunk_size = PAGE
+    settings.queueing.idle_timeout = 0.5  # until then kopf keeps a task, and the whole object, of each job
 
 
 async def _login(**_: Any) -> kopf.ConnectionInfo:

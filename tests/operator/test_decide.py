@@ -137,6 +137,15 @@ def test_deciding_again_from_the_result_settles(name: str) -> None:
     assert third.events == ()
 
 
+def test_of_the_pods_of_a_preflight_the_newest_counts() -> None:
+    first = pod(0, name="tiny-preflight-a", created=ago(60), exit_code=1, termination_message=said(1, "no network"))
+    last = pod(0, name="tiny-preflight-b", created=ago(30), exit_code=2, termination_message=said(2, "no such file"))
+    world = seen({"conditions": VALID[:1]}, run(0, RunState.FAILED), first, last, kubernetes={})
+    assert decide(world, SETTINGS, NOW).status["failure"] == {
+        "reason": "UserError", "message": "no such file", "pod": "tiny-preflight-b", "node": "node-a", "exitCode": 2,
+        "attempt": 0}  # fmt: skip
+
+
 def test_the_wait_before_the_next_attempt() -> None:
     decision = decide(seen(failed(attempt(1, "TrainingFailed", 4))), SETTINGS, NOW)
     assert decision.wake == NOW + timedelta(seconds=6)

@@ -38,7 +38,7 @@ def run(number: int = 1, state: RunState = RunState.RUNNING, **fields: Any) -> R
 
 def pod(number: int = 1, index: int = 0, **fields: Any) -> PodView:
     fields = {"phase": "Running", "node": "node-a"} | fields
-    return PodView(f"tiny-{number}-{index}-x", "tiny", number, index, **fields)
+    return PodView(fields.pop("name", f"tiny-{number}-{index}-x"), "tiny", number, index, **fields)
 
 
 def said(code: int | None = None, message: str | None = None, **fields: Any) -> str:

@@ -57,7 +57,7 @@ def _helper_spec(run: Run) -> Json:
         "backoffLimit": HELPER_RETRIES,  # no checkpoint to go on from, so Kubernetes' own retries will do
         "ttlSecondsAfterFinished": 86400,
         "podReplacementPolicy": "Failed",
-        "podFailurePolicy": {"rules": [_fail_on([ExitCode.USER_ERROR.value])]},
+        "podFailurePolicy": {"rules": [_fail_on([ExitCode.USER_ERROR.value]), {**_DISRUPTED, "action": "Ignore"}]},
         "template": pod_template(run, HELPER_COMMANDS[run.number], gpus=False),
     }
 
