@@ -22,7 +22,7 @@ _SHAPES = re.compile(
     re.DOTALL,
 )
 _NAMED = re.compile(
-    rf"""(?P<name>\b[\w.-]*(?:secret|passwd|password|pwd|credential|signature
+    rf"""(?P<name>\b[\w.-]*(?:secret|passwd|password|pwd|credential|signature|connection_?string
         |(?:auth|access|api|hub|hf|session|security|refresh|id)[_-]?token
         |(?:api|access|account|private|secret|encryption)[_-]?key(?:[_-]?id)?)s?
         ["']?\s*[=:]\s*["']?)
@@ -39,6 +39,12 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
     for value in sorted(secrets, key=len, reverse=True):
         text = text.replace(value, MARK)
     return _NAMED.sub(rf"\g<name>{MARK}", _SHAPES.sub(MARK, text))
+
+
+def is_credential(name: str, value: str) -> bool:
+    """Whether a variable of that name with that value gives away what belongs into a Secret; a path to it does not."""
+    given = f"{name}={value}"
+    return not value.startswith("/") and redact(given, {}) != given
 
 
 def is_secret(name: str) -> bool:

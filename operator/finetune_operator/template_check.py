@@ -12,6 +12,7 @@ from typing import Any
 
 from finetune_api.job import GROUP
 from finetune_api.problems import Problem, did_you_mean
+from finetune_api.redact import is_credential
 from finetune_operator.settings import Settings
 
 Json = dict[str, Any]
@@ -149,6 +150,11 @@ def _container(container: Json, where: str) -> Iterator[Problem]:
         yield from _handler(_part(container, name), f"{where}.{name}")
     for name in ("postStart", "preStop"):
         yield from _handler(_part(lifecycle, name), f"{where}.lifecycle.{name}")
+    for place, item in _items(container, "env", where):
+        name, value = str(item.get("name"))[:80], item.get("value")
+        if isinstance(value, str) and is_credential(name, value):
+            yield Problem(f"{place}.value", f"{name} is a secret: take it from a Secret, by valueFrom.secretKeyRef or "
+                          "kubernetes.envFromSecrets")  # fmt: skip
     context, place = _part(container, "securityContext"), f"{where}.securityContext"
     yield from _closed(context, _CONTAINER_SECURITY, place)
     yield from _security(context, place)

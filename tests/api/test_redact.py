@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune_api.redact import MARK, redact
+from finetune_api.redact import MARK, is_credential, redact
 
 KEY = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
 JWT = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJzeXN0ZW0ifQ.c2lnbmF0dXJl"
@@ -26,6 +26,7 @@ SECRETS = {
     "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----": "the key is\n{}\nand no more",
     "-----BEGIN PRIVATE KEY-----\nMIIEcut": "torn off: {}",
     "Eby8vdM02xNOcqFlq==": "AccountName=x;AccountKey={};EndpointSuffix=y",
+    "Endpoint=sb://x": "AZURE_STORAGE_CONNECTION_STRING={}",
 }
 PLAIN = [
     "tokens: 123456 of 7890123, tokens_per_second=12345.6",
@@ -51,3 +52,22 @@ def test_what_is_none_stays(text: str) -> None:
 def test_values_of_variables_that_are_named_like_secrets() -> None:
     environment = {"HF_TOKEN": "a-token-value", "WANDB_API_KEY": "another", "TOKEN_FILE": "/etc/token", "A_TOKEN": "x"}
     assert redact("a-token-value another /etc/token x", environment) == f"{MARK} {MARK} /etc/token x"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("HF_TOKEN", "abcdef123456", True),
+        ("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE", True),
+        ("WANDB_API_KEY", "0123456789", True),
+        ("ANYTHING", "hf_" + "a" * 30, True),
+        ("HTTPS_PROXY", "http://user:password@proxy:3128", True),
+        ("HTTPS_PROXY", "http://proxy:3128", False),
+        ("GOOGLE_APPLICATION_CREDENTIALS", "/etc/gcp/key.json", False),
+        ("MAX_TOKENS", "1048576", False),
+        ("TOKENIZERS_PARALLELISM", "false", False),
+        ("NCCL_SOCKET_IFNAME", "eth0,eth1,eth2", False),
+    ],
+)
+def test_credentials_among_variables(name: str, value: str, expected: bool) -> None:
+    assert is_credential(name, value) is expected

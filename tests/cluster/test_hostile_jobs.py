@@ -129,7 +129,7 @@ def test_names_at_their_limits_and_a_large_config_run(
 def test_a_secret_in_the_environment_is_told_to_nobody(
     jobs: Jobs, kubelet: KubeletStandIn, core: client.CoreV1Api, operator: OperatorProcess
 ) -> None:
-    jobs.create(with_template(trainer(env=[{"name": "API_KEY", "value": SECRET}, {"name": "PLAIN", "value": SECRET}])))
+    jobs.create(with_template(trainer(env=[{"name": "A_TOKEN", "value": SECRET}, {"name": "PLAIN", "value": SECRET}])))
     pod = pod_of(kubelet, jobs.namespace)
     kubelet.running(jobs.namespace, pod)
     jobs.until_phase("Running")
@@ -142,6 +142,19 @@ def test_a_secret_in_the_environment_is_told_to_nobody(
     ]
     configs = core.list_namespaced_config_map(jobs.namespace).items
     assert written and SECRET not in json.dumps(failed["status"]) + str(written) + str(configs) + operator.log()
+
+
+def test_credentials_come_from_secrets_alone(jobs: Jobs, core: client.CoreV1Api, operator: OperatorProcess) -> None:
+    named = {"name": "AWS_SECRET_ACCESS_KEY", "value": SECRET}
+    shaped = {"name": "PROXY", "value": f"https://me:{SECRET}@proxy"}
+    path = {"name": "GOOGLE_APPLICATION_CREDENTIALS", "value": "/etc/gcp/key.json"}
+    jobs.create(with_template(trainer(env=[named, shaped, path])))
+    failed = jobs.until_phase("Failed")
+    message = condition(failed, "Failed")["message"]
+    assert "env[0].value: AWS_SECRET_ACCESS_KEY is a secret" in message and "env[1].value: PROXY" in message
+    assert "GOOGLE" not in message
+    told = str(core.list_namespaced_event(jobs.namespace).items)
+    assert SECRET not in json.dumps(failed["status"]) + told + operator.log()
 
 
 @pytest.mark.parametrize("kind", HOSTILE_ANSWERS)

@@ -230,7 +230,8 @@ def test_pods_that_may_not_be_made_are_told_of(
         seen = held.until(lambda status: "exceeded quota" in str(status.get("conditions")))
         assert condition(seen, "Running")["reason"] == "Forbidden" and seen["status"]["phase"] == "Pending"
         core.delete_namespaced_resource_quota("none", namespace)
-        (pod,) = pods_of(kubelet, namespace, 1)
+        # The Job controller tries again after pauses that double.
+        (pod,) = kubelet.pods(namespace, 1, selector=SELECTOR.format(1), timeout=90)
         kubelet.running(namespace, pod)
         assert condition(held.until_phase("Running"), "Running")["message"] == ""
 
