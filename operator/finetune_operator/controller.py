@@ -22,7 +22,18 @@ from finetune_operator.engines import ENGINES, engine_of
 from finetune_operator.metrics import Metrics
 from finetune_operator.names import FINALIZER
 from finetune_operator.observed import Observed, Trouble
-from finetune_operator.plan import Create, Delete, Json, SetFinalizers, event, job_path, patch_status, plan, run_path
+from finetune_operator.plan import (
+    Create,
+    Delete,
+    Json,
+    SetFinalizers,
+    engine_for,
+    event,
+    job_path,
+    patch_status,
+    plan,
+    run_path,
+)
 from finetune_operator.poller import Poller
 from finetune_operator.queue import WorkQueue
 from finetune_operator.render.run import Run
@@ -167,7 +178,8 @@ class Controller:
         """A watch may lag behind: ask for the run of an attempt that has not ended and that no watch has told of."""
         for record in attempts.records(seen.body.get("status") or {}):
             if "endTime" not in record and seen.run(record["number"]) is None:
-                found = await self._api.get(run_path(Run(seen.body, record["number"], self._settings)))
+                run = Run(seen.body, record["number"], self._settings)
+                found = await self._api.get(run_path(run, engine_for(run)))
                 self._remember(found or {})
 
     def _remember(self, body: Json) -> None:

@@ -171,7 +171,6 @@ def _follow(draft: Draft) -> bool:
     """An attempt is on its way: say how it does."""
     run = draft.active()
     assert run is not None
-    draft.resumed()  # where the operator ended between starting the attempt and writing that down
     held = run.state is RunState.QUEUED
     if held:
         draft.set(Type.ADMITTED, "False", Reason.QUEUED, run.message)
@@ -185,6 +184,8 @@ def _follow(draft: Draft) -> bool:
         draft.running_since(run)
     elif stuck is not None:
         _stuck(draft, run, *stuck)
+    elif draft.stopping() and not held:
+        draft.set(Type.RUNNING, "False", Reason.STOPPING, "pods have ended, the others follow")
     else:
         draft.set(Type.RUNNING, "False", Reason.QUEUED if held else Reason.STARTING)
     return True

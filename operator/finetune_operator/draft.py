@@ -63,6 +63,11 @@ class Draft:
         condition = self._conditions.get(kind.value)
         return condition is not None and condition.status == "True"
 
+    def stopping(self) -> bool:
+        """Whether the attempt has run, and is told or seen to end."""
+        condition = self._conditions.get(Type.RUNNING.value)
+        return condition is not None and condition.reason in (Reason.TRAINING, Reason.STOPPING)
+
     def active(self) -> RunView | None:
         """The attempt that is on its way, if any."""
         runs = [run for run in self.seen.runs if run.run > 0 and run.owner == self.seen.uid and run.state in _OPEN]
@@ -147,12 +152,11 @@ class Draft:
         self.status["attempts"] = [*attempts.records(self.status), {"number": number, "startTime": stamp(self.now)}]
         self.status["attempt"] = number
         attempts.trimmed(self.status)
-        self.resumed()
         self.set(Type.RUNNING, "False", Reason.STARTING)
         self.do(StartRun(number))
 
     def resumed(self) -> None:
-        """An attempt is on its way, so the job is not suspended any more."""
+        """The job is not to be suspended any more."""
         condition = self._conditions.get(Type.SUSPENDED.value)
         if condition is not None and condition.reason is not Reason.RESUMED:
             self.set(Type.SUSPENDED, "False", Reason.RESUMED)

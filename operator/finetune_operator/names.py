@@ -8,8 +8,9 @@ from typing import Any
 
 from finetune_api.claims import CLAIM_DIRECTORY as CLAIM_DIRECTORY
 from finetune_api.job import GROUP
-from finetune_api.labels import CLEANUP, JOB_LABEL, MANAGED_BY, OPERATOR, PREFLIGHT, RUN_LABEL
+from finetune_api.labels import CLEANUP, JOB_LABEL, MANAGED_BY, PREFLIGHT, RUN_LABEL
 from finetune_api.labels import CONTAINER as CONTAINER
+from finetune_api.labels import OPERATOR as OPERATOR
 
 LEAST_ANNOTATION = f"{GROUP}/min-nodes"
 """Nodes that an elastic run can do with; on its Job, so that its state can be read from it alone."""

@@ -10,9 +10,10 @@ from datetime import datetime
 from enum import Enum
 from typing import Any
 
+from finetune_api.labels import CONTAINER, JOB_LABEL
 from finetune_api.report import AttemptReport
 from finetune_operator.conditions import Reason, moment
-from finetune_operator.names import CONTAINER, JOB_LABEL, run_of
+from finetune_operator.names import run_of
 
 Json = dict[str, Any]
 COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
@@ -248,7 +249,7 @@ def _pods_owner(body: Json, engine: str) -> str:
 
 def _maker(metadata: Json) -> str:
     owners = metadata.get("ownerReferences") or []
-    owner = next((owner for owner in owners if owner.get("controller")), {})
+    owner: Json = next((owner for owner in owners if owner.get("controller")), {})
     return str(owner["name"] if owner.get("kind") == "RayCluster" else owner.get("uid", ""))
 
 

@@ -32,6 +32,7 @@ def suspend(draft: Draft) -> bool:
     """A job that is not to run: its attempt saves a checkpoint, and no pod is left."""
     run, wanted = draft.active(), draft.policy.suspend
     if not wanted:
+        draft.resumed()
         return False
     if run is not None and _stop(draft, run, Reason.SUSPENDED):
         draft.set(Type.SUSPENDED, "False", Reason.STOPPING, "saving a checkpoint")

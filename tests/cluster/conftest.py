@@ -24,7 +24,11 @@ STARTED = pytest.StashKey[float]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test's time limit leaves out its fixtures: the first may have to build Kubernetes."""
+    """A test's time limit leaves out its fixtures: the first may have to build Kubernetes.
+
+    Tests with the operator come last: it takes every job in hand, those of tests that write statuses themselves too.
+    """
+    items.sort(key=lambda item: "operator" in getattr(item, "fixturenames", ()))
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TEST_SECONDS, func_only=True))

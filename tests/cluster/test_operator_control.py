@@ -159,6 +159,7 @@ def test_events_tell_the_story(jobs: Jobs, kubelet: KubeletStandIn, core: client
     (second,) = pods_of(kubelet, namespace, 2)
     with driver(made["metadata"]["uid"], 2) as trainer:
         kubelet.running(namespace, second)
+        jobs.until(lambda status: status["phase"] == "Running" and status["attempt"] == 2)
         trainer.reporter.stage_started(0, "tokenizer", 2, "")
         trainer.reporter.stage_finished(0, "tokenizer", "/pvc/t", {})
         jobs.until(lambda status: (status.get("stages") or [{}])[0].get("state") == "Succeeded")
@@ -166,7 +167,7 @@ def test_events_tell_the_story(jobs: Jobs, kubelet: KubeletStandIn, core: client
     done = jobs.until_phase("Succeeded")
     assert condition(done, "Planned")["reason"] == "PreflightPassed"
     expected = {"PreflightPassed", "Starting", "Training", "TrainingFailed", "BackOff", "StageSucceeded", "Completed"}
-    eventually(lambda: set(events_of(core, namespace)) == expected)
+    eventually(lambda: set(events_of(core, namespace)) - {"Stopping"} == expected)  # that one may pass too quickly
     told = events_of(core, namespace)
     assert (told.count("Starting"), told.count("Training"), told.count("StageSucceeded")) == (2, 2, 1)
 

@@ -17,6 +17,8 @@ from finetune_operator.settings import Settings
 
 SETTINGS = Settings(backoff_seconds=10, backoff_cap_seconds=300)
 RUNNING = {"conditions": [*VALID, *conditions(Running="True/Training")], "attempts": [attempt(1)], "attempt": 1}
+STARTING = {"conditions": [*VALID, *conditions(Running="False/Starting")], "attempts": [attempt(1)], "attempt": 1}
+QUEUED = {"conditions": [*VALID, *conditions(Running="False/Queued")], "attempts": [attempt(1)], "attempt": 1}
 OVER = {"conditions": [*VALID, *conditions(Succeeded="True/Completed")], "completionTime": ago(100)}
 
 
@@ -32,7 +34,12 @@ CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
     "an attempt found running ends the suspension": (
         seen({"conditions": [*VALID, *conditions(Suspended="True/Suspended")]}, run()), "Running", ()),
     "another owner's run is nobody's": (seen(None, run(owner="other")), "Pending", (StartRun(1),)),
-    "pods on their way": (seen(RUNNING, run(state=RunState.PENDING)), "Pending", ()),
+    "pods on their way": (seen(STARTING, run(state=RunState.PENDING)), "Pending", ()),
+    "pods on their way once more, after a queue": (seen(QUEUED, run(state=RunState.PENDING)), "Pending", ()),
+    "pods that end": (seen(RUNNING, run(state=RunState.PENDING)), "Stopping", ()),
+    "resumed, and not checked before": (
+        seen({"conditions": [*VALID[:1], *conditions(Suspended="True/Suspended")]}, kubernetes={}), "Preflight",
+        (StartRun(0),)),
     "a queue holds it": (seen(RUNNING, run(state=RunState.QUEUED)), "Queued", ()),
     "a user error ends it": (
         seen(RUNNING, run(state=RunState.FAILED), pod(exit_code=2, termination_message=said(2, "bad"))), "Failed", ()),
