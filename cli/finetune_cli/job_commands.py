@@ -44,7 +44,8 @@ def run_command(
     """Run a job on this machine, all its stages in order.
 
     Results, metrics, checkpoints and `report.html` go to `<storage>/<name of the job>`. Exit codes: 0 done, 1 failed
-    (a retry may help), 2 the job or its data is wrong, 3 out of memory, 75 stopped with a checkpoint (`--resume`).
+    (a retry may help), 2 the job or its data is wrong, 3 out of memory, 4 an evaluation missed its gate, 75 stopped
+    with a checkpoint (`--resume`).
     """
     if resume and fresh:
         raise typer.BadParameter("--resume and --fresh exclude each other")

@@ -11,7 +11,7 @@ from finetune_api.problems import Problem, did_you_mean
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.errors import UserError
 from finetune_trainer.launch.cluster import Workers, plan_workers
-from finetune_trainer.launch.preparation import Preparation, data_size
+from finetune_trainer.launch.preparation import Preparation
 from finetune_trainer.plan import PlanContext, plan_job, render
 from finetune_trainer.plan.devices import MEMORIES, Device, known_device, local_device
 from finetune_trainer.plan.quantities import parse_quantity
@@ -28,7 +28,7 @@ def show_plan(run: RunConfig, device: str | None, as_json: bool) -> None:
     place = _device(device, workers)
     known = _preparation(run, workers)
     context = PlanContext(place, workers.most, known.config if known else None)
-    plan = plan_job(run, context, lambda index: data_size(known.prepare(index) if known else None))
+    plan = plan_job(run, context, lambda index: known.prepare(index) if known else None)
     if as_json:
         print(json.dumps(plan.to_json(), indent=1))
     else:

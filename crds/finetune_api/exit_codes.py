@@ -16,5 +16,7 @@ class ExitCode(IntEnum):
     """The job, its data or its flags are wrong; a retry fails the same way."""
     OUT_OF_MEMORY = 3
     """A device or the host ran out of memory; a retry needs a smaller job or a larger machine."""
+    GATE_NOT_PASSED = 4
+    """An evaluation missed the bound that its stage sets; a retry measures the same."""
     INTERRUPTED = 75
     """Stopped by a signal or by request after saving a checkpoint (`EX_TEMPFAIL`): run again with `--resume`."""

@@ -13,7 +13,7 @@ from finetune_api.cluster import Resources, RunPolicy, Sharding, Storage
 from finetune_api.kubernetes import Kubernetes
 from finetune_api.model import ModelSpec
 from finetune_api.problems import did_you_mean
-from finetune_api.stages import Stage
+from finetune_api.stages import BASE, Stage
 
 GROUP = "finetune.dev"
 VERSION = "v1alpha1"
@@ -93,6 +93,7 @@ class FineTuneJobSpec(ApiModel):
             if count > 1:
                 yield f"{count} stages are named {name!r}: a stage's name is its own"
         yield from self._unknown_stages()
+        yield from self._unknown_models()
 
     def _unknown_stages(self) -> Iterator[str]:
         """Sources that are the data of a stage which isn't there, comes later or makes none."""
@@ -105,6 +106,21 @@ class FineTuneJobSpec(ApiModel):
                     yield f"stages[{index}].{place}: {name!r} {what}{did_you_mean(name, makers)}"
             for kind in stage.kinds:
                 made[stage.name or kind] = kind == SYNTHESIZE
+
+    def _unknown_models(self) -> Iterator[str]:
+        """Models to compare with that are no earlier stage's, or that are the evaluated one itself."""
+        leaves_model: dict[str, bool] = {}
+        for index, stage in enumerate(self.stages):
+            models = [BASE, *(title for title, leaves in leaves_model.items() if leaves)]
+            for at, name in enumerate(stage.evaluate.compare_with if stage.evaluate is not None else ()):
+                where = f"stages[{index}].evaluate.compareWith[{at}]"
+                if name == models[-1]:
+                    yield f"{where}: {name!r} is the model that is evaluated"
+                elif name not in models:
+                    what = "leaves no model" if name in leaves_model else "is no stage before this one"
+                    yield f"{where}: {name!r} {what}{did_you_mean(name, models)}"
+            for kind in stage.kinds:
+                leaves_model[stage.name or kind] = kind != "tokenizer" and getattr(stage, kind).hands_on
 
 
 class FineTuneJob(ApiModel):

@@ -86,6 +86,8 @@ def _endings(run: RunView, pods: tuple[PodView, ...], text: str, code: int | Non
     if code == ExitCode.USER_ERROR:
         yield Ending(Reason.USER_ERROR, _clip(text or "the job, its data or its settings are wrong"), False, True,
                      *place, code)  # fmt: skip
+    if code == ExitCode.GATE_NOT_PASSED:
+        yield Ending(Reason.GATE_NOT_PASSED, _clip(text or "an evaluation missed its bound"), False, True, *place, code)
     yield from _lost_pods(pods)
     if "DisruptionTarget" in run.message:  # the Job's own word, where no pod is left to tell more
         yield Ending(Reason.EVICTED, _clip(run.message), True, False, *place, code)

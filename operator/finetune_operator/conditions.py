@@ -89,6 +89,8 @@ class Reason(StrEnum):
     """Workers could not find or lost each other (Ray, NCCL, gloo)."""
     USER_ERROR = "UserError"
     """The job, its data or its settings are wrong."""
+    GATE_NOT_PASSED = "GateNotPassed"
+    """An evaluation missed a bound that the job sets; the message has the metric, its value and the bound."""
     INTERRUPTED = "Interrupted"
     """Stopped from outside with a checkpoint."""
     DELETED = "RunDeleted"

@@ -22,6 +22,14 @@ ROOT: Job = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
 STREAM = "{streaming: true, sources: [{file: x}]}"
 OPTIONAL = {"evalData": "{sources: [{file: x}]}", "expertConfig": "{file: x}"}
 """Nodes that the sample job lacks, as they are made for a case below them."""
+SCORED = {
+    "data": DATA,
+    "metrics": ["rougeL", "executionAccuracy"],
+    "database": {"sql": "CREATE TABLE a (b)"},
+    "gate": [{"metric": "rougeL", "atLeast": 0.1}],
+}
+PLAIN = {"evaluate": SCORED}
+"""Stages that need more than data."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,24 @@ CASES = (
     ),
     Case("'exo_pair' in self", ("lossType=[exo_pair]", "labelSmoothing=0.1"), ("lossType=[exo_pair]",)),
     Case("self.lossWeights.size()", ("lossType=[ipo, sft]", "lossWeights=[1, 0.5]"), ("lossWeights=[1, 0.5]",)),
+    Case("[has(self.file), has(self.script)", ("={script: x}",), ("={script: x, file: y}",)),
+    Case("has(self.atLeast) ||", ("={metric: rougeL, atMost: 1}",), ("={metric: rougeL}",)),
+    Case("self.metrics.size() + self.tasks", ("tasks=[a]",), ("metrics=[]", "database=null", "gate=[]")),
+    Case("self.metrics.size() == 0 ||", ("compareWith=[base]",), ("data=null",)),
+    Case("!has(self.data) ||", ("seed=1",), (f"data={STREAM}",)),
+    Case("'executionAccuracy' in", ("metrics=[rougeL]", "database=null"), ("metrics=[rougeL]",)),
+    Case(
+        "self.gate.all(g, g.metric",
+        ("tasks=[a]", "gate=[{metric: a.acc, atLeast: 1}]"),
+        ("tasks=[a]", "gate=[{metric: bleu, atLeast: 1}]"),
+    ),
+    Case(
+        "g.relativeTo in self",
+        ("compareWith=[base]", "gate=[{metric: rougeL, atLeast: 1, relativeTo: base}]"),
+        ("gate=[{metric: rougeL, atLeast: 1, relativeTo: base}]",),
+    ),
+    Case("self.doSample || !(has", ("={doSample: true, topK: 3}",), ("={topK: 3}",), ".generation"),
+    Case("!self.doSample || self.numBeams", ("={numBeams: 2}",), ("={numBeams: 2, doSample: true}",), ".generation"),
     Case("!has(self.modelCacheClaim)", ("modelCacheClaim=a",), ("modelCacheClaim=a", "modelCacheHostPath=/b")),
     Case("self < 0.5", ("=0",), ("=0.5",), ".labelSmoothing"),
     Case("self >= 0.01", ("=0.01",), ("=0",), ".mlmProbability"),
@@ -132,7 +158,8 @@ def base_job() -> Job:
     stages: list[Job] = job["spec"]["stages"]
     present = {kind for stage in stages for kind in stage}
     known = ROOT["properties"]["spec"]["properties"]["stages"]["items"]["properties"]
-    stages += [{kind: {"data": DATA}} for kind in known if kind not in present | {"name"}]
+    lacking = [kind for kind in known if kind not in present | {"name"}]
+    stages += [{kind: copy.deepcopy(PLAIN.get(kind, {"data": DATA}))} for kind in lacking]
     return job
 
 

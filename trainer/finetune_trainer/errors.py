@@ -28,6 +28,12 @@ class Interrupted(Exception):
     exit_code = ExitCode.INTERRUPTED
 
 
+class GateNotPassed(Exception):
+    """An evaluation missed a bound that the job sets; what was measured is in storage."""
+
+    exit_code = ExitCode.GATE_NOT_PASSED
+
+
 class TrainingFailed(Exception):
     """A stage failed for a reason that is not the user's, and retries were of no use."""
 

@@ -12,6 +12,7 @@ SAMPLES = "samples.json"
 DATA_REPORT = "data.json"
 DONE = "done.json"
 ROWS = "rows.jsonl"
+EVALUATION = "evaluation.json"
 EXPERT_CONFIG = "expert_config.json"
 EXPERT_SCORES = "expert_scores.json"
 EXPERT_LOAD = "expert_load.png"
@@ -63,6 +64,23 @@ class StageLayout:
     def data_report(self) -> str:
         """What preparation read, cut and dropped."""
         return f"{self.root}/{DATA_REPORT}"
+
+    @property
+    def evaluation(self) -> str:
+        """What an `evaluate` stage has measured of each model, and samples of their answers."""
+        return f"{self.root}/{EVALUATION}"
+
+    def answers(self, model: str) -> str:
+        """What an `evaluate` stage has of one model, one JSON object per row; written when it has all rows."""
+        return f"{self.root}/answers/{model}.jsonl"
+
+    def answer_parts(self, model: str) -> str:
+        """Directory of the rows of one model while they are measured."""
+        return f"{self.root}/answers/{model}.parts"
+
+    def task(self, model: str, task: str) -> str:
+        """What a task of lm-evaluation-harness says of one model."""
+        return f"{self.root}/answers/{model}.{task}.json"
 
     @property
     def expert_config(self) -> str:

@@ -12,9 +12,11 @@ import torch
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import DATA_FIELDS, PretrainSpec, Stage
+from finetune_api.stages import DATA_FIELDS, EvaluateSpec, PretrainSpec, Stage
 from finetune_trainer.data import inspect
 from finetune_trainer.errors import UserError
+from finetune_trainer.evaluation.queries import open_database
+from finetune_trainer.evaluation.tasks import task_problems
 from finetune_trainer.launch.cluster import Workers, plan_workers
 from finetune_trainer.layout import RUN_CONFIG
 from finetune_trainer.model.saved import is_result, root_of
@@ -38,7 +40,7 @@ def preflight(run: RunConfig, workers: Workers | None = None, *, device: Device 
     """
     workers = workers or plan_workers(run.job.spec.resources)
     problems = [*_storage(run), *([] if device else _resources(workers)), *_pipeline(run), *_cpu_limits(run, workers)]
-    problems += _data(run)
+    problems += [*_data(run), *_evaluations(run)]
     plan: JobPlan | None = None
     try:
         plan = _model(run, workers, device or local_device(workers.most))
@@ -123,7 +125,27 @@ def _data(run: RunConfig) -> Iterator[Problem]:
             data = getattr(stage.spec, field, None)
             if data is not None and all(source.stage is None for source in data.sources):
                 alias = type(stage.spec).model_fields[field].alias
-                yield from inspect(data, stage.spec.row_kind, f"{place(run, index)}.{alias}", base)
+                referenced = isinstance(stage.spec, EvaluateSpec) and stage.spec.generates
+                where = f"{place(run, index)}.{alias}"
+                yield from inspect(data, stage.spec.row_kind, where, base, referenced=referenced)
+
+
+def _evaluations(run: RunConfig) -> Iterator[Problem]:
+    """Tasks that are not there, databases that can't be made, models that are compared and can't be."""
+    masked = {stage.title for stage in run.job.spec.stages if _is_masked(stage)}
+    for index, stage in enumerate(run.job.spec.stages):
+        spec, where = stage.spec, place(run, index)
+        if not isinstance(spec, EvaluateSpec):
+            continue
+        yield from task_problems(spec, where)
+        for at, name in enumerate(spec.compare_with):
+            if name in masked:
+                yield Problem(f"{where}.compareWith[{at}]", f"{name!r} fills masks: it has nothing to compare")
+        try:
+            if spec.database is not None:
+                open_database(spec.database, f"{where}.database", run.base_dir)
+        except UserError as error:
+            yield from error.problems
 
 
 def _model(run: RunConfig, workers: Workers, device: Device) -> JobPlan:

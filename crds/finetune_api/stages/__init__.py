@@ -5,18 +5,23 @@ spec: `trains` (does it take optimizer steps), `hands_on` (does the next stage s
 """
 
 from finetune_api.stages.corpus import PretrainSpec, TokenizerSpec
+from finetune_api.stages.evaluation import BASE, Database, EvaluateSpec, Gate
 from finetune_api.stages.experts import EsftSpec, ExpertChoice, default_threshold
 from finetune_api.stages.preference import DpoSpec
 from finetune_api.stages.stage import DATA_FIELDS, STAGE_KINDS, AdapterSpec, Stage, StageSpec, TrainedSpec
 from finetune_api.stages.supervised import SftSpec, SupervisedSpec
 
 __all__ = [
+    "BASE",
     "DATA_FIELDS",
     "STAGE_KINDS",
     "AdapterSpec",
+    "Database",
     "DpoSpec",
     "EsftSpec",
+    "EvaluateSpec",
     "ExpertChoice",
+    "Gate",
     "PretrainSpec",
     "SftSpec",
     "Stage",

@@ -7,17 +7,18 @@ from collections.abc import Iterator
 from finetune_api.base import ApiModel, exactly_one, not_exactly_one, rules
 from finetune_api.data import StageName
 from finetune_api.stages.corpus import PretrainSpec, TokenizerSpec
+from finetune_api.stages.evaluation import EvaluateSpec
 from finetune_api.stages.experts import EsftSpec
 from finetune_api.stages.preference import DpoSpec
 from finetune_api.stages.supervised import SftSpec
 
-STAGE_KINDS = ("tokenizer", "pretrain", "sft", "esft", "dpo")
+STAGE_KINDS = ("tokenizer", "pretrain", "sft", "esft", "dpo", "evaluate")
 
 AdapterSpec = SftSpec | DpoSpec
 """Stages that may train adapters."""
 TrainedSpec = PretrainSpec | SftSpec | EsftSpec | DpoSpec
 """Stages that train a model."""
-StageSpec = TokenizerSpec | TrainedSpec
+StageSpec = TokenizerSpec | TrainedSpec | EvaluateSpec
 DATA_FIELDS = ("data", "eval_data")
 """The fields of a spec that hold a `DataSpec`."""
 
@@ -39,6 +40,8 @@ class Stage(ApiModel):
     """Fine-tuning of the experts that the data uses."""
     dpo: DpoSpec | None = None
     """Preference tuning."""
+    evaluate: EvaluateSpec | None = None
+    """Measure the model, and stop the job where it is not good enough."""
 
     def faults(self) -> Iterator[str]:
         yield from not_exactly_one(self, *STAGE_KINDS)

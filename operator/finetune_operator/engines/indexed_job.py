@@ -23,7 +23,10 @@ _DISRUPTED: Json = {
     "action": "FailJob",
     "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
 }
-_TELLING = [code.value for code in (ExitCode.USER_ERROR, ExitCode.OUT_OF_MEMORY, ExitCode.INTERRUPTED)]
+_TELLING = [
+    code.value
+    for code in (ExitCode.USER_ERROR, ExitCode.OUT_OF_MEMORY, ExitCode.GATE_NOT_PASSED, ExitCode.INTERRUPTED)
+]
 
 
 def render(run: Run) -> Json:

@@ -13,6 +13,7 @@ import fsspec
 from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
 from finetune_trainer.data.forms import EmptyRow, Example, FormError, Kind, normalise
+from finetune_trainer.data.questions import has_reference
 from finetune_trainer.data.readers import Row
 from finetune_trainer.data.sources import Located, join_row, locate, source_rows
 from finetune_trainer.errors import UserError
@@ -35,28 +36,35 @@ class _Seen:
     first: dict[str, str] = field(default_factory=dict)
 
 
-def inspect(spec: DataSpec, kind: Kind, where: str, base_dir: Path) -> list[Problem]:
+def inspect(
+    spec: DataSpec, kind: Kind, where: str, base_dir: Path, *, referenced: bool = False
+) -> list[Problem]:
     """Every fault found in a spec's data; `where` is its path, such as `stages[1].sft.data`.
 
     Files up to 64 MiB in all per source are read to their end, of larger ones and of hub datasets the first 1000
     rows. Never raises for what a user can mend.
+
+    Args:
+        referenced: each row must say what the answer to it is.
     """
     located, problems = locate(spec, where, base_dir)
     numbers = {id(source): index for index, source in enumerate(spec.sources)}
     looked = []
     for one in located:
-        seen, found = _look(one, f"{where}.sources[{numbers[id(one.source)]}]", spec, kind)
+        seen, found = _look(one, f"{where}.sources[{numbers[id(one.source)]}]", spec, kind, referenced)
         looked.append(seen)
         problems += found
     return problems + _identical(looked, where) + _too_few(looked, problems, spec, where)
 
 
-def _look(located: Located, where: str, spec: DataSpec, kind: Kind) -> tuple[_Seen, list[Problem]]:
+def _look(
+    located: Located, where: str, spec: DataSpec, kind: Kind, referenced: bool
+) -> tuple[_Seen, list[Problem]]:
     seen = _Seen()
     try:
         for row, place in _rows(located):
             seen.rows += 1
-            _see(row, place, located, where, spec, kind, seen)
+            _see(row, place, located, where, spec, kind, seen, referenced)
     except UserError as error:
         return seen, [Problem(where, problem.message) for problem in error.problems]
     except OSError as error:
@@ -75,7 +83,9 @@ def _is_small(located: Located) -> bool:
     return sum(int(fsspec.core.url_to_fs(file.url)[0].size(file.url) or SMALL) for file in located.files) <= SMALL
 
 
-def _see(row: Row, place: str, located: Located, where: str, spec: DataSpec, kind: Kind, seen: _Seen) -> None:
+def _see(
+    row: Row, place: str, located: Located, where: str, spec: DataSpec, kind: Kind, seen: _Seen, referenced: bool
+) -> None:
     try:
         joined = join_row(row, located, where)
     except UserError:
@@ -83,6 +93,8 @@ def _see(row: Row, place: str, located: Located, where: str, spec: DataSpec, kin
         return
     try:
         example = normalise(joined, spec, kind)
+        if referenced and not has_reference(example):
+            raise FormError("the row has no reference: expected an assistant's answer, or `prompt` and `completion`")
     except EmptyRow:
         return
     except FormError as error:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune_trainer.data.chat import ChatError, ChatFormat, Encoded
 from finetune_trainer.data.forms import Example, Kind, Message
+from finetune_trainer.data.questions import prompt_of
 from finetune_trainer.data.report import Stats
 
 Ids = list[int]
@@ -104,6 +105,25 @@ class Encoder:
             tokens, keep = np.array(piece, np.int32), np.array(piece_mask, bool)
             keep[0] = False  # nothing comes before it; in a packed row it would be predicted from another document
             yield {"input_ids": tokens, "labels": np.where(keep, tokens, IGNORED).astype(np.int32)}
+
+    def prompt(self, example: Example) -> Ids:
+        """Tokens of a dialogue up to where its last answer starts, as training has them.
+
+        Raises:
+            ChatError: the chat template refuses the conversation, or there is none.
+        """
+        asked = prompt_of(example, "sft") or {}
+        if "messages" not in asked:
+            return self._opening(asked["prompt"])
+        if example.get("templated") and self.chat.template is None:
+            return self._opening("\n\n".join(message["content"] for message in asked["messages"]))
+        self._need_template()
+        ids: Ids = self.backend.encode(self.chat.prompt(asked["messages"]), add_special_tokens=False).ids
+        return ids
+
+    def _opening(self, text: str) -> Ids:
+        ids = self._plain(text)
+        return ids[: len(ids) - len(self.end)]
 
     def _example(self, example: Example) -> tuple[Ids, Ids]:
         """Tokens of one example and the mask of those that train."""

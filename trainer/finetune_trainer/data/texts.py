@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetune_api.data import DataSpec
 from finetune_api.stages import TrainedSpec
-from finetune_trainer.data.forms import Example, Kind
 from finetune_trainer.data.preparation import open_table
+from finetune_trainer.data.questions import Prompt, prompt_of
 from finetune_trainer.data.rows import RowStore, order_rows
 
 HELD_OUT = 0.05
-PROMPT_WORDS = 32
-Prompt = dict[str, Any]
 
 
 def corpus_texts(spec: DataSpec, base_dir: Path, cache_dir: Path) -> tuple[Iterator[str], Iterator[str], int]:
@@ -58,23 +54,3 @@ def eval_prompts(stage: TrainedSpec, base_dir: Path, cache_dir: Path, n: int) ->
     indices = train if stage.eval_data or not len(held) else held
     found = (prompt_of(store[int(index)], kind) for index in indices)
     return [prompt for prompt, _ in zip((one for one in found if one), range(n), strict=False)]
-
-
-def prompt_of(example: Example, kind: Kind) -> Prompt | None:
-    """A row as a prompt; None where nothing is left to answer."""
-    if "text" in example:
-        words = list(re.finditer(r"\S+", example["text"]))
-        end = words[min(len(words) // 2, PROMPT_WORDS) - 1].end() if len(words) > 1 else len(example["text"])
-        return {"prompt": example["text"][:end], "reference": example["text"][end:]}
-    if "messages" in example:
-        return _last_turn(example["messages"])
-    answer = example["chosen" if kind == "preference" else "completion"]
-    if isinstance(answer, str):
-        return {"prompt": example["prompt"], "reference": answer}
-    reply = next((message["content"] for message in answer if message["role"] == "assistant"), None)
-    return None if reply is None else {"messages": example["prompt"], "reference": reply}
-
-
-def _last_turn(messages: list[dict[str, Any]]) -> Prompt | None:
-    last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=0)
-    return {"messages": messages[:last], "reference": messages[last]["content"]} if last else None

@@ -7,12 +7,16 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerFast
+
 from finetune_api.exit_codes import ExitCode
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
+from finetune_api.stages import EvaluateSpec
 from finetune_api.training import TrainingSpec
 from finetune_trainer.data.sample import sample_problems
 from finetune_trainer.errors import UserError
+from finetune_trainer.evaluation.rows import eval_rows
 from finetune_trainer.launch.attempt import say_last_word
 from finetune_trainer.launch.cluster import Workers, plan_workers
 from finetune_trainer.model.load import context_length, load_config, load_tokenizer
@@ -58,8 +62,23 @@ def _sample(run: RunConfig) -> Iterator[Problem]:
     tokenizer = load_tokenizer(source)
     context = context_length(load_config(source, tokenizer))
     for index, stage in enumerate(stages):
-        if isinstance(stage.spec, TrainingSpec) and not list(waits_for(run, index)):
+        if list(waits_for(run, index)):
+            continue
+        if isinstance(stage.spec, EvaluateSpec):
+            yield from _rows(run, index, stage.spec, tokenizer, context)
+        if isinstance(stage.spec, TrainingSpec):
             yield from sample_problems(stage.spec, tokenizer, context, place(run, index), Path(run.base_dir))
+
+
+def _rows(
+    run: RunConfig, index: int, spec: EvaluateSpec, tokenizer: PreTrainedTokenizerFast, context: int | None
+) -> list[Problem]:
+    """Faults in the rows of an evaluation, which are read whole."""
+    try:
+        eval_rows(spec, tokenizer, context, place(run, index), Path(run.cache_dir), Path(run.base_dir))
+    except UserError as error:
+        return error.problems
+    return []
 
 
 def _device(run: RunConfig, workers: Workers) -> Device:

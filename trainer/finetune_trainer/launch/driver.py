@@ -10,7 +10,8 @@ from pathlib import Path
 
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.checkpoint.store import CheckpointStore
-from finetune_trainer.errors import Interrupted, OutOfMemory, TrainingFailed
+from finetune_trainer.errors import GateNotPassed, Interrupted, OutOfMemory, TrainingFailed
+from finetune_trainer.gate import require_gate
 from finetune_trainer.launch.cluster import Workers, keep_signal_handlers, plan_workers, start_ray, stop_ray
 from finetune_trainer.launch.failures import Failure, Kind
 from finetune_trainer.launch.group_fit import GroupFit, keep_trying
@@ -47,6 +48,7 @@ class Pipeline:
 
         Raises:
             UserError: nothing was trained, or a stage found its data or settings unusable.
+            GateNotPassed: an evaluation missed a bound; no stage after it has begun.
             Interrupted: stopped on request, a checkpoint saved.
             OutOfMemory, TrainingFailed: a stage failed; its checkpoints are kept.
         """
@@ -54,10 +56,19 @@ class Pipeline:
         open_run(self.run, self.storage, resume=resume, fresh=fresh)
         for layout in self._todo(done=True):
             self.reporter.log(f"{layout.title}: done before, not run again")
+            self._require_gate(layout)
         if self._todo():
             self._run_stages()
         self._report()
         self.reporter.log(f"report: {self.storage.path(REPORT)}")
+
+    def _require_gate(self, layout: StageLayout) -> None:
+        """What an earlier attempt has measured, held against the bounds that the job sets now."""
+        try:
+            require_gate(self.run, self.storage, layout.index)
+        except GateNotPassed:
+            self._report()
+            raise
 
     def finished_stages(self) -> list[bool]:
         """For each stage, whether an earlier attempt has finished it."""
@@ -136,12 +147,16 @@ class Pipeline:
         elif isinstance(event, StageDone):
             layout = self.layouts[event.index]
             metrics = json.loads(self.storage.read_text(layout.done))["metrics"]
-            self.reporter.stage_finished(event.index, layout.title, self.storage.path(layout.result), metrics)
+            self.reporter.stage_finished(event.index, layout.title, self.storage.path(self._outcome(layout)), metrics)
         else:
             self.reporter.log(event)
 
+    def _outcome(self, layout: StageLayout) -> str:
+        """What a stage leaves for whoever looks."""
+        return layout.evaluation if self.run.job.spec.stages[layout.index].evaluate else layout.result
+
     def _raise(self, failure: Failure) -> None:
-        if failure.kind in (Kind.USER, Kind.INTERRUPTED):
+        if failure.kind in (Kind.USER, Kind.GATE, Kind.INTERRUPTED):
             raise failure.error
         if self.stop.is_set():
             raise Interrupted("stopped; the last complete checkpoint is kept")

@@ -10,13 +10,14 @@ from ray.exceptions import OutOfMemoryError as HostOutOfMemoryError
 from ray.train import TrainingFailedError
 from torch import OutOfMemoryError as DeviceOutOfMemoryError
 
-from finetune_trainer.errors import Interrupted, UserError
+from finetune_trainer.errors import GateNotPassed, Interrupted, UserError
 
 
 class Kind(Enum):
     """Classes of failure, most telling first: one worker's word on the cause outweighs the others' broken pipes."""
 
     USER = "user error"
+    GATE = "gate not passed"
     INTERRUPTED = "interrupted"
     OUT_OF_MEMORY = "out of memory"
     BUG = "unexpected error"
@@ -52,6 +53,8 @@ def classify(error: TrainingFailedError) -> Failure:
 def _kind(error: BaseException) -> Kind:
     if isinstance(error, UserError):
         return Kind.USER
+    if isinstance(error, GateNotPassed):
+        return Kind.GATE
     if isinstance(error, Interrupted):
         return Kind.INTERRUPTED
     if isinstance(error, (DeviceOutOfMemoryError, HostOutOfMemoryError, MemoryError)):

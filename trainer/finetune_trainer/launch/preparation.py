@@ -8,10 +8,12 @@ from pathlib import Path
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
+from finetune_api.stages import EvaluateSpec
 from finetune_api.training import TrainingSpec
 from finetune_trainer.data import DataReport, prepare
 from finetune_trainer.data.summary import data_line
 from finetune_trainer.errors import Interrupted, UserError
+from finetune_trainer.evaluation.rows import eval_rows
 from finetune_trainer.launch.cluster import Workers
 from finetune_trainer.layout import StageLayout
 from finetune_trainer.model.load import context_length, load_config, load_tokenizer
@@ -47,32 +49,34 @@ class Preparation:
             UserError: every fault in every stage's data.
             Interrupted: `stop` was set between two stages.
         """
-        reports: dict[int, DataReport] = {}
+        sizes: dict[int, DataSize | None] = {}
         problems: list[Problem] = []
         for layout in filter(self._can_be_prepared, todo):
             if stop.is_set():
                 raise Interrupted("stopped before training began")
             try:
-                reports[layout.index] = self.prepare(layout.index)
+                sizes[layout.index] = self.prepare(layout.index)
             except UserError as error:
                 problems += error.problems
         if problems:
             raise UserError(problems)
-        return self._plan(reports)
+        return self._plan(sizes)
 
     def _can_be_prepared(self, layout: StageLayout) -> bool:
-        """Whether the stage trains on data that is there; what a stage has yet to make is prepared by the workers."""
+        """Whether the stage reads data that is there; what a stage has yet to make is prepared by the workers."""
         spec = self.run.job.spec.stages[layout.index].spec
         waits = any(not self.storage.exists(other.done) for other in waits_for(self.run, layout.index))
-        return isinstance(spec, TrainingSpec) and not waits
+        return isinstance(spec, (TrainingSpec, EvaluateSpec)) and not waits
 
-    def prepare(self, index: int) -> DataReport:
-        """Prepare one stage's data.
+    def prepare(self, index: int) -> DataSize | None:
+        """Prepare one stage's data; returns its size, or None where it is not known.
 
         Raises:
             UserError: every fault in it.
         """
         spec, stage = spec_of(self.run, index), self.run.job.spec.stages[index]
+        if isinstance(spec, EvaluateSpec):
+            return self._rows(spec, index)
         assert isinstance(spec, TrainingSpec)
         prepared = prepare(
             spec,
@@ -85,11 +89,20 @@ class Preparation:
             on_progress=lambda line: self.log(f"{stage.title}: {line}"),
         )
         self.log(f"{stage.title}: {data_line(prepared.report)}")
-        return prepared.report
+        return data_size(prepared.report)
 
-    def _plan(self, reports: dict[int, DataReport]) -> JobPlan:
+    def _rows(self, spec: EvaluateSpec, index: int) -> DataSize | None:
+        """The rows of an evaluation, read as its workers will."""
+        if spec.data is None:
+            return None
+        places = {"cache_dir": Path(self.run.cache_dir), "base_dir": Path(self.run.base_dir)}
+        rows = eval_rows(spec, self.tokenizer, context_length(self.config), place(self.run, index), **places)
+        self.log(f"{self.run.job.spec.stages[index].title}: {len(rows)} rows to measure")
+        return DataSize(len(rows), sum(row.length for row in rows), max(row.length for row in rows))
+
+    def _plan(self, sizes: dict[int, DataSize | None]) -> JobPlan:
         context = PlanContext(local_device(self.workers.most), self.workers.most, self.config)
-        return plan_job(self.run, context, lambda index: data_size(reports.get(index)))
+        return plan_job(self.run, context, sizes.get)
 
 
 def data_size(report: DataReport | None) -> DataSize | None:

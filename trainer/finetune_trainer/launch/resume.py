@@ -21,6 +21,7 @@ _HARMLESS = {
     "saveTotalLimit",
     "dataloaderNumWorkers",
     "perDeviceEvalBatchSize",
+    "gate",
 }
 
 

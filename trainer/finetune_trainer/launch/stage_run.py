@@ -23,6 +23,7 @@ from finetune_trainer.checkpoint.store import CheckpointStore, Manifest
 from finetune_trainer.checkpoint.universal import SUFFIX, to_universal
 from finetune_trainer.data import Prepared, eval_prompts, prepare
 from finetune_trainer.errors import Interrupted, UserError
+from finetune_trainer.gate import require_gate
 from finetune_trainer.layout import METRICS
 from finetune_trainer.model.load import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
@@ -64,6 +65,7 @@ def run_stages(order: WorkOrder) -> None:
     peers = Peers()
     for work in order.stages:
         if storage.exists(layouts(run)[work.index].done):
+            require_gate(run, storage, work.index)
             continue  # Ray has changed the number of workers and started them again
         join_process_group(work.zero, placement.accelerator)
         tell = end.send if placement.rank == 0 else _nobody
@@ -72,6 +74,7 @@ def run_stages(order: WorkOrder) -> None:
         StageRun(context, storage, end, peers, work).train()
         tell(StageDone(work.index))
         forget_stage()
+        require_gate(run, storage, work.index)
 
 
 def _nobody(event: Event) -> None:

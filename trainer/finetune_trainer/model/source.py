@@ -12,7 +12,7 @@ from finetune_api.runconfig import RunConfig
 from finetune_trainer.errors import UserError
 from finetune_trainer.layout import StageLayout
 from finetune_trainer.patience import passing
-from finetune_trainer.pipeline import layouts, stage_before
+from finetune_trainer.pipeline import layouts, stage_before, stage_named
 from finetune_trainer.storage import Storage
 
 
@@ -44,6 +44,19 @@ def stage_source(run: RunConfig, index: int, storage: Storage) -> ModelSource:
     if stages[last].tokenizer is not None:
         return _job_source(run, tokenizer=before)
     return ModelSource(name=before, config=None, revision=None, tokenizer=before)
+
+
+def base_source(run: RunConfig, storage: Storage) -> ModelSource:
+    """The job's model before any training, with the tokenizer that all its stages have."""
+    first = run.job.spec.stages[0]
+    trained = stage_result(run, storage, layouts(run)[0]) if first.tokenizer is not None else ""
+    return _job_source(run, tokenizer=trained)
+
+
+def named_source(run: RunConfig, name: str, storage: Storage) -> ModelSource:
+    """The model that an earlier, finished stage of that name has left."""
+    result = stage_result(run, storage, stage_named(run, name))
+    return ModelSource(name=result, config=None, revision=None, tokenizer=result)
 
 
 def stage_result(run: RunConfig, storage: Storage, layout: StageLayout) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -11,7 +12,16 @@ import torch
 from transformers import PretrainedConfig
 
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import DpoSpec, EsftSpec, PretrainSpec, Stage, SupervisedSpec, TokenizerSpec, TrainedSpec
+from finetune_api.stages import (
+    DpoSpec,
+    EsftSpec,
+    EvaluateSpec,
+    PretrainSpec,
+    Stage,
+    SupervisedSpec,
+    TokenizerSpec,
+    TrainedSpec,
+)
 from finetune_api.training import Lora, TrainingSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.load import context_length, load_config, load_tokenizer
@@ -19,6 +29,13 @@ from finetune_trainer.model.source import stage_source
 from finetune_trainer.plan.advice import advise
 from finetune_trainer.plan.devices import Device, peak_flops
 from finetune_trainer.plan.experts import Alternative, ExpertPlan, compare, expert_plan
+from finetune_trainer.plan.inference import (
+    check_reading,
+    inference_memory,
+    reading,
+    reading_advice,
+    reading_length,
+)
 from finetune_trainer.plan.memory import Memory, Workload, estimate, trainable, with_zero
 from finetune_trainer.plan.model_size import AdapterSize, ModelSize, adapter_size, meta_model, model_size
 from finetune_trainer.plan.sharding_choice import HEADROOM, choose_zero, sharding_problems, sharding_warnings
@@ -121,10 +138,12 @@ def plan_job(run: RunConfig, context: PlanContext, rows: Rows | None = None) -> 
     dtype = plan_dtype(run, context.device)
     stages, problems = [], []
     for index, stage in enumerate(run.job.spec.stages):
-        if not isinstance(stage.spec, TrainingSpec):
+        if not isinstance(stage.spec, (TrainingSpec, EvaluateSpec)):
             continue
+        planner = _StagePlanner(run, context, config, dtype, index, stage)
         try:
-            stages.append(_StagePlanner(run, context, config, dtype, index, stage).plan(rows))
+            spec = stage.spec
+            stages.append(planner.evaluation(spec, rows) if isinstance(spec, EvaluateSpec) else planner.plan(rows))
         except UserError as error:
             problems += error.problems
     if problems:
@@ -189,6 +208,40 @@ class _StagePlanner:
         if experts is not None:
             load, notes = replace(load, tuned=experts.tuned), [*notes, *experts.notes]
         return self.assemble(size, load, known, [*notes, *sharding_warnings(sharding, self.bits)], experts)
+
+    def evaluation(self, spec: EvaluateSpec, rows: Rows | None) -> StagePlan:
+        """The plan of a stage that only reads models, one after the other, each worker all of each."""
+        check_reading(spec, self.config, self.path)
+        size, device, workers = model_size(meta_model(self.config)), self.context.device, self.context.workers
+        data = rows(self.index) if rows is not None else None
+        known = None if data is None else DataSize(*data)
+        length = reading_length(spec, self.config, known.longest if known else None)
+        load = reading(spec, length, self.dtype.itemsize, device.kind)
+        memory, limit = inference_memory(size, load), round(HEADROOM * device.memory_bytes)
+        per_step = spec.per_device_eval_batch_size * workers
+        models = 1 + len(set(spec.compare_with))
+        batches = None if known is None else math.ceil(known.rows / per_step)
+        spare = limit - memory.total
+        return StagePlan(
+            index=self.index,
+            title=self.stage.title,
+            kind=self.stage.kind,
+            parameters=size.total,
+            trainable=0,
+            length=length,
+            rows=known.rows if known else None,
+            tokens=known.tokens if known else None,
+            tokens_per_step=None,
+            steps=Steps(None if batches is None else batches * models, batches, 0, per_step),
+            flops_per_token=flops_per_token(size, length) / 3,
+            memory=memory,
+            zero=0,
+            why="each worker holds the whole model",
+            fits=spare >= 0,
+            spare=spare,
+            advice=() if spare >= 0 else tuple(reading_advice(size, load, self.path, limit)),
+            notes=(f"measures {models} model{'s, one after the other' if models > 1 else ''}",),
+        )
 
     def assemble(
         self, size: ModelSize, load: Workload, data: DataSize | None, notes: list[str], experts: ExpertPlan | None
@@ -286,7 +339,7 @@ class _StagePlanner:
     @property
     def spec(self) -> TrainedSpec:
         spec = self.stage.spec
-        assert not isinstance(spec, TokenizerSpec)
+        assert not isinstance(spec, (TokenizerSpec, EvaluateSpec))
         return spec
 
     @property

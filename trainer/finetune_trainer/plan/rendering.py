@@ -41,8 +41,11 @@ def _facts(stage: StagePlan) -> Table:
         "parameters", f"{human_count(stage.parameters)}, {human_count(stage.trainable)} trained ({share:.3%})"
     )
     table.add_row("data", f"{_count(stage.rows)} rows, {_count(stage.tokens)} tokens, up to {stage.length} per row")
-    epoch = f"{_count(steps.per_epoch)} per epoch"
-    table.add_row("steps", f"{_count(steps.total)} ({epoch}, {_count(steps.warmup)} warm-up)")
+    if stage.kind == "evaluate":
+        table.add_row("batches", f"{_count(steps.total)} ({_count(steps.per_epoch)} per model)")
+    else:
+        epoch = f"{_count(steps.per_epoch)} per epoch"
+        table.add_row("steps", f"{_count(steps.total)} ({epoch}, {_count(steps.warmup)} warm-up)")
     table.add_row("per step", f"{steps.rows_per_step} rows, {_count(stage.tokens_per_step)} tokens")
     table.add_row("FLOPs", f"{stage.flops_per_token:.3g} per token{_total_flops(stage)}")
     return table

@@ -17,6 +17,7 @@ MODULES = {
     "sft": "finetune_trainer.stages.sft",
     "esft": "finetune_trainer.stages.esft",
     "dpo": "finetune_trainer.stages.dpo",
+    "evaluate": "finetune_trainer.stages.evaluate",
 }
 
 

@@ -1,0 +1,36 @@
+"""A row as a question: what a model is asked, and what the data answers. Light: no tokenizer, no table."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from finetune_trainer.data.forms import Example, Kind
+
+PROMPT_WORDS = 32
+Prompt = dict[str, Any]
+
+
+def prompt_of(example: Example, kind: Kind) -> Prompt | None:
+    """A row as a prompt; None where nothing is left to answer."""
+    if "text" in example:
+        words = list(re.finditer(r"\S+", example["text"]))
+        end = words[min(len(words) // 2, PROMPT_WORDS) - 1].end() if len(words) > 1 else len(example["text"])
+        return {"prompt": example["text"][:end], "reference": example["text"][end:]}
+    if "messages" in example:
+        return _last_turn(example["messages"])
+    answer = example["chosen" if kind == "preference" else "completion"]
+    if isinstance(answer, str):
+        return {"prompt": example["prompt"], "reference": answer}
+    reply = next((message["content"] for message in answer if message["role"] == "assistant"), None)
+    return None if reply is None else {"messages": example["prompt"], "reference": reply}
+
+
+def _last_turn(messages: list[dict[str, Any]]) -> Prompt | None:
+    last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+    return {"messages": messages[:last], "reference": messages[last]["content"]} if last else None
+
+
+def has_reference(example: Example) -> bool:
+    """Whether a row of dialogue says what the answer to it is; plain text does not."""
+    return "text" not in example and prompt_of(example, "sft") is not None

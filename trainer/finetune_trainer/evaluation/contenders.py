@@ -1,0 +1,62 @@
+"""The models that an evaluation measures: the one that the stages before have made, and those beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train.torch
+import torch
+from peft import PeftModel
+
+from finetune_api.runconfig import RunConfig
+from finetune_api.stages import BASE, EvaluateSpec
+from finetune_trainer.model.load import load_model
+from finetune_trainer.model.precision import model_dtype, precision
+from finetune_trainer.model.saved import is_adapter
+from finetune_trainer.model.source import ModelSource, base_source, named_source, stage_source
+from finetune_trainer.pipeline import stage_before
+from finetune_trainer.storage import Storage
+from finetune_trainer.training.context import StageContext
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One model, by the name that the report and the gate know it by."""
+
+    name: str
+    source: ModelSource
+
+
+def contenders(run: RunConfig, index: int, spec: EvaluateSpec, storage: Storage) -> list[Contender]:
+    """The evaluated model first, then those that it is compared with, each once."""
+    found = [Contender(evaluated(run, index), stage_source(run, index, storage))]
+    for name in dict.fromkeys(spec.compare_with):
+        source = base_source(run, storage) if name == BASE else named_source(run, name, storage)
+        found.append(Contender(name, source))
+    return found
+
+
+def evaluated(run: RunConfig, index: int) -> str:
+    """Name of the model that stage `index` finds: the stage's that made it, or `base`."""
+    before = stage_before(run, index)
+    stages = run.job.spec.stages
+    return BASE if before is None or stages[before].tokenizer is not None else stages[before].title
+
+
+def open_model(contender: Contender, context: StageContext, spec: EvaluateSpec) -> Any:
+    """The whole model on this worker's device, in the precision that the job computes in, in evaluation mode.
+
+    An adapter stays one beside its base: a quantized base takes no sum.
+    """
+    source, job = contender.source, context.run.job.spec
+    accelerator = context.placement.accelerator
+    formats = precision(model_dtype(job.model.dtype, accelerator), trains_base=False, zero=0)
+    model: Any = load_model(
+        source, job.model, formats, context.tokenizer, quantization=spec.quantization, seed=spec.seed
+    )
+    if source.name is not None and is_adapter(source.name):
+        model = PeftModel.from_pretrained(model, source.name)
+    if spec.quantization is None:  # bitsandbytes has put a quantized one where it belongs
+        model = model.to(ray.train.torch.get_device() if accelerator else torch.device("cpu"))
+    return model.eval()

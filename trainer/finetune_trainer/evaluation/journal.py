@@ -1,0 +1,42 @@
+"""What is measured, kept in storage as it comes: a killed evaluation goes on where it stood."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from finetune_trainer.evaluation.scores import Row
+from finetune_trainer.layout import StageLayout
+from finetune_trainer.storage import Storage
+
+
+class Journal:
+    """The rows of one model. Each batch is a file of its own, since stores such as S3 append to none."""
+
+    def __init__(self, storage: Storage, layout: StageLayout, model: str) -> None:
+        self.storage = storage
+        self.parts, self.whole = layout.answer_parts(model), layout.answers(model)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row is there."""
+        return self.storage.exists(self.whole)
+
+    def known(self) -> dict[int, Row]:
+        """The rows that are there, by number."""
+        names = [self.whole] if self.complete else [f"{self.parts}/{name}" for name in self.storage.names(self.parts)]
+        lines = (line for name in names for line in self.storage.read_text(name).splitlines())
+        return {row["row"]: row for row in map(json.loads, lines)}
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Keep one batch."""
+        self.storage.write_text(f"{self.parts}/{rows[0]['row']:08d}.jsonl", _lines(rows))
+
+    def finish(self, rows: Sequence[Row]) -> None:
+        """Keep all rows in one file, in place of the batches'."""
+        self.storage.write_text(self.whole, _lines(rows))
+        self.storage.delete(self.parts)
+
+
+def _lines(rows: Sequence[Row]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,0 +1,84 @@
+"""How well answers match references: each answer's scores, and those of all answers together."""
+
+from __future__ import annotations
+
+import math
+import string
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU, CHRF
+
+from finetune_api.stages import EvaluateSpec
+from finetune_trainer.evaluation.queries import Engine, query_in, same
+
+Row = dict[str, Any]
+"""What is measured of one row: `row`, and as far as they are asked for `nll` (nats), `tokens`, `answer`, `finished`,
+`scores` by metric and `error`, why a query failed."""
+ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class Scorer:
+    """Scores of single answers, from 0 to 1, for the metrics that have some."""
+
+    def __init__(self, spec: EvaluateSpec, engine: Engine | None) -> None:
+        self.spec, self.engine = spec, engine
+        kinds = [metric for metric in spec.metrics if metric in ROUGE]
+        self.rouge = RougeScorer(kinds, use_stemmer=False) if kinds else None
+
+    def score(self, answer: str, reference: str) -> Row:
+        """`scores` by metric and, where a query failed, `error`.
+
+        ROUGE is the F measure of rouge-score without stemming, as Hugging Face's `evaluate` computes it.
+        """
+        found: dict[str, float] = {}
+        if self.rouge is not None:
+            found |= {name: one.fmeasure for name, one in self.rouge.score(reference, answer).items()}
+        if "exactMatch" in self.spec.metrics:
+            found["exactMatch"] = float(self._plain(answer) == self._plain(reference))
+        error = ""
+        if self.engine is not None:
+            found["executionAccuracy"], error = execution(self.engine, answer, reference)
+        ordered = {metric: found[metric] for metric in self.spec.metrics if metric in found}
+        return {"scores": ordered, **({"error": error} if error else {})}
+
+    def _plain(self, text: str) -> str:
+        """As `exactMatch` compares: Unicode NFC, each run of white space one space, none at the ends."""
+        text = unicodedata.normalize("NFC", text)
+        text = text.casefold() if self.spec.ignore_case else text
+        text = text.translate(_PUNCTUATION) if self.spec.ignore_punctuation else text
+        return " ".join(text.split())
+
+
+def execution(engine: Engine, answer: str, reference: str) -> tuple[float, str]:
+    """1 where the answer's query returns what the reference's does, else 0; and why the answer's failed."""
+    query = query_in(reference)
+    expected, got = engine.run(query), engine.run(query_in(answer))
+    if expected.rows is None or got.rows is None:
+        return 0.0, got.error or f"the reference failed: {expected.error}"
+    return float(same(query, expected.rows, got.rows)), ""
+
+
+def totals(spec: EvaluateSpec, rows: Sequence[Row], references: Sequence[str]) -> dict[str, float]:
+    """The metrics of a whole set, in the order that the job names them. `references` are the rows' own, in order."""
+    answers = [str(row.get("answer", "")) for row in rows]
+    return {metric: _total(metric, rows, answers, references) for metric in spec.metrics}
+
+
+def perplexity(nlls: Iterable[float], tokens: Iterable[int]) -> float:
+    """exp of the mean negative log-likelihood of a token; the sums are exact, so the order of the rows is nothing."""
+    count = sum(tokens)
+    mean = math.fsum(nlls) / count if count else math.nan
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _total(metric: str, rows: Sequence[Row], answers: list[str], references: Sequence[str]) -> float:
+    if metric == "perplexity":
+        return perplexity((row["nll"] for row in rows), (row["tokens"] for row in rows))
+    if metric in ("bleu", "chrf"):
+        scorer = BLEU() if metric == "bleu" else CHRF()
+        return float(scorer.corpus_score([answer.strip() for answer in answers], [list(references)]).score)
+    return math.fsum(row["scores"][metric] for row in rows) / len(rows)

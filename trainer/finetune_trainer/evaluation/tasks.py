@@ -1,0 +1,51 @@
+"""Tasks of lm-evaluation-harness, where the package is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from finetune_api.problems import Problem, did_you_mean
+from finetune_api.stages import EvaluateSpec
+
+
+def task_problems(spec: EvaluateSpec, where: str) -> list[Problem]:
+    """Why the tasks can't be run here: no package, or no such task."""
+    if not spec.tasks:
+        return []
+    if find_spec("lm_eval") is None:
+        return [Problem(f"{where}.tasks", "needs lm-evaluation-harness: install the package `lm-eval[hf]`")]
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager().all_tasks
+    return [
+        Problem(f"{where}.tasks[{at}]", f"lm-evaluation-harness has no task {name!r}{did_you_mean(name, known)}")
+        for at, name in enumerate(spec.tasks)
+        if name not in known
+    ]
+
+
+def run_tasks(model: Any, tokenizer: Any, spec: EvaluateSpec, names: Sequence[str]) -> dict[str, float]:
+    """The tasks' metrics, each under `task.metric`, such as `hellaswag.acc_norm`."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=spec.per_device_eval_batch_size)
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), spec.seed)
+    found = simple_evaluate(model=wrapped, tasks=list(names), limit=spec.task_limit, bootstrap_iters=0, **seeds)
+    return task_metrics(found["results"])
+
+
+def task_metrics(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The harness's results (`{"hellaswag": {"acc,none": 0.3, "acc_stderr,none": …}}`) under our names.
+
+    A filter other than `none` is part of the name: `gsm8k.exact_match.strict-match`.
+    """
+    metrics = {}
+    for task, values in results.items():
+        for name, value in values.items():
+            metric, _, chosen = name.partition(",")
+            if chosen and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+                metrics[f"{task}.{metric}" + ("" if chosen == "none" else f".{chosen}")] = float(value)
+    return metrics

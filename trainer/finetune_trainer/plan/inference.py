@@ -1,0 +1,149 @@
+"""What a stage needs that only reads a model: weights, keys and values of answers, logits of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from finetune_api.problems import Problem
+from finetune_api.stages import EvaluateSpec
+from finetune_api.stages.evaluation import PERPLEXITY
+from finetune_api.training import Quantization
+from finetune_trainer.errors import UserError
+from finetune_trainer.model.load import context_length
+from finetune_trainer.plan.memory import MASTER, RUNTIME, Memory, Workload, layer_activations, weight_bytes
+from finetune_trainer.plan.model_size import AdapterSize, ModelSize
+from finetune_trainer.plan.quantities import human_bytes
+
+MOST_TOKENS = 8192
+"""Of one forward pass over texts, padding included, unless one text has more: all their logits are held at once."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What of an evaluation the memory depends on."""
+
+    batch: int
+    """Rows of one batch of a worker."""
+    length: int
+    """Tokens of a row, its answer included."""
+    dtype_bytes: int
+    kind: str
+    """`cuda` or `cpu`."""
+    scores_texts: bool
+    """Whether logits of whole texts are needed (perplexity)."""
+    generates: bool
+    quantization: Quantization | None = None
+
+
+def inference_memory(size: ModelSize, load: Reading) -> Memory:
+    """Peak memory of one worker that holds the whole model."""
+    work = _workload(load)
+    read = max(min(MOST_TOKENS, load.batch * load.length), load.length)
+    tokens = max(read if load.scores_texts else 0, load.batch * load.length if load.generates else 0)
+    return Memory(
+        weights=weight_bytes(size, work),
+        gradients=0,
+        optimizer=0,
+        activations=round(tokens * layer_activations(size, work)),
+        loss=_logits(size, load, read),
+        reference=0,
+        buffers=key_value_bytes(size, load) if load.generates else 0,
+        runtime=RUNTIME[load.kind],
+    )
+
+
+def key_value_bytes(size: ModelSize, load: Reading) -> int:
+    """The cache of a batch's keys and values, in all layers."""
+    each = 2 * size.layers * size.key_value_heads * size.head_dim * load.dtype_bytes
+    return load.batch * load.length * each
+
+
+def reading(spec: EvaluateSpec, length: int, dtype_bytes: int, kind: str) -> Reading:
+    """An evaluation of rows of `length` tokens."""
+    return Reading(
+        batch=spec.per_device_eval_batch_size,
+        length=length,
+        dtype_bytes=dtype_bytes,
+        kind=kind,
+        scores_texts=PERPLEXITY in spec.metrics or bool(spec.tasks),
+        generates=spec.generates,
+        quantization=spec.quantization,
+    )
+
+
+def reading_faults(spec: EvaluateSpec, config: PretrainedConfig, path: str) -> Iterator[Problem]:
+    """What of the model makes an evaluation impossible."""
+    if _fills_masks(config):
+        yield Problem(path, f"a {config.model_type} model fills masks: it has no perplexity and answers nothing")
+    context, most = context_length(config), spec.generation.max_new_tokens
+    if spec.generates and context is not None and most >= context:
+        message = f"got {most}, but the model's context is {context} tokens, prompt included"
+        yield Problem(f"{path}.generation.maxNewTokens", message)
+
+
+def reading_length(spec: EvaluateSpec, config: PretrainedConfig, longest: int | None) -> int:
+    """Tokens of a row and its answer: those of the longest row where it is known, else the model's context."""
+    context = context_length(config)
+    answer = spec.generation.max_new_tokens if spec.generates else 0
+    wanted = context or 1024 if longest is None else longest + answer
+    return min(wanted, context or wanted)
+
+
+def reading_advice(size: ModelSize, load: Reading, path: str, limit: int) -> Iterator[str]:
+    """What to change where the models don't fit, most harmless first."""
+    for batch in _smaller(load.batch):
+        if (total := inference_memory(size, replace(load, batch=batch)).total) <= limit:
+            yield f"{path}.perDeviceEvalBatchSize: {batch} takes {human_bytes(total)}"
+            return
+    small = replace(load, batch=1, quantization=Quantization())
+    if load.quantization is None and (total := inference_memory(size, small).total) <= limit:
+        yield f"{path}.quantization: {{}} and perDeviceEvalBatchSize: 1 take {human_bytes(total)}"
+        return
+    yield "each worker holds the whole model: evaluate it on a larger device"
+
+
+def check_reading(spec: EvaluateSpec, config: PretrainedConfig, path: str) -> None:
+    """Raises UserError with all of `reading_faults`."""
+    found = list(reading_faults(spec, config, path))
+    if found:
+        raise UserError(found)
+
+
+def _workload(load: Reading) -> Workload:
+    """The same as a training workload whose adapter has no weights: all of the model is frozen."""
+    quantization = load.quantization
+    return Workload(
+        batch=load.batch,
+        length=load.length,
+        dtype_bytes=load.dtype_bytes,
+        adapter=AdapterSize(0, 0, 0),
+        quantized_bits=None if quantization is None else quantization.bits,
+        double_quant=quantization is None or quantization.double_quant,
+        kind=load.kind,
+    )
+
+
+def _logits(size: ModelSize, load: Reading, tokens: int) -> int:
+    """Of texts: all of a pass in the dtype, one text's as float32 and their log-softmax. Of answers: one token's."""
+    texts = size.vocab * (tokens * load.dtype_bytes + 2 * load.length * MASTER) if load.scores_texts else 0
+    return max(texts, load.batch * size.vocab * 2 * MASTER if load.generates else 0)
+
+
+def _smaller(batch: int) -> Iterator[int]:
+    while batch > 1:
+        batch //= 2
+        yield batch
+
+
+def _fills_masks(config: PretrainedConfig) -> bool:
+    family, saved = str(config.model_type), " ".join(config.architectures or [])
+    if family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return False
+    return family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or ("CausalLM" not in saved and "LMHead" not in saved)
