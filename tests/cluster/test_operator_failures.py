@@ -44,6 +44,12 @@ CASES = [
         False,
     ),
     Case("UserError", ended(2, "stages[1].pretrain.data: is empty"), "stages[1].pretrain.data: is empty", False),
+    Case(
+        "GateNotPassed",
+        ended(4, "stages[1].evaluate.gate[0]: exactMatch is 0.1, expected at least 0.9 (sft)"),
+        "stages[1].evaluate.gate[0]: exactMatch is 0.1, expected at least 0.9 (sft)",
+        False,
+    ),
     Case("Evicted", lambda k, ns, pod: k.evicted(ns, pod), "low on resource: memory", True),
     Case("Evicted", lambda k, ns, pod: k.preempted(ns, pod), "PreemptionByScheduler", True),
     Case("Evicted", lambda k, ns, pod: k.drained(ns, pod), "EvictionByEvictionAPI", True),
@@ -74,6 +80,7 @@ def test_each_class_of_failure(case: Case, jobs: Jobs, kubelet: KubeletStandIn, 
     else:
         seen = jobs.until_phase("Failed")
         assert condition(seen, "Failed")["reason"] == case.reason
+        assert case.says in condition(seen, "Failed")["message"]
         assert len(seen["status"]["attempts"]) == 1
     assert seen["status"]["attempts"][0]["reason"] == case.reason
     assert case.says in seen["status"]["attempts"][0]["message"]

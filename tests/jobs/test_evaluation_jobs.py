@@ -72,7 +72,7 @@ def test_a_model_that_learnt_its_task_passes(gated_job: Job, write_job: Write) -
     assert {row["answer"] for row in answers} == {row["completion"][0]["content"] for row in ROWS}
     assert not list((stage / "answers").glob("*.parts/*"))
     report = (stage.parents[1] / "report.html").read_text()
-    assert "executionAccuracy" in report and "no such" in report or "syntax error" in report
+    assert ("executionAccuracy" in report and "no such" in report) or "syntax error" in report
 
 
 def test_a_model_that_missed_its_gate_stops_the_job(gated_job: Job, write_job: Write) -> None:

@@ -43,6 +43,8 @@ CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
     "a queue holds it": (seen(RUNNING, run(state=RunState.QUEUED)), "Queued", ()),
     "a user error ends it": (
         seen(RUNNING, run(state=RunState.FAILED), pod(exit_code=2, termination_message=said(2, "bad"))), "Failed", ()),
+    "a gate that is not passed ends it": (
+        seen(RUNNING, run(state=RunState.FAILED), pod(exit_code=4, termination_message=said(4, "low"))), "Failed", ()),
     "success": (seen(RUNNING, run(state=RunState.SUCCEEDED)), "Succeeded", ()),
     "success outweighs a suspension": (
         seen(RUNNING, run(state=RunState.SUCCEEDED), runPolicy={"suspend": True}), "Succeeded", ()),

@@ -53,7 +53,7 @@ class Database(ApiModel):
     """A file of SQL statements that make the tables and their rows."""
     sql: Annotated[str, Field(min_length=1, max_length=262_144)] | None = None
     """SQL statements that make the tables and their rows."""
-    timeout_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 10.0
+    timeout_seconds: Annotated[int, Field(ge=1, le=3600)] = 10
     """A query that takes longer counts as failed."""
 
     def faults(self) -> Iterator[str]:

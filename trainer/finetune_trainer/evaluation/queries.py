@@ -98,7 +98,7 @@ def same(reference: str, expected: Rows, got: Rows) -> bool:
 class _Sqlite:
     """SQLite: a file opened read-only, or a script's tables in memory; nothing but reading is allowed."""
 
-    def __init__(self, file: Path | None, script: str | None, timeout: float) -> None:
+    def __init__(self, file: Path | None, script: str | None, timeout: int) -> None:
         self.timeout = timeout
         if file is not None:
             uri = f"file:{quote(str(file.absolute()))}?mode=ro"
@@ -111,19 +111,21 @@ class _Sqlite:
         self.connection.set_authorizer(_allow_reading)
 
     def run(self, sql: str) -> Returned:
+        if not sql:
+            return Returned(None, "there is no query")
         end = time.monotonic() + self.timeout
         self.connection.set_progress_handler(lambda: time.monotonic() > end, _CHECK_EVERY)
         try:
             return _limited(self.connection.execute(sql).fetchmany(MOST_ROWS + 1))
         except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError) as error:
             late = time.monotonic() > end
-            return Returned(None, f"took more than {self.timeout:g} s" if late else _first_line(error))
+            return Returned(None, f"took more than {self.timeout} s" if late else _first_line(error))
 
 
 class _Duckdb:
     """DuckDB: one `SELECT` at a time, no files, no network."""
 
-    def __init__(self, file: Path | None, script: str | None, timeout: float) -> None:
+    def __init__(self, file: Path | None, script: str | None, timeout: int) -> None:
         self.timeout = timeout
         self.connection = duckdb.connect(str(file) if file else ":memory:", read_only=file is not None)
         if script:
@@ -140,7 +142,7 @@ class _Duckdb:
             with self._deadline():
                 return _limited(self.connection.execute(statements[0]).fetchmany(MOST_ROWS + 1))
         except duckdb.InterruptException:
-            return Returned(None, f"took more than {self.timeout:g} s")
+            return Returned(None, f"took more than {self.timeout} s")
         except (duckdb.Error, ValueError, RuntimeError, MemoryError) as error:
             return Returned(None, _first_line(error))
 

@@ -34,6 +34,8 @@ class StageRecord:
     """Scores of the experts, the chosen ones and their balance (`esft`)."""
     expert_load: bytes = b""
     """Their picture, a PNG."""
+    evaluation: Json = field(default_factory=dict)
+    """Metrics by model and samples of their answers (`evaluate`)."""
     done: Json = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """Files that are there but can't be read."""
@@ -124,6 +126,7 @@ def _stage(storage: Storage, layout: StageLayout, kind: str) -> StageRecord:
         data=_read_object(storage, layout.data_report, notes),
         samples=_read_object(storage, layout.samples, notes),
         experts=_read_object(storage, layout.expert_scores, notes),
+        evaluation=_read_object(storage, layout.evaluation, notes),
         expert_load=_read_bytes(storage, layout.expert_load),
         done=_read_object(storage, layout.done, notes),
         notes=notes,

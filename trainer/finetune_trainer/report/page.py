@@ -15,6 +15,7 @@ from finetune_trainer.layout import REPORT, StageLayout
 from finetune_trainer.progress.format import clean
 from finetune_trainer.report import views
 from finetune_trainer.report.collect import RunRecord, StageRecord, collect
+from finetune_trainer.report.evaluations import evaluation
 from finetune_trainer.report.plots import to_svg
 from finetune_trainer.storage import Storage
 
@@ -44,21 +45,31 @@ def render(record: RunRecord) -> str:
         record=record,
         verdict=views.verdict(record),
         losses=views.final_losses(record),
-        stages=[_section(stage) for stage in record.stages],
+        stages=[_section(stage, _gates(record, stage)) for stage in record.stages],
         environment=views.environment(record),
         config=clean(yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True, width=100)),
     )
 
 
-def _section(stage: StageRecord) -> dict[str, object]:
+def _gates(record: RunRecord, stage: StageRecord) -> object:
+    """The bounds that the job sets on what the stage measures."""
+    try:
+        return record.config["job"]["spec"]["stages"][stage.layout.index]["evaluate"]["gate"]
+    except (KeyError, IndexError, TypeError):  # another kind of stage, or a configuration of another version
+        return None
+
+
+def _section(stage: StageRecord, gates: object) -> dict[str, object]:
+    measured = evaluation(stage, gates)
     return {
         "record": stage,
         "overview": views.overview(stage),
-        "metrics": views.final_metrics(stage),
+        "metrics": [] if measured else views.final_metrics(stage),
         "figures": _figures(stage),
         "data_summary": views.data_summary(stage.data),
         "data": views.data_facts(stage.data),
         "samples": views.samples(stage.samples),
+        "evaluation": measured,
         "experts": views.expert_facts(stage.experts),
         "expert_load": b64encode(stage.expert_load).decode(),
     }

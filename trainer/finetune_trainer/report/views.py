@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -11,11 +10,8 @@ from typing import Any
 from finetune_trainer.progress.format import clean, count, duration, number, percent, size
 from finetune_trainer.report.collect import Points, RunRecord, StageRecord, is_number
 from finetune_trainer.report.plots import Panel
+from finetune_trainer.report.texts import Excerpt, as_text, excerpt
 
-SHORT_TEXT = 1_200
-"""Characters of a sample that are shown at once."""
-LONGEST_TEXT = 100_000
-"""Characters of a sample that the page holds at all."""
 METRIC_PANELS = 6
 KEY_METRICS = 3
 
@@ -24,7 +20,9 @@ _COMMON = {
     "tokens_per_second", "samples_per_second", "mfu", "memory", "seconds", "eta",
 }  # fmt: skip
 _TIMING = ("_runtime", "_per_second", "_num_tokens", "_flos", "_preparation_time")
-_PREFERRED = ("bytes_per_token", "accuracies", "accuracy", "perplexity", "margins")
+_PREFERRED = (
+    "bytes_per_token", "accuracies", "accuracy", "perplexity", "margins", "exactMatch", "executionAccuracy", "rougeL",
+)  # fmt: skip
 _DATA_LABELS = {
     "rows": "Rows read",
     "kept": "Rows kept",
@@ -46,17 +44,6 @@ _DATA_LABELS = {
     "cached": "From the cache",
     "streaming": "Streaming",
 }
-
-
-@dataclass(frozen=True)
-class Excerpt:
-    """A text in two lengths; `whole` is empty where `short` is all of it."""
-
-    short: str
-    whole: str = ""
-    length: int = 0
-    cut: bool = False
-    """Whether even `whole` leaves something out."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +95,11 @@ def overview(stage: StageRecord) -> dict[str, str]:
 
 
 def key_metrics(stage: StageRecord) -> list[tuple[str, str]]:
-    """The few final metrics that tell most of a stage, beside its losses."""
-    ranked = [(rank, name) for name in stage.metrics for rank, part in enumerate(_PREFERRED) if name.endswith(part)]
+    """The few final metrics that tell most of a stage, beside its losses; other models' that it measured left out."""
+    models = _object(stage.evaluation.get("models"))
+    compared = {f"{model}.{name}" for model in models for name in stage.metrics}
+    own = [name for name in stage.metrics if name not in compared]
+    ranked = [(rank, name) for name in own for rank, part in enumerate(_PREFERRED) if name.endswith(part)]
     return [(clean(name), number(stage.metrics[name])) for _, name in sorted(ranked)[:KEY_METRICS]]
 
 
@@ -187,23 +177,12 @@ def samples(given: dict[str, Any]) -> list[Sample]:
     return [_sample(old or {}, new or {}) for old, new in pairs]
 
 
-def excerpt(value: Any) -> Excerpt | None:
-    """A sample's text, shortened: a string, a list of messages or any JSON value; None where it is not given."""
-    if value is None:
-        return None
-    text = _as_text(value)
-    shown = clean(text[:LONGEST_TEXT])
-    if len(text) <= SHORT_TEXT:
-        return Excerpt(shown)
-    return Excerpt(clean(text[:SHORT_TEXT]) + "…", shown, len(text), len(text) > LONGEST_TEXT)
-
-
 def environment(record: RunRecord) -> list[tuple[str, str]]:
     """Versions that the stages ran with; several where they differ."""
     seen: dict[str, dict[str, None]] = {}
     for stage in record.stages:
         for name, value in _object(stage.done.get("environment")).items():
-            seen.setdefault(clean(str(name)), {})[clean(_as_text(value))] = None
+            seen.setdefault(clean(str(name)), {})[clean(as_text(value))] = None
     return [(name, ", ".join(values)) for name, values in seen.items()]
 
 
@@ -260,7 +239,7 @@ def _fact(name: str, value: Any) -> str:
         return shapes.get(name, _grouped)(value)
     if isinstance(value, dict):
         return ", ".join(f"{clean(str(key))}: {_fact('', member)}" for key, member in value.items()) or "none"
-    return clean(_as_text(value))
+    return clean(as_text(value))
 
 
 def _grouped(value: float) -> str:
@@ -281,11 +260,3 @@ def _sample(old: dict[str, Any], new: dict[str, Any]) -> Sample:
     return Sample(
         excerpt(prompt) or Excerpt(""), excerpt(old.get("output")), excerpt(new.get("output")), excerpt(reference)
     )
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
-        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in value)
-    return json.dumps(value, ensure_ascii=False)
