@@ -14,7 +14,10 @@ from finetune_trainer.errors import UserError
 from finetune_trainer.evaluation.queries import Engine, open_database, query_in, same
 from finetune_trainer.evaluation.scores import execution
 
-SCRIPT = "CREATE TABLE t (a INTEGER, b TEXT, c DOUBLE); INSERT INTO t VALUES (1, 'x', 0.5), (2, 'y', 1.5), (2, 'y', 1.5);"
+SCRIPT = """
+CREATE TABLE t (a INTEGER, b TEXT, c DOUBLE);
+INSERT INTO t VALUES (1, 'x', 0.5), (2, 'y', 1.5), (2, 'y', 1.5);
+"""
 ENGINES = ("sqlite", "duckdb")
 
 
@@ -96,7 +99,7 @@ def test_a_file_is_opened_for_reading(tmp_path: Path) -> None:
 def test_a_database_that_cannot_be_made_is_a_user_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"database\.sql: {name} refuses it: .*syntax error"):
         opened(name, sql="CREATE TABEL t (a)")
-    with pytest.raises(UserError, match="no such file: gone.db"):
+    with pytest.raises(UserError, match=r"no such file: gone\.db"):
         opened(name, sql=None, file="gone.db")
     (tmp_path / "text.db").write_text("no database, but longer than a header is: " * 20)
     with pytest.raises(UserError, match=f"{name} refuses it"):
