@@ -31,7 +31,7 @@ def gated_job(base_job: Job, tmp_path: Path) -> Job:
     """SFT on eight queries until they are known by heart, measured before and after, gated, and one more stage."""
     (tmp_path / "queries.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     data = {"sources": [{"file": "queries.jsonl"}]}
-    sft = {"data": data, "maxSteps": 60, "learningRate": 0.02, "lrSchedulerType": "constant", "saveSteps": 1000}
+    sft = {"data": data, "maxSteps": 120, "learningRate": 0.006, "lrSchedulerType": "constant", "saveSteps": 1000}
     evaluate = {
         "data": data,
         "metrics": ["perplexity", "exactMatch", "rougeL", "bleu", "chrf", "executionAccuracy"],
