@@ -143,7 +143,7 @@ def _evaluations(run: RunConfig) -> Iterator[Problem]:
                 yield Problem(f"{where}.compareWith[{at}]", f"{name!r} fills masks: it has nothing to compare")
         try:
             if spec.database is not None:
-                open_database(spec.database, f"{where}.database", run.base_dir)
+                open_database(spec.database, f"{where}.database", Path(run.base_dir), Path(run.cache_dir)).close()
         except UserError as error:
             yield from error.problems
 

@@ -41,18 +41,18 @@ PERPLEXITY = "perplexity"
 
 
 class Database(ApiModel):
-    """The database that generated SQL runs on, read-only: exactly one of `file`, `script` and `sql`."""
+    """The database that generated queries run on, read-only: exactly one of `file`, `script` and `sql`."""
 
     model_config = rules(exactly_one("file", "script", "sql"))
 
-    engine: Literal["sqlite", "duckdb"] = "sqlite"
-    """What runs the queries."""
+    engine: Literal["sqlite", "duckdb", "cypher"] = "sqlite"
+    """What runs the queries; `cypher` is LadybugDB."""
     file: Path | None = None
     """A database's file."""
     script: Path | None = None
-    """A file of SQL statements that make the tables and their rows."""
+    """A file of statements that make the tables and their rows."""
     sql: Annotated[str, Field(min_length=1, max_length=262_144)] | None = None
-    """SQL statements that make the tables and their rows."""
+    """Statements that make the tables and their rows, in the engine's language."""
     timeout_seconds: Annotated[int, Field(ge=1, le=3600)] = 10
     """A query that takes longer counts as failed."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from finetune_api.problems import Problem
-from finetune_api.stages import EvaluateSpec
+from finetune_api.stages import Database, EvaluateSpec
 from finetune_api.stages.evaluation import PERPLEXITY
 from finetune_trainer.data.chat import ChatError
 from finetune_trainer.data.encode import IGNORED, Encoder, Encoding
@@ -20,7 +20,8 @@ from finetune_trainer.data.questions import has_reference, prompt_of
 from finetune_trainer.data.report import Stats
 from finetune_trainer.data.rows import order_rows
 from finetune_trainer.errors import UserError
-from finetune_trainer.evaluation.queries import open_database, query_in
+from finetune_trainer.evaluation.queries import open_database, query_in, returned
+from finetune_trainer.queries.result import QueryFailed
 
 SHOWN = 5
 
@@ -86,7 +87,7 @@ def eval_rows(
     if problems:
         raise UserError(problems[:SHOWN])
     if spec.database is not None:
-        _check_references(spec, rows, where, str(base_dir))
+        _check_references(spec.database, rows, where, base_dir, cache_dir)
     return rows
 
 
@@ -146,11 +147,14 @@ def _room(spec: EvaluateSpec, context: int | None, where: str) -> int | None:
     return room
 
 
-def _check_references(spec: EvaluateSpec, rows: list[EvalRow], where: str, base_dir: str) -> None:
+def _check_references(database: Database, rows: list[EvalRow], where: str, base_dir: Path, cache_dir: Path) -> None:
     """A reference that does not run can be matched by no answer."""
-    assert spec.database is not None
-    engine = open_database(spec.database, f"{where}.database", base_dir)
-    failed = [(row, why) for row in rows if (why := engine.run(query_in(row.reference)).error)]
-    if failed:
-        shown = [Problem(f"{where}.data", f"the reference {row.reference!r} fails: {why}") for row, why in failed]
-        raise UserError(shown[:SHOWN])
+    problems = []
+    with open_database(database, f"{where}.database", base_dir, cache_dir) as sandbox:
+        for row in rows:
+            try:
+                returned(sandbox, query_in(row.reference))
+            except QueryFailed as error:
+                problems.append(Problem(f"{where}.data", f"the reference {row.reference!r} fails: {error}"))
+    if problems:
+        raise UserError(problems[:SHOWN])

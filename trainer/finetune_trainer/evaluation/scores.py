@@ -12,7 +12,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
 from finetune_api.stages import EvaluateSpec
-from finetune_trainer.evaluation.queries import Engine, query_in, same
+from finetune_trainer.evaluation.queries import execution
+from finetune_trainer.queries.sandbox import Sandbox
 
 Row = dict[str, Any]
 """What is measured of one row: `row`, and as far as they are asked for `nll` (nats), `tokens`, `answer`, `finished`,
@@ -24,8 +25,8 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 class Scorer:
     """Scores of single answers, from 0 to 1, for the metrics that have some."""
 
-    def __init__(self, spec: EvaluateSpec, engine: Engine | None) -> None:
-        self.spec, self.engine = spec, engine
+    def __init__(self, spec: EvaluateSpec, database: Sandbox | None) -> None:
+        self.spec, self.database = spec, database
         kinds = [metric for metric in spec.metrics if metric in ROUGE]
         self.rouge = RougeScorer(kinds, use_stemmer=False) if kinds else None
 
@@ -40,8 +41,8 @@ class Scorer:
         if "exactMatch" in self.spec.metrics:
             found["exactMatch"] = float(self._plain(answer) == self._plain(reference))
         error = ""
-        if self.engine is not None:
-            found["executionAccuracy"], error = execution(self.engine, answer, reference)
+        if self.database is not None:
+            found["executionAccuracy"], error = execution(self.database, answer, reference)
         ordered = {metric: found[metric] for metric in self.spec.metrics if metric in found}
         return {"scores": ordered, **({"error": error} if error else {})}
 
@@ -51,15 +52,6 @@ class Scorer:
         text = text.casefold() if self.spec.ignore_case else text
         text = text.translate(_PUNCTUATION) if self.spec.ignore_punctuation else text
         return " ".join(text.split())
-
-
-def execution(engine: Engine, answer: str, reference: str) -> tuple[float, str]:
-    """1 where the answer's query returns what the reference's does, else 0; and why the answer's failed."""
-    query = query_in(reference)
-    expected, got = engine.run(query), engine.run(query_in(answer))
-    if expected.rows is None or got.rows is None:
-        return 0.0, got.error or f"the reference failed: {expected.error}"
-    return float(same(query, expected.rows, got.rows)), ""
 
 
 def totals(spec: EvaluateSpec, rows: Sequence[Row], references: Sequence[str]) -> dict[str, float]:

@@ -11,6 +11,7 @@ import json
 import resource
 import signal
 import sys
+from decimal import Decimal
 from typing import Any
 
 from finetune_trainer.queries.engines import make_database, open_database
@@ -73,9 +74,14 @@ def _confine(memory: int) -> None:
 
 
 def _answer(value: dict[str, Any]) -> None:
-    text = json.dumps(value, default=str)
+    text = json.dumps(value, default=_plain)
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def _plain(value: Any) -> Any:
+    """A decimal is a number, and all else that JSON has no form for is its text."""
+    return float(value) if isinstance(value, Decimal) else str(value)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ FailureKind = Literal["invalid", "not read-only", "timeout", "memory", "crash"]
 
 @dataclass(frozen=True)
 class QueryResult:
-    """The rows that a query returned, as JSON values; of what JSON has no form for, the text."""
+    """The rows that a query returned, as JSON values: decimals are numbers, what JSON has no form for is its text."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...]

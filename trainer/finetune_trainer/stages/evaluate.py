@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def perform(context: StageContext, tools: StageTools) -> dict[str, float]:
     """Measure every model, one after the other; returns the evaluated one's metrics, then the others' as
     `model.metric`."""
     evaluation = Evaluation(context, tools)
-    measured = {one.name: evaluation.measure(number, one) for number, one in enumerate(evaluation.models)}
+    with evaluation.database or nullcontext():
+        measured = {one.name: evaluation.measure(number, one) for number, one in enumerate(evaluation.models)}
     if tools.first:
         evaluation.conclude(measured)
     return evaluation.metrics(measured)
@@ -50,8 +52,8 @@ class Evaluation:
         places = {"cache_dir": Path(run.cache_dir), "base_dir": Path(run.base_dir)}
         self.rows = eval_rows(spec, context.tokenizer, context_length(context.config), where, **places)
         database = spec.database
-        engine = None if database is None else open_database(database, f"{where}.database", run.base_dir)
-        self.scorer = Scorer(spec, engine)
+        self.database = None if database is None else open_database(database, f"{where}.database", **places)
+        self.scorer = Scorer(spec, self.database)
         self.options = GenerationOptions.of(spec.generation)
         self.model: Any = None
         cut = sum(row.cut for row in self.rows)
