@@ -94,6 +94,7 @@ class FineTuneJobSpec(ApiModel):
                 yield f"{count} stages are named {name!r}: a stage's name is its own"
         yield from self._unknown_stages()
         yield from self._unknown_models()
+        yield from self._unknown_reward_stages()
 
     def _unknown_stages(self) -> Iterator[str]:
         """Sources that are the data of a stage which isn't there, comes later or makes none."""
@@ -121,6 +122,17 @@ class FineTuneJobSpec(ApiModel):
                     yield f"{where}: {name!r} {what}{did_you_mean(name, models)}"
             for kind in stage.kinds:
                 leaves_model[stage.name or kind] = kind != "tokenizer" and getattr(stage, kind).hands_on
+    def _unknown_reward_stages(self) -> Iterator[str]:
+        """Reward models that are no earlier `reward` stage's."""
+        before: dict[str, bool] = {}
+        for index, stage in enumerate(self.stages):
+            for place, name in stage.reward_stages():
+                if not before.get(name):
+                    what = "is no reward stage" if name in before else "is no stage before this one"
+                    hint = did_you_mean(name, [title for title, fits in before.items() if fits])
+                    yield f"stages[{index}].{place}: {name!r} {what}{hint}"
+            for kind in stage.kinds:
+                before[stage.name or kind] = kind == "reward"
 
 
 class FineTuneJob(ApiModel):

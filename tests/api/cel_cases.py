@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from sample_job import DATA, JOB
+from sample_job import DATA, JOB, MORE
 
 from finetune_api.crd import crd
 from finetune_api.overrides import apply_overrides
 
 Job = dict[str, Any]
 ROOT: Job = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+JUDGE = "{baseUrl: 'http://x/v1', model: y}"
 STREAM = "{streaming: true, sources: [{file: x}]}"
 OPTIONAL = {"evalData": "{sources: [{file: x}]}", "expertConfig": "{file: x}"}
 """Nodes that the sample job lacks, as they are made for a case below them."""
@@ -28,7 +29,7 @@ SCORED = {
     "database": {"sql": "CREATE TABLE a (b)"},
     "gate": [{"metric": "rougeL", "atLeast": 0.1}],
 }
-PLAIN = {"evaluate": SCORED}
+PLAIN = {"evaluate": SCORED, **{kind: {"data": DATA} | more for kind, more in MORE.items()}}
 """Stages that need more than data."""
 
 
@@ -54,8 +55,15 @@ CASES = (
     Case("self.validationSplit == 0.0", ("validationSplit=0.1",), (f"={STREAM}", "validationSplit=0.1"), ".data"),
     Case("!self.data.streaming || has(self.maxSteps)", (f"data={STREAM}", "maxSteps=5"), (f"data={STREAM}",)),
     Case("!has(self.quantization) || has(self.lora)", ("quantization={}", "lora={}"), ("quantization={}", "lora=null")),
+    Case("!has(self.lora) || self.lora.merge", ("lora={}",), ("lora={merge: false}",)),
     Case("!self.packing || has(self.maxLength)", ("packing=true", "maxLength=64"), ("packing=true",)),
     Case("!self.scoreOnly", ("scoreOnly=true",), ("scoreOnly=true", "expertConfig={file: x}")),
+    Case("!self.data.streaming", ("data.limit=5",), (f"data={STREAM}", "maxSteps=5"), ".rlhf"),
+    Case("!self.data.streaming", ("data.limit=5",), (f"data={STREAM}", "maxSteps=5"), ".online"),
+    Case("!has(self.maxKl)", ("maxKl=1",), ("maxKl=1", "beta=0")),
+    Case("has(self.exactMatch)", ("={regex: a}",), ("={regex: a, exactMatch: b}",)),
+    Case("has(self.function), has(self.endpoint)]", ("={function: 'a:b'}",), ("={function: 'a:b', model: c}",)),
+    Case("!has(self.criteria)", (f"={{endpoint: {JUDGE}, criteria: a}}",), ("={function: 'a:b', criteria: a}",)),
     Case("[has(self.file), has(self.experts)]", ("={experts: {'1': [0]}}",), ("={file: x, experts: {'1': [0]}}",)),
     Case("'adapterDisabled' || has(self.lora)", ("reference=model",), ("lora=null",)),
     Case(

@@ -19,3 +19,8 @@ JOB: dict[str, Any] = {
         ],
     },
 }
+MORE: dict[str, dict[str, Any]] = {
+    "rlhf": {"rewards": [{"stage": "reward"}]},
+    "online": {"judge": {"stage": "reward"}},
+}
+"""What stages need beside data, of the kinds that `JOB` lacks."""

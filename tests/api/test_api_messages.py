@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from sample_job import DATA, MORE
 
 from finetune_api.overrides import apply_overrides
 from finetune_api.problems import nearest
@@ -235,3 +236,20 @@ def test_a_job_read_back_from_a_cluster_is_valid(job: dict[str, Any]) -> None:
 )
 def test_nearest(name: str, valid: list[str], expected: str | None) -> None:
     assert nearest(name, valid) == expected
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["stages[5].rlhf.rewards[0].stage=rewrad"], "'rewrad' is no stage before this one: did you mean `reward`?"),
+        (["stages[5].rlhf.rewards[0].stage=sft"], "stages[5].rlhf.rewards[0].stage: 'sft' is no reward stage"),
+        (["stages[6].online.judge.stage=rlhf"], "stages[6].online.judge.stage: 'rlhf' is no reward stage"),
+        (["stages[5].rlhf.maxKl=3", "stages[5].rlhf.beta=0"], "maxKl needs beta > 0"),
+        (["stages[5].rlhf.rewards[0].function=mine"], "an import path such as `package.module:name`"),
+        (["stages[5].rlhf.numGenerations=1"], "numGenerations: got 1"),
+    ],
+)
+def test_rewards(assignments: list[str], message: str, job: dict[str, Any]) -> None:
+    job["spec"]["stages"] += [{kind: {"data": DATA} | MORE.get(kind, {})} for kind in ("reward", "rlhf", "online")]
+    changed = apply_overrides(job, assignments, yaml.safe_load)
+    assert message in "\n".join(str(problem) for problem in check_job(changed)[1])

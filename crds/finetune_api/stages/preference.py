@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune_api.base import cel, rules
+from finetune_api.base import ApiModel, Json, cel, rules
 from finetune_api.data import RowKind
 from finetune_api.training import (
     QUANTIZED_LORA_RULE,
@@ -21,35 +21,18 @@ from finetune_api.training import (
 LossWeight = Annotated[float, Field(ge=0, le=1000)]
 
 
-class DpoSpec(TrainingSpec):
-    """Direct preference optimisation on pairs of a chosen and a rejected answer."""
+LOSS_RULES: list[Json] = [
+    cel("!('exo_pair' in self.lossType) || self.labelSmoothing > 0.0", "lossType exo_pair needs labelSmoothing > 0"),
+    cel(
+        "!has(self.lossWeights) || self.lossWeights.size() == self.lossType.size()",
+        "lossWeights needs one value for each loss type",
+    ),
+]
 
-    model_config = rules(
-        STREAMING_RULE,
-        QUANTIZED_LORA_RULE,
-        cel(
-            "self.reference != 'adapterDisabled' || has(self.lora)",
-            "reference adapterDisabled needs lora: without adapters there is none to disable",
-        ),
-        cel(
-            "self.reference != 'precomputed' || !self.data.streaming",
-            "reference precomputed needs data that is not streaming",
-        ),
-        cel(
-            "!('exo_pair' in self.lossType) || self.labelSmoothing > 0.0",
-            "lossType exo_pair needs labelSmoothing > 0",
-        ),
-        cel(
-            "!has(self.lossWeights) || self.lossWeights.size() == self.lossType.size()",
-            "lossWeights needs one value for each loss type",
-        ),
-    )
 
-    max_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
-    """Longest prompt with answer, in tokens. Default: the model's context."""
-    overflow: Literal["auto", "error", "truncate", "drop"] = "auto"
-    """What happens to a longer pair: `error` refuses the job, `truncate` cuts its end, `drop` leaves it out.
-    `auto`: `truncate` where `maxLength` is set, else `error`."""
+class PreferenceLoss(ApiModel):
+    """The loss of direct preference optimisation."""
+
     beta: Annotated[float, Field(ge=0, le=100)] = 0.1
     """Strength of the pull towards the reference model."""
     loss_type: Annotated[
@@ -79,11 +62,25 @@ class DpoSpec(TrainingSpec):
     """Weight of each loss type. Default: 1 each."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Assumed share of pairs whose preference is the wrong way round."""
-    reference: Literal["auto", "adapterDisabled", "model", "precomputed"] = "auto"
-    """Where the reference's log-probabilities come from: the same model without its adapter, a second model, or one
-    pass before training. `auto`: `adapterDisabled` with `lora`, else `model`."""
-    learning_rate: Annotated[float, Field(ge=0, le=10)] = 1e-6
-    """Peak learning rate of AdamW."""
+
+    def loss_faults(self) -> Iterator[str]:
+        """The Python twins of `LOSS_RULES`."""
+        if "exo_pair" in self.loss_type and self.label_smoothing == 0:
+            yield "lossType exo_pair needs labelSmoothing > 0"
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            yield f"lossWeights has {len(self.loss_weights)} values for {len(self.loss_type)} loss types"
+
+
+class PairSpec(TrainingSpec):
+    """Training on pairs of a chosen and a rejected answer."""
+
+    model_config = rules(STREAMING_RULE, QUANTIZED_LORA_RULE)
+
+    max_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
+    """Longest prompt with answer, in tokens. Default: the model's context."""
+    overflow: Literal["auto", "error", "truncate", "drop"] = "auto"
+    """What happens to a longer pair: `error` refuses the job, `truncate` cuts its end, `drop` leaves it out.
+    `auto`: `truncate` where `maxLength` is set, else `error`."""
     lora: Lora | None = None
     """Train adapters. Default: train every weight."""
     quantization: Quantization | None = None
@@ -92,15 +89,64 @@ class DpoSpec(TrainingSpec):
     def faults(self) -> Iterator[str]:
         yield from super().faults()
         yield from quantization_faults(self.lora, self.quantization)
-        if self.reference == "adapterDisabled" and self.lora is None:
-            yield "reference adapterDisabled needs lora: without adapters there is none to disable"
-        if self.reference == "precomputed" and self.data.streaming:
-            yield "reference precomputed needs data that is not streaming"
-        if "exo_pair" in self.loss_type and self.label_smoothing == 0:
-            yield "lossType exo_pair needs labelSmoothing > 0"
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
-            yield f"lossWeights has {len(self.loss_weights)} values for {len(self.loss_type)} loss types"
 
     @property
     def row_kind(self) -> RowKind:
         return "preference"
+
+
+class DpoSpec(PairSpec, PreferenceLoss):
+    """Direct preference optimisation on pairs of a chosen and a rejected answer."""
+
+    model_config = rules(
+        STREAMING_RULE,
+        QUANTIZED_LORA_RULE,
+        cel(
+            "self.reference != 'adapterDisabled' || has(self.lora)",
+            "reference adapterDisabled needs lora: without adapters there is none to disable",
+        ),
+        cel(
+            "self.reference != 'precomputed' || !self.data.streaming",
+            "reference precomputed needs data that is not streaming",
+        ),
+        *LOSS_RULES,
+    )
+
+    reference: Literal["auto", "adapterDisabled", "model", "precomputed"] = "auto"
+    """Where the reference's log-probabilities come from: the same model without its adapter, a second model, or one
+    pass before training. `auto`: `adapterDisabled` with `lora`, else `model`."""
+    learning_rate: Annotated[float, Field(ge=0, le=10)] = 1e-6
+    """Peak learning rate of AdamW."""
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.reference == "adapterDisabled" and self.lora is None:
+            yield "reference adapterDisabled needs lora: without adapters there is none to disable"
+        if self.reference == "precomputed" and self.data.streaming:
+            yield "reference precomputed needs data that is not streaming"
+        yield from self.loss_faults()
+
+
+class RewardSpec(PairSpec):
+    """A reward model: scores answers so that chosen ones score above rejected ones (Bradley-Terry)."""
+
+    model_config = rules(
+        STREAMING_RULE,
+        QUANTIZED_LORA_RULE,
+        cel("!has(self.lora) || self.lora.merge", "no stage trains on a reward model's adapter: leave lora.merge true"),
+    )
+
+    center_rewards_coefficient: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Pulls the mean of a pair's two rewards towards 0 (arXiv 2312.09244); 0.01 is usual. Default: no pull."""
+    learning_rate: Annotated[float, Field(ge=0, le=10)] = 1e-4
+    """Peak learning rate of AdamW."""
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.lora is not None and not self.lora.merge:
+            yield "no stage trains on a reward model's adapter: leave lora.merge true"
+
+    @property
+    def hands_on(self) -> bool:
+        """The next stage starts from the model before: a reward model answers nothing."""
+        return False

@@ -9,14 +9,15 @@ from finetune_api.data import StageName
 from finetune_api.stages.corpus import PretrainSpec, TokenizerSpec
 from finetune_api.stages.evaluation import EvaluateSpec
 from finetune_api.stages.experts import EsftSpec
-from finetune_api.stages.preference import DpoSpec
+from finetune_api.stages.policy import OnlineSpec, PromptSpec, RlhfSpec
+from finetune_api.stages.preference import DpoSpec, RewardSpec
 from finetune_api.stages.supervised import SftSpec
 
-STAGE_KINDS = ("tokenizer", "pretrain", "sft", "esft", "dpo", "evaluate")
+STAGE_KINDS = ("tokenizer", "pretrain", "sft", "esft", "dpo", "reward", "rlhf", "online", "evaluate")
 
-AdapterSpec = SftSpec | DpoSpec
+AdapterSpec = SftSpec | DpoSpec | RewardSpec | RlhfSpec | OnlineSpec
 """Stages that may train adapters."""
-TrainedSpec = PretrainSpec | SftSpec | EsftSpec | DpoSpec
+TrainedSpec = PretrainSpec | SftSpec | EsftSpec | DpoSpec | RewardSpec | RlhfSpec | OnlineSpec
 """Stages that train a model."""
 StageSpec = TokenizerSpec | TrainedSpec | EvaluateSpec
 DATA_FIELDS = ("data", "eval_data")
@@ -42,6 +43,12 @@ class Stage(ApiModel):
     """Preference tuning."""
     evaluate: EvaluateSpec | None = None
     """Measure the model, and stop the job where it is not good enough."""
+    reward: RewardSpec | None = None
+    """A reward model from preference pairs."""
+    rlhf: RlhfSpec | None = None
+    """Reinforcement learning on rewards."""
+    online: OnlineSpec | None = None
+    """Rounds of preference tuning on the model's own answers."""
 
     def faults(self) -> Iterator[str]:
         yield from not_exactly_one(self, *STAGE_KINDS)
@@ -66,6 +73,13 @@ class Stage(ApiModel):
     def title(self) -> str:
         """The stage's name, or its kind where it has none."""
         return self.name or self.kind
+
+    def reward_stages(self) -> Iterator[tuple[str, str]]:
+        """Each earlier stage whose reward model this one asks: the place below the stage, and that stage's name."""
+        for kind in self.kinds:
+            spec = getattr(self, kind)
+            if isinstance(spec, PromptSpec):
+                yield from ((f"{kind}.{place}", name) for place, name in spec.reward_stages())
 
     def sources_from_stages(self) -> Iterator[tuple[str, str]]:
         """Each source that is an earlier stage's data: the source's place below the stage, and that stage's name."""
