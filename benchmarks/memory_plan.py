@@ -75,7 +75,7 @@ def planned(*, fields: dict[str, int], family: str = "llama", **case: Any) -> di
         full_logits=case.get("masked", False),
         kind="cpu",
     )
-    parts = estimate(model_size(meta_model(config, case.get("masked", False))), load).parts()
+    parts = estimate(model_size(meta_model(config, "masked" if case.get("masked") else "causal")), load).parts()
     return {name: count for name, count in parts.items() if name != "runtime"}
 
 

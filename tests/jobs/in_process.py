@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PrinterCallback
 
 from finetune_api.runconfig import RunConfig
@@ -19,6 +20,7 @@ from finetune_trainer.training.forget import forget_stage
 from finetune_trainer.training.work import StageWork
 
 Job = dict[str, Any]
+torch.set_num_threads(1)  # tiny models gain nothing by more, and lose much where other processes want the cores
 
 
 def open_stage(job: Job, directory: Path, zero: int = 0) -> StageContext:

@@ -28,7 +28,7 @@ LLAMA_8B = {
 def test_total_is_the_real_models(family: str) -> None:
     masked = family in ("bert", "modernbert")
     auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    size = model_size(meta_model(tiny(family), masked))
+    size = model_size(meta_model(tiny(family), "masked" if masked else "causal"))
     assert size.total == auto.from_config(tiny(family)).num_parameters()
 
 
@@ -58,7 +58,7 @@ def test_tied_weights_count_once() -> None:
 
 def test_a_model_that_cannot_be_built_is_a_users_error() -> None:
     with pytest.raises(UserError, match="model: bert can't be built"):
-        meta_model(tiny("bert", hidden_size=33), masked=True)
+        meta_model(tiny("bert", hidden_size=33), "masked")
 
 
 LORAS = [

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from finetune_api.problems import Problem, did_you_mean
 from finetune_api.training import ALL_LINEAR, Lora
 from finetune_trainer.errors import UserError
+from finetune_trainer.model.task import SCORE, score_head
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -33,7 +34,7 @@ class Targets:
     """Stacked expert weights: Parameters `[experts, …, …]`, not modules."""
     embeddings: tuple[str, ...]
     head: str | None
-    """The output head."""
+    """The output head; a reward model's score."""
 
 
 def lora_config(spec: Lora, model: PreTrainedModel, path: str = "lora") -> LoraConfig:
@@ -47,7 +48,8 @@ def lora_config(spec: Lora, model: PreTrainedModel, path: str = "lora") -> LoraC
 
     Raises:
         UserError: a name that nothing goes by, or what PEFT can't do: dropout or DoRA on stacked expert weights,
-            an adapter on the output head (TRL's loss reads the head's weight directly).
+            an adapter on the output head (TRL's loss reads the head's weight directly). A reward model's head is
+            trained in full.
     """
     targets = find_targets(model)
     from peft import LoraConfig
@@ -56,14 +58,16 @@ def lora_config(spec: Lora, model: PreTrainedModel, path: str = "lora") -> LoraC
     problems += _expert_problems(spec, parameters, path) + _saved_problems(spec, model, path)
     if problems:
         raise UserError(problems)
+    scores = score_head(model) is not None
+    saved = [*(spec.modules_to_save or []), *([SCORE] if scores else [])]
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
         r=spec.r,
         lora_alpha=spec.lora_alpha,
         lora_dropout=spec.lora_dropout,
         target_modules=sorted(modules),
         target_parameters=sorted(parameters) or None,
-        modules_to_save=list(spec.modules_to_save) if spec.modules_to_save else None,
+        modules_to_save=list(dict.fromkeys(saved)) or None,
         use_rslora=spec.use_rslora,
         use_dora=spec.use_dora,
         ensure_weight_tying=_needs_tying(spec, model, modules),
@@ -73,7 +77,7 @@ def lora_config(spec: Lora, model: PreTrainedModel, path: str = "lora") -> LoraC
 def find_targets(model: PreTrainedModel) -> Targets:
     """The layers of a model that an adapter can be put on."""
     named = dict(model.named_modules())
-    output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    output = score_head(model) or model.get_output_embeddings()  # type: ignore[no-untyped-call]
     head = next((name for name, module in named.items() if module is output), None)
     experts = tuple(name for name, weight in model.named_parameters() if weight.ndim == 3 and ".experts." in name)
     routed = bool(experts) or is_moe(model)

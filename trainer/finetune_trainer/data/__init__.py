@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune_trainer.data.checks import inspect
-    from finetune_trainer.data.collators import PackedCollator, PreferenceCollator
+    from finetune_trainer.data.collators import PackedCollator, PreferenceCollator, RewardCollator
     from finetune_trainer.data.forms import Kind
     from finetune_trainer.data.preparation import prepare
     from finetune_trainer.data.report import DataReport, Prepared
@@ -23,6 +23,7 @@ __all__ = [
     "PackedCollator",
     "PreferenceCollator",
     "Prepared",
+    "RewardCollator",
     "StreamedRows",
     "corpus_texts",
     "eval_prompts",
@@ -32,7 +33,7 @@ __all__ = [
 
 _MODULES = {
     "checks": ("inspect",),
-    "collators": ("PackedCollator", "PreferenceCollator"),
+    "collators": ("PackedCollator", "PreferenceCollator", "RewardCollator"),
     "forms": ("Kind",),
     "preparation": ("prepare",),
     "report": ("DataReport", "Prepared"),

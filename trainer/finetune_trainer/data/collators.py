@@ -61,5 +61,20 @@ class PreferenceCollator:
         }
 
 
+@dataclass
+class RewardCollator:
+    """Pairs as whole texts for a reward model: int64 `input_ids` and `attention_mask` [2B, L], padded on the right,
+    chosen rows first, then rejected."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: Rows) -> dict[str, Tensor]:
+        ids = [[*row["prompt_ids"], *row[f"{side}_ids"]] for side in ("chosen", "rejected") for row in rows]
+        return {
+            "input_ids": _padded(ids, self.pad_token_id),
+            "attention_mask": _padded([[1] * len(one) for one in ids], 0),
+        }
+
+
 def _padded(values: list[list[int]], filler: int) -> Tensor:
     return pad_sequence([torch.tensor(value) for value in values], batch_first=True, padding_value=filler)

@@ -111,6 +111,8 @@ def _device(name: str) -> torch.device:
 def _kind(config: PretrainedConfig, name: str) -> Kind:
     """By the saved class; where none is recorded, causal before masked."""
     family, saved = str(config.model_type), " ".join(config.architectures or [])
+    if "ForSequenceClassification" in saved:
+        raise UserError(f"{name} holds a reward model, which scores texts and continues none")
     if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and ("MaskedLM" in saved or "PreTraining" in saved):
         return "masked"
     if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

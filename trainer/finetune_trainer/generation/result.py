@@ -7,13 +7,13 @@ from pathlib import Path
 from finetune_api.problems import did_you_mean
 from finetune_trainer.errors import UserError
 from finetune_trainer.layout import DONE
-from finetune_trainer.model.saved import ADAPTER_CONFIG, MODEL_CONFIG, is_result
+from finetune_trainer.model.saved import ADAPTER_CONFIG, MODEL_CONFIG, is_result, is_reward_model
 
 _SHOWN = 12
 
 
 def find_result(path: str) -> Path:
-    """The directory to load: `path` itself, its `result`, or the result of a job's last finished stage.
+    """The directory to load: `path` itself, its `result`, or the result of a job's last finished stage that answers.
 
     Raises:
         UserError: there is no model; the message says what is there instead.
@@ -32,7 +32,7 @@ def find_result(path: str) -> Path:
 
 def _last_finished(job: Path) -> Path:
     stages = sorted(entry for entry in (job / "stages").iterdir() if entry.is_dir())
-    loadable = [stage for stage in stages if (stage / DONE).is_file() and is_result(stage / "result")]
+    loadable = [stage for stage in stages if (stage / DONE).is_file() and _answers(stage / "result")]
     if loadable:
         return loadable[-1] / "result"
     listed = ", ".join(f"stages/{stage.name} ({_state(stage)})" for stage in stages) or "no stage"
@@ -42,7 +42,13 @@ def _last_finished(job: Path) -> Path:
 def _state(stage: Path) -> str:
     if not (stage / DONE).is_file():
         return "not finished"
+    if is_reward_model(stage / "result"):
+        return "finished, a reward model"
     return "finished" if is_result(stage / "result") else "finished, no model"
+
+
+def _answers(result: Path) -> bool:
+    return is_result(result) and not is_reward_model(result)
 
 
 def _not_a_directory(path: str, directory: Path) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import PretrainSpec, StageSpec
+from finetune_api.stages import StageSpec
 from finetune_api.training import TrainingSpec
 from finetune_trainer.checkpoint.store import CheckpointStore, Manifest
 from finetune_trainer.checkpoint.universal import SUFFIX, to_universal
@@ -27,6 +27,7 @@ from finetune_trainer.gate import require_gate
 from finetune_trainer.layout import METRICS
 from finetune_trainer.model.load import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
+from finetune_trainer.model.task import task_of
 from finetune_trainer.pipeline import layouts, place, spec_of
 from finetune_trainer.plan.steps import rows_per_step
 from finetune_trainer.progress.channel import Event, StageBegun, StageDone, WorkerEnd
@@ -169,6 +170,7 @@ class StageRun:
         progress = ProgressCallback(self.context, self.peers, self.end, self.work)
         progress.trainer, trainer.paused = trainer, progress.paused
         trainer.routing = watch_routing(trainer.model)
+        trainer.tools = StageTools(self.context, self.storage, self.peers, self.end, self.scratch)
         if self.first:
             self._fetch_metrics()
             progress.log_file = MetricsLog(self._metrics_path())
@@ -189,7 +191,7 @@ class StageRun:
     def _finish(self, trainer: Any, callbacks: _Callbacks) -> None:
         """Save the last checkpoint, measure, save the result, and only then call the stage done."""
         step = trainer.state.global_step
-        if self.peers.any(self.first and self.store.manifest(step) is None):
+        if trainer.keeps_last and self.peers.any(self.first and self.store.manifest(step) is None):
             trainer._save_checkpoint(trainer.model, None)
             callbacks.checkpoint.publish(step)
         metrics = {} if self.context.data.eval is None else evaluation_metrics(trainer.evaluate())
@@ -287,8 +289,8 @@ def _scratch(run: RunConfig, index: int) -> Path:
 
 
 def _prompts(context: StageContext) -> list[dict[str, Any]]:
-    """Prompts to sample with; a masked model answers none."""
+    """Prompts to sample with; masked models and reward models answer none."""
     spec = context.spec
-    if isinstance(spec, PretrainSpec) and spec.objective == "masked":
+    if task_of(spec) != "causal":
         return []
     return eval_prompts(spec, Path(context.run.base_dir), Path(context.run.cache_dir), SAMPLE_PROMPTS)

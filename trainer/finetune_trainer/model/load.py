@@ -12,7 +12,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -29,6 +28,7 @@ from finetune_trainer.esft.adapter import apply_adapter, is_expert_adapter
 from finetune_trainer.model.precision import Precision
 from finetune_trainer.model.saved import base_of, expert_base_of, root_of
 from finetune_trainer.model.source import ModelSource
+from finetune_trainer.model.task import SCORE, Task, as_reward, auto_class
 
 SHARD_SIZE = "5GB"
 
@@ -117,7 +117,7 @@ def load_model(
     precision: Precision,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    masked: bool = False,
+    task: Task = "causal",
     quantization: Quantization | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
@@ -125,18 +125,20 @@ def load_model(
 
     A LoRA result carried on as an adapter loads as its base model; the adapter is attached by the caller.
     """
-    auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    auto = auto_class(task)
     options: dict[str, Any] = {"dtype": precision.weights}
     if spec.attn_implementation != "auto":
         options["attn_implementation"] = spec.attn_implementation
     config = load_config(source, tokenizer)
+    if task == "reward":
+        as_reward(config, tokenizer.pad_token_id)
+    torch.manual_seed(seed)  # of weights that no file holds: all of them, or a reward model's head
     if source.config is not None:
-        torch.manual_seed(seed)
         model = auto.from_config(config, **options)
     else:
         assert source.name is not None
         if quantization is not None:
-            options["quantization_config"] = quantization_config(quantization, precision.compute)
+            options["quantization_config"] = quantization_config(quantization, precision.compute, task)
         model = load_whole(base_of(source.name), auto, revision=source.revision, config=config, **options)
         if quantization is not None and quantization.bits == 4:
             keep_differentiable(model)
@@ -163,11 +165,13 @@ def load_whole(name: str, auto: Any = AutoModelForCausalLM, **options: Any) -> P
     return model
 
 
-def quantization_config(spec: Quantization, compute: torch.dtype) -> BitsAndBytesConfig:
-    """bitsandbytes' configuration of a QLoRA base (arXiv 2305.14314)."""
+def quantization_config(spec: Quantization, compute: torch.dtype, task: Task = "causal") -> BitsAndBytesConfig:
+    """bitsandbytes' configuration of a QLoRA base (arXiv 2305.14314). The output head is not quantized."""
+    skipped = [SCORE] if task == "reward" else None
     if spec.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
+        llm_int8_skip_modules=skipped,
         load_in_4bit=True,
         bnb_4bit_quant_type=spec.quant_type,
         bnb_4bit_use_double_quant=spec.double_quant,

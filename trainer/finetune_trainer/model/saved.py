@@ -18,6 +18,13 @@ def is_result(directory: Path) -> bool:
     return (directory / MODEL_CONFIG).is_file() or is_adapter(directory) or is_expert_adapter(directory)
 
 
+def is_reward_model(directory: str | Path) -> bool:
+    """Whether `directory` holds a model that scores texts and continues none."""
+    path = Path(directory, MODEL_CONFIG)
+    saved = json.loads(path.read_text(encoding="utf-8")).get("architectures") if path.is_file() else None
+    return any(name.endswith("ForSequenceClassification") for name in saved or ())
+
+
 def is_adapter(directory: str | Path | None) -> bool:
     """Whether `directory` holds an adapter (PEFT) and not a whole model."""
     return directory is not None and Path(directory, ADAPTER_CONFIG).is_file()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from finetune_api.problems import Problem
 from finetune_api.training import Lora
 from finetune_trainer.adapters import find_targets, lora_config
 from finetune_trainer.errors import UserError
+from finetune_trainer.model.task import Task, as_reward, auto_class
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,17 @@ class ModelSize:
         return self.active - self.embedding + (self.head if self.tied else 0)
 
 
-def meta_model(config: PretrainedConfig, masked: bool = False) -> PreTrainedModel:
+def meta_model(config: PretrainedConfig, task: Task = "causal") -> PreTrainedModel:
     """The model of a configuration, on the meta device.
 
     Raises:
         UserError: the family has no such head, or its fields contradict each other.
     """
-    auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    if task == "reward":
+        config = as_reward(deepcopy(config), None)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto.from_config(config)  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = auto_class(task).from_config(config)
             return model
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0][:300]

@@ -8,24 +8,35 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
-from finetune_api.stages import DpoSpec, SftSpec
+from finetune_api.stages import AdapterSpec
 from finetune_trainer.adapters import lora_config
 from finetune_trainer.model.load import load_model
+from finetune_trainer.model.source import ModelSource
+from finetune_trainer.model.task import task_of
+from finetune_trainer.pipeline import place
 from finetune_trainer.training.context import StageContext
+from finetune_trainer.training.merging import whole_source
 
 
 def adapted_model(context: StageContext) -> tuple[PreTrainedModel | PeftModel, LoraConfig | None]:
     """The model, and the configuration of the adapter that TRL is to add to it; None where it adds none."""
     spec = context.spec
-    assert isinstance(spec, (SftSpec, DpoSpec))
+    assert isinstance(spec, AdapterSpec)
     if spec.lora is None:
         return starting_model(context), None
     model = _base(context)
     if context.carries_adapter:
         assert context.source.name is not None
         return PeftModel.from_pretrained(model, context.source.name, is_trainable=True), None
-    torch.manual_seed(spec.seed)
-    return model, lora_config(spec.lora, model, f"stages[{context.layout.index}].{context.layout.title}.lora")
+    return model, _new_adapter(context, spec, model)
+
+
+def fresh_adapter(context: StageContext) -> tuple[PreTrainedModel, LoraConfig | None]:
+    """As `adapted_model`, but an adapter that the stage before carried on is merged before a new one is added."""
+    spec = context.spec
+    assert isinstance(spec, AdapterSpec)
+    model = _base(context, whole_source(context))
+    return model, None if spec.lora is None else _new_adapter(context, spec, model)
 
 
 def starting_model(context: StageContext) -> PreTrainedModel:
@@ -40,7 +51,7 @@ def starting_model(context: StageContext) -> PreTrainedModel:
 def finish_adapters(model: Any, context: StageContext) -> None:
     """Adapters in float32 on a quantized base: TRL casts them to bfloat16, in which AdamW's small updates vanish."""
     spec = context.spec
-    assert isinstance(spec, (SftSpec, DpoSpec))
+    assert isinstance(spec, AdapterSpec)
     if spec.quantization is None:
         return
     # transformers divides no quantized base as it loads, so the adapters are whole here under ZeRO-3 too.
@@ -49,13 +60,20 @@ def finish_adapters(model: Any, context: StageContext) -> None:
             parameter.data = parameter.data.to(torch.float32)
 
 
-def _base(context: StageContext) -> PreTrainedModel:
+def _new_adapter(context: StageContext, spec: AdapterSpec, model: PreTrainedModel) -> LoraConfig:
+    assert spec.lora is not None
+    torch.manual_seed(spec.seed)
+    return lora_config(spec.lora, model, f"{place(context.run, context.layout.index)}.lora")
+
+
+def _base(context: StageContext, source: ModelSource | None = None) -> PreTrainedModel:
     spec = context.spec
     return load_model(
-        context.source,
+        source or context.source,
         context.run.job.spec.model,
         context.precision,
         context.tokenizer,
+        task=task_of(spec),
         quantization=getattr(spec, "quantization", None),
         seed=spec.seed,
     )

@@ -11,6 +11,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetune_api.stages import PretrainSpec
 from finetune_trainer.model.load import load_model
+from finetune_trainer.model.task import task_of
 from finetune_trainer.stages.masking import MaskingCollator
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.callbacks import EpochCallback
@@ -39,7 +40,7 @@ def _causal(context: StageContext, spec: PretrainSpec) -> Any:
         **training_arguments(context), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
     )
     return CausalTrainer(
-        model=_model(context, spec, masked=False),
+        model=_model(context, spec),
         args=args,
         train_dataset=context.sample,
         eval_dataset=context.data.eval,
@@ -52,7 +53,7 @@ def _masked(context: StageContext, spec: PretrainSpec) -> Any:
     args = transformers.TrainingArguments(**training_arguments(context))
     collator = MaskingCollator(context.tokenizer, spec.mlm_probability, spec.seed)
     return MaskedTrainer(
-        model=_model(context, spec, masked=True),
+        model=_model(context, spec),
         args=args,
         train_dataset=context.sample,
         eval_dataset=_masked_once(context.data.eval, collator),
@@ -67,12 +68,12 @@ def _masked_once(rows: Dataset | None, collator: MaskingCollator) -> Dataset | N
     return None if rows is None else rows.map(collator.mask_rows, batched=True, batch_size=64)
 
 
-def _model(context: StageContext, spec: PretrainSpec, masked: bool) -> transformers.PreTrainedModel:
+def _model(context: StageContext, spec: PretrainSpec) -> transformers.PreTrainedModel:
     return load_model(
         context.source,
         context.run.job.spec.model,
         context.precision,
         context.tokenizer,
-        masked=masked,
+        task=task_of(spec),
         seed=spec.seed,
     )

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
 from finetune_api.stages import EsftSpec, PretrainSpec
-from finetune_trainer.esft.zero3 import undivided_loading
-from finetune_trainer.model.load import SHARD_SIZE, load_whole
+from finetune_trainer.model.load import SHARD_SIZE
 from finetune_trainer.model.saved import base_of
+from finetune_trainer.model.task import task_of
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.expert_results import save_experts
+from finetune_trainer.training.merging import merge_adapter, whole_source
 
 
 def save_result(trainer: Any, context: StageContext, directory: Path) -> None:
@@ -33,22 +31,6 @@ def save_result(trainer: Any, context: StageContext, directory: Path) -> None:
     if context.placement.rank == 0:
         _finish_adapter(context, adapter, directory)
         shutil.rmtree(adapter, ignore_errors=True)
-
-
-def merge_adapter(base: str, revision: str | None, adapter: Path, directory: Path) -> None:
-    """Merge an adapter into its base, on the CPU, in the precision that the base was saved in.
-
-    The base is loaded anew, and is neither what QLoRA quantized it to (unsloth#1089) nor in the precision that the
-    stage computed in. The sum is formed in float32 and rounded once.
-    """
-    with undivided_loading():
-        model = load_whole(base, revision=revision, dtype="auto")
-    whole, saved = model.dtype, {name: weight.dtype for name, weight in model.state_dict().items()}
-    merged = PeftModel.from_pretrained(model.float(), str(adapter)).merge_and_unload(safe_merge=True)
-    for name, weight in chain(merged.named_parameters(), merged.named_buffers()):
-        if weight.is_floating_point():
-            weight.data = weight.data.to(saved.get(name, whole))
-    merged.save_pretrained(directory, max_shard_size=SHARD_SIZE)
 
 
 def _save_whole(trainer: Any, context: StageContext, directory: Path) -> None:
@@ -74,8 +56,11 @@ def _save_adapter(trainer: Any, directory: Path) -> None:
 def _finish_adapter(context: StageContext, adapter: Path, directory: Path) -> None:
     assert not isinstance(context.spec, (PretrainSpec, EsftSpec)) and context.spec.lora is not None
     if context.spec.lora.merge:
-        assert context.source.name is not None
-        merge_adapter(base_of(context.source.name), context.source.revision, adapter, directory)
+        task = task_of(context.spec)
+        source = whole_source(context) if task == "reward" else context.source
+        assert source.name is not None
+        pad = context.tokenizer.pad_token_id
+        merge_adapter(base_of(source.name), source.revision, adapter, directory, task, pad)
     else:
         shutil.copytree(adapter, directory)
     context.tokenizer.save_pretrained(directory)

@@ -1,0 +1,52 @@
+"""What a model is asked for, and the class of transformers that answers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from finetune_api.stages import PretrainSpec, RewardSpec
+
+Task = Literal["causal", "masked", "reward"]
+"""Continue a text, fill its masks, or score it with one number."""
+SCORE = "score"
+"""The head of a reward model, as transformers names it in causal families."""
+
+_CLASSES: dict[Task, Any] = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "reward": AutoModelForSequenceClassification,
+}
+
+
+def auto_class(task: Task) -> Any:
+    """transformers' class that builds and loads a model for a task."""
+    return _CLASSES[task]
+
+
+def task_of(spec: object) -> Task:
+    """What a stage's model is asked for."""
+    if isinstance(spec, PretrainSpec):
+        return spec.objective
+    return "reward" if isinstance(spec, RewardSpec) else "causal"
+
+
+def score_head(model: PreTrainedModel) -> nn.Module | None:
+    """A reward model's head; None of other models."""
+    return getattr(model, SCORE, None)
+
+
+def as_reward(config: PretrainedConfig, pad_token_id: int | None) -> PretrainedConfig:
+    """The configuration with one score as its output, read at the last token that is no padding; it is changed."""
+    config.num_labels = 1
+    if pad_token_id is not None:
+        config.get_text_config().pad_token_id = pad_token_id
+    return config
