@@ -12,7 +12,7 @@ import torch
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import DATA_FIELDS, EvaluateSpec, PretrainSpec, Stage
+from finetune_api.stages import DATA_FIELDS, EvaluateSpec, PretrainSpec, PromptSpec, Stage
 from finetune_trainer.data import inspect
 from finetune_trainer.errors import UserError
 from finetune_trainer.evaluation.queries import open_database
@@ -26,6 +26,7 @@ from finetune_trainer.patience import passing
 from finetune_trainer.pipeline import place, stage_before
 from finetune_trainer.plan.devices import Device, local_device
 from finetune_trainer.plan.job import JobPlan, PlanContext, plan_job
+from finetune_trainer.rewards.problems import reward_problems
 from finetune_trainer.storage import Storage
 
 
@@ -40,7 +41,7 @@ def preflight(run: RunConfig, workers: Workers | None = None, *, device: Device 
     """
     workers = workers or plan_workers(run.job.spec.resources)
     problems = [*_storage(run), *([] if device else _resources(workers)), *_pipeline(run), *_cpu_limits(run, workers)]
-    problems += [*_data(run), *_evaluations(run)]
+    problems += [*_data(run), *_rewards(run), *_evaluations(run)]
     plan: JobPlan | None = None
     try:
         plan = _model(run, workers, device or local_device(workers.most))
@@ -95,12 +96,16 @@ def _adapter_faults(run: RunConfig, stage: Stage, before: Stage | None, where: s
     lora = getattr(stage.spec, "lora", None)
     if lora is not None and run.job.spec.model.config is not None and (before is None or before.tokenizer is not None):
         yield Problem(f"{where}.lora", "adapts a model that is built from scratch and never trained: pretrain it first")
+    untrained = run.job.spec.model.config is not None and (before is None or before.tokenizer is not None)
+    if isinstance(stage.spec, PromptSpec) and lora is None and untrained:
+        yield Problem(where, "asks a model for answers that is built from scratch and never trained: pretrain it first")
     if stage.esft is not None and run.job.spec.model.config is not None and (before is None or before.tokenizer):
         yield Problem(where, "trains some experts of a model that is built from scratch and never trained: pretrain it")
     carried = getattr(before.spec, "lora", None) if before is not None else None
     if stage.esft is not None and carried is not None and not carried.merge:
         yield Problem(where, f"starts from an adapter that is not merged: set lora.merge in {before.title}")
-    if lora is not None and carried is not None and not carried.merge:
+    goes_on = lora is not None and carried is not None and not carried.merge
+    if goes_on and stage.reward is None:  # a reward stage merges what is carried on
         for name in ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora"):
             if getattr(lora, name) != getattr(carried, name):
                 message = f"is {getattr(lora, name)!r}, but the adapter carried on from {before.title} has "
@@ -146,6 +151,12 @@ def _evaluations(run: RunConfig) -> Iterator[Problem]:
                 open_database(spec.database, f"{where}.database", Path(run.base_dir), Path(run.cache_dir)).close()
         except UserError as error:
             yield from error.problems
+
+
+def _rewards(run: RunConfig) -> Iterator[Problem]:
+    for index, stage in enumerate(run.job.spec.stages):
+        if isinstance(stage.spec, PromptSpec):
+            yield from reward_problems(stage.spec, run, place(run, index))
 
 
 def _model(run: RunConfig, workers: Workers, device: Device) -> JobPlan:

@@ -11,7 +11,8 @@ from pathlib import Path
 import fsspec
 
 from finetune_api.data import DataSpec
-from finetune_api.problems import Problem
+from finetune_api.problems import Problem, did_you_mean
+from finetune_api.stages import PromptSpec
 from finetune_trainer.data.forms import EmptyRow, Example, FormError, Kind, normalise
 from finetune_trainer.data.questions import has_reference
 from finetune_trainer.data.readers import Row
@@ -31,6 +32,7 @@ class _Seen:
     usable: int = 0
     identical: int = 0
     pairs: int = 0
+    prompts: set[type] = field(default_factory=set)
     unjoined: list[str] = field(default_factory=list)
     forms: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
@@ -54,7 +56,7 @@ def inspect(
         seen, found = _look(one, f"{where}.sources[{numbers[id(one.source)]}]", spec, kind, referenced)
         looked.append(seen)
         problems += found
-    return problems + _identical(looked, where) + _too_few(looked, problems, spec, where)
+    return problems + _identical(looked, where) + _mixed(looked, where) + _too_few(looked, problems, spec, where)
 
 
 def _look(
@@ -102,13 +104,15 @@ def _see(
         seen.first.setdefault(str(error), place)
         return
     seen.usable += 1
-    _see_pair(example, kind, seen)
+    _see_form(example, kind, seen)
 
 
-def _see_pair(example: Example, kind: Kind, seen: _Seen) -> None:
+def _see_form(example: Example, kind: Kind, seen: _Seen) -> None:
     if kind == "preference":
         seen.pairs += 1
         seen.identical += example["chosen"] == example["rejected"]
+    if kind == "prompt":
+        seen.prompts.add(type(example["prompt"]))
 
 
 def _faults(seen: _Seen, located: Located, where: str) -> list[Problem]:
@@ -140,6 +144,12 @@ def _identical(looked: list[_Seen], where: str) -> list[Problem]:
     return [Problem(where, f"chosen equals rejected in {identical} of {pairs} pairs: there is no preference to learn")]
 
 
+def _mixed(looked: list[_Seen], where: str) -> list[Problem]:
+    if len(set[type]().union(*(seen.prompts for seen in looked))) < 2:
+        return []
+    return [Problem(where, "some prompts are plain texts and some are conversations: make them all the same")]
+
+
 def _too_few(looked: list[_Seen], problems: list[Problem], spec: DataSpec, where: str) -> list[Problem]:
     if problems:
         return []
@@ -154,3 +164,35 @@ def _too_few(looked: list[_Seen], problems: list[Problem], spec: DataSpec, where
 def _name(located: Located) -> str:
     source = located.source
     return source.file or source.directory or source.uri or source.hub or "inline"
+
+
+def column_problems(stage: PromptSpec, column: str, where: str, place: str, base_dir: Path) -> list[Problem]:
+    """What is wrong with a column that a stage's prompts must have, by their first rows.
+
+    Args:
+        where: the field that names the column.
+        place: the stage's path, such as `stages[2].rlhf`.
+    """
+    problems = []
+    for name, spec in (("data", stage.data), ("evalData", stage.eval_data)):
+        if spec is None or any(source.stage is not None for source in spec.sources):
+            continue
+        there = _columns(spec, f"{place}.{name}", base_dir)
+        if there is not None and column not in there:
+            others = ", ".join(f"`{other}`" for other in there) or "none"
+            message = f"no column `{column}` in {place}.{name}{did_you_mean(column, there)}; its prompts have {others}"
+            problems.append(Problem(where, message))
+    return problems
+
+
+def _columns(spec: DataSpec, where: str, base_dir: Path) -> dict[str, None] | None:
+    """The columns of the first prompts; None where none can be read, which `inspect` tells."""
+    located, _ = locate(spec, where, base_dir)
+    found: dict[str, None] | None = None
+    for one in located:
+        try:
+            for row, _ in islice(_rows(one), 20):
+                found = (found or {}) | dict.fromkeys(normalise(join_row(row, one, where), spec, "prompt")["columns"])
+        except (UserError, OSError, ValueError):
+            continue
+    return found

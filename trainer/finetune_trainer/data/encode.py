@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -58,7 +59,7 @@ class Encoder:
         if self.encoding.kind == "text":
             yield from self.blocks((example["text"] for _, example in rows), stats)
             return
-        make = self._sft if self.encoding.kind == "sft" else self._preference
+        make = {"sft": self._sft, "prompt": self._prompt}.get(self.encoding.kind, self._preference)
         for number, example in rows:
             stats.rows += 1
             try:
@@ -189,6 +190,41 @@ class Encoder:
         elif self.encoding.overflow == "drop":
             stats.drop(TOO_LONG, length)
         return self.encoding.overflow == "truncate"
+
+    def whole(self, prompt: str | list[Message], answer: str | list[Message]) -> Ids:
+        """Prompt and answer as a stage that trains on the pair sees them, end token included.
+
+        Raises:
+            ChatError: the chat template refuses them.
+        """
+        if isinstance(prompt, str):
+            assert isinstance(answer, str)
+            return self._plain(prompt + answer)
+        assert isinstance(answer, list)
+        return self._reply(prompt, answer)[0].ids
+
+    def prompt_ids(self, prompt: str | list[Message]) -> Ids:
+        """Tokens of a prompt, up to where its answer begins.
+
+        Raises:
+            ChatError: it is a conversation and the tokenizer has no chat template, or one that refuses it.
+        """
+        if isinstance(prompt, str):
+            return self._opening(prompt)
+        self._need_template()
+        return self.chat.encode(self.chat.prompt(prompt), []).ids
+
+    def _prompt(self, number: int, example: Example, stats: Stats) -> Iterator[Columns]:
+        (prompt,) = self._plain_where_no_chat(example)
+        ids = self.prompt_ids(prompt)
+        stats.longest = max(stats.longest, len(ids))
+        limit = self.encoding.limit
+        if limit is not None and len(ids) > limit and not self._may_cut(number, len(ids), stats):
+            return
+        stats.kept += 1
+        stats.tokens += len(ids)
+        row = json.dumps({"prompt": prompt, "columns": example["columns"]}, ensure_ascii=False)
+        yield {"prompt_ids": np.array(ids, np.int32), "row": row}
 
     def _preference(self, number: int, example: Example, stats: Stats) -> Iterator[Columns]:
         if example["chosen"] == example["rejected"]:

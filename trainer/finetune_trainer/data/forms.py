@@ -5,6 +5,8 @@ Names and forms are TRL's. The normal forms, all JSON-able:
 - text: `{text}`
 - sft: `{text}`, `{messages}` or `{prompt, completion}`, the last two of strings or of lists of messages
 - preference: `{prompt, chosen, rejected}`, all strings or all lists of messages
+- prompt: `{prompt, columns}`, the prompt a string or a list of messages, the columns what reward functions may ask for:
+  the row's others and, as `reference`, the answer that the row itself gives to the prompt
 
 As in TRL, strings in `prompt`/`completion` columns are plain text (prompt, completion, end of text), because nothing
 says that they are turns of a chat. Texts made by `template` do say so: they become a conversation
@@ -28,6 +30,7 @@ NEEDED = {
     "text": "`text`",
     "sft": "`messages`, `prompt` and `completion`, or `text`",
     "preference": "`chosen` and `rejected`",
+    "prompt": "`prompt`, `messages`, or `chosen` and `rejected`",
 }
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -77,6 +80,8 @@ def normalise(row: Row, spec: DataSpec, kind: Kind) -> Example:
         return {"text": _text(_need(fields, "text", spec, row, kind))}
     if kind == "preference":
         return _preference(fields, templated, spec, row)
+    if kind == "prompt":
+        return _prompt(fields, templated, spec, row)
     return _sft(fields, templated, spec, row)
 
 
@@ -282,3 +287,55 @@ def _split_pair(system: list[Message], chosen: list[Message], rejected: list[Mes
         raise EmptyRow("no shared prompt")
     prompt = system + chosen[:shared]
     return {"prompt": prompt, "chosen": chosen[shared:], "rejected": rejected[shared:], "templated": marked}
+
+
+RESERVED = {"prompt", "prompts", "completion", "completions", "completion_ids", "image", "images"}
+"""Names that mean something else to TRL's reward functions, or that TRL fills itself."""
+
+
+def _prompt(fields: Row, templated: set[str], spec: DataSpec, row: Row) -> Example:
+    prompt, reference = _prompt_and_reference(fields, templated, spec, row)
+    if not prompt:
+        raise EmptyRow("empty")
+    names = {column for name, column in spec.columns.model_dump().items() if name in ("prompt", "messages", "text")}
+    columns = {name: value for name, value in row.items() if name not in names | RESERVED}
+    if reference is not None:
+        columns.setdefault("reference", reference)
+    return {"prompt": prompt, "columns": columns, "templated": "prompt" in templated}
+
+
+def _prompt_and_reference(fields: Row, templated: set[str], spec: DataSpec, row: Row) -> tuple[Any, Any]:
+    """The prompt, and the answer that the row itself gives to it; None where it gives none."""
+    if "prompt" in templated:
+        return _system(fields) + _turns(fields["prompt"], "user", "prompt", spec), _content(fields.get("completion"))
+    if "messages" in fields:
+        return _split_messages(_system(fields) + _messages(fields["messages"], "messages", spec))
+    if "prompt" in fields:
+        return _given_prompt(fields, spec), _content(fields.get("completion") or fields.get("chosen"))
+    if "chosen" in fields and "rejected" in fields:
+        pair = _preference(fields, templated, spec, row)
+        return pair["prompt"], _content(pair["chosen"])
+    if "text" in fields and spec.transcript is not None:
+        return _split_messages(_plain_or_transcript(fields["text"], spec)["messages"])
+    raise FormError(_not_there("prompt", spec, row, "prompt"))
+
+
+def _given_prompt(fields: Row, spec: DataSpec) -> Any:
+    prompt = fields["prompt"]
+    if isinstance(prompt, str) and spec.transcript is None and "system" not in fields:
+        return prompt
+    return _system(fields) + _turns(prompt, "user", "prompt", spec)
+
+
+def _split_messages(messages: list[Message]) -> tuple[list[Message], Any]:
+    """All before the last message and its text, where that is an assistant's; else all of them."""
+    if messages and messages[-1]["role"] == "assistant":
+        return messages[:-1], messages[-1]["content"]
+    return messages, None
+
+
+def _content(answer: Any) -> Any:
+    """An answer's text: a string, or the first assistant's message of a list."""
+    if not isinstance(answer, list):
+        return answer
+    return next((one.get("content") for one in answer if isinstance(one, dict) and one.get("role") != "user"), None)

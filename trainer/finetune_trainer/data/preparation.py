@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
-from finetune_api.stages import PretrainSpec, SupervisedSpec, TrainedSpec
+from finetune_api.stages import PretrainSpec, PromptSpec, SupervisedSpec, TrainedSpec
 from finetune_trainer.data.encode import IDENTICAL, NOTHING, TOO_LONG, Encoding
 from finetune_trainer.data.forms import Kind
 from finetune_trainer.data.keys import content_digest, prepared_key, rows_key, tokenizer_key
@@ -72,11 +72,12 @@ def prepare(
 ) -> Prepared:
     """Data of a stage, tokenised. `where` is the stage's path, such as `stages[1].sft`.
 
-    Columns, all lists of int32:
+    Columns, lists of int32 unless said otherwise:
 
     - pretrain: `input_ids`, each of exactly `blockSize` tokens
     - sft: `input_ids`, `labels` (-100 where there is no loss); packed also `seq_lengths`
-    - dpo: `prompt_ids`, `chosen_ids`, `rejected_ids`, `chosen_mask`, `rejected_mask`
+    - rlhf: `prompt_ids` and `row`, the text of a JSON object with `prompt` (a string or messages) and `columns`
+    - dpo, reward: `prompt_ids`, `chosen_ids`, `rejected_ids`, `chosen_mask`, `rejected_mask`
 
     The result is the same bytes for any `num_proc`. With `streaming`, `train` is a `streaming.StreamedRows`.
 
@@ -103,6 +104,8 @@ def encoding_of(stage: TrainedSpec, context: int | None, where: str) -> tuple[En
     Raises:
         UserError: the length asked for is more than the model takes.
     """
+    if isinstance(stage, PromptSpec):
+        return _prompt_encoding(stage, context, where), False
     field, length = (
         ("blockSize", stage.block_size) if isinstance(stage, PretrainSpec) else ("maxLength", stage.max_length)
     )
@@ -114,6 +117,18 @@ def encoding_of(stage: TrainedSpec, context: int | None, where: str) -> tuple[En
         return Encoding("text", length, "split", share), False
     overflow = stage.overflow if stage.overflow != "auto" else "error" if length is None else "truncate"
     return Encoding(stage.row_kind, length or context, overflow), isinstance(stage, SupervisedSpec) and stage.packing
+
+
+def _prompt_encoding(stage: PromptSpec, context: int | None, where: str) -> Encoding:
+    answer, length = stage.generation.max_new_tokens, stage.max_prompt_length
+    room = None if context is None else context - answer
+    if room is not None and room < (length or 1):
+        field = "generation.maxNewTokens" if length is None else "maxPromptLength"
+        what = f"{answer} tokens of an answer" if length is None else f"{length} and {answer} tokens of an answer"
+        message = f"got {what}, but the model's context is {context} tokens"
+        raise UserError([Problem(f"{where}.{field}", message)])
+    overflow = stage.overflow if stage.overflow != "auto" else "error" if length is None else "drop"
+    return Encoding(stage.row_kind, length or room, overflow)
 
 
 def _check_loader(stage: TrainedSpec, where: str) -> None:
@@ -217,6 +232,9 @@ def _row_faults(stats: Stats, where: str) -> list[Problem]:
 def _too_long(stats: Stats, plan: Plan) -> Problem:
     rows = ", ".join(f"row {row} ({length})" for row, length in stats.too_long[:SHOWN])
     limit = plan.encoding.limit
+    if plan.encoding.kind == "prompt":
+        message = f"{len(stats.too_long)} of {stats.rows} prompts are longer than {limit} tokens; the longest has "
+        return Problem(f"{plan.where}.maxPromptLength", f"{message}{stats.longest}: {rows}. Set overflow: drop")
     return Problem(
         f"{plan.where}.maxLength",
         f"{len(stats.too_long)} of {stats.rows} examples are longer than {limit} tokens; the longest has "

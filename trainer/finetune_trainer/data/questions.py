@@ -13,6 +13,9 @@ Prompt = dict[str, Any]
 
 def prompt_of(example: Example, kind: Kind) -> Prompt | None:
     """A row as a prompt; None where nothing is left to answer."""
+    if kind == "prompt":
+        name = "prompt" if isinstance(example["prompt"], str) else "messages"
+        return {name: example["prompt"], "reference": example["columns"].get("reference")}
     if "text" in example:
         words = list(re.finditer(r"\S+", example["text"]))
         end = words[min(len(words) // 2, PROMPT_WORDS) - 1].end() if len(words) > 1 else len(example["text"])

@@ -19,7 +19,7 @@ Columns = dict[str, Any]
 
 
 def write_shard(path: Path, rows: Iterable[Columns]) -> int:
-    """Write rows of int32 lists as an Arrow stream, a bounded number of tokens at a time; nothing for no rows.
+    """Write rows of int32 lists and texts as an Arrow stream, so many tokens at a time; nothing for no rows.
 
     Returns:
         the number of rows.
@@ -37,8 +37,12 @@ def write_shard(path: Path, rows: Iterable[Columns]) -> int:
 
 
 def record_batch(rows: list[Columns]) -> pa.RecordBatch:
-    """Rows as Arrow columns of type list<int32>."""
-    return pa.RecordBatch.from_pydict({name: _lists([row[name] for row in rows]) for name in rows[0]})
+    """Rows as Arrow columns of type list<int32>, and string for texts."""
+    return pa.RecordBatch.from_pydict({name: _column([row[name] for row in rows]) for name in rows[0]})
+
+
+def _column(values: list[Any]) -> pa.Array:
+    return pa.array(values, pa.large_string()) if isinstance(values[0], str) else _lists(values)
 
 
 def _lists(values: list[Any]) -> pa.ListArray:

@@ -130,7 +130,7 @@ class StreamedRows(IterableDataset[Columns]):
         for place, row in self._endless(self._place):
             self._place = place
             self._ring.append(place)
-            yield {name: values.tolist() for name, values in row.items()}
+            yield {name: one if isinstance(one, str) else one.tolist() for name, one in row.items()}
 
     def _endless(self, place: Place) -> Steps:
         located, problems = locate(self.spec, self.where, self.base_dir)

@@ -65,6 +65,14 @@ def stage_result(run: RunConfig, storage: Storage, layout: StageLayout) -> str:
     return str(storage.download(layout.result, cache))
 
 
+def model_place(text: str, run: RunConfig) -> str:
+    """A local directory, fetched where `text` is a storage URI, or the hub id that it is where nothing is there."""
+    if "://" in text:
+        return str(Storage(text).download("", Path(run.cache_dir, "models", text.replace("/", "_"))))
+    path = local_path(text, run.base_dir)
+    return str(path) if path.exists() else text
+
+
 def _job_source(run: RunConfig, tokenizer: str) -> ModelSource:
     spec = run.job.spec.model
     name = _name(spec, run)

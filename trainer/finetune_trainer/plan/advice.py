@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from finetune_api.stages import DpoSpec, SftSpec, TrainedSpec
+from finetune_api.stages import AdapterSpec, TrainedSpec
 from finetune_trainer.plan.memory import Workload, estimate
 from finetune_trainer.plan.model_size import AdapterSize, ModelSize
 from finetune_trainer.plan.quantities import human_bytes
@@ -51,7 +51,7 @@ def _changes(
     yield lambda load: _checkpointing(load, path)
     yield lambda load: _smaller_batch(size, load, spec, path, limit)
     yield lambda load: _more_sharding(size, load, limit)
-    if isinstance(spec, (SftSpec, DpoSpec)):
+    if isinstance(spec, AdapterSpec):
         yield lambda load: _lora(load, path, adapter)
         yield lambda load: _quantization(load, path)
 
@@ -68,7 +68,7 @@ def _smaller_batch(
     """The largest smaller batch, of those that divide it, that fits; else a batch of one row."""
     rows, pairs = spec.per_device_train_batch_size, load.batch // spec.per_device_train_batch_size
     divisors = [count for count in range(rows - 1, 0, -1) if rows % count == 0]
-    loads = {count: replace(load, batch=count * pairs) for count in divisors}
+    loads = {count: replace(load, batch=count * pairs, drawn=load.drawn * count // rows) for count in divisors}
     fitting = [count for count in divisors if estimate(size, loads[count]).total <= limit]
     count = next(iter([*fitting, *divisors[-1:]]), None)
     if count is None:

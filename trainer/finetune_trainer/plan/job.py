@@ -16,7 +16,12 @@ from finetune_api.stages import (
     DpoSpec,
     EsftSpec,
     EvaluateSpec,
+    OnlineSpec,
+    PairSpec,
     PretrainSpec,
+    PromptSpec,
+    RewardSpec,
+    RlhfSpec,
     Stage,
     SupervisedSpec,
     TokenizerSpec,
@@ -26,7 +31,9 @@ from finetune_api.training import Lora, TrainingSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.load import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
+from finetune_trainer.model.task import task_of
 from finetune_trainer.plan.advice import advise
+from finetune_trainer.plan.answering import answering, trained_per_prompt
 from finetune_trainer.plan.devices import Device, peak_flops
 from finetune_trainer.plan.experts import Alternative, ExpertPlan, compare, expert_plan
 from finetune_trainer.plan.inference import (
@@ -192,7 +199,7 @@ class _StagePlanner:
     def plan(self, rows: Rows | None) -> StagePlan:
         spec, sharding = self.spec, self.run.job.spec.sharding
         found = sharding_problems(sharding, self.bits)
-        model = meta_model(self.config, masked=_is_masked(spec))
+        model = meta_model(self.config, task_of(spec))
         size, adapter = model_size(model), None
         try:
             adapter = self.adapter() if _lora(spec) is not None else None
@@ -204,6 +211,9 @@ class _StagePlanner:
         known = None if data is None else DataSize(*data)
         length, notes = self.length(known)
         load = self.load(length, adapter, eager=self._eager(model))
+        if isinstance(spec, PromptSpec):
+            load, more = answering(load, spec, self.run, self.config)
+            notes = [*notes, *more]
         experts = expert_plan(spec, model, self.path, self.run.base_dir) if isinstance(spec, EsftSpec) else None
         if experts is not None:
             load, notes = replace(load, tuned=experts.tuned), [*notes, *experts.notes]
@@ -260,7 +270,7 @@ class _StagePlanner:
         steps = count_steps(spec, data.rows if data else None, load.workers)
         fix = partial(advise, size, load, spec, self.path, round(HEADROOM * device.memory_bytes), self._spare_adapter)
         adapter_parameters = load.adapter.parameters if load.adapter else None
-        has_reference = isinstance(spec, DpoSpec) and spec.reference != "precomputed"
+        has_reference = _has_reference(spec)
         if experts is None:
             flops = flops_per_token(size, load.length, adapter_parameters, reference=has_reference)
         else:
@@ -289,10 +299,9 @@ class _StagePlanner:
 
     def load(self, length: int, adapter: AdapterSize | None, eager: bool) -> Workload:
         spec, sharding = self.spec, self.run.job.spec.sharding
-        pairs = 2 if isinstance(spec, DpoSpec) else 1
         quantization = getattr(spec, "quantization", None)
         return Workload(
-            batch=spec.per_device_train_batch_size * pairs,
+            batch=_sequences(spec),
             length=length,
             dtype_bytes=self.dtype.itemsize,
             workers=self.context.workers,
@@ -302,6 +311,7 @@ class _StagePlanner:
             checkpointing=spec.gradient_checkpointing,
             eager=eager,
             full_logits=_is_masked(spec),
+            no_logits=isinstance(spec, RewardSpec),
             reference=_second_model(spec),
             offload_optimizer=sharding.offload_optimizer,
             offload_param=sharding.offload_param,
@@ -316,6 +326,8 @@ class _StagePlanner:
         if isinstance(spec, SupervisedSpec) and spec.packing:
             assert spec.max_length is not None
             return spec.max_length, []
+        if isinstance(spec, PromptSpec):
+            return self._answered_length(spec, data)
         longest = data.longest if data else None
         limits = [limit for limit in (spec.max_length, longest, context_length(self.config)) if limit]
         length = min(limits, default=1024)
@@ -323,14 +335,23 @@ class _StagePlanner:
             return length, []
         return length, [f"the longest example is not known: memory is for the model's context, {length} tokens"]
 
+    def _answered_length(self, spec: PromptSpec, data: DataSize | None) -> tuple[int, list[str]]:
+        """Tokens of the longest prompt with the longest answer."""
+        answer, context = spec.generation.max_new_tokens, context_length(self.config)
+        prompts = [limit for limit in (spec.max_prompt_length, data.longest if data else None) if limit]
+        if prompts:
+            return min([min(prompts) + answer, *([context] if context else [])]), []
+        length = context or 1024
+        return length, [f"the longest prompt is not known: memory is for the model's context, {length} tokens"]
+
     def adapter(self) -> AdapterSize:
         lora = _lora(self.spec)
         assert lora is not None
-        return adapter_size(meta_model(self.config), lora, f"{self.path}.lora")
+        return adapter_size(meta_model(self.config, task_of(self.spec)), lora, f"{self.path}.lora")
 
     def _spare_adapter(self) -> AdapterSize:
         """The size of a default adapter, for advice."""
-        return adapter_size(meta_model(self.config), Lora())
+        return adapter_size(meta_model(self.config, task_of(self.spec)), Lora())
 
     def _eager(self, model: Any) -> bool:
         asked = self.run.job.spec.model.attn_implementation
@@ -360,13 +381,33 @@ def _is_masked(spec: TrainedSpec) -> bool:
     return isinstance(spec, PretrainSpec) and spec.objective == "masked"
 
 
+def _sequences(spec: TrainedSpec) -> int:
+    """Sequences in one forward pass of a worker."""
+    if isinstance(spec, PromptSpec):
+        return spec.per_device_train_batch_size * trained_per_prompt(spec)
+    return spec.per_device_train_batch_size * (2 if isinstance(spec, PairSpec) else 1)
+
+
+def _has_reference(spec: TrainedSpec) -> bool:
+    """Whether each token costs a forward pass of a reference too."""
+    if isinstance(spec, RlhfSpec):
+        return spec.beta > 0
+    return isinstance(spec, DpoSpec) and spec.reference != "precomputed"
+
+
 def _second_model(spec: TrainedSpec) -> bool:
+    if isinstance(spec, RlhfSpec):
+        return spec.beta > 0 and spec.lora is None
+    if isinstance(spec, OnlineSpec):
+        return spec.reference == "start" and spec.lora is None
     if not isinstance(spec, DpoSpec):
         return False
     return spec.reference == "model" or (spec.reference == "auto" and spec.lora is None)
 
 
 def _tokens_per_step(spec: TrainedSpec, steps: Steps, length: int, data: DataSize | None) -> int | None:
+    if isinstance(spec, PromptSpec):
+        return steps.rows_per_step * trained_per_prompt(spec) * length
     if data is not None and data.rows:
         return round(data.tokens / data.rows * steps.rows_per_step)
     full_rows = isinstance(spec, PretrainSpec) or (isinstance(spec, SupervisedSpec) and spec.packing)

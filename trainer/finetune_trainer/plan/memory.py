@@ -43,8 +43,14 @@ class Workload:
     """Attention that materialises its scores."""
     full_logits: bool = False
     """Logits of the whole batch at once (masked language modelling); else TRL's tiles."""
+    no_logits: bool = False
+    """One number for each sequence in place of logits (reward models)."""
     reference: bool = False
-    """A second model with the weights of the first, for DPO."""
+    """A second model with the weights of the first, as the reference."""
+    drawn: int = 0
+    """Answers drawn at a time, each with its prompt `length` tokens long; 0 in stages that draw none."""
+    scorers: int = 0
+    """Parameters of reward models, which every worker holds whole in the dtype."""
     offload_optimizer: bool = False
     offload_param: bool = False
     kind: str = "cuda"
@@ -69,6 +75,10 @@ class Memory:
     buffers: int
     """Communication buckets, gathered weights, copies in another dtype."""
     runtime: int
+    drawing: int = 0
+    """What drawing answers needs beyond the activations and the loss, which are not there at the same time."""
+    scorers: int = 0
+    """Reward models."""
     host: int = 0
     """On the host, beside the device."""
 
@@ -90,15 +100,18 @@ def estimate(size: ModelSize, load: Workload) -> Memory:
         optimizer_bytes(size, load),
     )
     host = (optimizer if load.offload_optimizer else 0) + (weights if load.offload_param else 0)
+    activations, loss = activation_bytes(size, load), loss_bytes(size, load)
     return Memory(
         weights=0 if load.offload_param else weights,
         gradients=gradients,
         optimizer=0 if load.offload_optimizer else optimizer,
-        activations=activation_bytes(size, load),
-        loss=loss_bytes(size, load),
+        activations=activations,
+        loss=loss,
         reference=reference_bytes(size, load),
         buffers=buffer_bytes(size, load),
         runtime=RUNTIME[load.kind],
+        drawing=max(drawing_bytes(size, load) - activations - loss, 0),
+        scorers=load.scorers * load.dtype_bytes,
         host=host,
     )
 
@@ -156,8 +169,19 @@ def optimizer_bytes(size: ModelSize, load: Workload) -> int:
 
 
 def reference_bytes(size: ModelSize, load: Workload) -> int:
-    """DPO's second model, in the dtype, divided by ZeRO-3."""
+    """The reference's own model, in the dtype, divided by ZeRO-3."""
     return _share(size.total * load.dtype_bytes, load, 3) if load.reference else 0
+
+
+def drawing_bytes(size: ModelSize, load: Workload) -> int:
+    """Keys and values of all layers for every answer at its longest, its next token's logits, and under ZeRO-3 the
+    whole model, which is gathered meanwhile."""
+    if not load.drawn:
+        return 0
+    cache = 2 * size.layers * size.key_value_heads * size.head_dim * load.dtype_bytes * load.length
+    logits = size.vocab * (load.dtype_bytes + 2 * MASTER)
+    whole = size.total * load.dtype_bytes if load.zero == 3 and load.quantized_bits is None else 0
+    return load.drawn * (cache + logits) + whole
 
 
 def activation_bytes(size: ModelSize, load: Workload) -> int:
@@ -187,9 +211,12 @@ def loss_bytes(size: ModelSize, load: Workload) -> int:
     """The loss's working set.
 
     Full logits: in the dtype, as float32, their log-softmax and the gradient. Tiles: one of logits, its float32
-    temporaries, and float32 gradients of the head (where it is trained) and of the hidden states.
+    temporaries, and float32 gradients of the head (where it is trained) and of the hidden states. One number for each
+    sequence: the hidden states' gradients.
     """
     tokens = load.batch * load.length
+    if load.no_logits:
+        return MASTER * tokens * size.hidden
     if load.full_logits:
         return tokens * size.vocab * (12 if load.dtype_bytes == 4 else 14)
     rows = min(tokens, LOSS_TOKENS)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from finetune_api.stages import OnlineSpec
 from finetune_api.training import TrainingSpec
 from finetune_trainer.plan.model_size import ModelSize
+from finetune_trainer.plan.rounds import schedule
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,21 @@ def count_steps(spec: TrainingSpec, rows: int | None, workers: int = 1) -> Steps
     """Steps as transformers 5.23 counts them (`Trainer.set_initial_training_values`, `get_warmup_steps`) of the batches
     that `training.batches` makes: the last rows of a pass over the data, too few for a full step, make a step too."""
     per_step = rows_per_step(spec, workers)
-    per_epoch = None if rows is None else max(math.ceil(rows / per_step), 1)
+    if isinstance(spec, OnlineSpec):
+        return _round_steps(spec, rows, per_step)
+    per_epoch = None if rows is None else max(math.ceil(rows / per_step), 1) * getattr(spec, "num_iterations", 1)
     total = spec.max_steps
     if total is None and per_epoch is not None:
         total = math.ceil(spec.num_train_epochs * per_epoch)
     return Steps(total, per_epoch, warmup_steps(spec, total), per_step)
+
+
+def _round_steps(spec: OnlineSpec, rows: int | None, per_step: int) -> Steps:
+    """Steps of all rounds; `per_epoch` is of one round."""
+    if rows is None and spec.max_steps is None and spec.prompts_per_round is None:
+        return Steps(None, None, spec.warmup_steps, per_step)
+    found = schedule(spec, rows or spec.prompts_per_round or 1, per_step)
+    return Steps(found.total, found.steps, warmup_steps(spec, found.total), per_step)
 
 
 def rows_per_step(spec: TrainingSpec, workers: int) -> int:

@@ -18,6 +18,9 @@ MODULES = {
     "esft": "finetune_trainer.stages.esft",
     "dpo": "finetune_trainer.stages.dpo",
     "evaluate": "finetune_trainer.stages.evaluate",
+    "reward": "finetune_trainer.stages.reward",
+    "rlhf": "finetune_trainer.stages.rlhf",
+    "online": "finetune_trainer.stages.online",
 }
 
 

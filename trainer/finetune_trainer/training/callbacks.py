@@ -195,7 +195,7 @@ class StopCallback(TrainerCallback):
         mine = [self.end.stop_requested(), self._steps(state.global_step)] if self.rank == 0 else [0, 0]
         wish, steps = self.peers.most(mine)
         self.next = state.global_step + steps
-        if wish and state.global_step < state.max_steps:
+        if wish and state.global_step < state.max_steps and not control.should_training_stop:
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True

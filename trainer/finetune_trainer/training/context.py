@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import PretrainSpec, TokenizerSpec, TrainedSpec
+from finetune_api.stages import PretrainSpec, PromptSpec, TokenizerSpec, TrainedSpec
 from finetune_trainer.data import Prepared, StreamedRows
 from finetune_trainer.layout import StageLayout
 from finetune_trainer.model.precision import Precision, model_dtype, precision
@@ -19,6 +19,7 @@ from finetune_trainer.model.saved import is_adapter
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.pipeline import spec_of
 from finetune_trainer.training.batches import Division, Feed
+from finetune_trainer.training.prompt_feed import EvenDivision, PromptFeed
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class StageContext:
     def feed(self) -> Feed:
         """The training rows, from the beginning or from where the stage goes on."""
         seed = self.spec.seed
+        if isinstance(self.spec, PromptSpec):
+            place = self.placement
+            even = EvenDivision(self.rows_per_step, self.division.most, place.world_size, place.rank)
+            repeats = getattr(self.spec, "num_iterations", 1)
+            return PromptFeed(even, seed, repeats, self.resumed.directory if self.resumed else None)
         if self.resumed is None:
             return Feed(self.division, self.shards, seed)
         return Feed(self.division, self.shards, seed, self.resumed.step, self.resumed.directory)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from finetune_trainer.esft.routing import RoutingCounter
     from finetune_trainer.training.batches import Feed
+    from finetune_trainer.training.tools import StageTools
 
 _Base: Any = transformers.Trainer if TYPE_CHECKING else object
 
@@ -33,6 +34,10 @@ class StageTrainer(_Base):
     samples_since_log: int = 0
     routing: RoutingCounter | None = None
     """Counts what the routers choose while training; None in a dense model."""
+    tools: StageTools | None = None
+    """Storage, the other workers and the driver, for a trainer that works beside its steps too."""
+    keeps_last: bool = True
+    """Whether the state after the last step gets a checkpoint."""
     paused: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Stops the training clock while it is entered."""
 
@@ -55,10 +60,14 @@ class StageTrainer(_Base):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """transformers' hook around each optimizer step's batches: count what is in them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.count(batches)
+        return batches, items
+
+    def count(self, batches: list[dict[str, Any]]) -> None:
+        """Count what is in batches that are trained on."""
         for batch in batches:
             self.tokens_since_log = self.tokens_since_log + count_tokens(batch)
             self.samples_since_log += len(batch["input_ids"])
-        return batches, items
 
     def final_metrics(self) -> dict[str, float]:
         """What a stage measures at its end beside the evaluation; every worker calls it."""

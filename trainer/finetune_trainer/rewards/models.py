@@ -1,0 +1,73 @@
+"""Reward models as reward functions: each answer scored as the `reward` stage's pairs were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from finetune_api.problems import Problem
+from finetune_trainer.data.encode import Encoder, Encoding
+from finetune_trainer.errors import UserError
+from finetune_trainer.esft.zero3 import undivided_loading
+from finetune_trainer.model.load import context_length, load_tokenizer
+from finetune_trainer.model.source import ModelSource
+from finetune_trainer.model.task import as_reward
+
+BATCH = 16
+
+
+class RewardModel:
+    """A model with one score as its output, whole on this worker.
+
+    Args:
+        model: in evaluation mode, on its device.
+        name: of its metrics.
+    """
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+        self.model, self.tokenizer, self.__name__ = model, tokenizer, name
+        self.limit = context_length(model.config)
+        self.encoder = Encoder(tokenizer, Encoding("preference", None))
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **_: Any) -> list[float | None]:
+        ids = [self.encoder.whole(*pair)[: self.limit] for pair in zip(prompts, completions, strict=True)]
+        scores: list[float | None] = []
+        for start in range(0, len(ids), BATCH):
+            scores += self._scores(ids[start : start + BATCH])
+        return scores
+
+    @torch.inference_mode()
+    def _scores(self, rows: list[list[int]]) -> list[float]:
+        device = self.model.device
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = pad_sequence([torch.tensor(row) for row in rows], True, self.tokenizer.pad_token_id)
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        output = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        found: list[float] = output.logits[:, 0].float().tolist()
+        return found
+
+
+def load_reward_model(place: str, name: str, dtype: torch.dtype, device: torch.device, where: str) -> RewardModel:
+    """The reward model in a directory or of a hub id.
+
+    Args:
+        where: the field that names it.
+
+    Raises:
+        UserError: there is none, or it gives another number of scores than one.
+    """
+    tokenizer = load_tokenizer(ModelSource(place, None, None, place))
+    try:
+        with undivided_loading():
+            model = AutoModelForSequenceClassification.from_pretrained(place, use_safetensors=True, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError([Problem(where, f"no reward model at {place!r}: {reason}")]) from error
+    if model.config.num_labels != 1:
+        message = f"{place!r} gives {model.config.num_labels} scores, expected one: it is no reward model"
+        raise UserError([Problem(where, message)])
+    as_reward(model.config, tokenizer.pad_token_id)
+    return RewardModel(model.to(device).eval(), tokenizer, name)

@@ -1,0 +1,81 @@
+"""Reinforcement learning on rewards: RLOO (arXiv 2402.14740) or GRPO (arXiv 2402.03300), in full or by adapters."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import trl
+
+from finetune_api.stages import RlhfSpec
+from finetune_trainer.generation.prompts import stop_ids
+from finetune_trainer.pipeline import place
+from finetune_trainer.rewards.of_job import load_rewards
+from finetune_trainer.stages.adapted import adapted_model, finish_adapters, fresh_adapter
+from finetune_trainer.stages.policy import PolicyTrainer
+from finetune_trainer.training.arguments import training_arguments
+from finetune_trainer.training.context import StageContext
+
+
+class RlooTrainer(PolicyTrainer, trl.RLOOTrainer):
+    """TRL's RLOOTrainer on our prompts, answers and rewards."""
+
+
+class GrpoTrainer(PolicyTrainer, trl.GRPOTrainer):
+    """TRL's GRPOTrainer on our prompts, answers and rewards."""
+
+
+def make_trainer(context: StageContext) -> Any:
+    """The trainer of an `rlhf` stage."""
+    spec = context.spec
+    assert isinstance(spec, RlhfSpec)
+    # The arguments come first: with ZeRO-3 they divide the model among the workers while it loads.
+    config, kind = (trl.RLOOConfig, RlooTrainer) if spec.algorithm == "rloo" else (trl.GRPOConfig, GrpoTrainer)
+    args = config(**_arguments(context, spec))
+    # A reference beside the policy is loaded by the policy's name, so that must be of a whole model.
+    model, peft_config = fresh_adapter(context) if spec.lora is None else adapted_model(context)
+    stops = stop_ids(context.tokenizer, model.generation_config.eos_token_id)
+    where = f"{place(context.run, context.layout.index)}.rewards"
+    rewards = load_rewards(spec.rewards, context.run, where, context.precision.compute, args.device)
+    trainer = kind(
+        model=model,
+        reward_funcs=[*rewards],
+        args=args,
+        train_dataset=context.sample,
+        eval_dataset=context.data.eval,
+        processing_class=context.tokenizer,
+        peft_config=peft_config,
+    )
+    finish_adapters(trainer.model, context)
+    trainer.begin(context, spec, rewards, stops)
+    return trainer
+
+
+def _arguments(context: StageContext, spec: RlhfSpec) -> dict[str, Any]:
+    common = training_arguments(context)
+    sampling = spec.generation
+    algorithm = {} if spec.algorithm == "rloo" else {"loss_type": "dapo", "scale_rewards": "group"}
+    return {
+        **common,
+        **algorithm,
+        # To TRL a row is an answer.
+        "per_device_train_batch_size": common["per_device_train_batch_size"] * spec.num_generations,
+        "per_device_eval_batch_size": common["per_device_eval_batch_size"] * spec.num_generations,
+        "num_generations": spec.num_generations,
+        "max_completion_length": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p or 1.0,
+        "top_k": sampling.top_k or 0,
+        "beta": spec.beta,
+        "num_iterations": spec.num_iterations,
+        "epsilon": spec.epsilon,
+        "reward_weights": [reward.weight for reward in spec.rewards],
+        "disable_dropout": True,
+        "use_vllm": uses_vllm(spec, context.placement.accelerator),
+        "vllm_mode": "colocate",
+    }
+
+
+def uses_vllm(spec: RlhfSpec, accelerator: bool) -> bool:
+    """Whether vLLM draws the answers."""
+    return spec.vllm == "auto" and accelerator and find_spec("vllm") is not None
