@@ -13,6 +13,7 @@ DATA_REPORT = "data.json"
 DONE = "done.json"
 ROWS = "rows.jsonl"
 EVALUATION = "evaluation.json"
+ROUNDS = "rounds.json"
 EXPERT_CONFIG = "expert_config.json"
 EXPERT_SCORES = "expert_scores.json"
 EXPERT_LOAD = "expert_load.png"
@@ -96,6 +97,33 @@ class StageLayout:
     def expert_load(self) -> str:
         """Picture of the scores."""
         return f"{self.root}/{EXPERT_LOAD}"
+
+    @property
+    def rounds(self) -> str:
+        """What an `online` stage's rounds made and measured."""
+        return f"{self.root}/{ROUNDS}"
+
+    @property
+    def round_start(self) -> str:
+        """Answers of the model that an `online` stage starts from to held-out prompts."""
+        return f"{self.root}/rounds/start.jsonl"
+
+    @property
+    def judgements(self) -> str:
+        """Every answer of an `online` stage's judge that was paid for."""
+        return f"{self.root}/judgements"
+
+    def round(self, number: int) -> str:
+        """Directory of a round's data, the first being 0."""
+        return f"{self.root}/rounds/{number:03d}"
+
+    def round_samples(self, number: int) -> str:
+        """A round's answers with their scores, one prompt per line."""
+        return f"{self.round(number)}/samples.jsonl"
+
+    def round_pairs(self, number: int) -> str:
+        """A round's pairs; written last."""
+        return f"{self.round(number)}/pairs.jsonl"
 
     @property
     def checkpoints(self) -> str:

@@ -36,6 +36,8 @@ class StageRecord:
     """Their picture, a PNG."""
     evaluation: Json = field(default_factory=dict)
     """Metrics by model and samples of their answers (`evaluate`)."""
+    rounds: Json = field(default_factory=dict)
+    """What the rounds of an `online` stage made and measured."""
     done: Json = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """Files that are there but can't be read."""
@@ -127,6 +129,7 @@ def _stage(storage: Storage, layout: StageLayout, kind: str) -> StageRecord:
         samples=_read_object(storage, layout.samples, notes),
         experts=_read_object(storage, layout.expert_scores, notes),
         evaluation=_read_object(storage, layout.evaluation, notes),
+        rounds=_read_object(storage, layout.rounds, notes),
         expert_load=_read_bytes(storage, layout.expert_load),
         done=_read_object(storage, layout.done, notes),
         notes=notes,

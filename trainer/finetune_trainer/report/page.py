@@ -76,7 +76,7 @@ def _section(stage: StageRecord, gates: object) -> dict[str, object]:
 
 
 def _figures(stage: StageRecord) -> list[tuple[str, Markup]]:
-    panels = views.panels(stage)
+    panels = views.round_panels(stage) + views.panels(stage)
     # to_svg escapes what comes from outside, so its result is markup as it stands.
     return [(panel.title, Markup(to_svg(panel, f"{stage.layout.root}/{panel.title}"))) for panel in panels]
 

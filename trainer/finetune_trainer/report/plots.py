@@ -58,6 +58,8 @@ class Panel:
 
     title: str
     curves: dict[str, Points] = field(default_factory=dict)
+    axis: str = "step"
+    """What the points are numbered by."""
     unit: str = "number"
     """`number`, `count`, `share` or `bytes`: how the vertical axis is labelled."""
     may_be_log: bool = False
@@ -113,7 +115,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     axes.grid(axis="y")
     axes.margins(x=0.02)
-    axes.set_xlabel("step")
+    axes.set_xlabel(panel.axis)
     if len(panel.shown) > 1:
         axes.legend(loc="best")
 

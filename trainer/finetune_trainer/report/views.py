@@ -21,7 +21,8 @@ _COMMON = {
 }  # fmt: skip
 _TIMING = ("_runtime", "_per_second", "_num_tokens", "_flos", "_preparation_time")
 _PREFERRED = (
-    "bytes_per_token", "accuracies", "accuracy", "perplexity", "margins", "exactMatch", "executionAccuracy", "rougeL",
+    "win_rate", "reward", "kl", "bytes_per_token", "accuracies", "accuracy", "perplexity", "margins", "exactMatch",
+    "executionAccuracy", "rougeL",
 )  # fmt: skip
 _DATA_LABELS = {
     "rows": "Rows read",
@@ -149,6 +150,21 @@ def panels(stage: StageRecord) -> list[Panel]:
         for name in _own_metrics(stage)
     ]
     return [panel for panel in common + own[:METRIC_PANELS] if panel.shown]
+
+
+def round_panels(stage: StageRecord) -> list[Panel]:
+    """Pictures of an `online` stage by its rounds, the first being 1."""
+    rounds = [row for row in stage.rounds.get("rounds", []) if isinstance(row, dict) and is_number(row.get("round"))]
+
+    def points(name: str) -> Points:
+        return [(int(row["round"]) + 1, row[name]) for row in rounds if is_number(row.get(name))]
+
+    panels = [
+        Panel("win rate against the start, by round", {"win rate": points("win_rate")}, axis="round", unit="share"),
+        Panel("reward by round", {"drawn to train on": points("reward"), "held-out": points("eval_reward")}, "round"),
+        Panel("pairs by round", {"pairs": points("pairs"), "ties": points("ties")}, "round", "count"),
+    ]
+    return [panel for panel in panels if panel.shown]
 
 
 def data_summary(data: dict[str, Any]) -> str:

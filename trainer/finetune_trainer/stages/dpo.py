@@ -6,7 +6,7 @@ from typing import Any
 
 import trl
 
-from finetune_api.stages import DpoSpec
+from finetune_api.stages import DpoSpec, PreferenceLoss
 from finetune_trainer.data import PreferenceCollator
 from finetune_trainer.stages.adapted import adapted_model, finish_adapters, starting_model
 from finetune_trainer.training.arguments import training_arguments
@@ -22,7 +22,7 @@ def make_trainer(context: StageContext) -> Any:
     """The trainer of a `dpo` stage."""
     spec = context.spec
     assert isinstance(spec, DpoSpec)
-    args = trl.DPOConfig(**training_arguments(context), **_dpo_arguments(spec))
+    args = trl.DPOConfig(**training_arguments(context), **_dpo_arguments(spec), max_length=None)
     model, peft_config = adapted_model(context)
     trainer = DpoTrainer(
         model=model,
@@ -38,15 +38,18 @@ def make_trainer(context: StageContext) -> Any:
     return trainer
 
 
-def _dpo_arguments(spec: DpoSpec) -> dict[str, Any]:
+def loss_arguments(spec: PreferenceLoss) -> dict[str, Any]:
+    """The loss's fields as keyword arguments for TRL's `DPOConfig`."""
     return {
         "beta": spec.beta,
         "loss_type": spec.loss_type,
         "loss_weights": spec.loss_weights,
         "label_smoothing": spec.label_smoothing,
-        "precompute_ref_log_probs": spec.reference == "precomputed",
-        "max_length": None,
     }
+
+
+def _dpo_arguments(spec: DpoSpec) -> dict[str, Any]:
+    return {**loss_arguments(spec), "precompute_ref_log_probs": spec.reference == "precomputed"}
 
 
 def _reference(context: StageContext, spec: DpoSpec) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,14 @@ class Peers:
     def any(self, flag: bool) -> bool:
         """Whether any worker says so."""
         return bool(self.most([int(flag)])[0])
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every worker's value, in order of the workers; every worker gets them."""
+        if not self.many:
+            return [value]
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, value, group=self._group)
+        return found
 
     def wait(self) -> None:
         """Until every worker is here."""

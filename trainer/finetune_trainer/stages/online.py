@@ -1,0 +1,68 @@
+"""Rounds of preference tuning on the model's own answers (arXiv 2312.16682), in full or by low-rank adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import trl
+
+from finetune_api.stages import OnlineSpec, Reward
+from finetune_trainer.data import PreferenceCollator
+from finetune_trainer.endpoint.journal import Journal
+from finetune_trainer.pipeline import place
+from finetune_trainer.plan.rounds import schedule
+from finetune_trainer.rewards.endpoint_judge import EndpointJudge
+from finetune_trainer.rewards.judge import Ranks, RewardJudge
+from finetune_trainer.rewards.of_job import load_rewards
+from finetune_trainer.stages.adapted import adapted_model, finish_adapters, fresh_adapter
+from finetune_trainer.stages.dpo import loss_arguments
+from finetune_trainer.stages.round_trainer import RoundTrainer
+from finetune_trainer.storage import Storage
+from finetune_trainer.training.arguments import training_arguments
+from finetune_trainer.training.context import StageContext
+
+
+class OnlineTrainer(RoundTrainer, trl.DPOTrainer):
+    """TRL's DPOTrainer on pairs that are made as the rounds begin."""
+
+
+def make_trainer(context: StageContext) -> Any:
+    """The trainer of an `online` stage."""
+    spec = context.spec
+    assert isinstance(spec, OnlineSpec)
+    rounds = schedule(spec, len(context.data.train), context.rows_per_step)
+    # The arguments come first: with ZeRO-3 they divide the model among the workers while it loads. A reference's
+    # log-probabilities are part of the pairs.
+    common = training_arguments(context) | {"max_steps": rounds.total, "num_train_epochs": 1}
+    args = trl.DPOConfig(**common, **loss_arguments(spec), precompute_ref_log_probs=True, max_length=None)
+    model, peft_config = fresh_adapter(context) if spec.lora is None else adapted_model(context)
+    second = spec.lora is None and spec.reference == "start"
+    trainer = OnlineTrainer(
+        model=model,
+        ref_model=fresh_adapter(context)[0] if second else None,
+        args=args,
+        train_dataset=context.sample,
+        eval_dataset=context.data.eval,
+        data_collator=PreferenceCollator(context.tokenizer.pad_token_id),
+        processing_class=context.tokenizer,
+        peft_config=peft_config,
+    )
+    finish_adapters(trainer.model, context)
+    trainer.begin(context, spec, rounds, _judge(context, spec, args.device))
+    return trainer
+
+
+def _judge(context: StageContext, spec: OnlineSpec, device: Any) -> Ranks:
+    where = f"{place(context.run, context.layout.index)}.judge"
+    if spec.judge.endpoint is not None:
+        return EndpointJudge(spec.judge.endpoint, f"{where}.endpoint", spec.judge.criteria, lambda: _journal(context))
+    reward = Reward(**{name: getattr(spec.judge, name) for name in ("stage", "model", "function")})
+    return RewardJudge(load_rewards([reward], context.run, where, context.precision.compute, device)[0])
+
+
+def _journal(context: StageContext) -> Journal:
+    """What the judge was asked and said, by whichever worker."""
+    scratch = Path(context.run.cache_dir, "scratch", context.run.job.metadata.name, str(context.layout.index))
+    rank = context.placement.rank
+    return Journal(Storage(context.run.root), context.layout.judgements, scratch / f"judge-{rank}", rank)
