@@ -20,8 +20,8 @@ def even(prompts, completions, completion_ids, **_):
     """The share of an answer's tokens whose id is even."""
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 '''
-LORA: Job = {"lora": {"r": 8}}
-QLORA: Job = LORA | {"quantization": {"bits": 4}}
+LORA: Job = {"lora": {"r": 8, "modulesToSave": ["embed_tokens"]}}
+"""Of an untrained model's embeddings no adapter elsewhere makes probabilities that differ much."""
 TOLERANCE = 1e-4
 """Of losses and KL on two workers: gradients are added in another order."""
 
@@ -54,7 +54,7 @@ def curve(trainer: Any) -> list[dict[str, float]]:
     return [row for row in trainer.state.log_history if "loss" in row]
 
 
-@pytest.mark.parametrize(("algorithm", "fields"), [("rloo", {}), ("rloo", LORA), ("grpo", LORA), ("grpo", QLORA)])
+@pytest.mark.parametrize(("algorithm", "fields"), [("rloo", {}), ("rloo", LORA), ("grpo", LORA)])
 def test_the_reward_rises(algorithm: str, fields: Job, job: Job, tmp_path: Path) -> None:
     """And two runs are the same to the last bit."""
     job["spec"]["stages"] = [stage(algorithm=algorithm, **fields)]
@@ -65,15 +65,13 @@ def test_the_reward_rises(algorithm: str, fields: Job, job: Job, tmp_path: Path)
     rewards = [reward for _, reward, _, _ in curves[0]]
     print([round(one, 3) for one in rewards], [round(kl, 2) for *_, kl, _ in curves[0]])
     assert sum(rewards[:2]) / 2 < 0.6 and sum(rewards[-3:]) / 3 > 0.7
-    assert curves[0][-1][2] > 0.1
-    if "quantization" not in fields:  # of a quantized base the fused head rounds once with and once without adapters
-        assert abs(curves[0][0][2]) < 1e-4
+    assert abs(curves[0][0][2]) < 1e-4 and curves[0][-1][2] > 0.5
     assert curves[0] == curves[1]
 
 
 def test_the_bound_holds(job: Job, tmp_path: Path) -> None:
     """The stage ends with the weights of the last step within the bound, and says where it was passed."""
-    job["spec"]["stages"] = [stage(maxKl=1.0, learningRate=3e-2, lora={"r": 8}, maxSteps=40)]
+    job["spec"]["stages"] = [stage(maxKl=1.0, maxSteps=40, **LORA)]
     with trained(open_stage(job, tmp_path)) as trainer:
         kls = [row["kl"] for row in curve(trainer)]
         assert 2 < len(kls) < 40 and max(kls[:-1]) <= 1.0 < kls[-1]
@@ -81,7 +79,7 @@ def test_the_bound_holds(job: Job, tmp_path: Path) -> None:
         assert not trainer.keeps_last
         ended = _weights(trainer)
     # The measured model of step n is that after n - 1 updates.
-    job["spec"]["stages"] = [stage(learningRate=3e-2, lora={"r": 8}, maxSteps=len(kls) - 2)]
+    job["spec"]["stages"] = [stage(maxSteps=len(kls) - 2, **LORA)]
     with trained(open_stage(job, tmp_path)) as trainer:
         for name, weight in _weights(trainer).items():
             assert torch.equal(weight, ended[name]), name
@@ -151,7 +149,9 @@ def test_zero(algorithm: str, job: Job, write_job: Callable[[Job], Path], tmp_pa
     curves = {}
     for zero in (0, 1, 2, 3):
         batch = {"perDeviceTrainBatchSize": 1 if zero else 2, "algorithm": algorithm, "maxSteps": 6}
-        variants: dict[str, Job] = {"lora": {"lora": {"r": 8}}, "full": {"learningRate": 1e-3}}
+        lora: Job = {"lora": {"r": 8}}
+        variants: dict[str, Job] = {"qlora": {**lora, "quantization": {"bits": 4}}, "lora": lora}
+        variants["full"] = {"learningRate": 1e-3}
         job["metadata"]["name"] = f"zero{zero}"
         job["spec"] |= {"resources": {"workersPerNode": 2 if zero else 1}, "sharding": {"zero": zero}}
         job["spec"]["stages"] = [{"name": name, **stage(**batch, **one)} for name, one in variants.items()]
