@@ -33,6 +33,8 @@ NEEDED = {
     "prompt": "`prompt`, `messages`, or `chosen` and `rejected`",
 }
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SLIP = 2
+"""Letters that a slip adds or leaves out: `function_call` is a role of its own."""
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
@@ -213,8 +215,10 @@ def _message(message: Any, where: str) -> Message:
 
 def _check_role(role: str, where: str) -> None:
     """A role of a template's own is the template's to judge, but not a slip in one that every template has."""
+    if role in KNOWN_ROLES:
+        return
     meant = ROLES.get(role.lower()) or nearest(role, KNOWN_ROLES)
-    if role not in KNOWN_ROLES and meant is not None:
+    if meant is not None and (role.lower() in ROLES or abs(len(meant) - len(role)) <= SLIP):
         raise FormError(f"{where} is {role!r}: did you mean `{meant}`?")
 
 
