@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch.stage_run import stage_context
 from finetune_trainer.stages import make_trainer
 from finetune_trainer.storage import Storage
-from finetune_trainer.training.context import Placement, StageContext
+from finetune_trainer.training.context import Placement, ResumePoint, StageContext
 from finetune_trainer.training.forget import forget_stage
 from finetune_trainer.training.work import StageWork
 
@@ -32,16 +33,38 @@ def open_stage(job: Job, directory: Path, zero: int = 0) -> StageContext:
     return stage_context(run, work, 1, Placement(0, 0, 1, accelerator=False), Storage(str(root)))
 
 
+class _Saves(TrainerCallback):
+    """Lets the feed write into each checkpoint, as the worker's own callback does."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.feed.save(state.global_step, Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+
 @contextmanager
-def trained(context: StageContext, evaluate: bool = False) -> Iterator[Any]:
+def resumed(context: StageContext, step: int) -> Iterator[Any]:
+    """The stage's trainer after its last step, gone on from its checkpoint of a step."""
+    directory = context.output_dir / f"checkpoint-{step}"
+    with trained(replace(context, resumed=ResumePoint(step, directory)), checkpoint=directory) as trainer:
+        yield trainer
+
+
+@contextmanager
+def trained(context: StageContext, evaluate: bool = False, checkpoint: Path | None = None) -> Iterator[Any]:
     """The stage's trainer after its last step, evaluated before the first and after the last one where asked for.
 
     What the libraries remember of it is gone afterwards.
+
+    Args:
+        checkpoint: to go on from.
     """
     trainer = make_trainer(context)
     trainer.args.eval_on_start = evaluate
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    trainer.add_callback(_Saves(trainer))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if evaluate:
         trainer.evaluate()
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process import open_stage, trained
+from in_process import open_stage, resumed, trained
 from running import curve, done, run
 
 from finetune_trainer.errors import UserError
@@ -69,7 +69,7 @@ def test_rounds_win(reference: str, fields: Job, job: Job, tmp_path: Path) -> No
     for name in ("one", "two"):
         job["metadata"]["name"] = name
         with trained(open_stage(job, tmp_path), evaluate=True) as trainer:
-            found.append([(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row])
+            found.append(_curve(trainer))
         directory = tmp_path / f"runs/{name}/stages/00-online"
         rounds = json.loads((directory / "rounds.json").read_text())["rounds"]
     assert found[0] == found[1] and len(found[0]) == 3 * 12
@@ -90,7 +90,31 @@ def test_a_judge_that_sees_no_difference(job: Job, tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.timeout(900)
+def test_resumes(job: Job, tmp_path: Path) -> None:
+    """From a checkpoint amid a round, and from a round's beginning with some of its answers drawn: the same curve."""
+    job["spec"]["stages"] = [stage(rounds=2, numTrainEpochs=1.0, saveSteps=4, **LORA)]
+    context = open_stage(job, tmp_path)
+    directory = tmp_path / "runs/job/stages/00-online"
+    with trained(context) as trainer:
+        undisturbed = _curve(trainer)
+    assert len(undisturbed) == 6
+    samples = (directory / "rounds/001/samples.jsonl").read_text()
+    with resumed(context, 4) as trainer:
+        assert _curve(trainer) == undisturbed
+    for name in ("samples.jsonl", "pairs.jsonl"):
+        (directory / "rounds/001" / name).unlink()
+    (directory / "rounds/001/samples-000002.jsonl").write_text("".join(samples.splitlines(keepends=True)[4:6]))
+    with resumed(context, 3) as trainer:
+        assert _curve(trainer) == undisturbed
+    assert (directory / "rounds/001/samples.jsonl").read_text() == samples
+
+
+def _curve(trainer: Any) -> list[tuple[float, float]]:
+    return [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_resumes_and_workers_change_nothing(job: Job, write_job: Callable[[Job], Path], tmp_path: Path) -> None:
     """Two workers; a run that dies while it draws a round's answers goes on from those that are there."""
     fields: Job = LORA | {"rounds": 2, "saveTotalLimit": 9, "numTrainEpochs": 2.0}

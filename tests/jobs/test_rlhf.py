@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from in_process import open_stage, trained
+from in_process import open_stage, resumed, trained
 from running import done, run
 
 from finetune_trainer.progress.metrics_log import read_metrics
@@ -106,7 +106,22 @@ def test_right_answers_patterns_and_held_out_prompts(job: Job, tmp_path: Path) -
     assert held[0] == 0 and 0 < held[2] < 1 and "kl" not in row
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_resumes(algorithm: str, job: Job, tmp_path: Path) -> None:
+    """From a checkpoint amid the steps on one batch of answers, to the last bit, the bound that may end it included."""
+    fields = {"algorithm": algorithm, "numIterations": 2, "maxSteps": 12, "saveSteps": 5, "learningRate": 3e-3}
+    job["spec"]["stages"] = [stage(**fields, maxKl=0.6)]
+    context = open_stage(job, tmp_path)
+    with trained(context) as trainer:
+        undisturbed, ended = curve(trainer), _weights(trainer)
+    assert len(undisturbed) > 5
+    with resumed(context, 5) as trainer:
+        assert curve(trainer) == undisturbed
+        assert all(torch.equal(weight, ended[name]) for name, weight in _weights(trainer).items())
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_resumes_and_workers_change_nothing(job: Job, write_job: Callable[[Job], Path], tmp_path: Path) -> None:
     """A run that dies amid the steps on one batch of answers goes on to the same curve; one worker draws it too."""
     fields = {"lora": {"r": 8}, "numIterations": 2, "maxSteps": 8, "saveSteps": 3, "saveTotalLimit": 9}
