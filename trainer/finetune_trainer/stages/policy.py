@@ -240,7 +240,8 @@ def _sum_and_count(column: list[float | None], real: list[bool]) -> tuple[float,
 
 
 def _flat(batches: list[Batch]) -> Batch:
-    return {f"{number}/{name}": one.contiguous() for number, batch in enumerate(batches) for name, one in batch.items()}
+    """The batches as one mapping whose tensors share no memory, as safetensors wants it."""
+    return {f"{number}/{name}": one.clone() for number, batch in enumerate(batches) for name, one in batch.items()}
 
 
 def _batches(flat: Batch, device: torch.device) -> list[Batch]:
