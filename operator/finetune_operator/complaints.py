@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from kubernetes.aio.client import ApiException
@@ -24,6 +24,10 @@ Json = dict[str, Any]
 FIRST_SECONDS = 15.0
 """Age of a run that has not begun before anybody asks why."""
 PAUSE_SECONDS = 60.0
+"""Until the same is asked again."""
+EVERY_SECONDS = 2.0
+"""Between two questions, all jobs together: an API server looks through all events of a namespace for each, and is slow
+already where thousands of runs wait for their pods."""
 MOST = 50
 log = logging.getLogger(__name__)
 
@@ -41,9 +45,12 @@ class Complaints:
     def __init__(self, api: Api, again: Callable[[Key, float], None]) -> None:
         self._api, self._again = api, again
         self._answers: dict[Key, _Answer] = {}
+        self._turns: dict[Key, datetime] = {}
+        self._next_turn = datetime.min.replace(tzinfo=UTC)
 
     def forget(self, key: Key) -> None:
         self._answers.pop(key, None)
+        self._turns.pop(key, None)
 
     async def about(self, key: Key, seen: Observed, now: datetime) -> tuple[Complaint, ...]:
         """Warnings about the job's run that has not begun, newest first; none where its pods say enough."""
@@ -57,11 +64,28 @@ class Complaints:
             self._again(key, young)
             return ()
         known = self._answers.get(key)
-        if known is None or known.subject != subject or now - known.asked >= timedelta(seconds=PAUSE_SECONDS):
+        if known is not None and known.subject == subject and now - known.asked < timedelta(seconds=PAUSE_SECONDS):
+            self._again(key, PAUSE_SECONDS - (now - known.asked).total_seconds())
+        elif self._has_turn(key, now):
             known = _Answer(subject, now, await self._ask(key[0], subject, run))
             self._answers[key] = known
-        self._again(key, PAUSE_SECONDS - (now - known.asked).total_seconds())
-        return known.said
+            self._again(key, PAUSE_SECONDS)
+        return known.said if known is not None and known.subject == subject else ()
+
+    def _has_turn(self, key: Key, now: datetime) -> bool:
+        """Whether the job may ask now; if not, it is looked at again when it may."""
+        turn = self._turns.get(key)
+        if turn is None and (self._next_turn - now).total_seconds() > PAUSE_SECONDS:
+            self._again(key, PAUSE_SECONDS)
+            return False
+        if turn is None:
+            turn = self._turns[key] = max(now, self._next_turn)
+            self._next_turn = turn + timedelta(seconds=EVERY_SECONDS)
+        if turn > now:
+            self._again(key, (turn - now).total_seconds())
+            return False
+        del self._turns[key]
+        return True
 
     async def _ask(self, namespace: str, subject: str, run: RunView) -> tuple[Complaint, ...]:
         query = f"fieldSelector=type%3DWarning%2CinvolvedObject.name%3D{subject}&limit={MOST}"
