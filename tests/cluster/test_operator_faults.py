@@ -142,7 +142,8 @@ def test_the_api_server_goes_and_comes_again(
             name, ip = body["metadata"]["name"], f"127.0.{20 + kill}.{number}"
             trainer = stack.enter_context(driver(body["metadata"]["uid"], 1, ip))
             trainer.reporter.checkpoint_saved(1, number, f"/pvc/c-{number}")
-            (pod,) = kubelet.pods(namespace, 1, selector=f"{JOB_LABEL}={name},finetune.dev/run=1", timeout=60)
+            # The Job controller comes back slowly from an API server that was away.
+            (pod,) = kubelet.pods(namespace, 1, selector=f"{JOB_LABEL}={name},finetune.dev/run=1", timeout=120)
             kubelet.running(namespace, pod, ip=ip)
         for number, name in enumerate(NAMES, 1):
             jobs.until(lambda status, n=number: status.get("lastCheckpoint", {}).get("step") == n, name)  # type: ignore[misc]
