@@ -109,7 +109,7 @@ class FineTuneJobSpec(ApiModel):
                 made[stage.name or kind] = kind == SYNTHESIZE
 
     def _unknown_models(self) -> Iterator[str]:
-        """Models to compare with that are no earlier stage's, or that are the evaluated one itself."""
+        """Models to compare with, or to be taught by, that are no earlier stage's; or that are the evaluated one."""
         leaves_model: dict[str, bool] = {}
         for index, stage in enumerate(self.stages):
             models = [BASE, *(title for title, leaves in leaves_model.items() if leaves)]
@@ -118,8 +118,11 @@ class FineTuneJobSpec(ApiModel):
                 if name == models[-1]:
                     yield f"{where}: {name!r} is the model that is evaluated"
                 elif name not in models:
-                    what = "leaves no model" if name in leaves_model else "is no stage before this one"
-                    yield f"{where}: {name!r} {what}{did_you_mean(name, models)}"
+                    yield f"{where}: {name!r} {_no_model(name, leaves_model)}{did_you_mean(name, models)}"
+            teacher = stage.teacher_stage
+            if teacher is not None and teacher not in models[1:]:
+                where = f"stages[{index}].synthesize.teacher.model.stage"
+                yield f"{where}: {teacher!r} {_no_model(teacher, leaves_model)}{did_you_mean(teacher, models[1:])}"
             for kind in stage.kinds:
                 leaves_model[stage.name or kind] = kind != "tokenizer" and getattr(stage, kind).hands_on
     def _unknown_reward_stages(self) -> Iterator[str]:
@@ -133,6 +136,10 @@ class FineTuneJobSpec(ApiModel):
                     yield f"stages[{index}].{place}: {name!r} {what}{hint}"
             for kind in stage.kinds:
                 before[stage.name or kind] = kind == "reward"
+
+
+def _no_model(name: str, before: dict[str, bool]) -> str:
+    return "leaves no model" if name in before else "is no stage before this one"
 
 
 class FineTuneJob(ApiModel):

@@ -7,6 +7,7 @@ source, say, at `data` and `evalData` of every stage). A rule without a case, an
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,11 @@ Job = dict[str, Any]
 ROOT: Job = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
 JUDGE = "{baseUrl: 'http://x/v1', model: y}"
 STREAM = "{streaming: true, sources: [{file: x}]}"
-OPTIONAL = {"evalData": "{sources: [{file: x}]}", "expertConfig": "{file: x}"}
+OPTIONAL = {
+    "evalData": "{sources: [{file: x}]}",
+    "expertConfig": "{file: x}",
+    "decontaminate": "{sources: [{file: x}]}",
+}
 """Nodes that the sample job lacks, as they are made for a case below them."""
 SCORED = {
     "data": DATA,
@@ -29,7 +34,19 @@ SCORED = {
     "database": {"sql": "CREATE TABLE a (b)"},
     "gate": [{"metric": "rougeL", "atLeast": 0.1}],
 }
-PLAIN = {"evaluate": SCORED, **{kind: {"data": DATA} | more for kind, more in MORE.items()}}
+TEACHER = {"endpoint": {"baseUrl": "http://teacher/v1", "model": "m"}}
+SYNTHESES: dict[str, Job] = {
+    "evolve": {"evolve": {}, "data": DATA, "teacher": TEACHER},
+    "questions": {"questions": {}, "data": DATA, "teacher": TEACHER},
+    "text2cypher": {"text2cypher": {"database": {"file": "x"}}, "teacher": TEACHER},
+    "text2sql": {"text2sql": {"database": {"file": "x"}}, "teacher": TEACHER},
+}
+"""A stage that makes data, by its method."""
+PLAIN = {
+    "evaluate": SCORED,
+    "synthesize": SYNTHESES["evolve"],
+    **{kind: {"data": DATA} | more for kind, more in MORE.items()},
+}
 """Stages that need more than data."""
 
 
@@ -114,6 +131,14 @@ CASES = (
     Case("!self.offloadOptimizer", ("={offloadOptimizer: true, zero: 1}",), ("={offloadOptimizer: true, zero: 0}",)),
     Case("!self.offloadParam", ("={offloadParam: true, zero: 3}",), ("={offloadParam: true, zero: 2}",)),
     Case("!self.offloadParam", ("={zero: auto}",), ("={offloadParam: true, zero: auto}",)),
+    Case("self.chunkOverlap < self.chunkSize", ("chunkOverlap=199", "chunkSize=200"), ("chunkOverlap=2000",)),
+    Case("[has(self.file), has(self.script), has(self.cypher)", ("={cypher: a}",), ("={cypher: a, script: b}",)),
+    Case("self.database.engine != 'cypher'", ("database.engine=duckdb",), ("database.engine=cypher",)),
+    Case("[has(self.stage), has(self.hub)", ("={path: a}",), ("={path: a, hub: b}",)),
+    Case("[has(self.endpoint), has(self.model)]", ("={model: {}}",), ("={}",)),
+    Case("[has(self.questions), has(self.evolve)", ("seed=1",), ("questions={}",)),
+    Case("has(self.data) == (has(self.questions)", ("seed=1",), ("data=null",), ".synthesize"),
+    Case("!has(self.data) || !self.data.streaming", ("seed=1",), (f"data={STREAM}",), ".synthesize"),
     Case("size(self.metadata.name)", ("metadata.name=" + "a" * 40,), ("metadata.name=" + "a" * 41,)),
     Case("self.metadata.name.matches", ("metadata.name=a-1",), ("metadata.name=1-a",)),
 )
@@ -222,6 +247,21 @@ def _node(path: str, job: Job) -> str:
 def _parents(node: str) -> list[str]:
     """Assignments that make the optional nodes on the way to `node`."""
     parts = node.split(".")
+    return [*_synthesis(parts), *_optional(parts)]
+
+
+def _synthesis(parts: list[str]) -> list[str]:
+    """A stage that makes data in the way that a node below it is about."""
+    if "synthesize" not in parts:
+        return []
+    at = parts.index("synthesize")
+    inner = parts[at + 1] if len(parts) > at + 1 else ""
+    made = copy.deepcopy(SYNTHESES.get(inner, SYNTHESES["evolve"]))
+    made |= {"teacher": {"model": {}}} if parts[-2:] == ["teacher", "model"] else {}
+    return [f"{'.'.join(parts[: at + 1])}={json.dumps(made)}"]
+
+
+def _optional(parts: list[str]) -> list[str]:
     return [f"{'.'.join(parts[: at + 1])}={OPTIONAL[part]}" for at, part in enumerate(parts) if part in OPTIONAL]
 
 

@@ -52,7 +52,7 @@ class FaultyTeacher:
         """How requests fared: `good`, or the fault."""
         self.bodies: list[Json] = []
         self.headers: list[dict[str, str]] = []
-        self.under_way = self.most_under_way = 0
+        self.under_way = self.most_under_way = self.admitted = 0
         self.hold_after: int | None = None
         """Once so many answers are charged, no further one is given until `release`."""
         self.held = threading.Event()
@@ -123,13 +123,14 @@ class FaultyTeacher:
         self.bodies.append(body)
         self.headers.append(dict(request.headers))
         fault = self.random.choice(self.kinds) if self.random.random() < self.faults else "good"
-        while self.hold_after is not None and self.charged >= self.hold_after and not self._released.is_set():
-            self.held.set()
-            await asyncio.sleep(0.005)
         if self.delay:
             await asyncio.sleep(self.delay * self.random.random())
         self.fared[fault] += 1
         if fault == "good":
+            while self.hold_after is not None and self.admitted >= self.hold_after and not self._released.is_set():
+                self.held.set()
+                await asyncio.sleep(0.005)
+            self.admitted += 1
             return await self._good(request, body)
         return await self._bad(request, fault, body)
 

@@ -14,6 +14,8 @@ DONE = "done.json"
 ROWS = "rows.jsonl"
 EVALUATION = "evaluation.json"
 ROUNDS = "rounds.json"
+SYNTHESIS = "synthesis.json"
+JOURNAL = "journal"
 EXPERT_CONFIG = "expert_config.json"
 EXPERT_SCORES = "expert_scores.json"
 EXPERT_LOAD = "expert_load.png"
@@ -45,6 +47,16 @@ class StageLayout:
     def rows(self) -> str:
         """The rows that a `synthesize` stage makes, one JSON object per line."""
         return f"{self.root}/{ROWS}"
+
+    @property
+    def synthesis(self) -> str:
+        """How the rows of a `synthesize` stage came about: counts, reasons, examples and cost."""
+        return f"{self.root}/{SYNTHESIS}"
+
+    @property
+    def journal(self) -> str:
+        """Directory of all answers of a teacher that were paid for."""
+        return f"{self.root}/{JOURNAL}"
 
     @property
     def done(self) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import DATA_FIELDS, EvaluateSpec, PretrainSpec, PromptSpec, Stage
+from finetune_api.stages import DATA_FIELDS, EvaluateSpec, PretrainSpec, PromptSpec, Stage, SynthesizeSpec
 from finetune_trainer.data import inspect
 from finetune_trainer.errors import UserError
 from finetune_trainer.evaluation.queries import open_database
@@ -28,6 +28,7 @@ from finetune_trainer.plan.devices import Device, local_device
 from finetune_trainer.plan.job import JobPlan, PlanContext, plan_job
 from finetune_trainer.rewards.problems import reward_problems
 from finetune_trainer.storage import Storage
+from finetune_trainer.synthesis.checks import synthesis_problems
 
 
 def preflight(run: RunConfig, workers: Workers | None = None, *, device: Device | None = None) -> JobPlan:
@@ -41,12 +42,12 @@ def preflight(run: RunConfig, workers: Workers | None = None, *, device: Device 
     """
     workers = workers or plan_workers(run.job.spec.resources)
     problems = [*_storage(run), *([] if device else _resources(workers)), *_pipeline(run), *_cpu_limits(run, workers)]
-    problems += [*_data(run), *_rewards(run), *_evaluations(run)]
+    problems += [*_data(run), *_rewards(run), *_evaluations(run), *_syntheses(run)]
     plan: JobPlan | None = None
     try:
         plan = _model(run, workers, device or local_device(workers.most))
     except UserError as error:
-        problems += error.problems
+        problems += [problem for problem in error.problems if not _is_told(problem, problems, run)]
     if problems or plan is None:
         raise UserError(list(dict.fromkeys(problems)))
     return plan
@@ -157,6 +158,36 @@ def _rewards(run: RunConfig) -> Iterator[Problem]:
     for index, stage in enumerate(run.job.spec.stages):
         if isinstance(stage.spec, PromptSpec):
             yield from reward_problems(stage.spec, run, place(run, index))
+
+
+def _syntheses(run: RunConfig) -> Iterator[Problem]:
+    """Teachers that can't be reached or loaded, databases and evaluation data that can't be read."""
+    stages = run.job.spec.stages
+    for index, stage in enumerate(stages):
+        spec, where = stage.spec, place(run, index)
+        if not isinstance(spec, SynthesizeSpec):
+            continue
+        yield from synthesis_problems(spec, where, Path(run.base_dir))
+        model, at = spec.teacher.model, f"{where}.teacher.model"
+        if model is None:
+            continue
+        if model.path is not None and not local_path(model.path, run.base_dir).is_dir():
+            yield Problem(f"{at}.path", f"no such directory: {model.path}")
+        named = next((one for one in stages if model.stage is not None and one.title == model.stage), None)
+        last = stage_before(run, index)
+        before = named or (None if last is None else stages[last])
+        current = not any((model.hub, model.path, model.uri, model.stage))
+        if current and run.job.spec.model.config is not None and (before is None or before.tokenizer is not None):
+            yield Problem(at, "is the job's model, which is built from scratch and not trained yet: it knows nothing")
+        if before is not None and _is_masked(before) and (current or named is not None):
+            yield Problem(at, f"{before.title!r} fills masks: a teacher continues text")
+
+
+def _is_told(problem: Problem, told: list[Problem], run: RunConfig) -> bool:
+    """Whether a stage that makes data has been found faulty in other words already."""
+    stages = enumerate(run.job.spec.stages)
+    paths = [place(run, index) for index, stage in stages if isinstance(stage.spec, SynthesizeSpec)]
+    return any(problem.path.startswith(path) and any(one.path.startswith(path) for one in told) for path in paths)
 
 
 def _model(run: RunConfig, workers: Workers, device: Device) -> JobPlan:

@@ -12,14 +12,15 @@ from finetune_api.stages.experts import EsftSpec
 from finetune_api.stages.policy import OnlineSpec, PromptSpec, RlhfSpec
 from finetune_api.stages.preference import DpoSpec, RewardSpec
 from finetune_api.stages.supervised import SftSpec
+from finetune_api.stages.synthesis import SynthesizeSpec
 
-STAGE_KINDS = ("tokenizer", "pretrain", "sft", "esft", "dpo", "reward", "rlhf", "online", "evaluate")
+STAGE_KINDS = ("tokenizer", "pretrain", "sft", "esft", "dpo", "reward", "rlhf", "online", "synthesize", "evaluate")
 
 AdapterSpec = SftSpec | DpoSpec | RewardSpec | RlhfSpec | OnlineSpec
 """Stages that may train adapters."""
 TrainedSpec = PretrainSpec | SftSpec | EsftSpec | DpoSpec | RewardSpec | RlhfSpec | OnlineSpec
 """Stages that train a model."""
-StageSpec = TokenizerSpec | TrainedSpec | EvaluateSpec
+StageSpec = TokenizerSpec | TrainedSpec | SynthesizeSpec | EvaluateSpec
 DATA_FIELDS = ("data", "eval_data")
 """The fields of a spec that hold a `DataSpec`."""
 
@@ -49,6 +50,8 @@ class Stage(ApiModel):
     """Reinforcement learning on rewards."""
     online: OnlineSpec | None = None
     """Rounds of preference tuning on the model's own answers."""
+    synthesize: SynthesizeSpec | None = None
+    """Make training data with a teacher."""
 
     def faults(self) -> Iterator[str]:
         yield from not_exactly_one(self, *STAGE_KINDS)
@@ -80,6 +83,12 @@ class Stage(ApiModel):
             spec = getattr(self, kind)
             if isinstance(spec, PromptSpec):
                 yield from ((f"{kind}.{place}", name) for place, name in spec.reward_stages())
+
+    @property
+    def teacher_stage(self) -> str | None:
+        """The earlier stage whose model teaches this one."""
+        model = getattr(getattr(self.synthesize, "teacher", None), "model", None)
+        return getattr(model, "stage", None)
 
     def sources_from_stages(self) -> Iterator[tuple[str, str]]:
         """Each source that is an earlier stage's data: the source's place below the stage, and that stage's name."""

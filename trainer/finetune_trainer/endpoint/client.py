@@ -13,7 +13,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, TCPConnector
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential_jitter,
+)
 
 from finetune_api.endpoint import Endpoint
 from finetune_api.problems import Problem
@@ -110,21 +116,34 @@ class ChatClient:
             raise NoAnswer(f"no answer after {patience.failures} tries: {error}") from error
         return answer
 
-    async def models(self) -> list[str]:
+    async def models(self, tries: int = 1) -> list[str]:
         """The names of the models that the server has; empty where it doesn't tell.
 
         Raises:
-            UserError: it can't be reached, or refuses the key.
+            UserError: it can't be reached, however often it is tried, or refuses the key.
         """
-        assert self._session is not None
-        url = f"{self._base}/models"
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(_Passing),
+            wait=wait_exponential_jitter(initial=FIRST_PAUSE, max=LONGEST_PAUSE, jitter=FIRST_PAUSE),
+            stop=stop_after_attempt(tries),
+            reraise=True,
+        )
         try:
-            async with self._session.get(url, allow_redirects=False) as response:
+            names: list[str] = await retrying(self._models)
+        except _Passing as error:
+            message = f"{self._base} can't be reached: {error}"
+            raise UserError([Problem(f"{self.where}.baseUrl", message)]) from error
+        return names
+
+    async def _models(self) -> list[str]:
+        assert self._session is not None
+        try:
+            async with self._session.get(f"{self._base}/models", allow_redirects=False) as response:
                 body = await _body(response)
                 if response.status in (401, 402, 403):
                     raise self._fatal(response, body.decode("utf-8", "replace"))
         except (ClientError, OSError, TimeoutError, BadBody) as error:
-            raise UserError([Problem(f"{self.where}.baseUrl", f"{url} can't be reached: {_words(error)}")]) from error
+            raise _Passing(_words(error)) from error
         return _names(body) if response.status == 200 else []
 
     async def _once(self, request: ChatRequest) -> ChatAnswer:

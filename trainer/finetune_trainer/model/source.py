@@ -75,12 +75,13 @@ def model_place(text: str, run: RunConfig) -> str:
 
 def _job_source(run: RunConfig, tokenizer: str) -> ModelSource:
     spec = run.job.spec.model
-    name = _name(spec, run)
+    name = model_name(spec, run)
     own = _tokenizer_name(spec, run) or name or ""
     return ModelSource(name, spec.config, spec.revision, tokenizer or own)
 
 
-def _name(spec: ModelSpec, run: RunConfig) -> str | None:
+def model_name(spec: ModelSpec, run: RunConfig) -> str | None:
+    """A local directory or hub id of a model, fetched where it is elsewhere; None where it is to be built."""
     if spec.path is not None:
         return str(local_path(spec.path, run.base_dir))
     if spec.uri is not None:

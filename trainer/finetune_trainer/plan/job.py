@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from finetune_api.stages import (
     RlhfSpec,
     Stage,
     SupervisedSpec,
+    SynthesizeSpec,
     TokenizerSpec,
     TrainedSpec,
 )
@@ -32,6 +34,7 @@ from finetune_trainer.errors import UserError
 from finetune_trainer.model.load import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.model.task import task_of
+from finetune_trainer.pipeline import place
 from finetune_trainer.plan.advice import advise
 from finetune_trainer.plan.answering import answering, trained_per_prompt
 from finetune_trainer.plan.devices import Device, peak_flops
@@ -48,6 +51,7 @@ from finetune_trainer.plan.model_size import AdapterSize, ModelSize, adapter_siz
 from finetune_trainer.plan.sharding_choice import HEADROOM, choose_zero, sharding_problems, sharding_warnings
 from finetune_trainer.plan.steps import Steps, count_steps, flops_per_token
 from finetune_trainer.storage import Storage
+from finetune_trainer.synthesis.estimate import SynthesisPlan, plan_synthesis
 
 
 class DataSize(NamedTuple):
@@ -117,6 +121,8 @@ class JobPlan:
     peak: float | None
     """FLOP/s of one device in that dtype, where known."""
     stages: tuple[StagePlan, ...]
+    syntheses: tuple[SynthesisPlan, ...] = ()
+    """What stages that make data will ask of their teachers at most."""
 
     @property
     def fits(self) -> bool:
@@ -143,8 +149,13 @@ def plan_job(run: RunConfig, context: PlanContext, rows: Rows | None = None) -> 
     """
     config = context.config or job_config(run)
     dtype = plan_dtype(run, context.device)
-    stages, problems = [], []
+    stages, syntheses, problems = [], [], []
     for index, stage in enumerate(run.job.spec.stages):
+        if isinstance(stage.spec, SynthesizeSpec) and not list(stage.sources_from_stages()):
+            try:
+                syntheses.append(_synthesis(run, index, stage.spec))
+            except UserError as error:
+                problems += error.problems
         if not isinstance(stage.spec, (TrainingSpec, EvaluateSpec)):
             continue
         planner = _StagePlanner(run, context, config, dtype, index, stage)
@@ -157,7 +168,12 @@ def plan_job(run: RunConfig, context: PlanContext, rows: Rows | None = None) -> 
         raise UserError(list(dict.fromkeys(problems)))
     name = str(dtype).removeprefix("torch.")
     peak = peak_flops(context.device.name, dtype)
-    return JobPlan(run.job.metadata.name, context.device, context.workers, name, peak, tuple(stages))
+    return JobPlan(run.job.metadata.name, context.device, context.workers, name, peak, tuple(stages), tuple(syntheses))
+
+
+def _synthesis(run: RunConfig, index: int, spec: SynthesizeSpec) -> SynthesisPlan:
+    places = {"base_dir": Path(run.base_dir), "cache_dir": Path(run.cache_dir)}
+    return plan_synthesis(spec, index, run.job.spec.stages[index].title, place(run, index), **places)
 
 
 def job_config(run: RunConfig) -> PretrainedConfig:

@@ -11,6 +11,7 @@ from rich.text import Text
 from finetune_trainer.plan.devices import Device
 from finetune_trainer.plan.job import JobPlan, StagePlan
 from finetune_trainer.plan.quantities import human_bytes, human_count
+from finetune_trainer.synthesis.estimate import SynthesisPlan
 
 BAR = 32
 """Characters of a bar that spans the whole device."""
@@ -21,7 +22,23 @@ def render(plan: JobPlan) -> RenderableType:
     peak = "" if plan.peak is None else f", {plan.peak / 1e12:.0f} TFLOP/s in {plan.dtype}"
     head = f"{plan.name}: {_plural(plan.workers, 'worker')} on {plan.device.name}, "
     head += f"{human_bytes(plan.device.memory_bytes)} each{peak}; computes in {plan.dtype}"
-    return Group(Text(head), *(_stage(stage, plan.device) for stage in plan.stages))
+    return Group(Text(head), *map(_synthesis, plan.syntheses), *(_stage(stage, plan.device) for stage in plan.stages))
+
+
+def _synthesis(stage: SynthesisPlan) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("method", f"{stage.method}, taught by {stage.teacher}")
+    table.add_row("asks for", f"{_plural(stage.items, 'item')}, at most {_plural(stage.rows, 'row')}")
+    table.add_row("calls", f"at most {stage.calls:,}, without those that are asked again")
+    tokens = (
+        f"at most about {human_count(stage.prompt_tokens)} to the teacher and {human_count(stage.completion_tokens)}"
+    )
+    table.add_row("tokens", f"{tokens} from it")
+    table.add_row(
+        "price", "not known: the endpoint names none" if stage.price is None else f"at most {stage.price:,.2f}"
+    )
+    title = escape(f"stages[{stage.index}] {stage.title} (synthesize)")
+    return Panel(table, title=title, title_align="left", border_style="green")
 
 
 def _stage(stage: StagePlan, device: Device) -> RenderableType:

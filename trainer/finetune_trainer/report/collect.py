@@ -34,6 +34,8 @@ class StageRecord:
     """Scores of the experts, the chosen ones and their balance (`esft`)."""
     expert_load: bytes = b""
     """Their picture, a PNG."""
+    synthesis: Json = field(default_factory=dict)
+    """How the rows of a stage that makes data came about (`synthesize`)."""
     evaluation: Json = field(default_factory=dict)
     """Metrics by model and samples of their answers (`evaluate`)."""
     rounds: Json = field(default_factory=dict)
@@ -47,7 +49,7 @@ class StageRecord:
         """`done`, `unfinished` or `not run yet`."""
         if self.done:
             return "done"
-        return "unfinished" if self.rows or self.data else "not run yet"
+        return "unfinished" if self.rows or self.data or self.synthesis else "not run yet"
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -128,6 +130,7 @@ def _stage(storage: Storage, layout: StageLayout, kind: str) -> StageRecord:
         data=_read_object(storage, layout.data_report, notes),
         samples=_read_object(storage, layout.samples, notes),
         experts=_read_object(storage, layout.expert_scores, notes),
+        synthesis=_read_object(storage, layout.synthesis, notes),
         evaluation=_read_object(storage, layout.evaluation, notes),
         rounds=_read_object(storage, layout.rounds, notes),
         expert_load=_read_bytes(storage, layout.expert_load),

@@ -17,6 +17,7 @@ from finetune_trainer.report import views
 from finetune_trainer.report.collect import RunRecord, StageRecord, collect
 from finetune_trainer.report.evaluations import evaluation
 from finetune_trainer.report.plots import to_svg
+from finetune_trainer.report.syntheses import synthesis
 from finetune_trainer.storage import Storage
 
 TEMPLATE = "report.html.j2"
@@ -60,16 +61,17 @@ def _gates(record: RunRecord, stage: StageRecord) -> object:
 
 
 def _section(stage: StageRecord, gates: object) -> dict[str, object]:
-    measured = evaluation(stage, gates)
+    measured, made = evaluation(stage, gates), synthesis(stage)
     return {
         "record": stage,
         "overview": views.overview(stage),
-        "metrics": [] if measured else views.final_metrics(stage),
+        "metrics": [] if measured or made else views.final_metrics(stage),
         "figures": _figures(stage),
         "data_summary": views.data_summary(stage.data),
         "data": views.data_facts(stage.data),
         "samples": views.samples(stage.samples),
         "evaluation": measured,
+        "synthesis": made,
         "experts": views.expert_facts(stage.experts),
         "expert_load": b64encode(stage.expert_load).decode(),
     }

@@ -21,6 +21,7 @@ MODULES = {
     "reward": "finetune_trainer.stages.reward",
     "rlhf": "finetune_trainer.stages.rlhf",
     "online": "finetune_trainer.stages.online",
+    "synthesize": "finetune_trainer.stages.synthesize",
 }
 
 
