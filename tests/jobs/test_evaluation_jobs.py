@@ -14,6 +14,7 @@ import pytest
 import yaml
 from running import done, run, start
 
+pytestmark = pytest.mark.timeout(900)
 Job = dict[str, Any]
 Write = Callable[[Job], Path]
 SCHEMA = "CREATE TABLE t (a INTEGER, b INTEGER); " + "".join(
