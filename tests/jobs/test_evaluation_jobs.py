@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import signal
@@ -73,7 +74,8 @@ def test_a_model_that_learnt_its_task_passes(gated_job: Job, write_job: Write) -
     assert {row["answer"] for row in answers} == {row["completion"][0]["content"] for row in ROWS}
     assert not list((stage / "answers").glob("*.parts/*"))
     report = (stage.parents[1] / "report.html").read_text()
-    assert ("executionAccuracy" in report and "no such" in report) or "syntax error" in report
+    untrained = [json.loads(line)["error"] for line in (stage / "answers/base.jsonl").read_text().splitlines()]
+    assert "✓ passed: exactMatch is 1" in report and html.escape(untrained[0]) in report
 
 
 def test_a_model_that_missed_its_gate_stops_the_job(gated_job: Job, write_job: Write) -> None:
