@@ -81,7 +81,11 @@ CASES = (
     Case("has(self.exactMatch)", ("={regex: a}",), ("={regex: a, exactMatch: b}",)),
     Case("has(self.function), has(self.endpoint)]", ("={function: 'a:b'}",), ("={function: 'a:b', model: c}",)),
     Case("!has(self.criteria)", (f"={{endpoint: {JUDGE}, criteria: a}}",), ("={function: 'a:b', criteria: a}",)),
-    Case("[has(self.file), has(self.experts)]", ("={experts: {'1': [0]}}",), ("={file: x, experts: {'1': [0]}}",)),
+    Case(
+        "[has(self.file), has(self.scores), has(self.experts)]",
+        ("={experts: {'1': [0]}}",),
+        ("={file: x, experts: {'1': [0]}}",),
+    ),
     Case("'adapterDisabled' || has(self.lora)", ("reference=model",), ("lora=null",)),
     Case(
         "'precomputed' || !self.data.streaming",

@@ -6,7 +6,7 @@ spec: `trains` (does it take optimizer steps), `hands_on` (does the next stage s
 
 from finetune_api.stages.corpus import PretrainSpec, TokenizerSpec
 from finetune_api.stages.evaluation import BASE, Database, EvaluateSpec, Gate
-from finetune_api.stages.experts import EsftSpec, ExpertChoice, default_threshold
+from finetune_api.stages.experts import EsftSpec, GivenExperts, default_threshold
 from finetune_api.stages.policy import Judge, OnlineSpec, PromptSpec, Reward, RlhfSpec, Sampling
 from finetune_api.stages.preference import DpoSpec, PairSpec, PreferenceLoss, RewardSpec
 from finetune_api.stages.stage import DATA_FIELDS, STAGE_KINDS, AdapterSpec, Stage, StageSpec, TrainedSpec
@@ -37,8 +37,8 @@ __all__ = [
     "EsftSpec",
     "EvaluateSpec",
     "Evolve",
-    "ExpertChoice",
     "Gate",
+    "GivenExperts",
     "GraphDatabase",
     "Judge",
     "OnlineSpec",

@@ -20,18 +20,21 @@ def default_threshold(score: Literal["token", "gate"]) -> float:
     return 0.2 if score == "token" else 0.1
 
 
-class ExpertChoice(ApiModel):
-    """The experts to train, given by hand."""
+class GivenExperts(ApiModel):
+    """The experts to train, or the scores that select them, given by hand."""
 
-    model_config = rules(exactly_one("file", "experts"))
+    model_config = rules(exactly_one("file", "scores", "experts"))
 
     file: Path | None = None
     """An `expert_config.json`, as a `scoreOnly` stage or the ESFT reference code writes it."""
+    scores: Path | None = None
+    """A score file: a stage's `expert_scores.json`, or a `summary.json` of the ESFT reference code. The stage's `score`
+    and `threshold` select from it."""
     experts: dict[str, Annotated[list[ExpertId], Field(min_length=1, max_length=4096)]] | None = None
     """Expert ids by the layer's number in the model, such as `"1": [8, 26]`; layers left out stay frozen."""
 
     def faults(self) -> Iterator[str]:
-        yield from not_exactly_one(self, "file", "experts")
+        yield from not_exactly_one(self, "file", "scores", "experts")
 
 
 class EsftSpec(SupervisedSpec):
@@ -55,8 +58,8 @@ class EsftSpec(SupervisedSpec):
     `gate`."""
     sample_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] = 131_072
     """Tokens of the training data, prompts included, that the scores are measured on."""
-    expert_config: ExpertChoice | None = None
-    """The experts to train. Default: those that the scores select."""
+    expert_config: GivenExperts | None = None
+    """The experts to train. Default: those that the scores of the training data select."""
     score_only: bool = False
     """Measure the scores and write `expert_config.json` and a picture, but train nothing; the next stage starts from
     the same model."""

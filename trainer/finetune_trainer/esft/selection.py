@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,25 +57,29 @@ def select_layers(scores: Mapping[int, Sequence[float]], threshold: float) -> di
     return {layer: select(values, threshold) for layer, values in scores.items()}
 
 
-def read_scores(path: Path, score: Score) -> dict[int, list[float]]:
+def read_scores(path: Path, score: Score, where: str = "") -> dict[int, list[float]]:
     """Scores by layer and expert id from a score file: ours, the reference code's `summary.json`, or one table of them.
 
-    A layer is an object by expert id, in any order, or a list.
+    A layer is an object by expert id, in any order, or a list. Layers keep the file's order.
+
+    Args:
+        where: the place that problems name; default: the file.
 
     Raises:
         UserError: there is no such file, or it has another form.
     """
-    data = _read_object(path)
+    where = where or str(path)
+    data = _read_object(path, where)
     key = f"{score}_scores"
     if data and all(name.isdecimal() for name in data):
         data = {key: data}
     if key not in data:
-        raise UserError([Problem(str(path), f"no `{key}`{did_you_mean(key, data)}")])
+        raise UserError([Problem(where, f"{path} has no `{key}`{did_you_mean(key, data)}")])
     try:
         return {int(layer): _by_id(values) for layer, values in data[key].items()}
     except (AttributeError, TypeError, ValueError, KeyError) as error:
         form = '{"token_scores": {"1": {"0": 0.0101, …}, …}}'
-        raise UserError([Problem(str(path), f"expected scores by layer and expert, such as {form}")]) from error
+        raise UserError([Problem(where, f"expected scores by layer and expert, such as {form}")]) from error
 
 
 def read_config(path: Path, where: str = "expertConfig.file") -> ExpertConfig:
@@ -96,11 +101,26 @@ def config_from(data: Mapping[str, Any], where: str) -> ExpertConfig:
     try:
         experts = {int(layer): tuple(_id(value) for value in ids) for layer, ids in data["experts"].items()}
     except (KeyError, AttributeError, TypeError, ValueError) as error:
+        if "token_scores" in data or "gate_scores" in data:
+            raise UserError([Problem(where, "is a score file: give it as expertConfig.scores")]) from error
         form = '{"experts": {"1": [8, 26], …}}'
         raise UserError([Problem(where, f"expected expert ids by layer, such as {form}")]) from error
     notes = {name: value for name, value in data.items() if name not in known}
     shared, others = (data.get(name, False) is True for name in ("shared_experts", "non_expert_modules"))
     return ExpertConfig(experts, shared, others, notes)
+
+
+def score_problems(scores: Mapping[int, Sequence[float]], sizes: Mapping[int, int], where: str) -> list[Problem]:
+    """What of a score file does not fit a model's layers.
+
+    Args:
+        sizes: experts by layer of the model.
+    """
+    return [
+        Problem(where, f"layer {layer} has scores of {len(row)} experts, and the model has {sizes[layer]} there")
+        for layer, row in scores.items()
+        if layer in sizes and len(row) != sizes[layer]
+    ]
 
 
 def config_problems(config: ExpertConfig, sizes: Mapping[int, int], where: str) -> list[Problem]:
@@ -128,9 +148,16 @@ def config_problems(config: ExpertConfig, sizes: Mapping[int, int], where: str) 
 
 def _by_id(values: Mapping[str, float] | Sequence[float]) -> list[float]:
     if isinstance(values, list):
-        return [float(value) for value in values]
-    by_id = {int(expert): float(value) for expert, value in values.items()}  # type: ignore[union-attr]
+        return [_score(value) for value in values]
+    by_id = {int(expert): _score(value) for expert, value in values.items()}  # type: ignore[union-attr]
     return [by_id[expert] for expert in range(len(by_id))]
+
+
+def _score(value: Any) -> float:
+    score = float(value)
+    if not (math.isfinite(score) and score >= 0):
+        raise ValueError(f"{value!r} is no score")
+    return score
 
 
 def _id(value: Any) -> int:
@@ -139,13 +166,13 @@ def _id(value: Any) -> int:
     return value
 
 
-def _read_object(path: Path, where: str = "") -> dict[str, Any]:
+def _read_object(path: Path, where: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError([Problem(where or str(path), f"can't read {path}: {error.strerror}")]) from error
+        raise UserError([Problem(where, f"can't read {path}: {error.strerror}")]) from error
     except ValueError as error:
-        raise UserError([Problem(where or str(path), f"{path} is no JSON: {error}")]) from error
+        raise UserError([Problem(where, f"{path} is no JSON: {error}")]) from error
     if not isinstance(data, dict):
-        raise UserError([Problem(where or str(path), f"{path} holds a {type(data).__name__}, expected an object")])
+        raise UserError([Problem(where, f"{path} holds a {type(data).__name__}, expected an object")])
     return data

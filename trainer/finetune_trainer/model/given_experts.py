@@ -6,7 +6,15 @@ from collections.abc import Mapping
 
 from finetune_api.stages import EsftSpec
 from finetune_trainer.errors import UserError
-from finetune_trainer.esft.selection import ExpertConfig, config_from, config_problems, read_config
+from finetune_trainer.esft.selection import (
+    ExpertConfig,
+    config_from,
+    config_problems,
+    read_config,
+    read_scores,
+    score_problems,
+    select_layers,
+)
 from finetune_trainer.model.source import local_path
 
 
@@ -25,6 +33,12 @@ def given_config(spec: EsftSpec, where: str, base_dir: str, sizes: Mapping[int, 
     if given.file is not None:
         place = f"{place}.file"
         config = read_config(local_path(given.file, base_dir), place)
+    elif given.scores is not None:
+        place = f"{place}.scores"
+        scores = read_scores(local_path(given.scores, base_dir), spec.score, place)
+        if problems := score_problems(scores, sizes, place):
+            raise UserError(problems)
+        config = ExpertConfig(select_layers(scores, spec.top_p))
     else:
         place = f"{place}.experts"
         config = config_from({"experts": dict(given.experts or {})}, place)
@@ -32,7 +46,7 @@ def given_config(spec: EsftSpec, where: str, base_dir: str, sizes: Mapping[int, 
         {layer: ids for layer, ids in config.experts.items() if ids},
         config.shared_experts or spec.train_shared_experts,
         config.non_expert_modules or spec.train_non_experts,
-        {"given": True},
+        {"given": True} if given.scores is None else {"given": True, "score": spec.score, "threshold": spec.top_p},
     )
     if problems := config_problems(config, sizes, place):
         raise UserError(problems)
