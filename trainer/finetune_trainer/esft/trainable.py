@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,6 +14,7 @@ from finetune_trainer.esft.split import SplitExperts, split_experts
 from finetune_trainer.esft.zero3 import is_divided
 
 _TUNED = "_tuned"
+_SHARED = re.compile(r"(^|\.)layers\.\d+\.(\w+\.)*shared_")
 
 
 def prepare(model: PreTrainedModel, config: ExpertConfig) -> list[ExpertLayer]:
@@ -27,18 +30,18 @@ def trained_names(model: PreTrainedModel, config: ExpertConfig) -> set[str]:
     """Full names of the trained parameters of a split model."""
     layers = expert_layers(model)
     routed = {f"{layer.name}.{name}" for layer in layers for name, _ in layer.experts.named_parameters(recurse=False)}
-    shared = {
-        f"{layer.name.rpartition('.')[0]}.{name}"
-        for layer in layers
-        for name, _ in layer.block.named_parameters()
-        if _is_shared(name)
-    }
+    shared = shared_names(model)
     trained = {name for name in routed if name.endswith(_TUNED)}
     if config.shared_experts:
         trained |= shared
     if config.non_expert_modules:
         trained |= {name for name, _ in model.named_parameters()} - routed - shared
     return trained
+
+
+def shared_names(model: PreTrainedModel) -> set[str]:
+    """Full names of the shared experts' parameters, which stand beside the routed ones or beside their block."""
+    return {name for name, _ in model.named_parameters() if _SHARED.search(name)}
 
 
 def trained_whole(model: PreTrainedModel, config: ExpertConfig) -> int:
@@ -71,10 +74,6 @@ def tuned_modules(model: PreTrainedModel) -> list[tuple[ExpertLayer, SplitExpert
 def expert_size(layer: ExpertLayer) -> int:
     """Weights of one routed expert."""
     return sum(getattr(layer.experts, name)[0].numel() for name in stack_names(layer.experts))
-
-
-def _is_shared(name: str) -> bool:
-    return name.startswith("shared")
 
 
 def _with_gradient(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

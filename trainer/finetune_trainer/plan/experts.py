@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
+from finetune_api.problems import Problem
 from finetune_api.stages import EsftSpec
+from finetune_trainer.errors import UserError
 from finetune_trainer.esft.families import ExpertLayer, expert_layers
 from finetune_trainer.esft.selection import ExpertConfig
-from finetune_trainer.esft.trainable import expert_size, trained_whole
+from finetune_trainer.esft.trainable import expert_size, shared_names, trained_whole
 from finetune_trainer.model.given_experts import given_config
 from finetune_trainer.plan.memory import Workload, estimate, trainable
 from finetune_trainer.plan.model_size import AdapterSize, ModelSize
@@ -52,12 +54,16 @@ def expert_plan(spec: EsftSpec, model: PreTrainedModel, where: str, base_dir: st
         model: on the meta device.
 
     Raises:
-        UserError: the family has no experts of the common shape, or experts given by hand don't fit.
+        UserError: the family has no experts of the common shape, experts given by hand don't fit, or there are no
+            shared experts to train.
     """
     layers = expert_layers(model, where)
     if spec.score_only:
         return ExpertPlan(0, 0, ("measures the experts' scores and trains nothing",))
     config, notes = _experts(spec, layers, where, base_dir)
+    if config.shared_experts and not shared_names(model):
+        family = model.config.model_type
+        raise UserError([Problem(f"{where}.trainSharedExperts", f"{family} has no shared experts: leave it out")])
     rows = sum(len(ids) * expert_size(layer) for layer in layers for ids in [config.experts.get(layer.index, ())])
     others = trained_whole(model, config)
     active = sum(expert_size(layer) * int(layer.router.top_k) for layer in layers)  # type: ignore[call-overload]
