@@ -56,7 +56,8 @@ def main() -> None:
                 found[target].append(at.other - points[0].other)
                 print(
                     f"seed {seed} {method:4} {share:4.0%} trained: {target:.1f} on the changed A (from "
-                    f"{points[0].target:.1f}) at step {at.step:5.1f}; B {points[0].other:.3f} + {found[target][-1]:.3f}",
+                    f"{points[0].target:.1f}) at step {at.step:5.1f}; "
+                    f"B {points[0].other:.3f} + {found[target][-1]:.3f}",
                     flush=True,
                 )
     for target in TARGETS:
