@@ -27,6 +27,7 @@ VOCAB, LENGTH, SEEDS = 128, 24, (0, 1, 2, 3, 4)
 RATE, TARGETS, MOST = 3e-3, (3.0, 2.0, 1.5, 1.2), 300
 THRESHOLD = 0.6
 """Of the token scores. With 16 experts and 2 of them a token the default of 0.2 selects one expert a layer."""
+METHODS = ("full", "esft")
 DOMAINS = {"A": (0, 64, 7), "B": (64, 128, 5), "changed A": (0, 64, 11)}
 """First token, end, and the step from each token to the next."""
 
@@ -45,28 +46,34 @@ class Point:
 def main() -> None:
     """Each seed's rise of B's loss at each target, and the ratios of the means."""
     torch.set_num_threads(1)  # the model is too small for two
-    rises = {method: {target: [] for target in TARGETS} for method in ("full", "esft")}  # type: dict[str, dict[float, list[float]]]
-    for seed in SEEDS:
-        base = pretrained(seed)
-        for method, found in rises.items():
-            model, share = prepared(base, method, seed)
-            points = list(curve(model, seed))
-            for target in TARGETS:
-                at = crossing(points, target)
-                found[target].append(at.other - points[0].other)
-                print(
-                    f"seed {seed} {method:4} {share:4.0%} trained: {target:.1f} on the changed A (from "
-                    f"{points[0].target:.1f}) at step {at.step:5.1f}; "
-                    f"B {points[0].other:.3f} + {found[target][-1]:.3f}",
-                    flush=True,
-                )
+    measured = {seed: rises(seed) for seed in SEEDS}
     for target in TARGETS:
-        full, esft = (statistics.mean(rises[method][target]) for method in ("full", "esft"))
-        ratios = [one / other for one, other in zip(rises["esft"][target], rises["full"][target], strict=True)]
+        each = {method: [found[method][target] for found in measured.values()] for method in METHODS}
+        full, esft = (statistics.mean(each[method]) for method in METHODS)
+        ratios = [one / other for one, other in zip(each["esft"], each["full"], strict=True)]
         print(
             f"{target:.1f}: B's loss rises by {full:.3f} (full) and {esft:.3f} (ESFT), {esft / full:.2f} of it; "
             f"seeds {min(ratios):.2f} to {max(ratios):.2f}"
         )
+
+
+def rises(seed: int) -> dict[str, dict[float, float]]:
+    """How far B's loss has risen by each method at each target."""
+    base, found = pretrained(seed), {}
+    for method in METHODS:
+        model, share = prepared(base, method, seed)
+        points = list(curve(model, seed))
+        crossings = {target: crossing(points, target) for target in TARGETS}
+        before = points[0]
+        found[method] = {target: at.other - before.other for target, at in crossings.items()}
+        for target, at in crossings.items():
+            print(
+                f"seed {seed} {method:4} {share:4.0%} trained: "
+                f"{target:.1f} on the changed A (from {before.target:.1f}) at step {at.step:5.1f}; "
+                f"B {before.other:.3f} + {found[method][target]:.3f}",
+                flush=True,
+            )
+    return found
 
 
 def pretrained(seed: int) -> Any:
