@@ -72,8 +72,11 @@ def _read(directory: Path) -> Loaded:
     return Loaded(model, tokenizer, kind)
 
 
-def read_whole(name: str) -> tuple[PreTrainedModel, Kind]:
+def read_whole(name: str, revision: str | None = None) -> tuple[PreTrainedModel, Kind]:
     """A whole model, or an expert adapter on its base, wherever a moved job now has that, in its own precision.
+
+    Args:
+        revision: branch, tag or commit of a hub model.
 
     Raises:
         UserError: weights are missing, or the adapter does not fit.
@@ -82,14 +85,20 @@ def read_whole(name: str) -> tuple[PreTrainedModel, Kind]:
         model, kind = read_whole(expert_base_of(name))
         apply_adapter(model, name)
         return model, kind
-    config = AutoConfig.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name, revision=revision)
     kind = _kind(config, name)
-    return _weights(name, config, kind), kind
+    return _weights(name, config, kind, revision), kind
 
 
-def _weights(base: str, config: PretrainedConfig, kind: Kind) -> PreTrainedModel:
+def _weights(base: str, config: PretrainedConfig, kind: Kind, revision: str | None) -> PreTrainedModel:
     model, info = _CLASSES[kind].from_pretrained(
-        base, config=config, dtype="auto", use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+        base,
+        revision=revision,
+        config=config,
+        dtype="auto",
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
     # transformers fills what is missing with random numbers and a warning: the answers would be noise.
     faults = [*sorted(info["missing_keys"]), *sorted(name for name, *_ in info["mismatched_keys"])]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer
 
 from finetune_api.model import ModelSpec
 from finetune_api.stages import SynthesizeSpec, TeacherModel
@@ -16,10 +13,12 @@ from finetune_trainer.generation.batches import context_of, generate_batch
 from finetune_trainer.generation.load import Loaded, load, read_whole
 from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.generation.prompts import encode, has_template
-from finetune_trainer.model.source import model_name, stage_result
+from finetune_trainer.model.load import load_tokenizer
+from finetune_trainer.model.source import ModelSource, model_name, stage_result
 from finetune_trainer.pipeline import stage_named
 from finetune_trainer.queries.sandbox import Sandbox
 from finetune_trainer.stages.teacher_endpoint import run_query
+from finetune_trainer.storage import Storage
 from finetune_trainer.synthesis import reasons
 from finetune_trainer.synthesis.effects import Ask, Effect, Execute, Failed, Reply
 from finetune_trainer.training.context import StageContext
@@ -136,8 +135,6 @@ def _request(effect: Effect) -> ChatRequest:
 def _load(context: StageContext, spec: SynthesizeSpec, device: str) -> Loaded:
     given, run = _given(spec), context.run
     if given.stage is not None:
-        from finetune_trainer.storage import Storage
-
         return load(stage_result(run, Storage(run.root), stage_named(run, given.stage)), device)
     if given.hub is None and given.path is None and given.uri is None:
         name = context.source.name
@@ -149,8 +146,6 @@ def _load(context: StageContext, spec: SynthesizeSpec, device: str) -> Loaded:
         name = str(model_name(one, run))
     if Path(name).is_dir():
         return load(name, device)
-    model, kind = read_whole(name)
-    tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=given.revision)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    model, kind = read_whole(name, given.revision)
+    tokenizer = load_tokenizer(ModelSource(name, None, given.revision, tokenizer=name))
     return Loaded(model.to(device).eval(), tokenizer, kind)
