@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from finetune_api.data import DataSource, DataSpec
 from finetune_api.runconfig import RunConfig
@@ -33,6 +34,11 @@ def stage_before(run: RunConfig, index: int) -> int | None:
 def place(run: RunConfig, index: int) -> str:
     """The stage's path in the job, such as `stages[1].sft`."""
     return f"stages[{index}].{run.job.spec.stages[index].kind}"
+
+
+def scratch(run: RunConfig, index: int) -> Path:
+    """The stage's own directory for passing files on each machine."""
+    return Path(run.cache_dir, "scratch", run.job.metadata.name, str(index))
 
 
 def spec_of(run: RunConfig, index: int) -> StageSpec:

@@ -59,12 +59,12 @@ def _storage(run: RunConfig) -> Iterator[Problem]:
     if "://" in run.root:
         yield from _refusal(run)
         return
-    place = next(parent for parent in Path(run.root).parents if parent.exists())
+    nearest = next(parent for parent in Path(run.root).parents if parent.exists())
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=nearest):
             return
     except OSError as error:
-        yield Problem("storage.path", f"can't write to {place} ({error.strerror}): choose another directory")
+        yield Problem("storage.path", f"can't write to {nearest} ({error.strerror}): choose another directory")
 
 
 def _refusal(run: RunConfig) -> Iterator[Problem]:
@@ -85,7 +85,7 @@ def _pipeline(run: RunConfig) -> Iterator[Problem]:
     """Orders of stages that can't work."""
     stages = run.job.spec.stages
     for index, stage in enumerate(stages):
-        where = f"stages[{index}].{stage.kind}"
+        where = place(run, index)
         last = stage_before(run, index)
         before = None if last is None else stages[last]
         yield from _adapter_faults(run, stage, before, where)
@@ -95,12 +95,12 @@ def _pipeline(run: RunConfig) -> Iterator[Problem]:
 
 def _adapter_faults(run: RunConfig, stage: Stage, before: Stage | None, where: str) -> Iterator[Problem]:
     lora = getattr(stage.spec, "lora", None)
-    if lora is not None and run.job.spec.model.config is not None and (before is None or before.tokenizer is not None):
-        yield Problem(f"{where}.lora", "adapts a model that is built from scratch and never trained: pretrain it first")
     untrained = run.job.spec.model.config is not None and (before is None or before.tokenizer is not None)
+    if lora is not None and untrained:
+        yield Problem(f"{where}.lora", "adapts a model that is built from scratch and never trained: pretrain it first")
     if isinstance(stage.spec, PromptSpec) and lora is None and untrained:
         yield Problem(where, "asks a model for answers that is built from scratch and never trained: pretrain it first")
-    if stage.esft is not None and run.job.spec.model.config is not None and (before is None or before.tokenizer):
+    if stage.esft is not None and untrained:
         yield Problem(where, "trains some experts of a model that is built from scratch and never trained: pretrain it")
     carried = getattr(before.spec, "lora", None) if before is not None else None
     if stage.esft is not None and carried is not None and not carried.merge:
@@ -120,7 +120,7 @@ def _cpu_limits(run: RunConfig, workers: Workers) -> Iterator[Problem]:
     for index, stage in enumerate([] if workers.accelerator else run.job.spec.stages):
         lora, quantization = (getattr(stage.spec, name, None) for name in ("lora", "quantization"))
         if lora is not None and lora.use_dora and quantization is not None and quantization.bits == 8:
-            where = f"stages[{index}].{stage.kind}.lora.useDora"
+            where = f"{place(run, index)}.lora.useDora"
             yield Problem(where, "DoRA on 8-bit weights needs a GPU: set quantization.bits to 4, or useDora to false")
 
 

@@ -12,6 +12,7 @@ from finetune_api.data import DataSpec, RowKind, StageName
 from finetune_api.generation import Generation
 from finetune_api.model import Path
 from finetune_api.problems import did_you_mean
+from finetune_api.stages.beside import BesideSpec
 from finetune_api.training import PositiveInt, Quantization
 
 Metric = Literal[
@@ -79,7 +80,7 @@ class Gate(ApiModel):
             yield "set atLeast or atMost"
 
 
-class EvaluateSpec(ApiModel):
+class EvaluateSpec(BesideSpec):
     """Measure the model that the stages before have made, and others beside it; trains nothing."""
 
     model_config = rules(
@@ -148,16 +149,6 @@ class EvaluateSpec(ApiModel):
         if gate.relative_to is not None and gate.relative_to not in self.compare_with:
             hint = did_you_mean(gate.relative_to, self.compare_with)
             yield f"{where}.relativeTo: {gate.relative_to!r} is not in compareWith{hint}"
-
-    @property
-    def trains(self) -> bool:
-        """It takes no optimizer steps."""
-        return False
-
-    @property
-    def hands_on(self) -> bool:
-        """The next stage starts from the model before."""
-        return False
 
     @property
     def row_kind(self) -> RowKind:

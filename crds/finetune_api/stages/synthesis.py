@@ -12,6 +12,7 @@ from finetune_api.data import Column, DataSource, DataSpec, RowKind, StageName
 from finetune_api.endpoint import Endpoint
 from finetune_api.generation import Generation
 from finetune_api.model import HubId, Path, Revision, Uri
+from finetune_api.stages.beside import BesideSpec
 from finetune_api.stages.evaluation import Database
 from finetune_api.training import PositiveInt
 
@@ -191,7 +192,7 @@ class Decontaminate(ApiModel):
     """Words in a row that must not be shared; a shorter text must not be shared whole."""
 
 
-class SynthesizeSpec(ApiModel):
+class SynthesizeSpec(BesideSpec):
     """Make training data with a teacher: exactly one of `questions`, `evolve`, `text2cypher` and `text2sql`. Later
     stages read it by `data.sources: [{stage: NAME}]`."""
 
@@ -231,16 +232,6 @@ class SynthesizeSpec(ApiModel):
             yield "questions and evolve need data, text2cypher and text2sql have none"
         if self.data is not None and self.data.streaming:
             yield "data that is synthesized from is not streamed"
-
-    @property
-    def trains(self) -> bool:
-        """It takes no optimizer steps."""
-        return False
-
-    @property
-    def hands_on(self) -> bool:
-        """The next stage starts from the model before."""
-        return False
 
     @property
     def row_kind(self) -> RowKind:

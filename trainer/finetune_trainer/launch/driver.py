@@ -123,9 +123,10 @@ class Pipeline:
 
     def _work(self, layout: StageLayout) -> StageWork:
         """As planned; a stage that has a checkpoint goes on with the sharding and the global batch that wrote it."""
-        plan, newest = self.plans.get(layout.index), self._store(layout).newest()
-        if plan is None:
-            return StageWork(layout.index, 0, 0.0, self.peak)
+        plan = self.plans.get(layout.index)
+        if plan is None:  # it takes no optimizer steps, and has no checkpoints to look for
+            return StageWork(layout.index, zero=0, flops_per_token=0.0, peak_flops=self.peak)
+        newest = self._store(layout).newest()
         if newest is None:
             zero, rows, shards = plan.zero, plan.steps.rows_per_step, self.workers.most
         else:

@@ -28,7 +28,7 @@ from finetune_trainer.layout import METRICS
 from finetune_trainer.model.load import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.model.task import task_of
-from finetune_trainer.pipeline import layouts, place, spec_of
+from finetune_trainer.pipeline import layouts, place, scratch, spec_of
 from finetune_trainer.plan.steps import rows_per_step
 from finetune_trainer.progress.channel import Event, StageBegun, StageDone, WorkerEnd
 from finetune_trainer.progress.metrics_log import MetricsLog
@@ -98,7 +98,7 @@ class StageRun:
     ) -> None:
         self.context, self.storage, self.end, self.peers, self.work = context, storage, end, peers, work
         self.first = context.placement.rank == 0
-        self.scratch = _scratch(context.run, context.layout.index)
+        self.scratch = scratch(context.run, context.layout.index)
         self.store = CheckpointStore(storage, context.layout, self.scratch)
 
     def train(self) -> None:
@@ -261,7 +261,7 @@ def stage_context(
     tokenizer = load_tokenizer(source)
     config = load_config(source, tokenizer)
     data = _prepared(run, index, spec, tokenizer, context_length(config), threads)
-    output = storage.local(layout.checkpoints) or _scratch(run, index)
+    output = storage.local(layout.checkpoints) or scratch(run, index)
     rows = work.rows_per_step or _rows_per_step(spec, placement.world_size)
     shards = work.shards or placement.world_size
     if rows < placement.world_size:
@@ -282,10 +282,6 @@ def _prepared(
 
 def _rows_per_step(spec: StageSpec, workers: int) -> int:
     return rows_per_step(spec, workers) if isinstance(spec, TrainingSpec) else workers
-
-
-def _scratch(run: RunConfig, index: int) -> Path:
-    return Path(run.cache_dir, "scratch", run.job.metadata.name, str(index))
 
 
 def _prompts(context: StageContext) -> list[dict[str, Any]]:

@@ -381,7 +381,7 @@ class _StagePlanner:
 
     @property
     def path(self) -> str:
-        return f"stages[{self.index}].{self.stage.kind}"
+        return place(self.run, self.index)
 
     @property
     def bits(self) -> int | None:

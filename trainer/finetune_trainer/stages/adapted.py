@@ -13,7 +13,6 @@ from finetune_trainer.adapters import lora_config
 from finetune_trainer.model.load import load_model
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.model.task import task_of
-from finetune_trainer.pipeline import place
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.merging import whole_source
 
@@ -48,7 +47,24 @@ def starting_model(context: StageContext) -> PreTrainedModel:
     return PeftModel.from_pretrained(model, context.source.name).merge_and_unload()
 
 
-def finish_adapters(model: Any, context: StageContext) -> None:
+def adapted_trainer(
+    kind: Any, context: StageContext, model: Any, peft_config: LoraConfig | None, args: Any, **more: Any
+) -> Any:
+    """A TRL trainer of that kind on the stage's model, data and tokenizer, its adapters finished."""
+    trainer = kind(
+        model=model,
+        args=args,
+        train_dataset=context.sample,
+        eval_dataset=context.data.eval,
+        processing_class=context.tokenizer,
+        peft_config=peft_config,
+        **more,
+    )
+    _finish_adapters(trainer.model, context)
+    return trainer
+
+
+def _finish_adapters(model: Any, context: StageContext) -> None:
     """Adapters in float32 on a quantized base: TRL casts them to bfloat16, in which AdamW's small updates vanish."""
     spec = context.spec
     assert isinstance(spec, AdapterSpec)
@@ -63,7 +79,7 @@ def finish_adapters(model: Any, context: StageContext) -> None:
 def _new_adapter(context: StageContext, spec: AdapterSpec, model: PreTrainedModel) -> LoraConfig:
     assert spec.lora is not None
     torch.manual_seed(spec.seed)
-    return lora_config(spec.lora, model, f"{place(context.run, context.layout.index)}.lora")
+    return lora_config(spec.lora, model, f"{context.where}.lora")
 
 
 def _base(context: StageContext, source: ModelSource | None = None) -> PreTrainedModel:

@@ -8,7 +8,7 @@ import trl
 
 from finetune_api.stages import DpoSpec, PreferenceLoss
 from finetune_trainer.data import PreferenceCollator
-from finetune_trainer.stages.adapted import adapted_model, finish_adapters, starting_model
+from finetune_trainer.stages.adapted import adapted_model, adapted_trainer, starting_model
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.stage_trainer import StageTrainer
@@ -23,19 +23,10 @@ def make_trainer(context: StageContext) -> Any:
     spec = context.spec
     assert isinstance(spec, DpoSpec)
     args = trl.DPOConfig(**training_arguments(context), **_dpo_arguments(spec), max_length=None)
-    model, peft_config = adapted_model(context)
-    trainer = DpoTrainer(
-        model=model,
-        ref_model=_reference(context, spec),
-        args=args,
-        train_dataset=context.sample,
-        eval_dataset=context.data.eval,
-        data_collator=PreferenceCollator(context.tokenizer.pad_token_id),
-        processing_class=context.tokenizer,
-        peft_config=peft_config,
-    )
-    finish_adapters(trainer.model, context)
-    return trainer
+    adapted = adapted_model(context)
+    collator = PreferenceCollator(context.tokenizer.pad_token_id)
+    reference = _reference(context, spec)
+    return adapted_trainer(DpoTrainer, context, *adapted, args, ref_model=reference, data_collator=collator)
 
 
 def loss_arguments(spec: PreferenceLoss) -> dict[str, Any]:

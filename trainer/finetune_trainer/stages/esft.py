@@ -105,7 +105,7 @@ def _spec(context: StageContext) -> EsftSpec:
     assert isinstance(spec, EsftSpec)
     if context.carries_adapter:
         message = "starts from an adapter that is not merged: set lora.merge in the stage before"
-        raise UserError([Problem(f"stages[{context.layout.index}].esft", message)])
+        raise UserError([Problem(context.where, message)])
     return spec
 
 

@@ -20,7 +20,6 @@ from finetune_trainer.gate import Measured
 from finetune_trainer.generation.batches import generate_batch
 from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.model.load import context_length
-from finetune_trainer.pipeline import place, spec_of
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.forget import forget_stage
 from finetune_trainer.training.tools import StageTools
@@ -44,9 +43,8 @@ class Evaluation:
     """One worker's part: batches are dealt among the workers, and are the same for any number of them."""
 
     def __init__(self, context: StageContext, tools: StageTools) -> None:
-        spec = spec_of(context.run, context.layout.index)
+        spec, run, where = context.spec, context.run, context.where
         assert isinstance(spec, EvaluateSpec)
-        run, where = context.run, place(context.run, context.layout.index)
         self.context, self.tools, self.spec = context, tools, spec
         self.models = contenders(run, context.layout.index, spec, tools.storage)
         places = {"cache_dir": Path(run.cache_dir), "base_dir": Path(run.base_dir)}

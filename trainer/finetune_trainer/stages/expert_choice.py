@@ -26,7 +26,7 @@ class ExpertChoice:
     def __init__(self, context: StageContext, spec: EsftSpec, model: PreTrainedModel) -> None:
         self.context, self.spec = context, spec
         self.storage = Storage(context.run.root)
-        self.where = f"stages[{context.layout.index}].esft"
+        self.where = context.where
         self.sizes = {layer.index: layer.num_experts for layer in expert_layers(model, self.where)}
         self.batches = sample_batches(
             context.data.train, spec.sample_tokens, spec.per_device_train_batch_size, spec.seed

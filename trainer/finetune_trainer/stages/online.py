@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import trl
@@ -10,12 +9,12 @@ import trl
 from finetune_api.stages import OnlineSpec, Reward
 from finetune_trainer.data import PreferenceCollator
 from finetune_trainer.endpoint.journal import Journal
-from finetune_trainer.pipeline import place
+from finetune_trainer.pipeline import scratch
 from finetune_trainer.plan.rounds import schedule
 from finetune_trainer.rewards.endpoint_judge import EndpointJudge
 from finetune_trainer.rewards.judge import Ranks, RewardJudge
 from finetune_trainer.rewards.of_job import load_rewards
-from finetune_trainer.stages.adapted import adapted_model, finish_adapters, fresh_adapter
+from finetune_trainer.stages.adapted import adapted_model, adapted_trainer, fresh_adapter
 from finetune_trainer.stages.dpo import loss_arguments
 from finetune_trainer.stages.round_trainer import RoundTrainer
 from finetune_trainer.storage import Storage
@@ -36,25 +35,16 @@ def make_trainer(context: StageContext) -> Any:
     # log-probabilities are part of the pairs.
     common = training_arguments(context) | {"max_steps": rounds.total, "num_train_epochs": 1}
     args = trl.DPOConfig(**common, **loss_arguments(spec), precompute_ref_log_probs=True, max_length=None)
-    model, peft_config = fresh_adapter(context) if spec.lora is None else adapted_model(context)
-    second = spec.lora is None and spec.reference == "start"
-    trainer = OnlineTrainer(
-        model=model,
-        ref_model=fresh_adapter(context)[0] if second else None,
-        args=args,
-        train_dataset=context.sample,
-        eval_dataset=context.data.eval,
-        data_collator=PreferenceCollator(context.tokenizer.pad_token_id),
-        processing_class=context.tokenizer,
-        peft_config=peft_config,
-    )
-    finish_adapters(trainer.model, context)
+    adapted = fresh_adapter(context) if spec.lora is None else adapted_model(context)
+    second = fresh_adapter(context)[0] if spec.lora is None and spec.reference == "start" else None
+    collator = PreferenceCollator(context.tokenizer.pad_token_id)
+    trainer = adapted_trainer(OnlineTrainer, context, *adapted, args, ref_model=second, data_collator=collator)
     trainer.begin(context, spec, rounds, _judge(context, spec, args.device))
     return trainer
 
 
 def _judge(context: StageContext, spec: OnlineSpec, device: Any) -> Ranks:
-    where = f"{place(context.run, context.layout.index)}.judge"
+    where = f"{context.where}.judge"
     if spec.judge.endpoint is not None:
         return EndpointJudge(spec.judge.endpoint, f"{where}.endpoint", spec.judge.criteria, lambda: _journal(context))
     reward = Reward(**{name: getattr(spec.judge, name) for name in ("stage", "model", "function")})
@@ -63,6 +53,5 @@ def _judge(context: StageContext, spec: OnlineSpec, device: Any) -> Ranks:
 
 def _journal(context: StageContext) -> Journal:
     """What the judge was asked and said, by whichever worker."""
-    scratch = Path(context.run.cache_dir, "scratch", context.run.job.metadata.name, str(context.layout.index))
-    rank = context.placement.rank
-    return Journal(Storage(context.run.root), context.layout.judgements, scratch / f"judge-{rank}", rank)
+    rank, own = context.placement.rank, scratch(context.run, context.layout.index)
+    return Journal(Storage(context.run.root), context.layout.judgements, own / f"judge-{rank}", rank)

@@ -10,7 +10,7 @@ from transformers import EvalPrediction
 
 from finetune_api.stages import RewardSpec
 from finetune_trainer.data import RewardCollator
-from finetune_trainer.stages.adapted import finish_adapters, fresh_adapter
+from finetune_trainer.stages.adapted import adapted_trainer, fresh_adapter
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.stage_trainer import StageTrainer
@@ -39,19 +39,8 @@ def make_trainer(context: StageContext) -> Any:
     args = trl.RewardConfig(
         **training_arguments(context), center_rewards_coefficient=spec.center_rewards_coefficient, max_length=None
     )
-    model, peft_config = fresh_adapter(context)
-    trainer = RewardTrainer(
-        model=model,
-        args=args,
-        train_dataset=context.sample,
-        eval_dataset=context.data.eval,
-        data_collator=RewardCollator(context.tokenizer.pad_token_id),
-        processing_class=context.tokenizer,
-        compute_metrics=_measure,
-        peft_config=peft_config,
-    )
-    finish_adapters(trainer.model, context)
-    return trainer
+    more = {"data_collator": RewardCollator(context.tokenizer.pad_token_id), "compute_metrics": _measure}
+    return adapted_trainer(RewardTrainer, context, *fresh_adapter(context), args, **more)
 
 
 def _measure(prediction: EvalPrediction) -> dict[str, float]:

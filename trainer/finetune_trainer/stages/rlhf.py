@@ -9,9 +9,8 @@ import trl
 
 from finetune_api.stages import RlhfSpec
 from finetune_trainer.generation.prompts import stop_ids
-from finetune_trainer.pipeline import place
 from finetune_trainer.rewards.of_job import load_rewards
-from finetune_trainer.stages.adapted import adapted_model, finish_adapters, fresh_adapter
+from finetune_trainer.stages.adapted import adapted_model, adapted_trainer, fresh_adapter
 from finetune_trainer.stages.policy import PolicyTrainer
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.context import StageContext
@@ -35,18 +34,9 @@ def make_trainer(context: StageContext) -> Any:
     # A reference beside the policy is loaded by the policy's name, so that must be of a whole model.
     model, peft_config = fresh_adapter(context) if spec.lora is None else adapted_model(context)
     stops = stop_ids(context.tokenizer, model.generation_config.eos_token_id)
-    where = f"{place(context.run, context.layout.index)}.rewards"
+    where = f"{context.where}.rewards"
     rewards = load_rewards(spec.rewards, context.run, where, context.precision.compute, args.device)
-    trainer = kind(
-        model=model,
-        reward_funcs=[*rewards],
-        args=args,
-        train_dataset=context.sample,
-        eval_dataset=context.data.eval,
-        processing_class=context.tokenizer,
-        peft_config=peft_config,
-    )
-    finish_adapters(trainer.model, context)
+    trainer = adapted_trainer(kind, context, model, peft_config, args, reward_funcs=[*rewards])
     trainer.begin(context, spec, rewards, stops)
     return trainer
 

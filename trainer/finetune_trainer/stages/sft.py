@@ -9,7 +9,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetune_api.stages import SftSpec, SupervisedSpec
 from finetune_trainer.data import PackedCollator
-from finetune_trainer.stages.adapted import adapted_model, finish_adapters
+from finetune_trainer.stages.adapted import adapted_model, adapted_trainer
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.stage_trainer import StageTrainer
@@ -25,18 +25,8 @@ def make_trainer(context: StageContext) -> Any:
     assert isinstance(spec, SftSpec)
     # The arguments come first: with ZeRO-3 they divide the model among the workers while it loads.
     args = trl.SFTConfig(**training_arguments(context), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-    model, peft_config = adapted_model(context)
-    trainer = SftTrainer(
-        model=model,
-        args=args,
-        train_dataset=context.sample,
-        eval_dataset=context.data.eval,
-        data_collator=supervised_collator(context, spec),
-        processing_class=context.tokenizer,
-        peft_config=peft_config,
-    )
-    finish_adapters(trainer.model, context)
-    return trainer
+    collator = supervised_collator(context, spec)
+    return adapted_trainer(SftTrainer, context, *adapted_model(context), args, data_collator=collator)
 
 
 def supervised_collator(context: StageContext, spec: SupervisedSpec) -> Any:

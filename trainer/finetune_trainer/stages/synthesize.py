@@ -11,7 +11,6 @@ from finetune_api.problems import Problem
 from finetune_api.stages import SynthesizeSpec
 from finetune_trainer.endpoint.journal import Journal
 from finetune_trainer.errors import Interrupted, UserError
-from finetune_trainer.pipeline import place, spec_of
 from finetune_trainer.queries.sandbox import Sandbox
 from finetune_trainer.stages.teacher_endpoint import EndpointTeacher
 from finetune_trainer.stages.teacher_model import ModelTeacher, teacher_name
@@ -39,10 +38,10 @@ class Synthesis:
     answers on all of them."""
 
     def __init__(self, context: StageContext, tools: StageTools, stack: ExitStack) -> None:
-        spec = spec_of(context.run, context.layout.index)
+        spec = context.spec
         assert isinstance(spec, SynthesizeSpec)
         self.context, self.tools, self.spec, self._stack = context, tools, spec, stack
-        self.where = place(context.run, context.layout.index)
+        self.where = context.where
         self.base_dir, self.cache_dir = Path(context.run.base_dir), Path(context.run.cache_dir)
         rank = context.placement.rank
         self.scratch = tools.scratch / f"worker-{rank}"

@@ -230,12 +230,11 @@ class EpochCallback(TrainerCallback):
 def _refuse_divergence(context: StageContext, step: int, logs: dict[str, float]) -> None:
     if math.isfinite(logs["loss"]):
         return
-    where = f"stages[{context.layout.index}].{context.run.job.spec.stages[context.layout.index].kind}.learningRate"
     lower = context.spec.learning_rate / 10
     raise UserError(
         [
             Problem(
-                where,
+                f"{context.where}.learningRate",
                 f"the loss is {logs['loss']} at step {step}: training has diverged at {context.spec.learning_rate:g}; "
                 f"try {lower:g}, more warm-up or a lower maxGradNorm",
             )

@@ -17,7 +17,7 @@ from finetune_trainer.layout import StageLayout
 from finetune_trainer.model.precision import Precision, model_dtype, precision
 from finetune_trainer.model.saved import is_adapter
 from finetune_trainer.model.source import ModelSource
-from finetune_trainer.pipeline import spec_of
+from finetune_trainer.pipeline import place, spec_of
 from finetune_trainer.training.batches import Division, Feed
 from finetune_trainer.training.prompt_feed import EvenDivision, PromptFeed
 
@@ -68,6 +68,11 @@ class StageContext:
         spec = spec_of(self.run, self.layout.index)
         assert not isinstance(spec, TokenizerSpec), "a tokenizer stage has no worker"
         return cast(TrainedSpec, spec)  # a stage that trains nothing asks for its spec itself
+
+    @property
+    def where(self) -> str:
+        """The stage's path in the job, such as `stages[1].sft`."""
+        return place(self.run, self.layout.index)
 
     @property
     def data(self) -> Prepared:
