@@ -6,6 +6,7 @@ Reasons, messages and conditions are those that Kubernetes 1.34 writes (`pkg/kub
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from datetime import UTC, datetime
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pod_status
 from access import until
 from kubernetes import client
+from kubernetes.client.exceptions import NotFoundException
 from pod_status import condition, readiness
 
 Json = dict[str, Any]
@@ -237,5 +239,6 @@ class KubeletStandIn:
         return found[0] if found else None
 
     def _remove(self, namespace: str, name: str) -> None:
-        if self._find(namespace, name) is not None:
+        # The garbage collector deletes a pod that has ended at once, and may be first.
+        with contextlib.suppress(NotFoundException):
             self.core.delete_namespaced_pod(name, namespace, grace_period_seconds=0)
