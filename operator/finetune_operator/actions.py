@@ -31,6 +31,15 @@ class DeleteRun:
 
 
 @dataclass(frozen=True)
+class AbandonRun:
+    """Delete a run whose pods can't be seen to end, since their node doesn't answer: its name is free at once."""
+
+    run: int
+    engine: str
+    """As of `DeleteRun`."""
+
+
+@dataclass(frozen=True)
 class DeleteJob:
     """Delete the FineTuneJob itself; all of its objects go with it."""
 
@@ -42,7 +51,7 @@ class HoldJob:
     hold: bool
 
 
-Action = StartRun | StopRun | DeleteRun | DeleteJob | HoldJob
+Action = StartRun | StopRun | DeleteRun | AbandonRun | DeleteJob | HoldJob
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,9 @@ async def _existing(api: Api, operation: Create, kind: str) -> Json:
 
 
 async def _delete(api: Api, operation: Delete) -> Json:
-    """In the foreground: the object is there until its pods have had their grace period."""
-    options: Json = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Foreground"}
+    """In the foreground, as a rule: the object is there until its pods have had their grace period."""
+    policy = "Foreground" if operation.children_first else "Background"
+    options: Json = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": policy}
     if operation.uid:
         options["preconditions"] = {"uid": operation.uid}
     try:

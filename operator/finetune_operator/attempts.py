@@ -31,6 +31,14 @@ def next_number(status: Json) -> int:
     return max((record["number"] for record in records(status)), default=0) + 1
 
 
+def progressed(status: Json, number: int) -> bool:
+    """Whether there is a newer checkpoint than when the attempt began."""
+    earlier = [record for record in records(status) if record["number"] < number]
+    before = earlier[-1].get("checkpoint") if earlier else None
+    now = (status.get("lastCheckpoint") or {}).get("uri")
+    return now is not None and bool(now != before)
+
+
 def failures(status: Json) -> int:
     """Failed attempts since the last progress: a newer checkpoint sets the count back."""
     count, position = 0, None

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 
 from finetune_api.exit_codes import ExitCode
 from finetune_api.redact import redact
 from finetune_api.report import AttemptReport
-from finetune_operator.conditions import Reason
+from finetune_operator.conditions import Reason, stamp
 from finetune_operator.observed import Complaint, PodView, RunView
 from finetune_operator.reports import clean, read_report
 
+LOST_SECONDS = 30
+"""After its grace period a pod is gone within seconds, unless its node is."""
 MESSAGE_LIMIT = 2048
 _NODE_LOST = ("NodeLost", "NodeShutdown", "Shutdown", "Terminated", "DeletionByTaintManager", "DeletionByPodGC")
 _EVICTED = ("Evicted", "Preempted", "Preempting", "PreemptionByScheduler", "EvictionByEvictionAPI",
@@ -62,6 +65,23 @@ def classify(run: RunView, pods: tuple[PodView, ...], report: AttemptReport | No
     ending = next(iter(_endings(run, pods, text, code)), unknown)
     more = len(text.strip().splitlines()) > 1 and ending.message != _clip(text)
     return replace(ending, traceback=_clip(text) if more else "")
+
+
+def lost(pods: Iterable[PodView], now: datetime) -> Ending | datetime | None:
+    """Whether a node has gone without a word: a pod on it should have ended long ago, and nobody says that it has.
+
+    Returns:
+        How its run ended then; or the time at which a pod that is being deleted will count as lost.
+    """
+    going = [pod for pod in pods if pod.grace_over and not pod.gone and pod.phase not in ("Succeeded", "Failed")]
+    first = min(going, key=lambda pod: pod.grace_over or now, default=None)
+    if first is None or first.grace_over is None:
+        return None
+    due = first.grace_over + timedelta(seconds=LOST_SECONDS)
+    if due > now:
+        return due
+    message = f"pod {first.name} was to end by {stamp(first.grace_over)}, and its node does not say that it has"
+    return Ending(Reason.NODE_LOST, message, True, False, first.name, first.node)
 
 
 def waiting(pods: Iterable[PodView], complaints: Iterable[Complaint] = ()) -> tuple[Reason, str] | None:

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 
 from finetune_operator import attempts
-from finetune_operator.actions import Decision, DeleteJob, DeleteRun, HoldJob, StartRun
+from finetune_operator.actions import AbandonRun, Decision, DeleteJob, DeleteRun, HoldJob, StartRun
 from finetune_operator.advice import with_advice
 from finetune_operator.checking import patience, preflight
-from finetune_operator.classify import classify, termination_report, waiting
+from finetune_operator.classify import classify, lost, termination_report, waiting
 from finetune_operator.conditions import Reason, Type, moment, stamp
 from finetune_operator.draft import Draft
 from finetune_operator.names import CLEANUP_RUN
@@ -108,7 +108,25 @@ def _record(draft: Draft) -> bool:
             draft.attempt_ended(run, ending)
     draft.learn(draft.seen.report)  # the newest attempt's, so after what older ones have said in the end
     draft.attempts_gone()
+    _give_up_lost(draft)
     return False
+
+
+def _give_up_lost(draft: Draft) -> None:
+    """A run on a node that is gone for good never ends by itself: it is over, and the next one may start.
+
+    Should the node come back with the run still alive there, storage refuses its checkpoints (`checkpoint/hold.py`).
+    """
+    for run in draft.seen.runs:
+        if run.owner != draft.seen.uid or run.state is RunState.SUCCEEDED:
+            continue
+        found = lost(draft.seen.pods_of(run.run), draft.now)
+        if isinstance(found, datetime):
+            draft.wake_at(found)
+        elif found is not None:
+            if run.run > 0:
+                draft.attempt_ended(run, found)
+            draft.do(AbandonRun(run.run, run.engine))
 
 
 def _refused(draft: Draft) -> bool:

@@ -70,8 +70,12 @@ class Draft:
 
     def active(self) -> RunView | None:
         """The attempt that is on its way, if any."""
-        runs = [run for run in self.seen.runs if run.run > 0 and run.owner == self.seen.uid and run.state in _OPEN]
-        return max(runs, key=lambda run: run.run, default=None)
+        own = (run for run in self.seen.runs if run.run > 0 and run.owner == self.seen.uid and run.state in _OPEN)
+        return max((run for run in own if not self.closed(run.run)), key=lambda run: run.run, default=None)
+
+    def closed(self, number: int) -> bool:
+        """Whether an attempt counts as ended, whatever may still be there of it."""
+        return "endTime" in (attempts.record_of(self.status, number) or {})
 
     def stop_asked(self, number: int) -> datetime | None:
         record = attempts.record_of(self.status, number) or {}
@@ -190,11 +194,20 @@ class Draft:
             "endTime": stamp(ended),
             "reason": ending.reason.value,
             "message": ending.message,
-            "retryable": ending.retryable or asked == Reason.SUSPENDED.value,
+            "retryable": ending.retryable or asked == Reason.SUSPENDED.value or self._memory_sufficed(record, ending),
             "counts": counts,
             "requested": asked == Reason.SUSPENDED.value,
             "checkpoint": self.status.get("lastCheckpoint", {}).get("uri"),
         }
+
+    def _memory_sufficed(self, record: Json, ending: Ending) -> bool:
+        """Memory ran out of an attempt that had saved a checkpoint: it is enough as a rule, and the next may get by.
+
+        One that never gets as far as a checkpoint needs another setting first.
+        """
+        return ending.reason in (Reason.OOM_KILLED, Reason.DEVICE_OOM) and attempts.progressed(
+            self.status, record["number"]
+        )
 
     def ask_stop(self, number: int) -> None:
         record = attempts.record_of(self.status, number)

@@ -50,6 +50,8 @@ class PodView:
     ip: str | None = None
     node: str | None = None
     deleting: bool = False
+    grace_over: datetime | None = None
+    """When a pod that is being deleted has had its grace period."""
     gone: bool = False
     """Deleted by now; kept for what it says of its run's end."""
     reason: str | None = None
@@ -195,6 +197,7 @@ def pod_view(body: Json) -> PodView | None:
         ip=status.get("podIP"),
         node=(body.get("spec") or {}).get("nodeName"),
         deleting="deletionTimestamp" in metadata,
+        grace_over=moment(metadata["deletionTimestamp"]) if "deletionTimestamp" in metadata else None,
         reason=status.get("reason"),
         message=status.get("message", ""),
         unschedulable=_condition_text(conditions.get("PodScheduled"), "False", "Unschedulable"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from finetune_operator.api import PAGE, Api, configuration, connect
 from finetune_operator.cache import Cache, Key
 from finetune_operator.controller import Controller
 from finetune_operator.engines import ENGINES, Engine
+from finetune_operator.leadership import Leadership
 from finetune_operator.metrics import Metrics
 from finetune_operator.observed import PodView, RunView, pod_view
 from finetune_operator.reflector import Reflector
@@ -155,10 +157,15 @@ def _probe(operator: Operator) -> Any:
 async def run(settings: Settings) -> None:
     """The operator, until it is cancelled or told to end by a signal."""
     api = await connect()
+    over = asyncio.Event()
+    leadership = None
+    if settings.operator_namespace and settings.lease:
+        identity = settings.identity or socket.gethostname()
+        leadership = Leadership(api, settings.operator_namespace, settings.lease, identity)
+        await leadership.acquire()
     settings = await with_token_key(api, settings)
     kuberay = settings.kuberay and await api.has_kuberay()
     cache, metrics = Cache(), Metrics()
-    over = asyncio.Event()
     controller = Controller(api, cache, settings, metrics, kuberay=kuberay, start_again=over.set)
     operator = Operator(settings, api, cache, controller, metrics)
     engines = [engine for engine in ENGINES.values() if engine.name != "kuberay" or kuberay]
@@ -171,6 +178,8 @@ async def run(settings: Settings) -> None:
         asyncio.create_task(begin(operator, watches), name="begin"),
         *(asyncio.create_task(watch.run(), name="watch") for watch in watches),
     ]
+    if leadership is not None:
+        tasks.append(asyncio.create_task(leadership.keep(over.set), name="lease"))
     for task in tasks:
         task.add_done_callback(lambda ended: _end_with(ended, over))
     try:
@@ -188,6 +197,8 @@ async def run(settings: Settings) -> None:
         ends = await asyncio.gather(*tasks, return_exceptions=True)
         await controller.queue.stop()
         await watching.close()
+        if leadership is not None:
+            await leadership.release()
         await api.close()
     for end in ends:
         if isinstance(end, Exception):

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune_api.job import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from finetune_operator import names
-from finetune_operator.actions import Action, DeleteJob, DeleteRun, Event, HoldJob, StartRun
+from finetune_operator.actions import AbandonRun, Action, DeleteJob, DeleteRun, Event, HoldJob, StartRun
 from finetune_operator.conditions import stamp
 from finetune_operator.engines import ENGINES, Engine, engine_of, indexed_job
 from finetune_operator.render.run import Run
@@ -42,10 +42,12 @@ class Create:
 
 @dataclass(frozen=True)
 class Delete:
-    """Delete an object and then what it owns; nothing where it is gone."""
+    """Delete an object and what it owns; nothing where it is gone."""
 
     path: str
     uid: str | None = None
+    children_first: bool = True
+    """Whether the object stays until what it owns has gone."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,9 @@ def plan(body: Json, actions: tuple[Action, ...], settings: Settings) -> list[Op
             operations += _start(Run(body, action.run, settings))
         elif isinstance(action, DeleteRun):
             operations.append(Delete(run_path(Run(body, action.run, settings), ENGINES[action.engine])))
+        elif isinstance(action, AbandonRun):
+            path = run_path(Run(body, action.run, settings), ENGINES[action.engine])
+            operations.append(Delete(path, children_first=False))
         elif isinstance(action, HoldJob):
             operations.append(_hold(body["metadata"], action.hold))
         elif isinstance(action, DeleteJob):

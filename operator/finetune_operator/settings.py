@@ -34,7 +34,11 @@ class Settings:
     network_policy: bool = False
     """Whether each run gets a NetworkPolicy that lets only its own pods and the operator in."""
     operator_namespace: str = ""
-    """Where the operator runs, for those policies and for the token key."""
+    """Where the operator runs, for those policies, for the token key and for the Lease."""
+    lease: str = "finetune-operator"
+    """Lease in that namespace, held by the one operator that is at work; none where it is empty."""
+    identity: str = ""
+    """Whom the Lease names. Default: this machine's name, which is the pod's."""
     image_pull_seconds: int = 300
     """How long an image may fail to be pulled before the attempt counts as failed."""
     start_seconds: int = 0

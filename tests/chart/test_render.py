@@ -74,7 +74,7 @@ def test_lint_has_nothing_to_say(tmp_path: Path) -> None:
 
 def test_every_setting_is_set_and_by_default_as_the_operator_has_it(default: list[Json]) -> None:
     given = environment(default, "finetune")
-    by_itself = {"token_key"}  # from its Secret
+    by_itself = {"token_key", "identity"}  # from its Secret, and from its pod's name
     fields = {field.name for field in dataclasses.fields(Settings)} - by_itself
     assert set(given) == {PREFIX + name.upper() for name in fields}
     version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
@@ -110,7 +110,7 @@ def test_older_kubernetes_is_refused(rendered: Render) -> None:
 
 def test_the_operator_meets_the_restricted_standard(default: list[Json]) -> None:
     deployment = only(default, "Deployment")["spec"]
-    assert deployment["replicas"] == 1 and deployment["strategy"] == {"type": "Recreate"}
+    assert deployment["replicas"] == 1 and deployment["strategy"]["type"] == "RollingUpdate"
     pod = deployment["template"]["spec"]
     (container,) = pod["containers"]
     assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == USER

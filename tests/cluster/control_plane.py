@@ -1,7 +1,7 @@
 """A Kubernetes control plane on loopback: etcd, kube-apiserver with RBAC, and the controllers that jobs rely on.
 
 There is no scheduler and no kubelet: Jobs make their pods, owners take their children with them and TTLs end, but a pod
-moves only when a test moves it (`kubelet_stand_in`).
+moves only when a test moves it (`kubelet_stand_in`). `tests/e2e` adds them.
 """
 
 from __future__ import annotations
@@ -47,9 +47,20 @@ class ControlPlane:
     """
 
     def __init__(
-        self, directory: Path, apiserver_options: Sequence[str] = (), controllers: Sequence[str] = ()
+        self,
+        directory: Path,
+        apiserver_options: Sequence[str] = (),
+        controllers: Sequence[str] = (),
+        *,
+        address: str = "127.0.0.1",
+        port: int = 0,
+        service_range: str = SERVICE_RANGE,
     ) -> None:
         """`apiserver_options` are added to the API server's own (an audit log, say), `controllers` to `CONTROLLERS`.
+
+        Args:
+            address: where the API server listens.
+            port: the port there; 0 is any that is free.
 
         Raises:
             MissingAsset: the binaries are neither given nor can be built.
@@ -61,7 +72,9 @@ class ControlPlane:
         self.start_seconds = 0.0
         """How long the last start took until all was ready."""
         self._etcd_port, self._etcd_peer_port, self._port, self._manager_port = (free_port() for _ in range(4))
-        self.url = f"https://127.0.0.1:{self._port}"
+        self._port = port or self._port
+        self._address, self._service_range = address, service_range
+        self.url = f"https://{address}:{self._port}"
         self.ca_file = directory / "certs" / "apiserver.crt"
         """The API server's certificate with the authority that signed it."""
         self.key_file = directory / "certs" / "apiserver.key"
@@ -160,8 +173,8 @@ class ControlPlane:
         return [
             f"--etcd-servers=http://127.0.0.1:{self._etcd_port}",
             f"--cert-dir={self.directory / 'certs'}",
-            "--bind-address=127.0.0.1",
-            "--advertise-address=127.0.0.1",
+            f"--bind-address={self._address}",
+            f"--advertise-address={self._address}",
             f"--secure-port={self._port}",
             "--endpoint-reconciler-type=none",
             "--authorization-mode=RBAC",
@@ -169,7 +182,7 @@ class ControlPlane:
             f"--service-account-issuer={ISSUER}",
             f"--service-account-key-file={self._sa_key}",
             f"--service-account-signing-key-file={self._sa_key}",
-            f"--service-cluster-ip-range={SERVICE_RANGE}",
+            f"--service-cluster-ip-range={self._service_range}",
             "--allow-privileged=true",
             "--profiling=false",
         ]

@@ -23,7 +23,9 @@ from filelock import FileLock
 MODULES = Path(__file__).parent / "assets"
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kubectl")
 WANTED = (*CONTROL_PLANE, "helm")
-"""What `make test` needs; the others are built when a test asks for them."""
+"""What `tests/cluster` needs."""
+NODE_PARTS = ("kubelet", "kube-scheduler", "coredns", "bridge", "loopback", "host-local")
+"""What `tests/e2e` needs beside it, where it can run."""
 ON_PATH = ("kubectl",)
 """Clients of any recent version will do: one on PATH is taken before any build."""
 BUILD_SECONDS = 2400
@@ -53,7 +55,7 @@ class GoModule:
     """A wrapper module that pins one upstream module and everything below it."""
 
     folder: str
-    """Below `assets/`: `go.mod`, `go.sum` and `tools.go`."""
+    """Below `assets/`: `go.mod`, `go.sum`, and `tools.go`, or `main.go` where the program is put together there."""
     upstream: str
     version_flags: Callable[[str], str]
     """Linker flags that tell the binary its version."""
@@ -77,7 +79,8 @@ class GoModule:
     @property
     def cache(self) -> Path:
         """Where its binaries are kept; another version, dependency or flag is another folder."""
-        parts = [(self.path / name).read_bytes() for name in ("go.mod", "go.sum")]
+        files = (self.path / name for name in ("go.mod", "go.sum", "main.go"))
+        parts = [file.read_bytes() for file in files if file.exists()]
         digest = hashlib.sha256(b"\0".join([*parts, self.linker_flags.encode()])).hexdigest()
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return root / "finetune-operator" / "kube" / f"{self.folder}-{self.version}-{digest[:12]}"
@@ -106,9 +109,17 @@ CNI = GoModule(
     },
 )
 COREDNS = GoModule(
-    "coredns", "github.com/coredns/coredns", lambda version: "", {"coredns": "github.com/coredns/coredns"}
+    "coredns", "github.com/coredns/coredns", lambda version: "", {"coredns": "finetune.dev/assets/coredns"}
 )
-ALL_MODULES = (ETCD, KUBERNETES, HELM, CNI, COREDNS)
+_KUBE_ROUTER = "github.com/cloudnativelabs/kube-router/v2"
+KUBE_ROUTER = GoModule(
+    "kube-router", _KUBE_ROUTER, lambda version: "", {"kube-router": f"{_KUBE_ROUTER}/cmd/kube-router"}
+)
+"""It enforces NetworkPolicies."""
+_FAKE_GCS = "github.com/fsouza/fake-gcs-server"
+FAKE_GCS = GoModule("fake-gcs", _FAKE_GCS, lambda version: "", {"fake-gcs-server": _FAKE_GCS})
+"""It speaks Google Cloud Storage's API."""
+ALL_MODULES = (ETCD, KUBERNETES, HELM, CNI, COREDNS, KUBE_ROUTER, FAKE_GCS)
 SOURCES = {name: module for module in ALL_MODULES for name in module.packages}
 
 
@@ -170,8 +181,10 @@ def _output_name(package: str) -> str:
 def main(names: list[str]) -> None:
     """Have the binaries ready and say where they are; a machine that can't have them is told so, and that's all."""
     start = time.monotonic()
+    nodes = os.geteuid() == 0 and shutil.which("containerd") is not None
+    wanted = (*WANTED, *NODE_PARTS) if nodes else WANTED
     try:
-        for name, path in assets(names or WANTED).items():
+        for name, path in assets(names or wanted).items():
             print(f"{name}: {path}")
     except MissingAsset as missing:
         print(f"tests/cluster will be skipped: {missing}")

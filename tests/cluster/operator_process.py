@@ -21,6 +21,7 @@ FAST = {
     "FINETUNE_BACKOFF_SECONDS": "1",
     "FINETUNE_IMAGE_PULL_SECONDS": "3",
     "FINETUNE_RAY_VERSION": "2.60.0",
+    "FINETUNE_LEASE": "",  # it would be renewed between the writes that tests count; `test_operator_lease` has one
 }
 
 

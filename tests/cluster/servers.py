@@ -33,6 +33,10 @@ class Server:
         assert self._process is not None, f"{self.name} was never started"
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def start(self, ready: Callable[[], bool], timeout: float = 60) -> None:
         """Start it and come back once `ready()`.
 
@@ -57,7 +61,7 @@ class Server:
 
     def stop(self, grace: float = 20) -> None:
         """SIGTERM, and SIGKILL where that is not heard within `grace` seconds; nothing where it is not running."""
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or not self.running:
             return
         self._process.send_signal(signal.SIGTERM)
         if not self._ended_within(grace):

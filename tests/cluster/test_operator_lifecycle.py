@@ -20,9 +20,7 @@ def pods_of(kubelet: KubeletStandIn, namespace: str, run: int | str, count: int 
     return kubelet.pods(namespace, count, selector=SELECTOR.format(run))
 
 
-def test_from_apply_to_succeeded(
-    jobs: Jobs, kubelet: KubeletStandIn, core: client.CoreV1Api, namespace: str
-) -> None:
+def test_from_apply_to_succeeded(jobs: Jobs, kubelet: KubeletStandIn, core: client.CoreV1Api, namespace: str) -> None:
     made = jobs.create(job(resources={"nodes": 2, "workersPerNode": 1}))
     first, second = pods_of(kubelet, namespace, 1, 2)
     config = core.list_namespaced_config_map(namespace, label_selector=SELECTOR.format(1)).items[0]
@@ -47,9 +45,7 @@ def test_from_apply_to_succeeded(
     assert done["status"]["attempts"][0]["reason"] == "Completed"
 
 
-def test_a_user_error_is_told_and_never_retried(
-    jobs: Jobs, kubelet: KubeletStandIn, namespace: str
-) -> None:
+def test_a_user_error_is_told_and_never_retried(jobs: Jobs, kubelet: KubeletStandIn, namespace: str) -> None:
     jobs.create(job())
     (pod,) = pods_of(kubelet, namespace, 1)
     kubelet.running(namespace, pod)

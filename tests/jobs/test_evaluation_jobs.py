@@ -18,9 +18,7 @@ from running import done, run, start
 pytestmark = pytest.mark.timeout(900)
 Job = dict[str, Any]
 Write = Callable[[Job], Path]
-SCHEMA = "CREATE TABLE t (a INTEGER, b INTEGER); " + "".join(
-    f"INSERT INTO t VALUES ({a}, {a + a});" for a in range(8)
-)
+SCHEMA = "CREATE TABLE t (a INTEGER, b INTEGER); " + "".join(f"INSERT INTO t VALUES ({a}, {a + a});" for a in range(8))
 ROWS = [
     {"prompt": [{"role": "user", "content": f"b of {a}"}],
      "completion": [{"role": "assistant", "content": f"SELECT b FROM t WHERE a={a}"}]}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from worlds import NOW, VALID, ago, attempt, conditions, pod, run, said, seen
 
-from finetune_operator.actions import DeleteJob, DeleteRun, StartRun, StopRun
+from finetune_operator.actions import AbandonRun, DeleteJob, DeleteRun, StartRun, StopRun
 from finetune_operator.conditions import Reason
 from finetune_operator.decide import decide
 from finetune_operator.observed import Complaint, Observed, RunState, Trouble
@@ -113,6 +113,29 @@ CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
     "what another engine began is deleted there": (
         seen(RUNNING, run(engine="kuberay", state=RunState.PENDING), runPolicy={"suspend": True}),
         "Stopping", (DeleteRun(1, "kuberay"),)),
+    "a node that is gone takes its attempt along": (
+        seen(RUNNING, run(), pod(), pod(index=1, grace_over=31)), "Retrying", (AbandonRun(1, "job"),)),
+    "a pod has time to end": (seen(RUNNING, run(), pod(), pod(index=1, grace_over=29)), "Running", ()),
+    "a pod that has ended is not lost": (
+        seen(RUNNING, run(), pod(), pod(index=1, grace_over=100, phase="Failed")), "Running", ()),
+    "a suspension does not wait for a lost node": (
+        seen(RUNNING, run(deleting=True), pod(grace_over=31), runPolicy={"suspend": True}),
+        "Suspended", (AbandonRun(1, "job"),)),
+    "the next attempt does not wait for what is left of a lost one": (
+        seen(failed(attempt(1, "NodeLost", 11)), run(deleting=True), pod(grace_over=50)),
+        "Pending", (AbandonRun(1, "job"), StartRun(2))),
+    "a preflight on a lost node is given up": (
+        seen({"conditions": VALID[:1]}, run(0), pod(0, grace_over=31), kubernetes={}),
+        "Preflight", (AbandonRun(0, "job"),)),
+    "memory that runs out before any checkpoint ends it": (
+        seen(RUNNING, run(state=RunState.FAILED), pod(terminated="OOMKilled", exit_code=137)), "Failed", ()),
+    "memory that runs out after one is tried again": (
+        seen(RUNNING | {"lastCheckpoint": {"uri": "c-1", "stage": 1, "step": 10}}, run(state=RunState.FAILED),
+             pod(terminated="OOMKilled", exit_code=137)), "Retrying", ()),
+    "but not twice at the same place": (
+        seen({"conditions": VALID, "attempts": [attempt(1, "OOMKilled", 60, checkpoint="c-1"), attempt(2)],
+              "attempt": 2, "lastCheckpoint": {"uri": "c-1", "stage": 1, "step": 10}},
+             run(2, RunState.FAILED), pod(2, terminated="OOMKilled", exit_code=137)), "Failed", ()),
     "preflight passed": (
         seen({"conditions": VALID[:1]}, run(0, RunState.SUCCEEDED),
              pod(0, termination_message=said(plan={"parameters": 7})), kubernetes={}), "Pending", (StartRun(1),)),

@@ -55,7 +55,7 @@ def test_peaks(name: str, dtype: torch.dtype, teraflops: float) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["CPU", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"]
+    ["CPU", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"],
 )
 def test_unknown_peaks(name: str) -> None:
     assert peak_flops(name, torch.bfloat16) is None

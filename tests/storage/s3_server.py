@@ -113,5 +113,3 @@ class S3Server:
             "-volume.max=20",
             *(f"-{name}={port}" for name, port in ports.items()),
         ]
-
-

@@ -13,10 +13,12 @@ import pytest
 from s3_server import BUCKET, S3Server
 
 from finetune_trainer import patience
+from finetune_trainer.checkpoint.hold import Hold
 from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.data.readers import read_rows
 from finetune_trainer.data.sources import find_files
-from finetune_trainer.layout import MANIFEST, StageLayout
+from finetune_trainer.errors import Interrupted
+from finetune_trainer.layout import MANIFEST, RUN_CONFIG, StageLayout
 from finetune_trainer.storage import Storage
 
 MIB = 1 << 20
@@ -80,6 +82,18 @@ def test_a_checkpoint_counts_once_its_manifest_is_there(store: CheckpointStore) 
     newest = store.newest()
     assert newest is not None and newest.step == 1 and newest.files["inner/rng"] == 1
     assert store.clean() == [2, 3] and store.steps() == [1]
+
+
+def test_parts_of_an_upload_that_never_ended_go_too(store: CheckpointStore, s3: S3Server) -> None:
+    """Those of this stage: another's upload may be on its way."""
+    bucket, _, root = store.storage.path("").partition("/")
+    own, others = f"{root}/{store.layout.checkpoint(9)}/model.safetensors", f"{root}-other/model.safetensors"
+    for key in (own, others):
+        upload = s3.fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)["UploadId"]
+        s3.fs.call_s3("upload_part", Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"x" * 5 * MIB)
+    store.clean()
+    left = s3.fs.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads") or []
+    assert [item["Key"] for item in left if item["Key"].startswith(root)] == [others]
 
 
 def test_a_checkpoint_that_lost_a_file_does_not_count(store: CheckpointStore, tmp_path: Path) -> None:
@@ -151,3 +165,15 @@ def test_rows_of_a_bucket_as_a_source(storage: Storage, tmp_path: Path) -> None:
     for uri in ("data/", "data/*.jsonl"):
         files = find_files(f"s3://{storage.root}/{uri}", "uri", "auto", "data", tmp_path)
         assert [row["text"] for file in files for row, _ in read_rows(file)] == ["a", "b"]
+
+
+def test_an_attempt_that_a_later_one_has_followed_saves_no_more(storage: Storage) -> None:
+    """As on a node that the cluster has given up, which is alive all the same."""
+    first, second = Hold(storage, 1), Hold(storage, 2)
+    first.check()  # nobody has begun: nothing to lose
+    storage.write_text(RUN_CONFIG, json.dumps({"attempt": 1}))
+    first.check()
+    storage.write_text(RUN_CONFIG, json.dumps({"attempt": 2}))
+    second.check()
+    with pytest.raises(Interrupted, match="attempt 2 has taken over from attempt 1"):
+        first.check()

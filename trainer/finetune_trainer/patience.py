@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -41,7 +42,7 @@ def passing(error: BaseException) -> bool:
     """Whether a store's error says nothing about the store as it will be in a while."""
     if isinstance(error, _LASTING):
         return False
-    return isinstance(error, (OSError, *_of_libraries()))
+    return isinstance(error, (OSError, *_of_libraries())) or _passes_in_gcs(error)
 
 
 def _of_libraries() -> tuple[type[BaseException], ...]:
@@ -52,6 +53,12 @@ def _of_libraries() -> tuple[type[BaseException], ...]:
     from botocore.parsers import ResponseParserError
 
     return (ClientError, S3ConnectionError, HTTPClientError, ResponseParserError)
+
+
+def _passes_in_gcs(error: BaseException) -> bool:
+    """gcsfs tells by an error's code; where it isn't imported, the error is not its own."""
+    retry = sys.modules.get("gcsfs.retry")
+    return retry is not None and bool(retry.is_retriable(error))
 
 
 def _as_os_error(error: Exception, what: str) -> OSError:

@@ -11,6 +11,7 @@ QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would start each worker by `uv run` too, which may fail
     "RAY_raylet_start_wait_time_s": "180",  # the default 30 s is too short for a busy machine
+    "RAY_prestart_worker_first_driver": "0",  # a process per CPU, which no worker of ours can take over
     "RAY_worker_niceness": "0",  # Ray runs its workers at 15, behind whatever else the machine does
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line of a worker appears twice
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",

@@ -108,6 +108,26 @@ class Storage:
         except FileNotFoundError:
             return
 
+    def drop_uploads(self, relative: str) -> int:
+        """Abort the uploads in parts that began below a directory and never ended; returns how many there were.
+
+        S3 keeps their parts, and bills them, until somebody does. Google's end by themselves. Who may not list them
+        leaves them to the bucket's own rules.
+        """
+        if "s3" not in self.fs.protocol:
+            return 0
+        bucket, _, key = self.path(relative).partition("/")
+        try:
+            return self._patiently(lambda: self._abort_uploads(bucket, f"{key}/"), f"aborting uploads of {relative}")
+        except PermissionError:
+            return 0
+
+    def _abort_uploads(self, bucket: str, prefix: str) -> int:
+        found = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix).get("Uploads") or []
+        for upload in found:
+            self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        return len(found)
+
     def upload(self, local: Path, relative: str) -> None:
         """Copy a local directory's files into one in storage."""
         if self.is_local:

@@ -24,8 +24,7 @@ _DISRUPTED: Json = {
     "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
 }
 _TELLING = [
-    code.value
-    for code in (ExitCode.USER_ERROR, ExitCode.OUT_OF_MEMORY, ExitCode.GATE_NOT_PASSED, ExitCode.INTERRUPTED)
+    code.value for code in (ExitCode.USER_ERROR, ExitCode.OUT_OF_MEMORY, ExitCode.GATE_NOT_PASSED, ExitCode.INTERRUPTED)
 ]
 
 

@@ -123,6 +123,7 @@ class CheckpointStore:
         torn = [step for step in self.steps() if self.manifest(step) is None]
         for step in torn:
             self._delete(step)
+        self.storage.drop_uploads(self.layout.checkpoints)
         return torn
 
     def _delete(self, step: int) -> None:

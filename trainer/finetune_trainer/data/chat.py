@@ -9,7 +9,6 @@ from typing import Any, cast
 import jinja2
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from finetune_trainer.data.forms import Message
 
@@ -41,6 +40,8 @@ class ChatFormat:
         self.backend = tokenizer.backend_tokenizer
         template = tokenizer.chat_template
         self.template: str | None = template["default"] if isinstance(template, dict) else template
+        from trl.chat_template_utils import has_generation_markers  # takes seconds to import, for dialogues alone
+
         if self.template is not None and not has_generation_markers(self.template):
             self.template = _training_twin(tokenizer) or self.template
         self.marked = self.template is not None and has_generation_markers(self.template)
@@ -125,6 +126,8 @@ def _shared_length(first: str, second: str) -> int:
 
 
 def _training_twin(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    from trl.chat_template_utils import get_training_chat_template
+
     try:
         twin: str | None = get_training_chat_template(tokenizer)
     except (ValueError, TypeError, jinja2.TemplateError):

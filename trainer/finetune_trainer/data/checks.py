@@ -38,9 +38,7 @@ class _Seen:
     first: dict[str, str] = field(default_factory=dict)
 
 
-def inspect(
-    spec: DataSpec, kind: Kind, where: str, base_dir: Path, *, referenced: bool = False
-) -> list[Problem]:
+def inspect(spec: DataSpec, kind: Kind, where: str, base_dir: Path, *, referenced: bool = False) -> list[Problem]:
     """Every fault found in a spec's data; `where` is its path, such as `stages[1].sft.data`.
 
     Files up to 64 MiB in all per source are read to their end, of larger ones and of hub datasets the first 1000
@@ -59,9 +57,7 @@ def inspect(
     return problems + _identical(looked, where) + _mixed(looked, where) + _too_few(looked, problems, spec, where)
 
 
-def _look(
-    located: Located, where: str, spec: DataSpec, kind: Kind, referenced: bool
-) -> tuple[_Seen, list[Problem]]:
+def _look(located: Located, where: str, spec: DataSpec, kind: Kind, referenced: bool) -> tuple[_Seen, list[Problem]]:
     seen = _Seen()
     try:
         for row, place in _rows(located):

@@ -140,9 +140,7 @@ def _check_header(header: list[str], file: DataFile) -> None:
         raise UserError([Problem("", f"{where}: the column `{twice[0]}` is there more than once")])
     other = next((mark for mark in OTHER_SEPARATORS if len(header) == 1 and mark in header[0]), None)
     if other is not None:
-        message = (
-            f"{where}: the header is one column, `{header[0]}`: expected commas between columns, not {other!r}"
-        )
+        message = f"{where}: the header is one column, `{header[0]}`: expected commas between columns, not {other!r}"
         raise UserError([Problem("", message)])
 
 

@@ -40,5 +40,3 @@ def _merged(model: PeftModel) -> PreTrainedModel:
     dtype = model.get_base_model().config.dtype or torch.float32
     whole: PreTrainedModel = model.float().merge_and_unload(safe_merge=True)  # type: ignore[operator]
     return whole.to(dtype)  # type: ignore[arg-type]
-
-

@@ -74,7 +74,7 @@ def _train(run: RunConfig, reporter: AttemptReporter, stop: threading.Event) -> 
 
     pipeline = Pipeline(run, Reporters([PlainReporter(sys.stdout), reporter]), stop)
     reporter.finished_before(pipeline.finished_stages())
-    pipeline.execute(resume=True)
+    pipeline.execute(resume=True, checked=run.job.spec.kubernetes.preflight)
 
 
 def _words(error: BaseException) -> str:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import ray
-import torch
 
 from finetune_api.cluster import Resources
-from finetune_trainer.plan.quantities import parse_quantity
+from finetune_trainer.forks.start import lean
+from finetune_trainer.launch.threads import threads_per_worker
 from finetune_trainer.runtime import quiet_environment
 
 
@@ -36,15 +35,24 @@ class Workers:
 
 def plan_workers(resources: Resources) -> Workers:
     """The workers a job asks for, on this machine where it leaves the question open."""
-    gpus = resources.gpus_per_node if resources.gpus_per_node is not None else torch.cuda.device_count()
+    gpus = resources.gpus_per_node if resources.gpus_per_node is not None else _gpus()
     per_node = gpus or resources.workers_per_node or 1
     nodes = resources.nodes or 1
     least, most = (resources.min_nodes or nodes) * per_node, (resources.max_nodes or nodes) * per_node
-    return Workers(least, most, gpus > 0, max(1, _cpus(resources) // _sharers(per_node, most)))
+    return Workers(least, most, gpus > 0, threads_per_worker(resources, _sharers(per_node, most)))
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def start_ray(workers: Workers, temp_dir: Path | None = None) -> None:
     """Connect to the cluster that RAY_ADDRESS names, or start one on this machine."""
+    import ray
+
+    lean()
     env = quiet_environment(workers.accelerator)
     runtime = {"env_vars": env | {"OMP_NUM_THREADS": str(workers.cpus)}}
     if os.environ.get("RAY_ADDRESS"):
@@ -71,14 +79,10 @@ def keep_signal_handlers() -> None:
 
 def stop_ray(started: Future[None]) -> None:
     """Leave the cluster; one that was started here ends."""
+    import ray
+
     wait([started])
     ray.shutdown()
-
-
-def _cpus(resources: Resources) -> int:
-    if resources.cpus_per_node is not None:
-        return max(1, int(parse_quantity(resources.cpus_per_node)))
-    return len(os.sched_getaffinity(0))
 
 
 def _sharers(per_node: int, most: int) -> int:

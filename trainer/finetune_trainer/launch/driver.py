@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.errors import GateNotPassed, Interrupted, OutOfMemory, TrainingFailed
+from finetune_trainer.forks.client import fork_server
 from finetune_trainer.gate import require_gate
 from finetune_trainer.launch.cluster import Workers, keep_signal_handlers, plan_workers, start_ray, stop_ray
 from finetune_trainer.launch.failures import Failure, Kind
 from finetune_trainer.launch.group_fit import GroupFit, keep_trying
+from finetune_trainer.launch.nodes import Nodes
+from finetune_trainer.launch.preload import LIBRARIES, worker_modules
 from finetune_trainer.launch.preparation import Preparation
 from finetune_trainer.launch.resume import finished, open_run
 from finetune_trainer.launch.tokenizer_run import run_tokenizer_stage
@@ -43,8 +48,11 @@ class Pipeline:
         self.plans: dict[int, StagePlan] = {}
         self.peak: float | None = None
 
-    def execute(self, *, resume: bool = False, fresh: bool = False) -> None:
+    def execute(self, *, resume: bool = False, fresh: bool = False, checked: bool = False) -> None:
         """Run every stage that isn't done, then write the report.
+
+        Args:
+            checked: a preflight has passed elsewhere.
 
         Raises:
             UserError: nothing was trained, or a stage found its data or settings unusable.
@@ -52,7 +60,8 @@ class Pipeline:
             Interrupted: stopped on request, a checkpoint saved.
             OutOfMemory, TrainingFailed: a stage failed; its checkpoints are kept.
         """
-        preflight(self.run, self.workers)
+        if not checked:
+            preflight(self.run, self.workers)
         open_run(self.run, self.storage, resume=resume, fresh=fresh)
         for layout in self._todo(done=True):
             self.reporter.log(f"{layout.title}: done before, not run again")
@@ -77,7 +86,7 @@ class Pipeline:
     def _run_stages(self) -> None:
         # Ray starts while data is prepared. Its processes die with the thread that started them (PR_SET_PDEATHSIG), so
         # that thread must live as long as the pipeline: an executor's does.
-        with ThreadPoolExecutor(max_workers=1) as background:
+        with self._forks(), ThreadPoolExecutor(max_workers=1) as background:
             ray_started = background.submit(start_ray, self.workers)
             try:
                 self._tokenizer()
@@ -86,6 +95,12 @@ class Pipeline:
             finally:
                 self._report()
                 stop_ray(ray_started)
+
+    def _forks(self) -> AbstractContextManager[object]:
+        """What Ray's workers are forked from; on a cluster each node has one already."""
+        if os.environ.get("RAY_ADDRESS"):
+            return nullcontext()
+        return fork_server([*LIBRARIES], worker_modules(self.run))
 
     def _todo(self, done: bool = False) -> list[StageLayout]:
         states = finished(self.run, self.storage)
@@ -117,6 +132,7 @@ class Pipeline:
             self.stop.wait,
             self.run.job.spec.run_policy.backoff_limit,
             self.reporter.log,
+            Nodes(self.run.job.spec.resources, self.stop).missing,
         )
         if failure is not None:
             self._raise(failure)

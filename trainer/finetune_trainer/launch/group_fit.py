@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,7 @@ class GroupFit:
         stop: once it is set, the workers are asked to save a checkpoint and stop.
     """
 
-    def __init__(
-        self, run: RunConfig, workers: Workers, hear: Callable[[Event], None], stop: threading.Event
-    ) -> None:
+    def __init__(self, run: RunConfig, workers: Workers, hear: Callable[[Event], None], stop: threading.Event) -> None:
         self.run, self.workers, self.hear, self.stop = run, workers, hear, stop
 
     def attempt(self, stages: list[StageWork]) -> Failure | None:
@@ -104,10 +103,12 @@ def keep_trying(
     wait: Callable[[float], bool],
     limit: int,
     log: Callable[[str], None],
+    missing: Callable[[], str],
 ) -> Failure | None:
     """Attempt until done, until a failure that no retry mends, or until `limit` retries without progress.
 
     Args:
+        missing: what stands in the way of another attempt and won't go away; empty where nothing does.
         progressed: whether a checkpoint or a stage was completed since it was last asked; sets the count back.
         wait: waits so many seconds; true where it was asked to stop meanwhile.
     """
@@ -122,6 +123,8 @@ def keep_trying(
         log(f"{failure.kind.value}: {_last_line(failure.text)}; starting again from the last checkpoint")
         if wait(min(2.0 ** (retries - 1), 60.0) if retries else 0.0):
             return failure
+        if obstacle := missing():
+            return replace(failure, text=f"{failure.text}\n{obstacle}")
 
 
 def _last_line(text: str) -> str:

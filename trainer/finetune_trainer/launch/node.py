@@ -1,4 +1,7 @@
-"""A pod of an Indexed Job: pod 0 starts the Ray head and drives; the others join it and leave with it."""
+"""A pod of an Indexed Job: pod 0 starts the Ray head and drives; the others join it and leave with it.
+
+While Ray starts, a process beside it imports the libraries; the driver and Ray's workers are its forks (`forks`).
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,9 @@ import psutil
 from finetune_api.exit_codes import ExitCode
 from finetune_api.report import PORT, STOP_PATH
 from finetune_api.runconfig import RunConfig
+from finetune_trainer.forks.client import fork_server, run_fork
+from finetune_trainer.launch.preload import LIBRARIES, worker_modules
+from finetune_trainer.launch.threads import threads_per_worker
 from finetune_trainer.runtime import apply_environment, quiet_environment
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
@@ -27,7 +33,8 @@ HEAD_SECONDS = 1800.0
 RETRY_SECONDS = 0.5
 SIGTERM_EXIT = 128 + signal.SIGTERM
 OBJECT_STORE_BYTES = 256 * 2**20
-_RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+_RAY = [sys.executable, "-m", "finetune_trainer.forks.start"]
+_DRIVE = Path(__file__).with_name("drive.py")
 
 
 def run_node(config: Path) -> int:
@@ -39,10 +46,10 @@ def run_node(config: Path) -> int:
     apply_environment(quiet_environment(accelerator=gpus > 0))
     # A lost head ends its nodes soon, so that the pods make room for the next attempt's.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
-    address = os.environ[HEAD_VARIABLE]
-    if int(os.environ.get(INDEX_VARIABLE, "0")) == 0:
-        return _head(config, address, gpus)
-    return _worker(address, gpus)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_worker(run.job.spec.resources)))
+    address, first = os.environ[HEAD_VARIABLE], int(os.environ.get(INDEX_VARIABLE, "0")) == 0
+    with fork_server([*LIBRARIES], worker_modules(run)):
+        return _head(config, address, gpus) if first else _worker(address, gpus)
 
 
 def _head(config: Path, address: str, gpus: int) -> int:
@@ -52,7 +59,8 @@ def _head(config: Path, address: str, gpus: int) -> int:
     port = address.rpartition(":")[2]
     _start(["--head", f"--node-ip-address={ip}", f"--port={port}", "--include-dashboard=false", *_share(gpus)])
     os.environ["RAY_ADDRESS"] = f"{ip}:{port}"
-    return int(drive(config))
+    code = run_fork([str(_DRIVE), str(config)])
+    return int(drive(config)) if code is None else code
 
 
 def _worker(address: str, gpus: int) -> int:

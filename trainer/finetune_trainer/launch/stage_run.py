@@ -19,6 +19,7 @@ from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import StageSpec
 from finetune_api.training import TrainingSpec
+from finetune_trainer.checkpoint.hold import Hold
 from finetune_trainer.checkpoint.store import CheckpointStore, Manifest
 from finetune_trainer.checkpoint.universal import SUFFIX, to_universal
 from finetune_trainer.data import Prepared, eval_prompts, prepare
@@ -93,9 +94,7 @@ class _Callbacks:
 class StageRun:
     """Ties a stage's trainer to storage, to the other workers and to the driver."""
 
-    def __init__(
-        self, context: StageContext, storage: Storage, end: WorkerEnd, peers: Peers, work: StageWork
-    ) -> None:
+    def __init__(self, context: StageContext, storage: Storage, end: WorkerEnd, peers: Peers, work: StageWork) -> None:
         self.context, self.storage, self.end, self.peers, self.work = context, storage, end, peers, work
         self.first = context.placement.rank == 0
         self.scratch = scratch(context.run, context.layout.index)
@@ -221,6 +220,7 @@ class StageRun:
         self.storage.write_text(self.context.layout.data_report, report)
 
     def _write_done(self, steps: int, seconds: float, tokens: int, metrics: dict[str, float]) -> None:
+        Hold(self.storage, self.context.run.attempt).check()
         done = {
             "steps": steps,
             "seconds": seconds,

@@ -17,9 +17,7 @@ from finetune_trainer.stages.tokenizer import bytes_per_token, train_tokenizer
 from finetune_trainer.storage import Storage
 
 
-def run_tokenizer_stage(
-    run: RunConfig, storage: Storage, layout: StageLayout, reporter: Reporter
-) -> dict[str, float]:
+def run_tokenizer_stage(run: RunConfig, storage: Storage, layout: StageLayout, reporter: Reporter) -> dict[str, float]:
     """Train, measure on held-out text, save; returns the stage's metrics."""
     started = time.monotonic()
     spec = run.job.spec.stages[layout.index].spec

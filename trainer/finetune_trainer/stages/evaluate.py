@@ -143,9 +143,7 @@ class Evaluation:
     def _samples(self) -> list[dict[str, Any]]:
         if not self.spec.generates:
             return []
-        journals = {
-            one.name: Journal(self.tools.storage, self.context.layout, one.name).known() for one in self.models
-        }
+        journals = {one.name: Journal(self.tools.storage, self.context.layout, one.name).known() for one in self.models}
         return [
             {
                 "prompt": row.shown,

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from finetune_api.stages import EsftSpec
 from finetune_trainer.esft.families import expert_layers
-from finetune_trainer.esft.heat_map import draw
 from finetune_trainer.esft.load_report import load_report
 from finetune_trainer.esft.scores import ExpertScores, measure_scores
 from finetune_trainer.esft.selection import ExpertConfig, config_from, select_layers
@@ -90,4 +89,6 @@ class ExpertChoice:
         if self.context.placement.rank != 0:
             return
         self.storage.write_text(self.context.layout.expert_scores, json.dumps(self.before))
+        from finetune_trainer.esft.heat_map import draw  # matplotlib loads slowly, and only here
+
         self.storage.write_bytes(self.context.layout.expert_load, draw(self.before, self.spec.score))

@@ -36,9 +36,7 @@ def make_trainer(context: StageContext) -> Any:
 
 def _causal(context: StageContext, spec: PretrainSpec) -> Any:
     # The arguments come first: with ZeRO-3 they divide the model among the workers while it loads.
-    args = trl.SFTConfig(
-        **training_arguments(context), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
-    )
+    args = trl.SFTConfig(**training_arguments(context), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     return CausalTrainer(
         model=_model(context, spec),
         args=args,

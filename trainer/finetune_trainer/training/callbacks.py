@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune_api.problems import Problem
+from finetune_trainer.checkpoint.hold import Hold
 from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.errors import UserError
 from finetune_trainer.plan.steps import mfu
@@ -160,6 +161,7 @@ class CheckpointCallback(TrainerCallback):
         if placement.rank == 0:
             if self.progress.log_file is not None:
                 self.store.push_metrics(self.progress.log_file.path)
+            Hold(self.store.storage, self.context.run.attempt).check()
             self.store.publish(
                 step,
                 world_size=placement.world_size,

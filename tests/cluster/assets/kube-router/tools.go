@@ -3,4 +3,4 @@
 // Package tools keeps the commands that are built here in go.mod.
 package tools
 
-import _ "github.com/coredns/coredns"
+import _ "github.com/cloudnativelabs/kube-router/v2/cmd/kube-router"

@@ -1,0 +1,100 @@
+"""Faults at random moments on a cluster of two real nodes: `python benchmarks/faults.py --rounds 5`, as root.
+
+Each kind of fault strikes a long job of two pods so many times. A job that nothing befalls runs first; every other one
+must come to the same loss at every step. Prints a line for each round and ends with a table. See `tests/e2e` for what
+the cluster needs; the kinds are those of `tests/e2e/faults.py`, and `image`, a job whose image comes late.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections import defaultdict, deque
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests" / name) for name in ("cluster", "e2e", "storage")]
+
+# ruff: noqa: E402  the tests' own modules are no package: they are found by path
+from campaign import Campaign, Round, late_image, new_chance, same_curve, write
+from cluster_jobs import apply, curve, long_job, until_succeeded
+from faults import KINDS, Victim
+from finetune_jobs import Jobs
+from following import Following
+from kubernetes import client
+from stage import set_up
+
+CALM_SECONDS = 1800
+IMAGE = "image"
+
+
+def main() -> None:
+    """Rounds in random order, over as many jobs as they need."""
+    arguments = _arguments()
+    chance = new_chance(arguments.seed)
+    kinds = [kind for kind in arguments.kinds.split(",") for _ in range(arguments.rounds)]
+    chance.shuffle(kinds)
+    with ExitStack() as stack:
+        victim = set_up(stack, chance)
+        rounds = [late_image(replace(victim, name=f"late-{n}")) for n in range(kinds.count(IMAGE))]
+        left = deque(kind for kind in kinds if kind != IMAGE)
+        calm = _calm(victim, arguments.steps) if left else []
+        number = 0
+        while left:
+            number += 1
+            rounds += _job(victim, f"hit-{number}", arguments.steps, left, calm)
+            write(rounds, arguments.out)
+    write(rounds, arguments.out)
+    print(_table(rounds))
+    sys.exit(any(round.faults for round in rounds))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="of each kind")
+    parser.add_argument("--kinds", default=",".join([*KINDS, IMAGE]), help="some of them, joined by commas")
+    parser.add_argument("--steps", type=int, default=3000, help="of a job: a new one begins when they are used up")
+    parser.add_argument("--seed", type=int, help="of the moments and of their order")
+    parser.add_argument("--out", type=Path, default=Path("faults.json"), help="every round, as JSON")
+    return parser.parse_args()
+
+
+def _calm(victim: Victim, steps: int) -> list[tuple[int, float]]:
+    started = time.monotonic()
+    apply(victim.admin, victim.namespace, long_job("calm", victim.cluster.pod_template, steps=steps, save=20))
+    with victim.admin.client() as api:
+        until_succeeded(Jobs(client.CustomObjectsApi(api), victim.namespace), "calm", CALM_SECONDS)
+    print(f"undisturbed: {steps} steps in {time.monotonic() - started:.0f} s", flush=True)
+    return curve(victim.s3, victim.namespace, "calm")
+
+
+def _job(victim: Victim, name: str, steps: int, left: deque[str], calm: list[tuple[int, float]]) -> list[Round]:
+    struck = replace(victim, name=name, following=Following(victim.admin, victim.namespace, name))
+    rounds = Campaign(struck, steps, lambda round: print(round, flush=True)).run(left)
+    same_curve(struck, calm)
+    print(f"{name}: {len(rounds)} faults, every one of {steps} losses as undisturbed", flush=True)
+    return rounds
+
+
+def _table(rounds: list[Round]) -> str:
+    """Markdown: a row per kind."""
+    by_kind: defaultdict[str, list[Round]] = defaultdict(list)
+    for round in rounds:
+        by_kind[round.kind].append(round)
+    rows = ["| fault | rounds | training broke off | seconds until it went on: median (most) | steps repeated: most |"
+            " checkpoints lost |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for kind, some in by_kind.items():
+        seconds = [round.seconds for round in some]
+        lost = sum(any("was complete" in fault for fault in round.faults) for round in some)
+        rows.append(f"| {kind} | {len(some)} | {sum(round.broken for round in some)} | "
+                    f"{statistics.median(seconds):.0f} ({max(seconds):.0f}) | "
+                    f"{max(round.repeated for round in some)} | {lost} |")  # fmt: skip
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""From `kubectl apply` to the first training step on a cluster of two real nodes: `python benchmarks/start_up.py`.
+
+As root; `tests/e2e` says what the cluster needs. The image is present, the preflight runs first, and every job is new:
+its prepared data and its caches are its own. Prints where the seconds go: the median of some jobs, by the clocks of the
+API server, the kubelets and the driver's log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests" / name) for name in ("cluster", "e2e", "storage")]
+
+# ruff: noqa: E402  the tests' own modules are no package: they are found by path
+from cluster_jobs import apply, long_job
+from faults import Victim
+from following import Following
+from stage import set_up
+
+from finetune_api.labels import JOB_LABEL
+
+Json = dict[str, Any]
+SECONDS = 300
+MARKS = {
+    "tokenizer begins": "[1/2 tokenizer]",
+    "workers run": "[2/2 pretrain]: ",
+    "model is built": "pretrain: model ready",
+    "first step": "[2/2 pretrain] 1/",
+}
+"""Words of the driver's log, in order; the first line that has them counts."""
+
+
+def main() -> None:
+    """Jobs one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=3, help="how many")
+    parser.add_argument("--nodes", type=int, default=2, help="pods of a job, of one worker each")
+    arguments = parser.parse_args()
+    with ExitStack() as stack:
+        victim = set_up(stack, random.Random(0))
+        measured = [measure(victim, f"start-{number}", arguments.nodes) for number in range(arguments.jobs)]
+    print(table(measured))
+
+
+def measure(victim: Victim, name: str, nodes: int) -> dict[str, float]:
+    """Seconds from the apply to each moment of one job's start."""
+    began = datetime.now(UTC)
+    apply(victim.admin, victim.namespace, long_job(name, victim.cluster.pod_template, steps=20, save=10, nodes=nodes))
+    with Following(victim.admin, victim.namespace, name) as following:
+        following.until(lambda it: it.status.get("phase") == "Succeeded", SECONDS, "success")
+    moments = {**_of_pods(victim, name), **_of_log(victim, name)}
+    found = {what: (moment - began).total_seconds() for what, moment in moments.items()}
+    print(name, {what: round(seconds, 1) for what, seconds in found.items()}, flush=True)
+    return found
+
+
+def _of_pods(victim: Victim, name: str) -> dict[str, datetime]:
+    """The API server's and the kubelets' times have no fractions of a second."""
+    selector = f"--selector={JOB_LABEL}={name}"
+    done = victim.admin.kubectl("get", "pods", f"--namespace={victim.namespace}", selector, "--output=json")
+    pods = json.loads(done.stdout)["items"]
+    checked = next(pod for pod in pods if "preflight" in pod["metadata"]["name"])
+    driver = next(pod for pod in pods if f"{name}-1-0-" in pod["metadata"]["name"])
+    return {
+        "preflight's container runs": _moment(_state(checked)["startedAt"]),
+        "preflight has passed": _moment(_state(checked)["finishedAt"]),
+        "attempt's pods are made": _moment(driver["metadata"]["creationTimestamp"]),
+        "driver's container runs": _moment(_state(driver)["startedAt"]),
+    }
+
+
+def _state(pod: Json) -> Json:
+    state = pod["status"]["containerStatuses"][0]["state"]
+    found: Json = state.get("terminated") or state["running"]
+    return found
+
+
+def _of_log(victim: Victim, name: str) -> dict[str, datetime]:
+    selector = f"--selector={JOB_LABEL}={name},batch.kubernetes.io/job-completion-index=0"
+    options = ["--timestamps", "--tail=-1", selector, f"--namespace={victim.namespace}"]
+    lines = [line.partition(" ") for line in victim.admin.kubectl("logs", *options).stdout.splitlines()]
+    return {what: next(_moment(moment) for moment, _, text in lines if words in text) for what, words in MARKS.items()}
+
+
+def _moment(text: str) -> datetime:
+    """RFC 3339, with a fraction of any length."""
+    whole, _, fraction = text.removesuffix("Z").partition(".")
+    return datetime.fromisoformat(f"{whole}.{(fraction or '0')[:6]:0<6}+00:00")
+
+
+def table(measured: list[dict[str, float]]) -> str:
+    """Markdown: the median moment of each mark, and the seconds since the one before."""
+    rows, before = ["| moment | seconds after the apply | since the one before |", "|---|---|---|"], 0.0
+    for what in measured[0]:
+        now = statistics.median(one[what] for one in measured)
+        rows.append(f"| {what} | {now:.1f} | {now - before:.1f} |")
+        before = now
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    started = time.monotonic()
+    main()
+    print(f"in {time.monotonic() - started:.0f} s")

@@ -1,0 +1,61 @@
+"""Ray as jobs start it: its workers are forks, and what no job needs does not run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import json, os, sys, time
+import psutil
+from finetune_trainer.forks.client import fork_server
+from finetune_trainer.forks.start import lean
+from finetune_trainer.runtime import apply_environment, quiet_environment
+
+def told():
+    return {"word": os.environ.get("WORD"), "parent": os.getppid(), "imported": "wave" in sys.modules}
+
+if __name__ == "__main__":
+    apply_environment(quiet_environment(accelerator=False))
+    with fork_server(["numpy"], ["wave", "ray.actor"]) as server:
+        lean()
+        import ray
+        began = time.monotonic()
+        ray.init(address="local", num_cpus=4, include_dashboard=False, runtime_env={"env_vars": {"WORD": "x"}},
+                 object_store_memory=100 * 2**20, logging_level="ERROR")
+        class Actor:
+            def told(self):
+                return told()
+        actors = [ray.remote(Actor).options(num_cpus=1).remote() for _ in range(2)]
+        answers = ray.get([actor.told.remote() for actor in actors])
+        ray.kill(actors[0])
+        again = ray.get(ray.remote(Actor).remote().told.remote())
+        seconds = time.monotonic() - began
+        here = [" ".join(item.cmdline()) for item in psutil.Process().children(recursive=True)]
+        ray.shutdown()
+        print(json.dumps({"server": server.pid, "answers": [*answers, again], "running": here, "seconds": seconds}))
+"""
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, object]:
+    """Of a Ray of its own, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_workers_are_forks_with_their_environment(told: dict[str, object]) -> None:
+    answer = {"word": "x", "parent": told["server"], "imported": True}
+    assert told["answers"] == [answer] * 3
+
+
+def test_what_no_job_needs_does_not_run(told: dict[str, object]) -> None:
+    running = str(told["running"])
+    assert "raylet" in running and "gcs_server" in running and "agent.py" in running
+    for name in ("monitor.py", "dashboard.py", "client.server", "log_monitor", "DashboardAgent"):
+        assert name not in running

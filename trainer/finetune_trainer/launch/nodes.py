@@ -1,0 +1,39 @@
+"""Whether all nodes of a job's Ray cluster are there."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import ray
+
+from finetune_api.cluster import Resources
+
+BACK_SECONDS = 60.0
+"""How long a lost node may take to come back. Its pod never does, so this is for a connection that was cut."""
+LOOK_SECONDS = 1.0
+
+
+class Nodes:
+    """The nodes that a job can't do without.
+
+    Args:
+        stop: ends the wait for them.
+    """
+
+    def __init__(self, resources: Resources, stop: threading.Event) -> None:
+        self._least = (resources.min_nodes or resources.nodes or 1) if os.environ.get("RAY_ADDRESS") else 1
+        self._stop = stop
+
+    def missing(self, seconds: float = BACK_SECONDS) -> str:
+        """What is missing after that time at most; empty once all are there."""
+        deadline = time.monotonic() + seconds
+        while (alive := _alive()) < self._least:
+            if time.monotonic() > deadline or self._stop.wait(LOOK_SECONDS):
+                return f"a node was lost and did not come back: {alive} of {self._least} are there"
+        return ""
+
+
+def _alive() -> int:
+    return sum(bool(node["Alive"]) for node in ray.nodes())

@@ -1,0 +1,24 @@
+"""CPU threads of a worker."""
+
+from __future__ import annotations
+
+import os
+
+from finetune_api.cluster import Resources
+from finetune_trainer.plan.quantities import parse_quantity
+
+
+def threads_per_worker(resources: Resources, sharers: int | None = None) -> int:
+    """A worker's share of its machine's CPUs.
+
+    Args:
+        sharers: workers of that machine. Default: those of a node.
+    """
+    workers = sharers or resources.gpus_per_node or resources.workers_per_node or 1
+    return max(1, _cpus(resources) // workers)
+
+
+def _cpus(resources: Resources) -> int:
+    if resources.cpus_per_node is not None:
+        return max(1, int(parse_quantity(resources.cpus_per_node)))
+    return len(os.sched_getaffinity(0))
