@@ -1,6 +1,6 @@
 """What a newcomer's first command costs: `python benchmarks/quickstart.py [REPOSITORY]`.
 
-Clones the repository into an empty directory, runs `make quickstart` there, and prints wall time, the peak
+Clones the repository into an empty directory, runs `make quickstart` there with an empty cache, and prints wall time, the peak
 resident memory of all its processes (their sum, and the largest one) and every stage's final metrics. Shared pages
 (libraries, Ray's object store) count in each process that maps them, so the sum is an upper bound.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import tempfile
 import threading
@@ -66,7 +67,8 @@ def timed(what: str, command: list[str], directory: Path) -> None:
     """
     output, peak, started = directory.parent / f"{directory.name}.log", Peak(), time.monotonic()
     with output.open("w") as log:
-        process = subprocess.Popen(command, cwd=directory, stdout=log, stderr=subprocess.STDOUT)
+        env = os.environ | {"FINETUNE_CACHE": str(directory / "cache")}
+        process = subprocess.Popen(command, cwd=directory, stdout=log, stderr=subprocess.STDOUT, env=env)
         ended = threading.Event()
         sampler = threading.Thread(target=_sample, args=(psutil.Process(process.pid), peak, ended))
         sampler.start()
@@ -78,7 +80,8 @@ def timed(what: str, command: list[str], directory: Path) -> None:
     gib = 2**30
     print(
         f"{what}: {time.monotonic() - started:.0f} s, peak {peak.total / gib:.2f} GiB in all processes, "
-        f"{peak.largest / gib:.2f} GiB in the largest"
+        f"{peak.largest / gib:.2f} GiB in the largest",
+        flush=True,
     )
 
 
