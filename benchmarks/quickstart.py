@@ -1,8 +1,8 @@
 """What a newcomer's first command costs: `python benchmarks/quickstart.py [REPOSITORY]`.
 
-Clones the repository into an empty directory, runs `make quickstart` there with an empty cache, and prints wall time, the peak
-resident memory of all its processes (their sum, and the largest one) and every stage's final metrics. Shared pages
-(libraries, Ray's object store) count in each process that maps them, so the sum is an upper bound.
+Clones the repository into an empty directory, runs `make quickstart` there with an empty cache, and prints wall time,
+the peak resident memory of all its processes (their sum, and the largest one) and every stage's final metrics. Shared
+pages (libraries, Ray's object store) count in each process that maps them, so the sum is an upper bound.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 
 LONG = "FINETUNE_LONG_TESTS"
 ONE_AFTER_ANOTHER = ("cluster", "e2e")
-"""Folders whose tests share control planes, and wait more than they compute: one process of `pytest -n` has them all."""
+"""Folders whose tests share control planes and wait more than they compute: one process of `pytest -n` has them all."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
