@@ -31,10 +31,10 @@ CORPUS_MODULES = (
 )  # fmt: skip
 """Modules that do nothing when imported."""
 
-QUESTION_MODULES = ("builtins", "os.path")
+QUESTION_MODULES = ("builtins",)
 """Modules whose functions are asked about: few enough that a tiny model can know them all."""
 
-QUESTION_TYPES = (str, list, dict, set)
+QUESTION_TYPES = (str, list)
 """Built-in types whose methods are asked about too."""
 
 WORDINGS = (
