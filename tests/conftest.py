@@ -12,6 +12,7 @@ ONE_AFTER_ANOTHER = ("cluster", "e2e")
 """Folders whose tests share control planes and wait more than they compute: one process of `pytest -n` has them all."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `long` take many minutes each on two cores: they run where the environment asks for them."""
     for item in items:
