@@ -21,7 +21,7 @@ quickstart: install
 	@echo 'Talk to it: .venv/bin/finetune chat runs/quickstart'
 
 test: install lint assets
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/pytest --numprocesses 2 --no-loadscope-reorder
 
 # etcd, kube-apiserver, kube-controller-manager and helm for tests/cluster, and what a node needs for tests/e2e where it
 # can run: given, or built once with Go.

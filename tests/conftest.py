@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
 
 LONG = "FINETUNE_LONG_TESTS"
-ONE_AFTER_ANOTHER = ("cluster", "e2e")
-"""Folders whose tests share control planes and wait more than they compute: one process of `pytest -n` has them all."""
+WAITING = ("tests/cluster/", "tests/e2e/")
+"""Tests that share control planes and wait more than they compute: one process of `pytest -n` has them all, one after
+the other, while another one computes."""
+FIRST = (*WAITING, "tests/jobs/")
+"""What takes longest begins first."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `long` take many minutes each on two cores: they run where the environment asks for them."""
-    for item in items:
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        item.add_marker(pytest.mark.xdist_group("cluster" if folder in ONE_AFTER_ANOTHER else str(item.path)))
+    items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
     if os.environ.get(LONG):
         return
     for item in items:
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.skip(f"takes many minutes: set {LONG}=1"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole files to each process: xdist's own groups do nothing with pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "waiting" if nodeid.startswith(WAITING) else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
