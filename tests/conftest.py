@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Any
 
 import pytest
@@ -13,6 +14,12 @@ WAITING = ("tests/cluster/", "tests/e2e/")
 the other, while another one computes."""
 FIRST = (*WAITING, "tests/jobs/")
 """What takes longest begins first."""
+
+
+def pytest_configure() -> None:
+    """Ctrl-C works in what tests start, also where a shell runs pytest in the background: its children ignore SIGINT."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
