@@ -17,7 +17,7 @@ FIRST = (*WAITING, "tests/jobs/")
 
 
 def pytest_configure() -> None:
-    """Ctrl-C works in what tests start, also where a shell runs pytest in the background: its children ignore SIGINT."""
+    """Ctrl-C works in what tests start in a shell's background too, whose children ignore SIGINT."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
