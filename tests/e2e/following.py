@@ -196,7 +196,8 @@ def _words(status: Json) -> str:
     conditions = {item["type"]: item for item in status.get("conditions") or []}
     order = ("Failed", "Succeeded", "Suspended", "Running", "Planned")
     shown = (conditions.get(kind) for kind in order)
-    told = next((item for item in shown if item and (item["status"] == "True" or item["type"] == "Running")), None)
+    waited_for = ("Running", "Planned")
+    told = next((item for item in shown if item and (item["status"] == "True" or item["type"] in waited_for)), None)
     parts = [status.get("phase", ""), told["reason"] if told else ""]
     ended = [item for item in status.get("attempts") or [] if "endTime" in item]
     if ended and ended[-1]["reason"] != "Completed":
