@@ -21,7 +21,7 @@ from servers import Server
 
 NEEDED = ("containerd", "ctr", "runc", "ip", "nsenter", "unshare", "openssl", "mkfs.ext4")
 CLUSTER_DOMAIN = "cluster.local"
-DISK_BYTES = 8 << 30
+DISK_BYTES, SPARED = 8 << 30, 256 << 20
 """Most that the node's images, containers and volumes may take; the file has holes, so that it begins with little."""
 SOCKET = "/run/containerd/containerd.sock"
 KUBELET_HOME = Path("/var/lib/kubelet")
@@ -113,8 +113,10 @@ class Node:
         self.start_kubelet()
 
     def fill_disk(self) -> None:
-        """Not a byte is left on its disk."""
-        run(*self._inside("fallocate", "-l", str(self.free_bytes()), str(self.root / "filler")))
+        """Not a byte is left on its disk: most is taken at once, and what others leave of the rest is written full."""
+        filler = self.root / "filler"
+        run(*self._inside("fallocate", "-l", str(max(self.free_bytes() - SPARED, 1)), str(filler)))
+        run(*self._inside("sh", "-c", f"cat /dev/zero >> {filler}"), check=False)
 
     def free_disk(self) -> None:
         run(*self._inside("rm", "-f", str(self.root / "filler")))
