@@ -63,6 +63,7 @@ class Node:
         for name in ("cni-bin", "cni-conf", "root"):
             (directory / name).mkdir(parents=True, exist_ok=True)
         self._disk = directory / "disk"
+        self._archives: list[Path] = []
         self._configure_network()
         self._containerd_config().write_text(_CONTAINERD.format(here=directory, root=self.root, pause=PAUSE_IMAGE))
         self._kubelet_config().write_text(yaml.safe_dump(self._kubelet_settings()))
@@ -119,7 +120,10 @@ class Node:
         run(*self._inside("sh", "-c", f"cat /dev/zero >> {filler}"), check=False)
 
     def free_disk(self) -> None:
+        """There is room again, and the images that the kubelet threw out for it: no registry has them here."""
         run(*self._inside("rm", "-f", str(self.root / "filler")))
+        for archive in self._archives:
+            self._import(archive)
 
     def free_bytes(self) -> int:
         """Bytes that are left on its disk."""
@@ -147,6 +151,10 @@ class Node:
 
     def import_image(self, archive: Path) -> None:
         """Make an image known without a registry."""
+        self._archives.append(archive)
+        self._import(archive)
+
+    def _import(self, archive: Path) -> None:
         self.ctr("images", "import", "--snapshotter=native", str(archive))
 
     def ctr(self, *arguments: str, check: bool = True) -> str:
