@@ -118,7 +118,7 @@ def _not_begun(seen: Observed) -> RunView | None:
 
 def _subject(seen: Observed, run: RunView) -> str | None:
     """Name of the object that knows: who makes the pods where there are none, else a pod that its node can't start."""
-    pods = [pod for pod in seen.pods_of(run.run) if not pod.gone and not pod.deleting]
+    pods = [pod for pod in seen.pods_of(run.run) if not pod.gone and pod.grace_over is None]
     if not pods:
         return (run.pods_owner if run.engine == "kuberay" else "") or run.name
     if waiting(pods) is not None:

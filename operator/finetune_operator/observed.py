@@ -49,9 +49,8 @@ class PodView:
     """RFC 3339."""
     ip: str | None = None
     node: str | None = None
-    deleting: bool = False
     grace_over: datetime | None = None
-    """When a pod that is being deleted has had its grace period."""
+    """When a pod that is being deleted has had its grace period; None for any other."""
     gone: bool = False
     """Deleted by now; kept for what it says of its run's end."""
     reason: str | None = None
@@ -196,7 +195,6 @@ def pod_view(body: Json) -> PodView | None:
         created=metadata.get("creationTimestamp", ""),
         ip=status.get("podIP"),
         node=(body.get("spec") or {}).get("nodeName"),
-        deleting="deletionTimestamp" in metadata,
         grace_over=moment(metadata["deletionTimestamp"]) if "deletionTimestamp" in metadata else None,
         reason=status.get("reason"),
         message=status.get("message", ""),

@@ -77,11 +77,9 @@ def plan(body: Json, actions: tuple[Action, ...], settings: Settings) -> list[Op
     for action in actions:
         if isinstance(action, StartRun):
             operations += _start(Run(body, action.run, settings))
-        elif isinstance(action, DeleteRun):
-            operations.append(Delete(run_path(Run(body, action.run, settings), ENGINES[action.engine])))
-        elif isinstance(action, AbandonRun):
+        elif isinstance(action, DeleteRun | AbandonRun):
             path = run_path(Run(body, action.run, settings), ENGINES[action.engine])
-            operations.append(Delete(path, children_first=False))
+            operations.append(Delete(path, children_first=isinstance(action, DeleteRun)))
         elif isinstance(action, HoldJob):
             operations.append(_hold(body["metadata"], action.hold))
         elif isinstance(action, DeleteJob):

@@ -38,7 +38,7 @@ def run(number: int = 1, state: RunState = RunState.RUNNING, **fields: Any) -> R
 
 def pod(number: int = 1, index: int = 0, **fields: Any) -> PodView:
     if "grace_over" in fields:
-        fields |= {"deleting": True, "grace_over": NOW - timedelta(seconds=fields["grace_over"])}
+        fields["grace_over"] = NOW - timedelta(seconds=fields["grace_over"])
     fields = {"phase": "Running", "node": "node-a"} | fields
     return PodView(fields.pop("name", f"tiny-{number}-{index}-x"), "tiny", number, index, **fields)
 
