@@ -23,7 +23,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `long` take many minutes each on two cores: they run where the environment asks for them."""
+    """The longest first; those marked `long` (many minutes each on two cores) where the environment asks for them."""
     items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
     if os.environ.get(LONG):
         return

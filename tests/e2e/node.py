@@ -21,7 +21,9 @@ from servers import Server
 
 NEEDED = ("containerd", "ctr", "runc", "ip", "nsenter", "unshare", "openssl", "mkfs.ext4")
 CLUSTER_DOMAIN = "cluster.local"
-DISK_BYTES, SPARED = 8 << 30, 256 << 20
+SPARED = 256 << 20
+"""Of a disk that is filled: what is written byte by byte in the end."""
+DISK_BYTES = 8 << 30
 """Most that the node's images, containers and volumes may take; the file has holes, so that it begins with little."""
 SOCKET = "/run/containerd/containerd.sock"
 KUBELET_HOME = Path("/var/lib/kubelet")

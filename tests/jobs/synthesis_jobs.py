@@ -59,7 +59,8 @@ def brain() -> Callable[[Job], str]:
 
 
 def stage(server: FaultyTeacher, method: Job, **endpoint: Any) -> Job:
-    at = {"baseUrl": server.url, "model": "teacher", "promptPrice": 1.0, "completionPrice": 2.0, "timeoutSeconds": 1.5}
+    """Its timeout lets a busy machine receive each answer in time: the server counts it once it is sent."""
+    at = {"baseUrl": server.url, "model": "teacher", "promptPrice": 1.0, "completionPrice": 2.0, "timeoutSeconds": 8}
     return {"synthesize": {**method, "teacher": {"endpoint": {**at, **endpoint}}}}
 
 
