@@ -125,6 +125,7 @@ class FineTuneJobSpec(ApiModel):
                 yield f"{where}: {teacher!r} {_no_model(teacher, leaves_model)}{did_you_mean(teacher, models[1:])}"
             for kind in stage.kinds:
                 leaves_model[stage.name or kind] = kind != "tokenizer" and getattr(stage, kind).hands_on
+
     def _unknown_reward_stages(self) -> Iterator[str]:
         """Reward models that are no earlier `reward` stage's."""
         before: dict[str, bool] = {}

@@ -109,6 +109,7 @@ def _endings(run: RunView, pods: tuple[PodView, ...], text: str, code: int | Non
     if code == ExitCode.GATE_NOT_PASSED:
         yield Ending(Reason.GATE_NOT_PASSED, _clip(text or "an evaluation missed its bound"), False, True, *place, code)
     yield from _lost_pods(pods)
+    yield from _deleted_pods(pods)
     if "DisruptionTarget" in run.message:  # the Job's own word, where no pod is left to tell more
         yield Ending(Reason.EVICTED, _clip(run.message), True, False, *place, code)
     yield from _killed_for_memory(pods)
@@ -133,6 +134,14 @@ def _lost_pods(pods: tuple[PodView, ...]) -> Iterable[Ending]:
             if why is not None:
                 message = f"pod {pod.name}: {why}" + (f": {pod.message}" if pod.message else "")
                 yield Ending(reason, _clip(message), True, False, pod.name, pod.node, pod.exit_code)
+
+
+def _deleted_pods(pods: tuple[PodView, ...]) -> Iterable[Ending]:
+    """Pods that were seen to be deleted and then to go without an end of their containers: others end first."""
+    for pod in pods:
+        if pod.gone and pod.grace_over and pod.phase not in ("Succeeded", "Failed") and pod.exit_code is None:
+            message = f"pod {pod.name} was deleted while it ran"
+            yield Ending(Reason.POD_DELETED, message, True, False, pod.name, pod.node)
 
 
 def _killed_for_memory(pods: tuple[PodView, ...]) -> Iterable[Ending]:

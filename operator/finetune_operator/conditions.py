@@ -93,6 +93,8 @@ class Reason(StrEnum):
     """An evaluation missed a bound that the job sets; the message has the metric, its value and the bound."""
     INTERRUPTED = "Interrupted"
     """Stopped from outside with a checkpoint."""
+    POD_DELETED = "PodDeleted"
+    """One of the run's pods was deleted by somebody else while it ran."""
     DELETED = "RunDeleted"
     """The run's Job was deleted by somebody else."""
     REJECTED = "Rejected"

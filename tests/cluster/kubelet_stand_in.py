@@ -175,6 +175,10 @@ class KubeletStandIn:
         """Ask for the pod's deletion with its grace period; on a node it stays until `end_deletion`."""
         self.core.delete_namespaced_pod(name, namespace)
 
+    def deleted_by_force(self, namespace: str, name: str) -> None:
+        """The object goes without its containers' end having been told."""
+        self._remove(namespace, name)
+
     def end_deletion(self, namespace: str, name: str, exit_code: int = SIGTERM_EXIT) -> None:
         """What a kubelet does for a pod that is being deleted: its containers end, then the object goes.
 

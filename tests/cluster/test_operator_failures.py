@@ -54,6 +54,7 @@ CASES = [
     Case("Evicted", lambda k, ns, pod: k.preempted(ns, pod), "PreemptionByScheduler", True),
     Case("Evicted", lambda k, ns, pod: k.drained(ns, pod), "EvictionByEvictionAPI", True),
     Case("NodeLost", lambda k, ns, pod: k.node_lost("lost-node"), "DeletionByTaintManager", True),
+    Case("PodDeleted", lambda k, ns, pod: k.deleted_by_force(ns, pod), "was deleted while it ran", True),
     Case("RendezvousFailed", ended(1, "torch.distributed.DistStoreError: Timed out"), "DistStoreError", True),
     Case("Interrupted", ended(75, "stopped at step 3, checkpoint saved"), "stopped at step 3", True),
     Case("TrainingFailed", ended(1, "RuntimeError: what nobody expects"), "what nobody expects", True),

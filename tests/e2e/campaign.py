@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster_jobs import RUNS, apply, curve, long_job
-from faults import KINDS, Victim
+from faults import BREAKING, KINDS, Victim
 from following import Following, Recovery
 
 Json = dict[str, Any]
 SAVE = 20
-FIRST_SECONDS, GO_ON_SECONDS, SETTLE_SECONDS = 300, 900, 6
+FIRST_SECONDS, GO_ON_SECONDS, SETTLE_SECONDS, BREAK_SECONDS = 300, 900, 6, 60
 STEPS_A_ROUND = 150
 """So many are left for a round: it must not end with the job."""
 _RESUMED = re.compile(r"resumes at step (\d+)")
@@ -92,17 +92,24 @@ class Campaign:
         kept, step, struck = self._newest(), following.samples[-1].step, time.monotonic()
         KINDS[kind](victim)
         after = time.monotonic()
-        found = self._settled(struck, after)
+        found = self._settled(kind, struck, after)
         resumed = self._resumed() if found.broken else None
         repeated = max(found.repeated, step - resumed) if resumed is not None else found.repeated
         return Round(kind, step, round(found.seconds, 1), found.broken, repeated, kept, resumed,
                      following.said_since(struck))  # fmt: skip
 
-    def _settled(self, struck: float, after: float) -> Recovery:
-        """How training came through, once it goes on a while after the fault was over."""
+    def _settled(self, kind: str, struck: float, after: float) -> Recovery:
+        """How training came through, once it goes on a while after the fault was over.
+
+        A break is not seen where the last step before it was the one of a checkpoint: it is not waited for forever.
+        """
 
         def steady(it: Following) -> bool:
-            return it.status.get("phase") == "Succeeded" or it.samples[-1].at > after + SETTLE_SECONDS
+            if it.status.get("phase") == "Succeeded":
+                return True
+            found, last = it.recovery(struck), it.samples[-1]
+            until = after + (SETTLE_SECONDS if kind not in BREAKING or (found and found.broken) else BREAK_SECONDS)
+            return last.attempt == it.status.get("attempt") and last.at > until
 
         self.victim.following.until(steady, GO_ON_SECONDS, "training goes on")
         found = self.victim.following.recovery(struck)

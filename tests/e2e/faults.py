@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -24,6 +25,7 @@ Json = dict[str, Any]
 KUBELET_SECONDS, STORE_SECONDS, DISK_SECONDS = 120, 60, 60
 SUSPENSIONS = 10
 WAIT_SECONDS = 900
+WORKER = "ray::RayTrainWorker"
 
 
 @dataclass
@@ -66,12 +68,12 @@ Strike = Callable[[Victim], None]
 
 def worker_process(victim: Victim) -> None:
     """kill -9 of a worker's process."""
-    _kill(victim.chance.choice(victim.pods()), "ray::RayTrainWorker")
+    _kill(_processes(victim, WORKER))
 
 
 def driver_process(victim: Victim) -> None:
     """kill -9 of the driver's process."""
-    _kill(victim.pods()[0], "finetune node")
+    _kill(_processes(victim, "finetune node", pods=1))
 
 
 def pod(victim: Victim) -> None:
@@ -151,9 +153,7 @@ def suspended(victim: Victim) -> None:
 
 def out_of_memory(victim: Victim) -> None:
     """A worker's container is at its memory limit, and the kernel kills its largest process."""
-    pod = victim.chance.choice(victim.pods())
-    workers = _processes(pod, "ray::RayTrainWorker")
-    cgroups.exhaust_memory(workers[0])
+    cgroups.exhaust_memory(_processes(victim, WORKER)[0])
 
 
 KINDS: dict[str, Strike] = {
@@ -172,6 +172,9 @@ KINDS: dict[str, Strike] = {
     "memory": out_of_memory,
 }
 
+BREAKING = ("worker", "driver", "pod", "run-deleted", "drain", "node-lost", "suspend", "memory")
+"""After these training has to start again."""
+
 
 def _suspend(victim: Victim, wanted: bool) -> None:
     patch = json.dumps({"spec": {"runPolicy": {"suspend": wanted}}})
@@ -188,12 +191,20 @@ def _saving(victim: Victim) -> bool:
     return bool(seen - whole)
 
 
-def _processes(pod: Json, words: str) -> list[int]:
-    return [pid for pid in cgroups.processes(pod["metadata"]["uid"]) if words in cgroups.command_of(pid)]
+def _processes(victim: Victim, words: str, pods: int | None = None) -> list[int]:
+    """Those of one pod, by chance, among the first so many; waits for them where an attempt is still starting."""
+    found: list[list[int]] = []
+
+    def there(_: Following) -> bool:
+        ids = (cgroups.processes(pod["metadata"]["uid"]) for pod in victim.pods()[:pods])
+        found[:] = [[pid for pid in pids if words in cgroups.command_of(pid)] for pids in ids]
+        return any(found)
+
+    victim.following.until(there, WAIT_SECONDS, f"a process {words!r}")
+    return victim.chance.choice([pids for pids in found if pids])
 
 
-def _kill(pod: Json, words: str) -> None:
-    found = _processes(pod, words)
-    assert found, f"no process {words!r} in {pod['metadata']['name']}"
-    for pid in found:
-        os.kill(pid, signal.SIGKILL)
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # its parent's end was its own
+            os.kill(pid, signal.SIGKILL)

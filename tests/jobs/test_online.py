@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from in_process import open_stage, resumed, trained
-from running import curve, done, run
+from running import curve, done, losses, run
 
 from finetune_trainer.errors import UserError
 
@@ -155,3 +155,25 @@ def _die_while_drawing(directory: Path, samples: list[str]) -> None:
     table = json.loads((directory / "rounds.json").read_text())
     table["rounds"] = table["rounds"][:1]
     (directory / "rounds.json").write_text(json.dumps(table))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_zero(job: Job, write_job: Callable[[Job], Path], tmp_path: Path) -> None:
+    """ZeRO-1, 2 and 3 on two workers draw, rank and learn what one worker does, by adapters and by every weight."""
+    curves = {}
+    for zero in (0, 1, 2, 3):
+        batch = {"perDeviceTrainBatchSize": 1 if zero else 2, "rounds": 2, "numTrainEpochs": 1.0}
+        lora: Job = {"lora": {"r": 8}}
+        variants: dict[str, Job] = {"qlora": {**lora, "quantization": {"bits": 4}}, "lora": lora}
+        variants["full"] = {"learningRate": 1e-3}
+        job["metadata"]["name"] = f"zero{zero}"
+        job["spec"] |= {"resources": {"workersPerNode": 2 if zero else 1}, "sharding": {"zero": zero}}
+        job["spec"]["stages"] = [{"name": name, **stage(**batch, **one)} for name, one in variants.items()]
+        code, output = run(write_job(job))
+        assert code == 0, output
+        curves[zero] = [losses(one) for one in sorted((tmp_path / f"runs/zero{zero}/stages").iterdir())]
+    assert all(len(one) == 2 * 3 for one in curves[0])
+    for zero in (1, 2, 3):
+        for one, other in zip(curves[0], curves[zero], strict=True):
+            assert other == pytest.approx(one, abs=TOLERANCE), f"ZeRO-{zero}"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 from tiny_models import FIELDS, tiny
+from transformers import AutoConfig
 
 from finetune_api.runconfig import RunConfig
+from finetune_trainer.errors import UserError
 from finetune_trainer.plan import PlanContext, plan_job
 from finetune_trainer.plan.devices import Device
-from finetune_trainer.plan.job import DataSize, StagePlan
 from finetune_trainer.plan.model_size import meta_model
+from finetune_trainer.plan.records import DataSize, StagePlan, TeacherPlan
 
 DATA = {"sources": [{"inline": [{"text": "x"}]}]}
 CPU = PlanContext(Device("CPU", 8 << 30, "cpu"), workers=2)
@@ -79,3 +83,40 @@ def test_drawing_counts_where_it_needs_more_than_training() -> None:
     assert few.memory.drawing == 0 < many.memory.drawing
     divided = _plan(REWARD, _online(numGenerations=512), zero=3)[1]
     assert divided.memory.drawing - many.memory.drawing >= 4 * many.parameters * 0.9
+
+
+def _teacher(memory: int = 8 << 30, **model: Any) -> TeacherPlan:
+    questions = {"questions": {"numQuestions": 1}, "data": DATA}
+    teacher = {"model": {"perDeviceBatchSize": 4, **model}, "generation": {"maxNewTokens": 16}}
+    job = {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "planned"},
+        "spec": {"model": {"config": TINY}, "stages": [REWARD, {"synthesize": {**questions, "teacher": teacher}}]},
+    }
+    run = RunConfig.model_validate({"job": job, "root": "/tmp/x", "baseDir": "/tmp", "cacheDir": "/tmp/c"})
+    plan = plan_job(run, PlanContext(Device("CPU", memory, "cpu")))
+    (found,) = plan.teachers
+    assert plan.fits == found.fits
+    return found
+
+
+def test_a_teacher_on_the_job_s_own_workers(tmp_path: Path) -> None:
+    """Its weights, with keys and values of a batch of answers; the job's model, or one of its own."""
+    own = _teacher()
+    model = meta_model(tiny("qwen3"))
+    assert own.parameters == sum(one.numel() for one in model.parameters())
+    assert own.memory.weights == 4 * own.parameters and own.length == 64 and own.fits and not own.advice
+    assert 2 * _teacher(perDeviceBatchSize=2).memory.buffers == own.memory.buffers > 0
+    AutoConfig.for_model(**TINY | {"vocab_size": 500}).save_pretrained(tmp_path)
+    assert _teacher(path=str(tmp_path)).parameters > own.parameters
+    room = own.memory.total - own.memory.buffers
+    assert (
+        "teacher.model.perDeviceBatchSize: 2 takes" in _teacher(round(room / 0.9) + own.memory.buffers // 2).advice[0]
+    )
+    assert "use a smaller one" in _teacher(1 << 20).advice[0]
+
+
+def test_a_teacher_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"teacher\.model\.path"):
+        _teacher(path="/nowhere/at/all")

@@ -12,7 +12,7 @@ from finetune_api.runconfig import RunConfig
 from finetune_trainer.errors import UserError
 from finetune_trainer.plan import PlanContext, plan_job, render
 from finetune_trainer.plan.devices import Device, known_device
-from finetune_trainer.plan.job import DataSize
+from finetune_trainer.plan.records import DataSize
 
 DATA = {"sources": [{"inline": [{"text": "x"}]}]}
 LLAMA_8B = {

@@ -25,7 +25,8 @@ from finetune_trainer.model.weights import weight_faults
 from finetune_trainer.patience import passing
 from finetune_trainer.pipeline import place, stage_before
 from finetune_trainer.plan.devices import Device, local_device
-from finetune_trainer.plan.job import JobPlan, PlanContext, plan_job
+from finetune_trainer.plan.job import plan_job
+from finetune_trainer.plan.records import JobPlan, PlanContext
 from finetune_trainer.rewards.problems import reward_problems
 from finetune_trainer.storage import Storage
 from finetune_trainer.synthesis.checks import synthesis_problems

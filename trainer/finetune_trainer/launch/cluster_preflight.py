@@ -23,8 +23,8 @@ from finetune_trainer.model.load import context_length, load_config, load_tokeni
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.pipeline import place, waits_for
 from finetune_trainer.plan.devices import Device
-from finetune_trainer.plan.job import JobPlan
 from finetune_trainer.plan.quantities import parse_quantity
+from finetune_trainer.plan.records import JobPlan
 from finetune_trainer.preflight import preflight
 from finetune_trainer.progress.attempt import AttemptReporter, Json
 from finetune_trainer.runtime import apply_environment, quiet_environment

@@ -25,7 +25,7 @@ from finetune_trainer.launch.resume import finished, open_run
 from finetune_trainer.launch.tokenizer_run import run_tokenizer_stage
 from finetune_trainer.layout import REPORT, StageLayout
 from finetune_trainer.pipeline import layouts
-from finetune_trainer.plan.job import StagePlan
+from finetune_trainer.plan.records import StagePlan
 from finetune_trainer.preflight import preflight
 from finetune_trainer.progress.channel import CheckpointSaved, Event, StageBegun, StageDone
 from finetune_trainer.progress.reporter import Progress, Reporter

@@ -20,7 +20,8 @@ from finetune_trainer.model.load import context_length, load_config, load_tokeni
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.pipeline import place, spec_of, waits_for
 from finetune_trainer.plan.devices import local_device
-from finetune_trainer.plan.job import DataSize, JobPlan, PlanContext, plan_job
+from finetune_trainer.plan.job import plan_job
+from finetune_trainer.plan.records import DataSize, JobPlan, PlanContext
 from finetune_trainer.storage import Storage
 
 

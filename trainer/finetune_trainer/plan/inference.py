@@ -98,7 +98,7 @@ def reading_length(spec: EvaluateSpec, config: PretrainedConfig, longest: int | 
 
 def reading_advice(size: ModelSize, load: Reading, path: str, limit: int) -> Iterator[str]:
     """What to change where the models don't fit, most harmless first."""
-    for batch in _smaller(load.batch):
+    for batch in smaller(load.batch):
         if (total := inference_memory(size, replace(load, batch=batch)).total) <= limit:
             yield f"{path}.perDeviceEvalBatchSize: {batch} takes {human_bytes(total)}"
             return
@@ -114,6 +114,13 @@ def check_reading(spec: EvaluateSpec, config: PretrainedConfig, path: str) -> No
     found = list(reading_faults(spec, config, path))
     if found:
         raise UserError(found)
+
+
+def smaller(batch: int) -> Iterator[int]:
+    """Half of a batch, a quarter, … down to one."""
+    while batch > 1:
+        batch //= 2
+        yield batch
 
 
 def _workload(load: Reading) -> Workload:
@@ -134,12 +141,6 @@ def _logits(size: ModelSize, load: Reading, tokens: int) -> int:
     """Of texts: all of a pass in the dtype, one text's as float32 and their log-softmax. Of answers: one token's."""
     texts = size.vocab * (tokens * load.dtype_bytes + 2 * load.length * MASTER) if load.scores_texts else 0
     return max(texts, load.batch * size.vocab * 2 * MASTER if load.generates else 0)
-
-
-def _smaller(batch: int) -> Iterator[int]:
-    while batch > 1:
-        batch //= 2
-        yield batch
 
 
 def _fills_masks(config: PretrainedConfig) -> bool:

@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_trainer.plan.devices import Device
-from finetune_trainer.plan.job import JobPlan, StagePlan
+from finetune_trainer.plan.memory import Memory
 from finetune_trainer.plan.quantities import human_bytes, human_count
+from finetune_trainer.plan.records import JobPlan, StagePlan, TeacherPlan
 from finetune_trainer.synthesis.estimate import SynthesisPlan
 
 BAR = 32
@@ -22,7 +23,9 @@ def render(plan: JobPlan) -> RenderableType:
     peak = "" if plan.peak is None else f", {plan.peak / 1e12:.0f} TFLOP/s in {plan.dtype}"
     head = f"{plan.name}: {_plural(plan.workers, 'worker')} on {plan.device.name}, "
     head += f"{human_bytes(plan.device.memory_bytes)} each{peak}; computes in {plan.dtype}"
-    return Group(Text(head), *map(_synthesis, plan.syntheses), *(_stage(stage, plan.device) for stage in plan.stages))
+    syntheses = map(_synthesis, plan.syntheses)
+    teachers = (_teacher(teacher, plan.device) for teacher in plan.teachers)
+    return Group(Text(head), *syntheses, *teachers, *(_stage(stage, plan.device) for stage in plan.stages))
 
 
 def _synthesis(stage: SynthesisPlan) -> RenderableType:
@@ -41,8 +44,21 @@ def _synthesis(stage: SynthesisPlan) -> RenderableType:
     return Panel(table, title=title, title_align="left", border_style="green")
 
 
+def _teacher(teacher: TeacherPlan, device: Device) -> RenderableType:
+    facts = Text(f"{human_count(teacher.parameters)} parameters; prompt and answer up to {teacher.length} tokens")
+    lines: list[RenderableType] = [facts, _memory(teacher.memory, device), _verdict(teacher, device)]
+    lines += [Text(f"  → {line}", style="yellow") for line in teacher.advice]
+    title = f"stages[{teacher.index}]: its teacher, on the job's own workers"
+    return Panel(Group(*lines), title=title, title_align="left", border_style="green" if teacher.fits else "red")
+
+
 def _stage(stage: StagePlan, device: Device) -> RenderableType:
-    lines: list[RenderableType] = [_facts(stage), _memory(stage, device), Text(stage.why), _verdict(stage, device)]
+    lines: list[RenderableType] = [
+        _facts(stage),
+        _memory(stage.memory, device),
+        Text(stage.why),
+        _verdict(stage, device),
+    ]
     lines += [Text(f"  → {line}", style="yellow") for line in stage.advice]
     lines += [_comparison(stage)] if stage.comparison else []
     lines += [Text(f"note: {line}", style="dim") for line in stage.notes]
@@ -68,18 +84,17 @@ def _facts(stage: StagePlan) -> Table:
     return table
 
 
-def _memory(stage: StagePlan, device: Device) -> Table:
+def _memory(memory: Memory, device: Device) -> Table:
     table = Table(box=None, padding=(0, 1), show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_column()
-    for name, count in stage.memory.parts().items():
+    for name, count in memory.parts().items():
         if count:
             table.add_row(name, human_bytes(count), _bar(count / device.memory_bytes))
-    total = stage.memory.total
-    table.add_row("total", human_bytes(total), _bar(total / device.memory_bytes), style="bold")
-    if stage.memory.host:
-        table.add_row("on the host", human_bytes(stage.memory.host), "")
+    table.add_row("total", human_bytes(memory.total), _bar(memory.total / device.memory_bytes), style="bold")
+    if memory.host:
+        table.add_row("on the host", human_bytes(memory.host), "")
     return table
 
 
@@ -92,7 +107,7 @@ def _comparison(stage: StagePlan) -> Table:
     return table
 
 
-def _verdict(stage: StagePlan, device: Device) -> Text:
+def _verdict(stage: StagePlan | TeacherPlan, device: Device) -> Text:
     where = f"{device.name} ({human_bytes(device.memory_bytes)}, 10% kept free)"
     if stage.fits:
         return Text(f"fits {where}, {human_bytes(stage.spare)} to spare", style="green")

@@ -1,0 +1,122 @@
+"""What a plan is made from, and what it says: plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from transformers import PretrainedConfig
+
+from finetune_trainer.plan.devices import Device
+from finetune_trainer.plan.experts import Alternative
+from finetune_trainer.plan.memory import Memory
+from finetune_trainer.plan.steps import Steps
+from finetune_trainer.synthesis.estimate import SynthesisPlan
+
+
+class DataSize(NamedTuple):
+    """What preparation knows of a stage's training data."""
+
+    rows: int
+    """Rows to train on: packed ones where they are packed."""
+    tokens: int
+    """Tokens in them, padding left out."""
+    longest: int | None = None
+    """Tokens of the longest row."""
+
+
+Rows = Callable[[int], tuple[int, ...] | None]
+"""The data size of a stage by its index, as `DataSize` or a plain tuple; None where it is not known."""
+
+
+@dataclass(frozen=True)
+class PlanContext:
+    """What a job runs on. `workers` are all of them together."""
+
+    device: Device
+    workers: int = 1
+    config: PretrainedConfig | None = None
+    """The model's configuration. Default: the job's own, read from where its model is."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage needs; None means: not known before its data is read."""
+
+    index: int
+    title: str
+    kind: str
+    parameters: int
+    trainable: int
+    length: int
+    """Tokens per row that memory is counted for."""
+    rows: int | None
+    tokens: int | None
+    tokens_per_step: int | None
+    steps: Steps
+    flops_per_token: float
+    memory: Memory
+    zero: int
+    why: str
+    """Why this ZeRO stage."""
+    fits: bool
+    spare: int
+    """Bytes left of what may be filled; negative where it does not fit."""
+    advice: tuple[str, ...]
+    """What to change where it does not fit."""
+    notes: tuple[str, ...]
+    """Warnings, and why something is not known."""
+    comparison: tuple[Alternative, ...] = ()
+    """What other ways to train the same would need (ESFT)."""
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """What a model needs that makes data on the job's own workers, each of which holds all of it."""
+
+    index: int
+    """Of its stage."""
+    parameters: int
+    length: int
+    """Tokens of a prompt with its answer that memory is counted for."""
+    memory: Memory
+    spare: int
+    """Bytes left of what may be filled; negative where it does not fit."""
+    advice: tuple[str, ...] = ()
+    """What to change where it does not fit."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device holds it."""
+        return self.spare >= 0
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """What a job needs. Only the stages that train or read a model have an entry."""
+
+    name: str
+    device: Device
+    workers: int
+    dtype: str
+    peak: float | None
+    """FLOP/s of one device in that dtype, where known."""
+    stages: tuple[StagePlan, ...]
+    syntheses: tuple[SynthesisPlan, ...] = ()
+    """What stages that make data will ask of their teachers at most."""
+    teachers: tuple[TeacherPlan, ...] = ()
+    """Teachers on the job's own workers, where their models are known."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage fits the device."""
+        return all(one.fits for one in (*self.stages, *self.teachers))
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values, with `fits` and each stage's total memory."""
+        value = asdict(self) | {"fits": self.fits}
+        for name, plans in (("stages", self.stages), ("teachers", self.teachers)):
+            for plain, one in zip(value[name], plans, strict=True):
+                plain["memory"]["total"] = one.memory.total
+        return value

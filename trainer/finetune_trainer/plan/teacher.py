@@ -1,0 +1,92 @@
+"""What a stage needs whose teacher is a model on the job's own workers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from transformers import PretrainedConfig
+
+from finetune_api.problems import Problem
+from finetune_api.runconfig import RunConfig
+from finetune_api.stages import SynthesizeSpec, TeacherModel
+from finetune_trainer.errors import UserError
+from finetune_trainer.model.load import context_length, load_config
+from finetune_trainer.model.source import ModelSource, local_path
+from finetune_trainer.pipeline import place
+from finetune_trainer.plan.inference import Reading, inference_memory, smaller
+from finetune_trainer.plan.model_size import ModelSize, meta_model, model_size
+from finetune_trainer.plan.quantities import human_bytes
+from finetune_trainer.plan.records import PlanContext, TeacherPlan
+from finetune_trainer.plan.sharding_choice import HEADROOM
+from finetune_trainer.synthesis.estimate import SynthesisPlan
+
+LONGEST = 2
+"""A teacher's longest prompt is taken to be so many times as long as its mean one."""
+
+
+def plan_teacher(
+    run: RunConfig,
+    context: PlanContext,
+    job_model: PretrainedConfig,
+    dtype: torch.dtype,
+    index: int,
+    asked: SynthesisPlan | None,
+) -> TeacherPlan | None:
+    """The plan of a local teacher; None where the teacher is an endpoint, or its model is not here to be read.
+
+    Args:
+        job_model: the configuration of the job's model, which every earlier stage's result has, too.
+        asked: what the teacher will be asked, where that is known.
+
+    Raises:
+        UserError: the teacher's model can't be read.
+    """
+    spec = run.job.spec.stages[index].spec
+    assert isinstance(spec, SynthesizeSpec)
+    given = spec.teacher.model
+    if given is None or given.uri is not None:
+        return None
+    path = f"{place(run, index)}.teacher.model"
+    config = _config(given, run, path) or job_model
+    size, length = model_size(meta_model(config)), _length(spec, config, asked)
+    load = Reading(given.per_device_batch_size, length, _dtype(config, dtype).itemsize, context.device.kind,
+                   scores_texts=False, generates=True)  # fmt: skip
+    memory, limit = inference_memory(size, load), round(HEADROOM * context.device.memory_bytes)
+    fits = memory.total <= limit
+    return TeacherPlan(index, size.total, length, memory, limit - memory.total, () if fits else
+                       (_advice(size, load, path, limit),))  # fmt: skip
+
+
+def _config(given: TeacherModel, run: RunConfig, path: str) -> PretrainedConfig | None:
+    """The teacher's own; None where it is the job's model."""
+    if given.hub is None and given.path is None:
+        return None
+    name = given.hub or str(local_path(str(given.path), run.base_dir))
+    try:
+        return load_config(ModelSource(name, None, given.revision, ""), None)
+    except UserError as error:
+        field = "hub" if given.hub else "path"
+        raise UserError([Problem(f"{path}.{field}", problem.message) for problem in error.problems]) from error
+
+
+def _dtype(config: PretrainedConfig, dtype: torch.dtype) -> torch.dtype:
+    """A teacher is loaded in the precision that it was saved in."""
+    saved = getattr(config, "dtype", None)
+    return saved if isinstance(saved, torch.dtype) else dtype
+
+
+def _length(spec: SynthesizeSpec, config: PretrainedConfig, asked: SynthesisPlan | None) -> int:
+    """Tokens of a long prompt with its answer: the model's context where prompts are not known."""
+    context, answer = context_length(config), spec.teacher.generation.max_new_tokens
+    if asked is None or not asked.calls:
+        return context or 1024 + answer
+    wanted = LONGEST * asked.prompt_tokens // asked.calls + answer
+    return min(wanted, context or wanted)
+
+
+def _advice(size: ModelSize, load: Reading, path: str, limit: int) -> str:
+    for batch in smaller(load.batch):
+        if (total := inference_memory(size, replace(load, batch=batch)).total) <= limit:
+            return f"{path}.perDeviceBatchSize: {batch} takes {human_bytes(total)}"
+    return "each worker holds the whole teacher: use a smaller one, a larger device, or teacher.endpoint"
