@@ -9,7 +9,7 @@ export UV_COMPILE_BYTECODE = 1
 .PHONY: install quickstart test e2e assets lint check clean
 
 install: $(UV)
-	$(UV) sync --frozen --all-extras --quiet
+	$(UV) sync --frozen --extra operator --extra trainer --quiet
 
 $(UV):
 	$(PYTHON) -m venv $(UV_HOME)

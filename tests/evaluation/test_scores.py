@@ -81,9 +81,16 @@ def test_tasks_without_the_harness_are_told_before() -> None:
     try:
         import lm_eval  # type: ignore[import-not-found]  # noqa: F401
     except ImportError:
-        [problem] = task_problems(spec(tasks=["hellaswag"]), "stages[1].evaluate")
-        assert str(problem).startswith("stages[1].evaluate.tasks: needs lm-evaluation-harness: install the package")
-    assert task_problems(spec(), "stages[1].evaluate") == []
+        [problem] = task_problems(spec(tasks=["hellaswag"]), "stages[1].evaluate", "/")
+        assert str(problem).startswith(
+            "stages[1].evaluate.tasks: needs lm-evaluation-harness: install finetune-operator"
+        )
+    else:
+        [problem] = task_problems(spec(tasks=["hellaswg", "hellaswag"]), "stages[1].evaluate", "/")
+        assert str(problem).startswith("stages[1].evaluate.tasks[0]: ") and "did you mean `hellaswag`?" in str(problem)
+        [problem] = task_problems(spec(tasks=["mine"], includePath="nowhere"), "stages[1].evaluate", "/")
+        assert str(problem) == "stages[1].evaluate.includePath: no such directory: nowhere"
+    assert task_problems(spec(), "stages[1].evaluate", "/") == []
 
 
 @pytest.mark.parametrize(

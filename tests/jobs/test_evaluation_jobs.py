@@ -137,3 +137,32 @@ def test_a_stopped_evaluation_goes_on_where_it_stood(gated_job: Job, write_job: 
     assert code == 0, output
     assert len((parts.parent / "base.jsonl").read_text().splitlines()) == len(ROWS)
     assert yaml.safe_load(path.read_text()) == gated_job
+
+
+def test_tasks_of_the_harness(base_job: Job, write_job: Write, tmp_path: Path) -> None:
+    """Of a file of one's own: a model that knows the answers picks them, its base guesses."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: uv sync --extra lm-eval")
+    facts = [{"prompt": f"b of {a} is", "completion": f" {a * 7 % 8} times {a}"} for a in range(8)]
+    (tmp_path / "facts.jsonl").write_text("\n".join(json.dumps({**row, "right": a}) for a, row in enumerate(facts)))
+    task = {
+        "task": "facts",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "facts.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": [row["completion"] for row in facts],
+        "doc_to_target": "{{right}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/facts.yaml").write_text(yaml.safe_dump(task))
+    sft = {"data": {"sources": [{"inline": facts}]}, "maxSteps": 120, "learningRate": 0.006, "saveSteps": 1000}
+    gate = [{"metric": "facts.acc", "atLeast": 0.9}]
+    evaluate = {"tasks": ["facts"], "includePath": "tasks", "compareWith": ["base"], "gate": gate}
+    base_job["spec"]["stages"] = [{"sft": sft}, {"evaluate": evaluate}]
+    code, output = run(write_job(base_job))
+    assert code == 0, output
+    metrics = done(_evaluation(base_job))["metrics"]
+    assert metrics["facts.acc"] == 1 > 0.5 > metrics["base.facts.acc"]

@@ -144,7 +144,7 @@ def _evaluations(run: RunConfig) -> Iterator[Problem]:
         spec, where = stage.spec, place(run, index)
         if not isinstance(spec, EvaluateSpec):
             continue
-        yield from task_problems(spec, where)
+        yield from task_problems(spec, where, run.base_dir)
         for at, name in enumerate(spec.compare_with):
             if name in masked:
                 yield Problem(f"{where}.compareWith[{at}]", f"{name!r} fills masks: it has nothing to compare")

@@ -109,6 +109,9 @@ class EvaluateSpec(BesideSpec):
     are from 0 to 100, all others but `perplexity` from 0 to 1."""
     tasks: Annotated[list[TaskName], Field(max_length=32)] = Field(default=[])
     """Tasks of lm-evaluation-harness, where the package lm-eval is installed."""
+    include_path: Path | None = None
+    """Directory with definitions of further tasks, as lm-evaluation-harness has them (`--include_path`). Functions that
+    they name are run."""
     task_limit: PositiveInt | None = None
     """Examples of each task. Default: all."""
     compare_with: Annotated[list[StageName], Field(max_length=16)] = Field(default=[])

@@ -8,17 +8,18 @@ from typing import Any
 
 from finetune_api.problems import Problem, did_you_mean
 from finetune_api.stages import EvaluateSpec
+from finetune_trainer.model.source import local_path
 
 
-def task_problems(spec: EvaluateSpec, where: str) -> list[Problem]:
-    """Why the tasks can't be run here: no package, or no such task."""
+def task_problems(spec: EvaluateSpec, where: str, base_dir: str) -> list[Problem]:
+    """Why the tasks can't be run here: no package, no such directory of tasks, or no such task."""
     if not spec.tasks:
         return []
     if find_spec("lm_eval") is None:
-        return [Problem(f"{where}.tasks", "needs lm-evaluation-harness: install the package `lm-eval[hf]`")]
-    from lm_eval.tasks import TaskManager
-
-    known = TaskManager().all_tasks
+        return [Problem(f"{where}.tasks", "needs lm-evaluation-harness: install finetune-operator[trainer,lm-eval]")]
+    if spec.include_path is not None and not local_path(spec.include_path, base_dir).is_dir():
+        return [Problem(f"{where}.includePath", f"no such directory: {spec.include_path}")]
+    known = _manager(spec, base_dir).all_tasks
     return [
         Problem(f"{where}.tasks[{at}]", f"lm-evaluation-harness has no task {name!r}{did_you_mean(name, known)}")
         for at, name in enumerate(spec.tasks)
@@ -26,15 +27,25 @@ def task_problems(spec: EvaluateSpec, where: str) -> list[Problem]:
     ]
 
 
-def run_tasks(model: Any, tokenizer: Any, spec: EvaluateSpec, names: Sequence[str]) -> dict[str, float]:
+def run_tasks(model: Any, tokenizer: Any, spec: EvaluateSpec, names: Sequence[str], base_dir: str) -> dict[str, float]:
     """The tasks' metrics, each under `task.metric`, such as `hellaswag.acc_norm`."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=spec.per_device_eval_batch_size)
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), spec.seed)
-    found = simple_evaluate(model=wrapped, tasks=list(names), limit=spec.task_limit, bootstrap_iters=0, **seeds)
+    manager = _manager(spec, base_dir)
+    found = simple_evaluate(
+        model=wrapped, tasks=list(names), task_manager=manager, limit=spec.task_limit, bootstrap_iters=0, **seeds
+    )
     return task_metrics(found["results"])
+
+
+def _manager(spec: EvaluateSpec, base_dir: str) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    own = spec.include_path
+    return TaskManager(include_path=None if own is None else str(local_path(own, base_dir)))
 
 
 def task_metrics(results: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -117,7 +117,8 @@ class Evaluation:
             kept = self.context.layout.task(contender.name, task)
             if self.tools.first and not self.tools.storage.exists(kept):
                 self.tools.log(f"{contender.name}: {task}")
-                found = run_tasks(self._open(contender), self.context.tokenizer, self.spec, [task])
+                model, base_dir = self._open(contender), self.context.run.base_dir
+                found = run_tasks(model, self.context.tokenizer, self.spec, [task], base_dir)
                 self.tools.storage.write_text(kept, json.dumps(found, indent=1))
             self.tools.stop_together()
             metrics |= json.loads(self.tools.storage.read_text(kept))
