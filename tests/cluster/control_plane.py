@@ -121,10 +121,19 @@ class ControlPlane:
         else:
             self._apiserver.stop(grace=WATCH_GRACE)
 
-    def restart_apiserver(self, *, kill: bool = False) -> None:
-        """An outage of a few seconds, at the same address, over the same data; open watches are cut."""
+    def restart_apiserver(self, *, kill: bool = False, controllers: bool = True) -> None:
+        """An outage of a few seconds, at the same address, over the same data; open watches are cut.
+
+        Args:
+            controllers: whether they start anew as well. Else they find the API server again by a back-off of their
+                own, which is up to a minute where one outage follows another.
+        """
         self.stop_apiserver(kill=kill)
+        if controllers:
+            self.stop_controllers()
         self.start_apiserver()
+        if controllers:
+            self.start_controllers()
 
     def start_controllers(self) -> None:
         """Start kube-controller-manager and wait until its controllers run."""

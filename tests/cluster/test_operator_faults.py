@@ -142,7 +142,6 @@ def test_the_api_server_goes_and_comes_again(
             name, ip = body["metadata"]["name"], f"127.0.{20 + kill}.{number}"
             trainer = stack.enter_context(driver(body["metadata"]["uid"], 1, ip))
             trainer.reporter.checkpoint_saved(1, number, f"/pvc/c-{number}")
-            # The Job controller comes back slowly from an API server that was away.
             (pod,) = kubelet.pods(namespace, 1, selector=f"{JOB_LABEL}={name},finetune.dev/run=1", timeout=120)
             kubelet.running(namespace, pod, ip=ip)
         for number, name in enumerate(NAMES, 1):
@@ -151,7 +150,7 @@ def test_the_api_server_goes_and_comes_again(
         for pod in client.CoreV1Api(api).list_namespaced_pod(namespace).items:
             kubelet.finished(namespace, pod.metadata.name)
         for name in NAMES:
-            done = jobs.until_phase("Succeeded", name, timeout=90)["status"]
+            done = jobs.until_phase("Succeeded", name, timeout=120)["status"]
             assert [item["reason"] for item in done["attempts"]] == ["Completed"]
         batch = client.BatchV1Api(api)
         assert sorted(item.metadata.name for item in batch.list_namespaced_job(namespace).items) == sorted(

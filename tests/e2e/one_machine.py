@@ -69,7 +69,7 @@ class OneMachine:
 
     def restart_apiserver(self) -> None:
         """It is killed, and starts again at once."""
-        self.control_plane.restart_apiserver(kill=True)
+        self.control_plane.restart_apiserver(kill=True, controllers=False)
 
     def import_image(self, archive: Path) -> None:
         """Make an image known on every node."""
