@@ -31,6 +31,11 @@ def stage_before(run: RunConfig, index: int) -> int | None:
     return next((before for before in reversed(range(index)) if stages[before].spec.hands_on), None)
 
 
+def directories(run: RunConfig) -> dict[str, Path]:
+    """Where relative paths start and what is fetched is kept: the keyword arguments of all that read a job's data."""
+    return {"base_dir": Path(run.base_dir), "cache_dir": Path(run.cache_dir)}
+
+
 def place(run: RunConfig, index: int) -> str:
     """The stage's path in the job, such as `stages[1].sft`."""
     return f"stages[{index}].{run.job.spec.stages[index].kind}"

@@ -18,7 +18,7 @@ from finetune_trainer.launch.cluster import Workers
 from finetune_trainer.layout import StageLayout
 from finetune_trainer.model.load import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
-from finetune_trainer.pipeline import place, spec_of, waits_for
+from finetune_trainer.pipeline import directories, place, spec_of, waits_for
 from finetune_trainer.plan.devices import local_device
 from finetune_trainer.plan.job import plan_job
 from finetune_trainer.plan.records import DataSize, JobPlan, PlanContext
@@ -96,8 +96,8 @@ class Preparation:
         """The rows of an evaluation, read as its workers will."""
         if spec.data is None:
             return None
-        places = {"cache_dir": Path(self.run.cache_dir), "base_dir": Path(self.run.base_dir)}
-        rows = eval_rows(spec, self.tokenizer, context_length(self.config), place(self.run, index), **places)
+        where, places = place(self.run, index), directories(self.run)
+        rows = eval_rows(spec, self.tokenizer, context_length(self.config), where, **places)
         self.log(f"{self.run.job.spec.stages[index].title}: {len(rows)} rows to measure")
         return DataSize(len(rows), sum(row.length for row in rows), max(row.length for row in rows))
 

@@ -29,7 +29,7 @@ from finetune_trainer.layout import METRICS
 from finetune_trainer.model.load import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.model.task import task_of
-from finetune_trainer.pipeline import layouts, place, scratch, spec_of
+from finetune_trainer.pipeline import directories, layouts, place, scratch, spec_of
 from finetune_trainer.plan.steps import rows_per_step
 from finetune_trainer.progress.channel import Event, StageBegun, StageDone, WorkerEnd
 from finetune_trainer.progress.metrics_log import MetricsLog
@@ -276,8 +276,7 @@ def _prepared(
     """The stage's data, found prepared or, where another stage made it, prepared now."""
     if not isinstance(spec, TrainingSpec):
         return None
-    places = {"cache_dir": Path(run.cache_dir), "base_dir": Path(run.base_dir)}
-    return prepare(spec, tokenizer, context, where=place(run, index), num_proc=threads, **places)
+    return prepare(spec, tokenizer, context, where=place(run, index), num_proc=threads, **directories(run))
 
 
 def _rows_per_step(spec: StageSpec, workers: int) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import PretrainedConfig
 
@@ -13,7 +11,7 @@ from finetune_api.training import TrainingSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.load import load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
-from finetune_trainer.pipeline import place
+from finetune_trainer.pipeline import directories, place
 from finetune_trainer.plan.devices import Device, peak_flops
 from finetune_trainer.plan.records import JobPlan, PlanContext, Rows
 from finetune_trainer.plan.stage import StagePlanner
@@ -56,8 +54,7 @@ def plan_job(run: RunConfig, context: PlanContext, rows: Rows | None = None) -> 
 
 
 def _synthesis(run: RunConfig, index: int, spec: SynthesizeSpec) -> SynthesisPlan:
-    places = {"base_dir": Path(run.base_dir), "cache_dir": Path(run.cache_dir)}
-    return plan_synthesis(spec, index, run.job.spec.stages[index].title, place(run, index), **places)
+    return plan_synthesis(spec, index, run.job.spec.stages[index].title, place(run, index), **directories(run))
 
 
 def job_config(run: RunConfig) -> PretrainedConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from finetune_api.stages import EvaluateSpec
@@ -20,6 +19,7 @@ from finetune_trainer.gate import Measured
 from finetune_trainer.generation.batches import generate_batch
 from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.model.load import context_length
+from finetune_trainer.pipeline import directories
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.forget import forget_stage
 from finetune_trainer.training.tools import StageTools
@@ -47,7 +47,7 @@ class Evaluation:
         assert isinstance(spec, EvaluateSpec)
         self.context, self.tools, self.spec = context, tools, spec
         self.models = contenders(run, context.layout.index, spec, tools.storage)
-        places = {"cache_dir": Path(run.cache_dir), "base_dir": Path(run.base_dir)}
+        places = directories(run)
         self.rows = eval_rows(spec, context.tokenizer, context_length(context.config), where, **places)
         database = spec.database
         self.database = None if database is None else open_database(database, f"{where}.database", **places)
