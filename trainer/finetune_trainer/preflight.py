@@ -27,9 +27,7 @@ from finetune_trainer.pipeline import place, stage_before
 from finetune_trainer.plan.devices import Device, local_device
 from finetune_trainer.plan.job import plan_job
 from finetune_trainer.plan.records import JobPlan, PlanContext
-from finetune_trainer.rewards.problems import reward_problems
 from finetune_trainer.storage import Storage
-from finetune_trainer.synthesis.checks import synthesis_problems
 
 
 def preflight(run: RunConfig, workers: Workers | None = None, *, device: Device | None = None) -> JobPlan:
@@ -158,6 +156,8 @@ def _evaluations(run: RunConfig) -> Iterator[Problem]:
 def _rewards(run: RunConfig) -> Iterator[Problem]:
     for index, stage in enumerate(run.job.spec.stages):
         if isinstance(stage.spec, PromptSpec):
+            from finetune_trainer.rewards.problems import reward_problems  # an HTTP client: few jobs need one
+
             yield from reward_problems(stage.spec, run, place(run, index))
 
 
@@ -168,6 +168,8 @@ def _syntheses(run: RunConfig) -> Iterator[Problem]:
         spec, where = stage.spec, place(run, index)
         if not isinstance(spec, SynthesizeSpec):
             continue
+        from finetune_trainer.synthesis.checks import synthesis_problems  # an HTTP client: few jobs need one
+
         yield from synthesis_problems(spec, where, Path(run.base_dir))
         model, at = spec.teacher.model, f"{where}.teacher.model"
         if model is None:
