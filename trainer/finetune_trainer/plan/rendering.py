@@ -37,11 +37,15 @@ def _synthesis(stage: SynthesisPlan) -> RenderableType:
         f"at most about {human_count(stage.prompt_tokens)} to the teacher and {human_count(stage.completion_tokens)}"
     )
     table.add_row("tokens", f"{tokens} from it")
-    table.add_row(
-        "price", "not known: the endpoint names none" if stage.price is None else f"at most {stage.price:,.2f}"
-    )
+    table.add_row("price", _price(stage.price))
     title = escape(f"stages[{stage.index}] {stage.title} (synthesize)")
     return Panel(table, title=title, title_align="left", border_style="green")
+
+
+def _price(price: float | None) -> str:
+    if price is None:
+        return "not known: the endpoint names none"
+    return f"at most {price:,.2f}" if price else "none"
 
 
 def _teacher(teacher: TeacherPlan, device: Device) -> RenderableType:

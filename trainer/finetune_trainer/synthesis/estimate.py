@@ -32,6 +32,7 @@ class SynthesisPlan:
     rows: int
     """Rows, if none is rejected."""
     price: float | None
+    """0 of a model on the job's own workers; None where the endpoint's is not known."""
 
 
 def plan_synthesis(
@@ -45,8 +46,8 @@ def plan_synthesis(
     items, calls, characters, rows = _counts(spec, where, base_dir, cache_dir)
     prompt_tokens = characters // CHARACTERS_PER_TOKEN + 2 * MESSAGE_TOKENS * calls
     completion_tokens = calls * spec.teacher.generation.max_new_tokens
-    cost = price(prompt_tokens, completion_tokens, spec.teacher.endpoint)
     endpoint = spec.teacher.endpoint
+    cost = 0.0 if endpoint is None else price(prompt_tokens, completion_tokens, endpoint)
     name = endpoint.model if endpoint is not None else "a local model"
     return SynthesisPlan(index, title, spec.method, name, items, calls, prompt_tokens, completion_tokens, rows, cost)
 
