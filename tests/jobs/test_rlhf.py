@@ -178,7 +178,7 @@ def test_zero(algorithm: str, job: Job, write_job: Callable[[Job], Path], tmp_pa
         variants["full"] = {"learningRate": 1e-4}
         job["metadata"]["name"] = f"zero{zero}"
         job["spec"] |= {"resources": {"workersPerNode": 2 if zero else 1}, "sharding": {"zero": zero}}
-        job["spec"]["stages"] = [{"name": name, **stage(**batch, **one)} for name, one in variants.items()]
+        job["spec"]["stages"] = [{"name": name, **stage(**batch | one)} for name, one in variants.items()]
         code, output = run(write_job(job))
         assert code == 0, output
         curves[zero] = [_curve(one) for one in sorted((tmp_path / f"runs/zero{zero}/stages").iterdir())]
