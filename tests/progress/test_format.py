@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from finetune_trainer.progress.format import clean, count, duration, named_metrics, number, percent, size
+from finetune_trainer.progress.format import clean, count, duration, named_metrics, number, percent, size, step_parts
+from finetune_trainer.progress.reporter import Progress
 
 
 @pytest.mark.parametrize(
@@ -68,3 +69,8 @@ def test_clean_shows_control_characters_and_keeps_lines() -> None:
 
 def test_metric_names_are_cleaned_too() -> None:
     assert named_metrics({"eval_loss": 1.5, "x\x1b": 2}) == "eval_loss 1.5 · x␛ 2"
+
+
+def test_reinforcement_learning_shows_its_reward_before_its_loss() -> None:
+    step = Progress(0, 1, "rlhf", 4, 40, loss=0.0, metrics={"reward": 1.0419, "kl": 0.0539, "completions/mean": 3.0})
+    assert [text for _, text in step_parts(step)] == ["4/40", "reward 1.042", "kl 0.0539", "loss 0.0000"]

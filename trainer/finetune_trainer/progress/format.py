@@ -11,6 +11,8 @@ from finetune_trainer.progress.reporter import Progress
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _PICTURES = 0x2400
 _DELETE = 0x7F
+_TELL_MORE = ("reward", "kl")
+"""Metrics of reinforcement learning that tell more than its loss, which is nothing by construction (RLOO)."""
 
 
 def duration(seconds: float) -> str:
@@ -74,6 +76,9 @@ def evaluation_of(progress: Progress) -> dict[str, float]:
 def step_parts(progress: Progress) -> Iterator[tuple[int, str]]:
     """What one step shows, in order, each part with its rank: the highest rank is left out first."""
     yield 0, f"{progress.step}/{progress.total}"
+    for name in _TELL_MORE:
+        if name in (progress.metrics or {}):
+            yield 1, f"{name} {number((progress.metrics or {})[name])}"
     if progress.loss is not None:
         yield 1, f"loss {progress.loss:.4f}"
     if progress.learning_rate is not None:
