@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import statistics
 import sys
 import time
@@ -32,12 +33,12 @@ from finetune_api.labels import JOB_LABEL
 Json = dict[str, Any]
 SECONDS = 300
 MARKS = {
-    "tokenizer begins": "[1/2 tokenizer]",
-    "workers run": "[2/2 pretrain]: ",
-    "model is built": "pretrain: model ready",
-    "first step": "[2/2 pretrain] 1/",
+    "tokenizer begins": r"\[1/2 tokenizer\]",
+    "workers run": r"\[2/2 pretrain\]: ",
+    "model is built": r"pretrain: model ready",
+    "first step": r"\[2/2 pretrain\] [1-9]",
 }
-"""Words of the driver's log, in order; the first line that has them counts."""
+"""Patterns of the driver's log, in order; the first line that has one counts. Steps are told some at once."""
 
 
 def main() -> None:
@@ -89,7 +90,10 @@ def _of_log(victim: Victim, name: str) -> dict[str, datetime]:
     selector = f"--selector={JOB_LABEL}={name},batch.kubernetes.io/job-completion-index=0"
     options = ["--timestamps", "--tail=-1", selector, f"--namespace={victim.namespace}"]
     lines = [line.partition(" ") for line in victim.admin.kubectl("logs", *options).stdout.splitlines()]
-    return {what: next(_moment(moment) for moment, _, text in lines if words in text) for what, words in MARKS.items()}
+    return {
+        what: next(_moment(moment) for moment, _, text in lines if re.search(pattern, text))
+        for what, pattern in MARKS.items()
+    }
 
 
 def _moment(text: str) -> datetime:

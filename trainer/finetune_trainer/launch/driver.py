@@ -68,7 +68,8 @@ class Pipeline:
             self._require_gate(layout)
         if self._todo():
             self._run_stages()
-        self._report()
+        else:
+            self._report()
         self.reporter.log(f"report: {self.storage.path(REPORT)}")
 
     def _require_gate(self, layout: StageLayout) -> None:
