@@ -40,9 +40,11 @@ def quiet_environment(accelerator: bool) -> dict[str, str]:
 
 def apply_environment(variables: dict[str, str]) -> None:
     """Set what the user hasn't set, and hush what has no variable of its own."""
-    # On CPUs it warns at each import that a faster kernel is not installed.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    hush()
     for name, value in variables.items():
         os.environ.setdefault(name, value)
-    # It advises a package that fetches faster kernels from the hub at run time.
+
+
+def hush() -> None:
+    """At each import bitsandbytes advises a package that fetches faster kernels from the hub at run time."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from finetune_trainer.forks.wire import take
+from finetune_trainer.runtime import hush
 
 GPU_DEVICES = "/dev/nvidia"
 NO_JOB = "ffffffff"
@@ -186,6 +187,7 @@ def load(modules: list[str]) -> None:
 def main(listener: socket.socket, modules: list[str], for_workers: list[str]) -> None:
     """Import, then serve: whoever has asked meanwhile waits at the socket."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # torch.cuda.is_available() without opening a GPU
+    hush()
     load(modules)
     if opened_gpu():
         sys.exit("a library has opened a GPU at its import: processes start without the fork server")
