@@ -197,8 +197,8 @@ def _follow(draft: Draft) -> bool:
     stuck = waiting(draft.seen.pods_of(run.run), draft.seen.complaints)
     if run.deleting:
         draft.set(Type.RUNNING, "False", Reason.STOPPING, "the run is being deleted")
-    elif run.state is RunState.RUNNING:
-        draft.set(Type.RUNNING, "True", Reason.TRAINING, "" if stuck is None else stuck[1])
+    elif draft.trains(run):
+        draft.set(Type.RUNNING, "True", Reason.TRAINING, _unready(draft, run) if stuck is None else stuck[1])
         draft.running_since(run)
     elif stuck is not None:
         _stuck(draft, run, *stuck)
@@ -207,6 +207,13 @@ def _follow(draft: Draft) -> bool:
     else:
         draft.set(Type.RUNNING, "False", Reason.QUEUED if held else Reason.STARTING)
     return True
+
+
+def _unready(draft: Draft, run: RunView) -> str:
+    silent = next((pod for pod in draft.seen.pods_of(run.run) if pod.runs and not pod.ready), None)
+    if run.state is RunState.RUNNING or silent is None:
+        return ""
+    return f"pod {silent.name} is not ready: its node {silent.node} may be away; the job runs on as long as it does"
 
 
 def _stuck(draft: Draft, run: RunView, reason: Reason, message: str) -> None:

@@ -68,6 +68,14 @@ class Draft:
         condition = self._conditions.get(Type.RUNNING.value)
         return condition is not None and condition.reason in (Reason.TRAINING, Reason.STOPPING)
 
+    def trains(self, run: RunView) -> bool:
+        """Whether its pods run: all are ready, or were and none has ended. A node that doesn't answer for a while makes
+        its pods unready, and they run on."""
+        if run.state is RunState.RUNNING:
+            return True
+        pods = self.seen.pods_of(run.run)
+        return run.state is RunState.PENDING and self.holds(Type.RUNNING) and bool(pods) and all(p.runs for p in pods)
+
     def active(self) -> RunView | None:
         """The attempt that is on its way, if any."""
         own = (run for run in self.seen.runs if run.run > 0 and run.owner == self.seen.uid and run.state in _OPEN)

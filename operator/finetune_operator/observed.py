@@ -53,6 +53,8 @@ class PodView:
     """When a pod that is being deleted has had its grace period; None for any other."""
     gone: bool = False
     """Deleted by now; kept for what it says of its run's end."""
+    ready: bool = True
+    """As its node says, or as is said of a node that says nothing any more."""
     reason: str | None = None
     """The pod's own: `Evicted`, `NodeLost`, …"""
     message: str = ""
@@ -68,6 +70,11 @@ class PodView:
     termination_message: str = ""
     failed_container: str = ""
     """Another container, which failed while the trainer has not ended: then the three above are its own."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether nothing is known of an end."""
+        return self.phase == "Running" and not self.gone and self.grace_over is None and self.exit_code is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +203,7 @@ def pod_view(body: Json) -> PodView | None:
         ip=status.get("podIP"),
         node=(body.get("spec") or {}).get("nodeName"),
         grace_over=moment(metadata["deletionTimestamp"]) if "deletionTimestamp" in metadata else None,
+        ready=conditions.get("Ready", {}).get("status") == "True",
         reason=status.get("reason"),
         message=status.get("message", ""),
         unschedulable=_condition_text(conditions.get("PodScheduled"), "False", "Unschedulable"),

@@ -8,7 +8,7 @@ from finetune_operator.actions import DeleteRun, StopRun
 from finetune_operator.conditions import Reason, Type, moment
 from finetune_operator.draft import Draft
 from finetune_operator.names import PREFLIGHT_RUN
-from finetune_operator.observed import ENDED, RunState, RunView
+from finetune_operator.observed import ENDED, RunView
 
 
 def deadline(draft: Draft) -> bool:
@@ -63,7 +63,8 @@ def _stop(draft: Draft, run: RunView, reason: Reason) -> bool:
         draft.set(Type.RUNNING, "False", Reason.STOPPING, "the pods have their grace period")
         return True
     grace = draft.kubernetes.checkpoint_grace_seconds
-    if run.state is RunState.RUNNING and asked is None:
+    runs = draft.trains(run)
+    if runs and asked is None:
         draft.ask_stop(run.run)
         draft.do(StopRun(run.run))
         draft.wake_at(draft.now + timedelta(seconds=grace))
@@ -72,6 +73,6 @@ def _stop(draft: Draft, run: RunView, reason: Reason) -> bool:
         draft.wake_at(min(asked + timedelta(seconds=grace), draft.now + timedelta(seconds=5)))
     else:
         draft.do(DeleteRun(run.run, run.engine))
-    draft.set(Type.RUNNING, "False" if run.state is not RunState.RUNNING else "True", Reason.STOPPING)
+    draft.set(Type.RUNNING, "True" if runs else "False", Reason.STOPPING)
     draft.stop_reason(run.run, reason)
     return True

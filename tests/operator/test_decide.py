@@ -37,6 +37,15 @@ CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
     "pods on their way": (seen(STARTING, run(state=RunState.PENDING)), "Pending", ()),
     "pods on their way once more, after a queue": (seen(QUEUED, run(state=RunState.PENDING)), "Pending", ()),
     "pods that end": (seen(RUNNING, run(state=RunState.PENDING)), "Stopping", ()),
+    "a pod that ends": (
+        seen(RUNNING, run(state=RunState.PENDING), pod(), pod(index=1, exit_code=1, phase="Failed")), "Stopping", ()),
+    "a pod whose node does not answer": (
+        seen(RUNNING, run(state=RunState.PENDING), pod(), pod(index=1, ready=False)), "Running", ()),
+    "a pod that has never been ready": (
+        seen(STARTING, run(state=RunState.PENDING), pod(), pod(index=1, ready=False)), "Pending", ()),
+    "suspension asks for a checkpoint where a node does not answer": (
+        seen(RUNNING, run(state=RunState.PENDING), pod(), pod(index=1, ready=False), runPolicy={"suspend": True}),
+        "Stopping", (StopRun(1),)),
     "resumed, and not checked before": (
         seen({"conditions": [*VALID[:1], *conditions(Suspended="True/Suspended")]}, kubernetes={}), "Preflight",
         (StartRun(0),)),
