@@ -63,8 +63,10 @@ class Cache:
                 self._drop(self._pods, key, pod.name)
 
     def put_pod(self, namespace: str, pod: PodView) -> Key:
+        """Keep a pod's newest state. That it was deleted by force shows in the first state after that alone."""
         key = (namespace, pod.job)
-        self._pods[key][pod.name] = pod
+        old = self._pods[key].get(pod.name)
+        self._pods[key][pod.name] = replace(pod, forced=True) if old is not None and old.forced else pod
         return key
 
     def drop_pod(self, key: Key, pod: PodView) -> None:

@@ -137,9 +137,8 @@ def _lost_pods(pods: tuple[PodView, ...]) -> Iterable[Ending]:
 
 
 def _deleted_pods(pods: tuple[PodView, ...]) -> Iterable[Ending]:
-    """Pods that were seen to be deleted and then to go without an end of their containers: others end first."""
     for pod in pods:
-        if pod.gone and pod.grace_over and pod.phase not in ("Succeeded", "Failed") and pod.exit_code is None:
+        if pod.forced:
             message = f"pod {pod.name} was deleted while it ran"
             yield Ending(Reason.POD_DELETED, message, True, False, pod.name, pod.node)
 

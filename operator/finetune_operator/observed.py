@@ -51,6 +51,8 @@ class PodView:
     node: str | None = None
     grace_over: datetime | None = None
     """When a pod that is being deleted has had its grace period; None for any other."""
+    forced: bool = False
+    """Was to go at once, by somebody's wish, while its containers ran."""
     gone: bool = False
     """Deleted by now; kept for what it says of its run's end."""
     ready: bool = True
@@ -192,6 +194,7 @@ def pod_view(body: Json) -> PodView | None:
         return None
     conditions = {item["type"]: item for item in status.get("conditions") or []}
     container, ended = _terminated(status)
+    at_once = metadata.get("deletionGracePeriodSeconds") == 0
     return PodView(
         name=metadata["name"],
         job=job,
@@ -203,6 +206,7 @@ def pod_view(body: Json) -> PodView | None:
         ip=status.get("podIP"),
         node=(body.get("spec") or {}).get("nodeName"),
         grace_over=moment(metadata["deletionTimestamp"]) if "deletionTimestamp" in metadata else None,
+        forced=at_once and status.get("phase") == "Running" and not ended,
         ready=conditions.get("Ready", {}).get("status") == "True",
         reason=status.get("reason"),
         message=status.get("message", ""),

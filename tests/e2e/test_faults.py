@@ -38,6 +38,8 @@ def test_a_job_comes_through_faults_as_if_there_were_none(
     check(rounds)
     same_curve(victim, curve(s3, namespace, "calm"))
     assert {round.kind for round in rounds} == set(kinds)
+    (deleted,) = (round for round in rounds if round.kind == "pod")
+    assert any("PodDeleted: pod hit-" in text for text in deleted.said), deleted.said
 
 
 def samples(*positions: tuple[int, int]) -> list[Sample]:

@@ -75,14 +75,13 @@ CASES: dict[str, tuple[tuple[PodView, ...], Reason, str, bool, bool]] = {
         (pod(exit_code=2, failed_container="fetch", termination_message="404"),), Reason.UNKNOWN,
         "container fetch ended with exit code 2", True, True),
     "a pod deleted by force": (
-        (ended(1, "a worker's node is gone"), worker(gone=True, grace_over=1)), Reason.POD_DELETED,
+        (ended(75, "stopped at step 3"), worker(forced=True, exit_code=137, phase="Failed")), Reason.POD_DELETED,
         "pod tiny-1-1-x was deleted while it ran", True, False),
     "the driver's pod deleted by force": (
-        (pod(gone=True, grace_over=1), worker(exit_code=1, phase="Failed", gone=True)), Reason.POD_DELETED,
+        (pod(forced=True), worker(exit_code=1, phase="Failed", gone=True)), Reason.POD_DELETED,
         "pod tiny-1-0-x was deleted while it ran", True, False),
-    "a pod that went unseen": ((ended(1, "KeyError"), worker(gone=True)), Reason.UNKNOWN, "KeyError", True, True),
     "a user error outweighs a pod that was deleted": (
-        (ended(2, "bad"), worker(gone=True, grace_over=1)), Reason.USER_ERROR, "bad", False, True),
+        (ended(2, "bad"), worker(forced=True)), Reason.USER_ERROR, "bad", False, True),
     "an image": (
         (pod(phase="Pending", waiting=("ImagePullBackOff", "not found")),), Reason.IMAGE_PULL, "not found", True, True),
 }  # fmt: skip
