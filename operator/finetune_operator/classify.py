@@ -17,7 +17,8 @@ from finetune_operator.reports import clean, read_report
 LOST_SECONDS = 30
 """After its grace period a pod is gone within seconds, unless its node is."""
 MESSAGE_LIMIT = 2048
-_NODE_LOST = ("NodeLost", "NodeShutdown", "Shutdown", "Terminated", "DeletionByTaintManager", "DeletionByPodGC")
+_GIVEN_UP = "DeletionByTaintManager"
+_NODE_LOST = ("NodeLost", "NodeShutdown", "Shutdown", "Terminated", _GIVEN_UP, "DeletionByPodGC")
 _EVICTED = ("Evicted", "Preempted", "Preempting", "PreemptionByScheduler", "EvictionByEvictionAPI",
             "TerminationByKubelet", "OutOfcpu", "OutOfmemory", "OutOfpods", "UnexpectedAdmissionError")  # fmt: skip
 _PULL = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
@@ -68,12 +69,17 @@ def classify(run: RunView, pods: tuple[PodView, ...], report: AttemptReport | No
 
 
 def lost(pods: Iterable[PodView], now: datetime) -> Ending | datetime | None:
-    """Whether a node has gone without a word: a pod on it should have ended long ago, and nobody says that it has.
+    """Whether a node has gone without a word: a pod on it should have ended long ago, and nobody says that it has; or
+    Kubernetes has given the node up and deletes its pods. One that only is tainted keeps its pods ready until they end.
 
     Returns:
         How its run ended then; or the time at which a pod that is being deleted will count as lost.
     """
     going = [pod for pod in pods if pod.grace_over and not pod.gone and pod.phase not in ("Succeeded", "Failed")]
+    silent = next((pod for pod in going if pod.disruption == _GIVEN_UP and not pod.ready), None)
+    if silent is not None:
+        message = f"pod {silent.name}: its node does not answer"
+        return Ending(Reason.NODE_LOST, message, True, False, silent.name, silent.node)
     first = min(going, key=lambda pod: pod.grace_over or now, default=None)
     if first is None or first.grace_over is None:
         return None

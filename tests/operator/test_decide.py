@@ -124,6 +124,12 @@ CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
         "Stopping", (DeleteRun(1, "kuberay"),)),
     "a node that is gone takes its attempt along": (
         seen(RUNNING, run(), pod(), pod(index=1, grace_over=31)), "Retrying", (AbandonRun(1, "job"),)),
+    "a node that Kubernetes has given up": (
+        seen(RUNNING, run(state=RunState.PENDING), pod(),
+             pod(index=1, grace_over=-100, ready=False, disruption="DeletionByTaintManager")),
+        "Retrying", (AbandonRun(1, "job"),)),
+    "a node that is tainted and answers": (
+        seen(RUNNING, run(), pod(), pod(index=1, grace_over=-100, disruption="DeletionByTaintManager")), "Running", ()),
     "a pod has time to end": (seen(RUNNING, run(), pod(), pod(index=1, grace_over=29)), "Running", ()),
     "a pod that has ended is not lost": (
         seen(RUNNING, run(), pod(), pod(index=1, grace_over=100, phase="Failed")), "Running", ()),

@@ -87,6 +87,24 @@ def test_the_user_s_template_stays_and_the_operator_s_part_is_added() -> None:
     assert container["image"] == "trainer:1"
 
 
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        ([], ["not-ready", "unreachable"]),
+        ([{"key": "gpu", "operator": "Exists"}], ["not-ready", "unreachable"]),
+        ([{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}], ["not-ready", "unreachable"]),
+        ([{"key": "node.kubernetes.io/unreachable", "operator": "Exists", "tolerationSeconds": 900}], ["not-ready"]),
+        ([{"operator": "Exists", "effect": "NoSchedule"}], ["not-ready", "unreachable"]),
+        ([{"operator": "Exists"}], []),
+    ],
+)
+def test_a_node_may_be_away_for_two_minutes_where_the_user_says_nothing(given: list[Any], added: list[str]) -> None:
+    spec = objects(resources={"podTemplate": {"spec": {"tolerations": given}}})["Job"]["spec"]["template"]["spec"]
+    own = [item for item in spec["tolerations"] if item not in given]
+    assert [item["key"] for item in own] == [f"node.kubernetes.io/{name}" for name in added]
+    assert all((item["effect"], item["tolerationSeconds"]) == ("NoExecute", 120) for item in own)
+
+
 def test_pods_meet_the_restricted_standard() -> None:
     spec = pod_spec()
     container = trainer(spec)

@@ -13,6 +13,10 @@ from finetune_operator.render.run import Run
 Json = dict[str, Any]
 USER = 1000
 GPU = "nvidia.com/gpu"
+_AWAY_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
+NODE_AWAY_SECONDS = 120
+"""How long a node may not answer, from when Kubernetes has noticed (40 s), until its pods are given up. Kubernetes' own
+default is 300: the GPUs of all other nodes would wait."""
 _PLACES = ("kubernetes.io/", "topology.kubernetes.io/")
 _TMP = "/tmp"
 _CONTAINER_SECURITY: Json = {
@@ -52,7 +56,15 @@ def pod_template(run: Run, command: list[str], *, gpus: bool = True) -> Json:
     spec["containers"] = _containers(run, spec.get("containers") or [], command, gpus)
     if not gpus:
         _leave_accelerators(spec)
+    spec["tolerations"] = _tolerations(spec.get("tolerations") or [])
     return template
+
+
+def _tolerations(given: list[Json]) -> list[Json]:
+    """The user's, and for how long a node may be away, where they don't say."""
+    covered = {item.get("key") for item in given if item.get("effect") in (None, "", "NoExecute")}
+    own = {"operator": "Exists", "effect": "NoExecute", "tolerationSeconds": NODE_AWAY_SECONDS}
+    return [*given, *({"key": taint, **own} for taint in _AWAY_TAINTS if not covered & {None, "", taint})]
 
 
 def _leave_accelerators(spec: Json) -> None:
