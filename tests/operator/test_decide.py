@@ -154,6 +154,9 @@ CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
     "preflight passed": (
         seen({"conditions": VALID[:1]}, run(0, RunState.SUCCEEDED),
              pod(0, termination_message=said(plan={"parameters": 7})), kubernetes={}), "Pending", (StartRun(1),)),
+    "preflight passed, and its Job does not say so yet": (
+        seen({"conditions": VALID[:1]}, run(0), pod(0, phase="Succeeded", exit_code=0), kubernetes={}), "Pending",
+        (StartRun(1),)),
     "preflight failed": (
         seen({"conditions": VALID[:1]}, run(0, RunState.FAILED), pod(0, exit_code=2, termination_message=said(2, "no")),
              kubernetes={}), "Failed", ()),
