@@ -40,7 +40,7 @@ class Draft:
     """One decision in the making. Everything but this object stays as it is."""
 
     def __init__(self, seen: Observed, settings: Settings, now: datetime) -> None:
-        self.seen, self.settings, self.now = seen, settings, now
+        self.seen, self.settings, self.now = seen.settled(), settings, now
         self.spec: Json = seen.body.get("spec", {})
         self.before: Json = seen.body.get("status") or {}
         self.status: Json = copy.deepcopy(self.before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum
 from typing import Any
@@ -168,6 +168,16 @@ class Observed:
 
     def run(self, number: int) -> RunView | None:
         return next((run for run in self.runs if run.run == number and run.owner == self.uid), None)
+
+    def settled(self) -> Observed:
+        """The same, where a run whose driver ended well has succeeded, whatever became of its other pods: they end with
+        it, and where its node does not answer, their ends are told first."""
+        return replace(self, runs=tuple(self._settled(run) for run in self.runs))
+
+    def _settled(self, run: RunView) -> RunView:
+        pods = self.pods_of(run.run) if run.owner == self.uid else ()
+        done = any(pod.index == 0 and pod.phase == "Succeeded" for pod in pods)
+        return replace(run, state=RunState.SUCCEEDED) if done and run.state is RunState.FAILED else run
 
     def pods_of(self, number: int) -> tuple[PodView, ...]:
         """The pods that a run of this job has made, by index; of those with one index the newest first."""

@@ -114,6 +114,7 @@ def operator_image(path: Path) -> Path:
     home = path.with_name("operator-environment")
     uv = ROOT / ".uv" / "bin" / "uv"
     options = ["--frozen", "--no-default-groups", "--extra=operator", "--no-editable", "--quiet"]
+    options += ["--reinstall-package=finetune-operator"]  # else an earlier build of this folder is taken
     environment = os.environ | {"UV_PROJECT_ENVIRONMENT": str(home), "UV_COMPILE_BYTECODE": "0"}
     command = [str(uv), "sync", *options, f"--python={interpreter() / 'bin' / 'python3'}"]
     subprocess.run(command, cwd=ROOT, check=True, env=environment, timeout=600)

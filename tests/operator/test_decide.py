@@ -50,6 +50,9 @@ CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
         seen({"conditions": [*VALID[:1], *conditions(Suspended="True/Suspended")]}, kubernetes={}), "Preflight",
         (StartRun(0),)),
     "a queue holds it": (seen(RUNNING, run(state=RunState.QUEUED)), "Queued", ()),
+    "a driver that ended well, and a worker that left first": (
+        seen(RUNNING, run(state=RunState.FAILED), pod(phase="Succeeded", exit_code=0),
+             pod(index=1, phase="Failed", exit_code=1)), "Succeeded", ()),
     "a user error ends it": (
         seen(RUNNING, run(state=RunState.FAILED), pod(exit_code=2, termination_message=said(2, "bad"))), "Failed", ()),
     "a gate that is not passed ends it": (
