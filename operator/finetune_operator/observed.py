@@ -170,12 +170,12 @@ class Observed:
         return next((run for run in self.runs if run.run == number and run.owner == self.uid), None)
 
     def settled(self) -> Observed:
-        """The same, where a run whose driver ended well has succeeded, whatever became of its other pods: they end with
-        it, and where its node does not answer, their ends are told first."""
+        """The same, where a Job whose driver ended well has succeeded, whatever became of its other pods: they end with
+        it, and where its node does not answer, their ends are told first. (KubeRay's head pod is no driver.)"""
         return replace(self, runs=tuple(self._settled(run) for run in self.runs))
 
     def _settled(self, run: RunView) -> RunView:
-        pods = self.pods_of(run.run) if run.owner == self.uid else ()
+        pods = self.pods_of(run.run) if run.owner == self.uid and run.engine == "job" else ()
         done = any(pod.index == 0 and pod.phase == "Succeeded" for pod in pods)
         return replace(run, state=RunState.SUCCEEDED) if done and run.state is RunState.FAILED else run
 

@@ -53,6 +53,9 @@ CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
     "a driver that ended well, and a worker that left first": (
         seen(RUNNING, run(state=RunState.FAILED), pod(phase="Succeeded", exit_code=0),
              pod(index=1, phase="Failed", exit_code=1)), "Succeeded", ()),
+    "KubeRay's head pod, which ends well however the job ended": (
+        seen(RUNNING, run(state=RunState.FAILED, engine="kuberay"), pod(phase="Succeeded", exit_code=0)), "Retrying",
+        ()),
     "a user error ends it": (
         seen(RUNNING, run(state=RunState.FAILED), pod(exit_code=2, termination_message=said(2, "bad"))), "Failed", ()),
     "a gate that is not passed ends it": (

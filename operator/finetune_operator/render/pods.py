@@ -15,7 +15,7 @@ USER = 1000
 GPU = "nvidia.com/gpu"
 _AWAY_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 NODE_AWAY_SECONDS = 120
-"""How long a node may not answer, from when Kubernetes has noticed (40 s), until its pods are given up. Kubernetes' own
+"""How long a node may not answer, from when Kubernetes has noticed (50 s), until its pods are given up. Kubernetes' own
 default is 300: the GPUs of all other nodes would wait."""
 _PLACES = ("kubernetes.io/", "topology.kubernetes.io/")
 _TMP = "/tmp"
