@@ -63,18 +63,21 @@ class Cache:
                 self._drop(self._pods, key, pod.name)
 
     def put_pod(self, namespace: str, pod: PodView) -> Key:
-        """Keep a pod's newest state. That it was deleted by force shows in the first state after that alone."""
         key = (namespace, pod.job)
-        old = self._pods[key].get(pod.name)
-        self._pods[key][pod.name] = replace(pod, forced=True) if old is not None and old.forced else pod
+        self._keep_pod(key, pod)
         return key
 
     def drop_pod(self, key: Key, pod: PodView) -> None:
         """A deleted pod is remembered while its run is there: often it goes before the run is seen to have failed."""
         if any(run.run == pod.run for run in self._runs.get(key, {}).values()):
-            self._pods[key][pod.name] = replace(pod, gone=True, ip=None)
+            self._keep_pod(key, replace(pod, gone=True, ip=None))
         else:
             self._drop(self._pods, key, pod.name)
+
+    def _keep_pod(self, key: Key, pod: PodView) -> None:
+        """That a pod was deleted by force shows in the first state after that alone."""
+        old = self._pods[key].get(pod.name)
+        self._pods[key][pod.name] = replace(pod, forced=True) if old is not None and old.forced else pod
 
     def observed(self, key: Key) -> Observed | None:
         """All that is known of a job; None where it is gone."""

@@ -176,8 +176,9 @@ class KubeletStandIn:
         self.core.delete_namespaced_pod(name, namespace)
 
     def deleted_by_force(self, namespace: str, name: str) -> None:
-        """The object goes without its containers' end having been told."""
+        """`kubectl delete pod --force --grace-period=0`: its containers are killed after that, and the object goes."""
         self._remove(namespace, name)
+        self.finished(namespace, name, SIGKILL_EXIT, reason="Error")
 
     def end_deletion(self, namespace: str, name: str, exit_code: int = SIGTERM_EXIT) -> None:
         """What a kubelet does for a pod that is being deleted: its containers end, then the object goes.
