@@ -18,7 +18,7 @@ from following import Following, Recovery
 
 Json = dict[str, Any]
 SAVE = 20
-FIRST_SECONDS, GO_ON_SECONDS, SETTLE_SECONDS, BREAK_SECONDS = 300, 900, 6, 60
+FIRST_SECONDS, GO_ON_SECONDS, SETTLE_SECONDS, BREAK_SECONDS, PAUSE_SECONDS = 300, 900, 6, 60, 2
 STEPS_A_ROUND = 150
 """So many are left for a round: it must not end with the job."""
 _RESUMED = re.compile(r"resumes at step (\d+)")
@@ -101,14 +101,16 @@ class Campaign:
     def _settled(self, kind: str, struck: float, after: float) -> Recovery:
         """How training came through, once it goes on a while after the fault was over.
 
-        A break is not seen where the last step before it was the one of a checkpoint: it is not waited for forever.
+        A break that was over between two looks shows by its pause; where not even that shows, it is not waited for
+        forever.
         """
 
         def steady(it: Following) -> bool:
             if it.status.get("phase") == "Succeeded":
                 return True
             found, last = it.recovery(struck), it.samples[-1]
-            until = after + (SETTLE_SECONDS if kind not in BREAKING or (found and found.broken) else BREAK_SECONDS)
+            seen = kind not in BREAKING or (found and (found.broken or found.seconds > PAUSE_SECONDS))
+            until = after + (SETTLE_SECONDS if seen else BREAK_SECONDS)
             return last.attempt == it.status.get("attempt") and last.at > until
 
         self.victim.following.until(steady, GO_ON_SECONDS, "training goes on")

@@ -20,7 +20,7 @@ from s3_server import S3Server
 
 SHORT = ("worker", "operator", "pod", "apiserver")
 LONG = os.environ.get("FINETUNE_LONG_TESTS") == "1"
-STEPS, SECONDS = (8000, 5400) if LONG else (900, 1200)
+STEPS, SECONDS = (8000, 5400) if LONG else (1500, 1500)
 
 
 @pytest.mark.timeout(SECONDS, func_only=True)

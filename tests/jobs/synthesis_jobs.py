@@ -60,7 +60,7 @@ def brain() -> Callable[[Job], str]:
 
 def stage(server: FaultyTeacher, method: Job, **endpoint: Any) -> Job:
     """Its timeout lets a busy machine receive each answer in time: the server counts it once it is sent."""
-    at = {"baseUrl": server.url, "model": "teacher", "promptPrice": 1.0, "completionPrice": 2.0, "timeoutSeconds": 8}
+    at = {"baseUrl": server.url, "model": "teacher", "promptPrice": 1.0, "completionPrice": 2.0, "timeoutSeconds": 15}
     return {"synthesize": {**method, "teacher": {"endpoint": {**at, **endpoint}}}}
 
 
