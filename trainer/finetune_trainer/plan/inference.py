@@ -98,10 +98,9 @@ def reading_length(spec: EvaluateSpec, config: PretrainedConfig, longest: int | 
 
 def reading_advice(size: ModelSize, load: Reading, path: str, limit: int) -> Iterator[str]:
     """What to change where the models don't fit, most harmless first."""
-    for batch in smaller(load.batch):
-        if (total := inference_memory(size, replace(load, batch=batch)).total) <= limit:
-            yield f"{path}.perDeviceEvalBatchSize: {batch} takes {human_bytes(total)}"
-            return
+    if (fitting := smaller_batch(size, load, limit)) is not None:
+        yield f"{path}.perDeviceEvalBatchSize: {fitting}"
+        return
     small = replace(load, batch=1, quantization=Quantization())
     if load.quantization is None and (total := inference_memory(size, small).total) <= limit:
         yield f"{path}.quantization: {{}} and perDeviceEvalBatchSize: 1 take {human_bytes(total)}"
@@ -116,11 +115,14 @@ def check_reading(spec: EvaluateSpec, config: PretrainedConfig, path: str) -> No
         raise UserError(found)
 
 
-def smaller(batch: int) -> Iterator[int]:
-    """Half of a batch, a quarter, … down to one."""
+def smaller_batch(size: ModelSize, load: Reading, limit: int) -> str | None:
+    """The first of half the batch, a quarter, … that fits in `limit` bytes, and what it takes; None where none does."""
+    batch = load.batch
     while batch > 1:
         batch //= 2
-        yield batch
+        if (total := inference_memory(size, replace(load, batch=batch)).total) <= limit:
+            return f"{batch} takes {human_bytes(total)}"
+    return None
 
 
 def _workload(load: Reading) -> Workload:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from transformers import PretrainedConfig
 
@@ -14,9 +12,8 @@ from finetune_trainer.errors import UserError
 from finetune_trainer.model.load import context_length, load_config
 from finetune_trainer.model.source import ModelSource, local_path
 from finetune_trainer.pipeline import place
-from finetune_trainer.plan.inference import Reading, inference_memory, smaller
+from finetune_trainer.plan.inference import Reading, inference_memory, smaller_batch
 from finetune_trainer.plan.model_size import ModelSize, meta_model, model_size
-from finetune_trainer.plan.quantities import human_bytes
 from finetune_trainer.plan.records import PlanContext, TeacherPlan
 from finetune_trainer.plan.sharding_choice import HEADROOM
 from finetune_trainer.synthesis.estimate import SynthesisPlan
@@ -86,7 +83,6 @@ def _length(spec: SynthesizeSpec, config: PretrainedConfig, asked: SynthesisPlan
 
 
 def _advice(size: ModelSize, load: Reading, path: str, limit: int) -> str:
-    for batch in smaller(load.batch):
-        if (total := inference_memory(size, replace(load, batch=batch)).total) <= limit:
-            return f"{path}.perDeviceBatchSize: {batch} takes {human_bytes(total)}"
+    if (fitting := smaller_batch(size, load, limit)) is not None:
+        return f"{path}.perDeviceBatchSize: {fitting}"
     return "each worker holds the whole teacher: use a smaller one, a larger device, or teacher.endpoint"

@@ -76,9 +76,10 @@ def evaluation_of(progress: Progress) -> dict[str, float]:
 def step_parts(progress: Progress) -> Iterator[tuple[int, str]]:
     """What one step shows, in order, each part with its rank: the highest rank is left out first."""
     yield 0, f"{progress.step}/{progress.total}"
+    metrics = progress.metrics or {}
     for name in _TELL_MORE:
-        if name in (progress.metrics or {}):
-            yield 1, f"{name} {number((progress.metrics or {})[name])}"
+        if name in metrics:
+            yield 1, f"{name} {number(metrics[name])}"
     if progress.loss is not None:
         yield 1, f"loss {progress.loss:.4f}"
     if progress.learning_rate is not None:
