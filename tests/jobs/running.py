@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,27 @@ def losses(stage: Path) -> list[float]:
 
 def done(stage: Path) -> dict[str, Any]:
     return dict(json.loads((stage / "done.json").read_text()))
+
+
+def under_each_zero(
+    job: Job, write_job: Callable[[Job], Path], directory: Path, stages: Callable[[int], list[Job]]
+) -> dict[int, list[Path]]:
+    """Run one job by one worker (ZeRO-0), and by two with ZeRO-1, 2 and 3; its stages' directories by ZeRO stage.
+
+    Args:
+        directory: what its storage lies in.
+        stages: the job's stages for so many workers, each of which has its share of a step's rows.
+    """
+    found = {}
+    for zero in (0, 1, 2, 3):
+        workers = 2 if zero else 1
+        job["metadata"]["name"] = f"zero{zero}"
+        job["spec"] |= {"resources": {"workersPerNode": workers}, "sharding": {"zero": zero}, "stages": stages(workers)}
+        code, output = run(write_job(job))
+        assert code == 0, output
+        found[zero] = sorted((directory / f"runs/zero{zero}/stages").iterdir())
+        assert {done(one)["world_size"] for one in found[zero]} == {workers}
+    return found
 
 
 def _name(process: psutil.Process) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from in_process import open_stage, trained
-from running import done, losses, run
+from running import done, losses, run, under_each_zero
 from tiny_rows import dialogue
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
@@ -114,20 +114,17 @@ def test_faults(base_job: Job, write_job: Callable[[Job], Path]) -> None:
 @pytest.mark.timeout(1800)
 def test_zero_and_workers(base_job: Job, write_job: Callable[[Job], Path], tmp_path: Path) -> None:
     """ZeRO-1, 2 and 3 on two workers = one worker, for 4-bit adapters, adapters and every weight."""
-    curves = {}
-    for zero in (0, 1, 2, 3):
-        workers = 2 if zero else 1
+    lora: Job = {"lora": {"r": 4}}
+    variants: dict[str, Job] = {"qlora": {**lora, "quantization": {"bits": 4}}, "lora": lora, "full": {}}
+
+    def stages(workers: int) -> list[Job]:
         batch = {"perDeviceTrainBatchSize": 8 // workers, "weightDecay": 0.1}
-        lora: Job = {"lora": {"r": 4}}
-        variants: dict[str, Job] = {"qlora": {**lora, "quantization": {"bits": 4}}, "lora": lora, "full": {}}
-        base_job["metadata"]["name"] = f"zero{zero}"
-        base_job["spec"] |= {"resources": {"workersPerNode": workers}, "sharding": {"zero": zero}}
-        base_job["spec"]["stages"] = [{"name": name, **stage(**batch, **one)} for name, one in variants.items()]
-        code, output = run(write_job(base_job))
-        assert code == 0, output
-        stages = sorted((tmp_path / f"runs/zero{zero}/stages").iterdir())
-        assert {done(one)["world_size"] for one in stages} == {workers}
-        curves[zero] = [losses(one) + list(_measured(one)) for one in stages]
+        return [{"name": name, **stage(**batch, **one)} for name, one in variants.items()]
+
+    done_by = under_each_zero(base_job, write_job, tmp_path, stages)
+    curves = {
+        zero: [losses(one) + list(_measured(one)) for one in directories] for zero, directories in done_by.items()
+    }
     for zero in (1, 2, 3):
         for one, other in zip(curves[0], curves[zero], strict=True):
             assert other == pytest.approx(one, abs=1e-4), f"ZeRO-{zero}"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from in_process import open_stage, resumed, trained
-from running import done, run
+from running import done, run, under_each_zero
 
 from finetune_trainer.progress.metrics_log import read_metrics
 
@@ -165,23 +165,16 @@ def test_zero(algorithm: str, job: Job, write_job: Callable[[Job], Path], tmp_pa
     Each variant starts from the one before it: steps are small, so that no difference in rounding grows until another
     answer is drawn.
     """
-    curves = {}
-    for zero in (0, 1, 2, 3):
-        batch = {
-            "perDeviceTrainBatchSize": 1 if zero else 2,
-            "algorithm": algorithm,
-            "maxSteps": 6,
-            "learningRate": 1e-3,
-        }
-        lora: Job = {"lora": {"r": 8}}
-        variants: dict[str, Job] = {"qlora": {**lora, "quantization": {"bits": 4}}, "lora": lora}
-        variants["full"] = {"learningRate": 1e-4}
-        job["metadata"]["name"] = f"zero{zero}"
-        job["spec"] |= {"resources": {"workersPerNode": 2 if zero else 1}, "sharding": {"zero": zero}}
-        job["spec"]["stages"] = [{"name": name, **stage(**batch | one)} for name, one in variants.items()]
-        code, output = run(write_job(job))
-        assert code == 0, output
-        curves[zero] = [_curve(one) for one in sorted((tmp_path / f"runs/zero{zero}/stages").iterdir())]
+    lora: Job = {"lora": {"r": 8}}
+    variants: dict[str, Job] = {"qlora": {**lora, "quantization": {"bits": 4}}, "lora": lora}
+    variants["full"] = {"learningRate": 1e-4}
+
+    def stages(workers: int) -> list[Job]:
+        small = {"perDeviceTrainBatchSize": 2 // workers, "algorithm": algorithm, "maxSteps": 6, "learningRate": 1e-3}
+        return [{"name": name, **stage(**small | one)} for name, one in variants.items()]
+
+    done_by = under_each_zero(job, write_job, tmp_path, stages)
+    curves = {zero: [_curve(one) for one in directories] for zero, directories in done_by.items()}
     for zero in (1, 2, 3):
         for one, other in zip(curves[0], curves[zero], strict=True):
             for step, row in enumerate(one):
