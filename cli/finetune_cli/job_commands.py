@@ -117,7 +117,7 @@ class _Stopper:
 def _validate(config: Callable[[], RunConfig], schema_only: bool) -> None:
     run = config()
     if not schema_only:
-        from finetune_trainer.preflight import preflight
+        from finetune_trainer.preflight.job import preflight
 
         preflight(run)
     stages = ", ".join(stage.title for stage in run.job.spec.stages)

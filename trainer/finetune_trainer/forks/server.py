@@ -176,10 +176,17 @@ def opened_gpu() -> bool:
 
 
 def load(modules: list[str]) -> None:
-    """Import them, and let no collection touch what is shared with the forks from here on."""
+    """Import them, and let no collection touch what is shared with the forks from here on.
+
+    bitsandbytes compiles two functions at its import, which loads all of inductor for kernels that CUDA and x86 have
+    natively; here they stay as written. A fork has its own environment: what is compiled later is compiled.
+    """
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    gc.disable()  # nearly nothing of an import is garbage, and looking for it takes a twentieth of the time
     for module in modules:
         if importlib.util.find_spec(module) is not None:  # a kind of stage without a module of that name is no matter
             importlib.import_module(module)
+    gc.enable()
     gc.collect()
     gc.freeze()
 

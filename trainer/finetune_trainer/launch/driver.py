@@ -26,7 +26,7 @@ from finetune_trainer.launch.tokenizer_run import run_tokenizer_stage
 from finetune_trainer.layout import REPORT, StageLayout
 from finetune_trainer.pipeline import layouts
 from finetune_trainer.plan.records import StagePlan
-from finetune_trainer.preflight import preflight
+from finetune_trainer.preflight.job import preflight
 from finetune_trainer.progress.channel import CheckpointSaved, Event, StageBegun, StageDone
 from finetune_trainer.progress.reporter import Progress, Reporter
 from finetune_trainer.storage import Storage

@@ -5,6 +5,7 @@ While Ray starts, a process beside it imports the libraries; the driver and Ray'
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -31,6 +31,8 @@ HEAD_VARIABLE = "FINETUNE_HEAD_ADDRESS"
 HEAD_SECONDS = 1800.0
 """How long a node waits for the head: its image may still be on its way."""
 RETRY_SECONDS = 0.5
+LOST_SECONDS = 5.0
+"""A driver that is not reached for so long has ended."""
 SIGTERM_EXIT = 128 + signal.SIGTERM
 OBJECT_STORE_BYTES = 256 * 2**20
 _RAY = [sys.executable, "-m", "finetune_trainer.forks.start"]
@@ -89,10 +91,24 @@ def _ask_to_stop(host: str, ray: subprocess.Popen[bytes]) -> None:
     request = urllib.request.Request(
         f"http://{host}:{PORT}{STOP_PATH}", data=b"", headers={"Authorization": f"Bearer {_token()}"}
     )
-    try:
+    with contextlib.suppress(OSError):
         urllib.request.urlopen(request, timeout=5).close()
-    except (urllib.error.URLError, OSError):
-        ray.terminate()  # the driver is gone: nothing to wait for
+    _until_driver_ends(host)
+    ray.kill()  # by itself the raylet would look for its head for a while, and the next attempt waits for this pod
+
+
+def _until_driver_ends(host: str) -> None:
+    """Its port refuses connections then; a driver whose pod is gone is only not reached any more."""
+    reached = time.monotonic()
+    while time.monotonic() - reached < LOST_SECONDS:
+        try:
+            socket.create_connection((host, PORT), timeout=1).close()
+            reached = time.monotonic()
+        except ConnectionRefusedError:
+            return
+        except OSError:
+            pass  # a name that is gone, a network that is: it may come back
+        time.sleep(RETRY_SECONDS)  # there is no event to wait for
 
 
 def _start(options: list[str]) -> None:

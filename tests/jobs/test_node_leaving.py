@@ -1,0 +1,75 @@
+"""A pod that is to go while the driver is in another: it leaves once the driver has ended, and not before."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune_api.report import AttemptReport
+from finetune_trainer.launch import node
+from finetune_trainer.launch.attempt import TOKEN_FILE_VARIABLE
+from finetune_trainer.progress.report_server import ReportServer
+
+HERE = "127.0.0.1"
+SAVING_SECONDS = 1.5
+
+
+@pytest.fixture
+def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Where a driver of this test answers."""
+    (tmp_path / "token").write_text("secret\n")
+    monkeypatch.setenv(TOKEN_FILE_VARIABLE, str(tmp_path / "token"))
+    with socket.socket() as taken:
+        taken.bind((HERE, 0))
+        found = int(taken.getsockname()[1])
+    monkeypatch.setattr(node, "PORT", found)
+    return found
+
+
+@pytest.fixture
+def ray() -> Iterator[subprocess.Popen[bytes]]:
+    """In place of `ray start --block`."""
+    process = subprocess.Popen(["sleep", "600"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_driver_that_is_asked_to_stop_is_waited_for(port: int, ray: subprocess.Popen[bytes]) -> None:
+    asked, ended = threading.Event(), []
+
+    def drive() -> None:
+        with ReportServer(lambda: AttemptReport(stages=[]), asked.set, "secret", (HERE, port)):
+            up.set()
+            assert asked.wait(30)
+            time.sleep(SAVING_SECONDS)  # the last checkpoint
+            ended.append(ray.poll())
+
+    up, driver = threading.Event(), threading.Thread(target=drive)
+    driver.start()
+    assert up.wait(30)
+    node._leave(HERE, ray)
+    began = time.monotonic()
+    assert ray.wait(30) == -9
+    driver.join(30)
+    assert ended == [None], "the pod left while the driver was saving"
+    assert time.monotonic() - began >= SAVING_SECONDS
+
+
+def test_without_a_driver_a_pod_leaves_at_once(port: int, ray: subprocess.Popen[bytes]) -> None:
+    began = time.monotonic()
+    node._leave(HERE, ray)
+    assert ray.wait(30) == -9 and time.monotonic() - began < node.LOST_SECONDS
+
+
+def test_a_driver_whose_name_is_gone_is_looked_for_no_longer_than_that(
+    port: int, ray: subprocess.Popen[bytes]
+) -> None:
+    node._leave("no-such-pod.invalid", ray)
+    assert ray.wait(30 + node.LOST_SECONDS) == -9

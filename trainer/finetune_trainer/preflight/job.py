@@ -1,0 +1,71 @@
+"""A job's preflight: its plan, or all of its faults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from finetune_api.problems import Problem
+from finetune_api.runconfig import RunConfig
+from finetune_api.stages import SynthesizeSpec
+from finetune_trainer.errors import UserError
+from finetune_trainer.launch.cluster import Workers, plan_workers
+from finetune_trainer.pipeline import place
+from finetune_trainer.plan.devices import Device, local_device
+from finetune_trainer.plan.records import JobPlan
+from finetune_trainer.preflight.data import data_problems
+from finetune_trainer.preflight.model import model_plan
+from finetune_trainer.preflight.settings import setting_problems
+
+
+def preflight(run: RunConfig, workers: Workers | None = None) -> JobPlan:
+    """Check a job against this machine, its model and its data, without training; returns its plan.
+
+    Raises:
+        UserError: one problem per fault.
+    """
+    workers = workers or plan_workers(run.job.spec.resources)
+    others = [*_resources(workers), *data_problems(run)]
+    return plan_of_faultless(run, workers, local_device(workers.most), lambda: others)
+
+
+def plan_of_faultless(
+    run: RunConfig, workers: Workers, device: Device, others: Callable[[], Iterable[Problem]]
+) -> JobPlan:
+    """The plan of a job that has no faults.
+
+    Args:
+        device: what each worker will have.
+        others: tells what was found elsewhere; called once the model has been looked at.
+
+    Raises:
+        UserError: one problem per fault.
+    """
+    plan, of_model = _model(run, workers, device)
+    problems = [*setting_problems(run, workers), *others()]
+    problems += [problem for problem in of_model if not _is_told(problem, problems, run)]
+    if problems or plan is None:
+        raise UserError(list(dict.fromkeys(problems)))
+    return plan
+
+
+def _model(run: RunConfig, workers: Workers, device: Device) -> tuple[JobPlan | None, list[Problem]]:
+    try:
+        return model_plan(run, workers, device), []
+    except UserError as error:
+        return None, error.problems
+
+
+def _resources(workers: Workers) -> Iterator[Problem]:
+    here = torch.cuda.device_count()
+    if workers.accelerator and not os.environ.get("RAY_ADDRESS") and workers.least > here:
+        yield Problem("resources.gpusPerNode", f"{workers.least} GPUs are asked for and this machine has {here}")
+
+
+def _is_told(problem: Problem, told: list[Problem], run: RunConfig) -> bool:
+    """Whether a stage that makes data has been found faulty in other words already."""
+    stages = enumerate(run.job.spec.stages)
+    paths = [place(run, index) for index, stage in stages if isinstance(stage.spec, SynthesizeSpec)]
+    return any(problem.path.startswith(path) and any(one.path.startswith(path) for one in told) for path in paths)

@@ -1,0 +1,42 @@
+"""Faults of a job's model: it can't be built, adapted, divided or held in memory. What can be has a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from finetune_api.problems import Problem
+from finetune_api.runconfig import RunConfig
+from finetune_trainer.errors import UserError
+from finetune_trainer.launch.cluster import Workers
+from finetune_trainer.model.saved import is_result, root_of
+from finetune_trainer.model.source import local_path
+from finetune_trainer.model.weights import weight_faults
+from finetune_trainer.plan.devices import Device
+from finetune_trainer.plan.job import plan_job
+from finetune_trainer.plan.records import JobPlan, PlanContext
+
+
+def model_plan(run: RunConfig, workers: Workers, device: Device) -> JobPlan:
+    """The model can be built, adapters find their modules, lengths fit its context, kernels are installed."""
+    spec = run.job.spec.model
+    missing = [problem for problem in _paths(run) if problem]
+    kernel = "flash_attn" if spec.attn_implementation == "flash_attention_2" else "flash_attn_interface"
+    if spec.attn_implementation.startswith("flash") and find_spec(kernel) is None:
+        missing.append(Problem("model.attnImplementation", f"{spec.attn_implementation} needs the package {kernel}"))
+    if missing:
+        raise UserError(missing)
+    return plan_job(run, PlanContext(device, workers.most))
+
+
+def _paths(run: RunConfig) -> Iterator[Problem]:
+    path = run.job.spec.model.path
+    if path is None:
+        return
+    directory = local_path(path, run.base_dir)
+    if not directory.is_dir():
+        yield Problem("model.path", f"no such directory: {path} (looked in {run.base_dir} and the current directory)")
+    elif is_result(directory):
+        root = Path(root_of(str(directory)))
+        yield from (Problem("model.path", fault) for fault in (weight_faults(root) if root.is_dir() else ()))

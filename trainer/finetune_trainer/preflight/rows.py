@@ -1,0 +1,78 @@
+"""What a job's store and its data show when they are used: a file is written, the first rows go through a tokenizer."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from finetune_api.problems import Problem
+from finetune_api.runconfig import RunConfig
+from finetune_api.stages import EvaluateSpec
+from finetune_api.training import TrainingSpec
+from finetune_trainer.data.sample import sample_problems
+from finetune_trainer.errors import UserError
+from finetune_trainer.evaluation.rows import eval_rows
+from finetune_trainer.model.load import context_length, load_config, load_tokenizer
+from finetune_trainer.model.source import stage_source
+from finetune_trainer.pipeline import place, waits_for
+from finetune_trainer.preflight.data import data_problems
+from finetune_trainer.storage import Storage
+
+PREFLIGHT_SECONDS = 20.0
+"""How long a store may take to answer a preflight: a wrong address never does."""
+
+
+def row_problems(run: RunConfig) -> list[Problem]:
+    """Faults of the store; else of the data; else of its first rows, each of which would follow from the one before."""
+    try:
+        _writable(run)
+        return list(data_problems(run)) or list(_sample(run))
+    except UserError as error:
+        return error.problems
+
+
+def _sample(run: RunConfig) -> Iterator[Problem]:
+    """A tokenizer that is yet to be trained can't show any."""
+    stages = run.job.spec.stages
+    if stages[0].tokenizer is not None:
+        return
+    source = stage_source(run, 0, Storage(run.root))
+    tokenizer = load_tokenizer(source)
+    context = context_length(load_config(source, tokenizer))
+    for index, stage in enumerate(stages):
+        if list(waits_for(run, index)):
+            continue
+        if isinstance(stage.spec, EvaluateSpec):
+            yield from _rows(run, index, stage.spec, tokenizer, context)
+        if isinstance(stage.spec, TrainingSpec):
+            yield from sample_problems(stage.spec, tokenizer, context, place(run, index), Path(run.base_dir))
+
+
+def _rows(
+    run: RunConfig, index: int, spec: EvaluateSpec, tokenizer: PreTrainedTokenizerFast, context: int | None
+) -> list[Problem]:
+    """Faults in the rows of an evaluation, which are read whole."""
+    try:
+        eval_rows(spec, tokenizer, context, place(run, index), Path(run.cache_dir), Path(run.base_dir))
+    except UserError as error:
+        return error.problems
+    return []
+
+
+def _writable(run: RunConfig) -> None:
+    """Write a file into the job's directory and delete it again.
+
+    Raises:
+        UserError: the store can't be reached or doesn't let the job write.
+    """
+    name = f".preflight-{uuid.uuid4().hex[:8]}"
+    field = "storage.uri" if run.job.spec.storage.uri else "storage.path"
+    try:
+        storage = Storage(run.root, patience=PREFLIGHT_SECONDS)
+        storage.write_text(name, "")
+        storage.delete(name)
+    except Exception as error:  # every store has errors of its own
+        raise UserError([Problem(field, f"can't write to {run.root}: {type(error).__name__}: {error}")]) from error

@@ -1,0 +1,65 @@
+"""Faults that the job alone shows: orders of stages and settings that can't work together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from finetune_api.problems import Problem
+from finetune_api.runconfig import RunConfig
+from finetune_api.stages import PretrainSpec, PromptSpec, Stage
+from finetune_trainer.launch.cluster import Workers
+from finetune_trainer.pipeline import place, stage_before
+
+
+def setting_problems(run: RunConfig, workers: Workers) -> Iterator[Problem]:
+    """Orders of stages that can't work, adapters that can't go on, and what CPUs can't do."""
+    yield from _pipeline(run)
+    yield from _cpu_limits(run, workers)
+
+
+def is_masked(stage: Stage) -> bool:
+    """Whether the stage trains a model that fills masks."""
+    return isinstance(stage.spec, PretrainSpec) and stage.spec.objective == "masked"
+
+
+def _pipeline(run: RunConfig) -> Iterator[Problem]:
+    """Orders of stages that can't work."""
+    stages = run.job.spec.stages
+    for index, stage in enumerate(stages):
+        where = place(run, index)
+        last = stage_before(run, index)
+        before = None if last is None else stages[last]
+        yield from _adapter_faults(run, stage, before, where)
+        if before is not None and is_masked(before) and not is_masked(stage):
+            yield Problem(where, "follows a masked language model, which can't generate: use objective causal there")
+
+
+def _adapter_faults(run: RunConfig, stage: Stage, before: Stage | None, where: str) -> Iterator[Problem]:
+    lora = getattr(stage.spec, "lora", None)
+    untrained = run.job.spec.model.config is not None and (before is None or before.tokenizer is not None)
+    if lora is not None and untrained:
+        yield Problem(f"{where}.lora", "adapts a model that is built from scratch and never trained: pretrain it first")
+    if isinstance(stage.spec, PromptSpec) and lora is None and untrained:
+        yield Problem(where, "asks a model for answers that is built from scratch and never trained: pretrain it first")
+    if stage.esft is not None and untrained:
+        yield Problem(where, "trains some experts of a model that is built from scratch and never trained: pretrain it")
+    carried = getattr(before.spec, "lora", None) if before is not None else None
+    if stage.esft is not None and carried is not None and not carried.merge:
+        yield Problem(where, f"starts from an adapter that is not merged: set lora.merge in {before.title}")
+    goes_on = lora is not None and carried is not None and not carried.merge
+    if goes_on and stage.reward is None:  # a reward stage merges what is carried on
+        for name in ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora"):
+            if getattr(lora, name) != getattr(carried, name):
+                message = f"is {getattr(lora, name)!r}, but the adapter carried on from {before.title} has "
+                field = type(lora).model_fields[name].alias
+                message += f"{getattr(carried, name)!r}: set lora.merge there, or the same value here"
+                yield Problem(f"{where}.lora.{field}", message)
+
+
+def _cpu_limits(run: RunConfig, workers: Workers) -> Iterator[Problem]:
+    """On CPUs, PEFT's DoRA loses the scales of an 8-bit layer at the first step (peft 0.21.2)."""
+    for index, stage in enumerate([] if workers.accelerator else run.job.spec.stages):
+        lora, quantization = (getattr(stage.spec, name, None) for name in ("lora", "quantization"))
+        if lora is not None and lora.use_dora and quantization is not None and quantization.bits == 8:
+            where = f"{place(run, index)}.lora.useDora"
+            yield Problem(where, "DoRA on 8-bit weights needs a GPU: set quantization.bits to 4, or useDora to false")
