@@ -40,6 +40,8 @@ class Round:
     resumed: int | None
     """The step that training went on from, by the driver's own word; None where it did not break off."""
     said: list[str] = field(default_factory=list)
+    silences: list[str] = field(default_factory=list)
+    """When and why this test could not look; a pause may be its own."""
 
     @property
     def faults(self) -> list[str]:
@@ -96,7 +98,7 @@ class Campaign:
         resumed = self._resumed() if found.broken else None
         repeated = max(found.repeated, step - resumed) if resumed is not None else found.repeated
         return Round(kind, step, round(found.seconds, 1), found.broken, repeated, kept, resumed,
-                     following.said_since(struck))  # fmt: skip
+                     following.said_since(struck), following.silences_since(struck))  # fmt: skip
 
     def _settled(self, kind: str, struck: float, after: float) -> Recovery:
         """How training came through, once it goes on a while after the fault was over.

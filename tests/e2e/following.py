@@ -65,6 +65,8 @@ class Following:
     words: list[tuple[float, str]] = field(default_factory=list)
     """What the status said, whenever it said something new: phase, and the reason and message of what tells most."""
     status: Json = field(default_factory=dict)
+    silences: list[tuple[float, str]] = field(default_factory=list)
+    """Why the API server or the driver was not heard, whenever that changed; empty text: it was heard again."""
 
     def __post_init__(self) -> None:
         self._over = threading.Event()
@@ -99,6 +101,10 @@ class Following:
         """What the status said from then on, each thing once."""
         return list(dict.fromkeys(text for at, text in self.words if at >= then))
 
+    def silences_since(self, then: float) -> list[str]:
+        """With the seconds from then on."""
+        return [f"{at - then:.0f} s: {text or 'heard again'}" for at, text in self.silences if at >= then]
+
     def recovery(self, struck: float) -> Recovery | None:
         """How training came through what struck then; None while it has not gone on."""
         return recovery(self.samples, struck)
@@ -111,9 +117,13 @@ class Following:
                 try:
                     with self.admin.client() as api:
                         self._look(api)
-                except Exception:  # the API server is away: that is what the tests are about
-                    pass
+                except Exception as error:  # the API server is away: that is what the tests are about
+                    self._silent(f"API server: {error!r:.120}")
             self._ask()
+
+    def _silent(self, text: str) -> None:
+        if (self.silences[-1][1] if self.silences else "") != text:
+            self.silences.append((time.monotonic(), text))
 
     def _look(self, api: client.ApiClient) -> None:
         jobs = client.CustomObjectsApi(api)
@@ -158,8 +168,10 @@ class Following:
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
                 found: Json = json.loads(answer.read())
+                self._silent("")
                 return found
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            self._silent(f"driver at {address}: {error!r:.120}")
             return {}
 
     def _from_status(self) -> Json:

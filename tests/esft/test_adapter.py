@@ -13,18 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from finetune_trainer.errors import UserError
-from finetune_trainer.esft.adapter import (
-    ADAPTER_WEIGHTS,
-    adapter_base,
-    apply_adapter,
-    is_expert_adapter,
-    trained_tensors,
-    write_adapter,
-)
+from finetune_trainer.esft.adapter import apply_adapter, trained_tensors, write_adapter
+from finetune_trainer.esft.adapter_files import ADAPTER_WEIGHTS, adapter_base, is_expert_adapter
 from finetune_trainer.esft.families import expert_layers
 from finetune_trainer.esft.selection import ExpertConfig
 from finetune_trainer.esft.trainable import prepare
-from finetune_trainer.model.load import load_whole, root_of
+from finetune_trainer.model.load import load_whole
+from finetune_trainer.model.saved import root_of
 
 HUB = {
     "mixtral": "model.layers.0.block_sparse_moe.experts.6.w1.weight",

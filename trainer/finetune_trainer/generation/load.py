@@ -24,7 +24,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from finetune_trainer.errors import UserError
-from finetune_trainer.esft.adapter import apply_adapter, is_expert_adapter
+from finetune_trainer.esft.adapter import apply_adapter
+from finetune_trainer.esft.adapter_files import is_expert_adapter
 from finetune_trainer.generation.result import find_result
 from finetune_trainer.model.saved import MODEL_CONFIG, base_of, expert_base_of, is_adapter
 

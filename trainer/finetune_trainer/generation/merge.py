@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from finetune_trainer.errors import UserError
-from finetune_trainer.esft.adapter import is_expert_adapter
+from finetune_trainer.esft.adapter_files import is_expert_adapter
 from finetune_trainer.generation.load import load
 from finetune_trainer.generation.result import find_result
 from finetune_trainer.model.load import SHARD_SIZE

@@ -1,6 +1,7 @@
 """Preflight on a cluster: in a pod without GPUs, before any GPU is claimed.
 
-Most of its time goes into imports, so a second process looks at the data while this one looks at the model.
+Most of its time goes into imports. What both need is imported first; then a fork looks at the data while this process
+looks at the model.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ def run_preflight(config: Path) -> ExitCode:
 
 
 def _check(run: RunConfig, reporter: AttemptReporter) -> None:
-    with ProcessPoolExecutor(1, get_context("spawn")) as beside:
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+    with ProcessPoolExecutor(1, get_context("fork")) as beside:
         of_rows = beside.submit(_row_problems, run)
         reporter.planned(_told(_plan(run, of_rows)))
     print(f"{run.job.metadata.name}: can work", file=sys.stdout, flush=True)

@@ -16,7 +16,7 @@ from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.evaluation.rows import eval_rows
 from finetune_trainer.launch.cluster import Workers
 from finetune_trainer.layout import StageLayout
-from finetune_trainer.model.load import context_length, load_config, load_tokenizer
+from finetune_trainer.model.config import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.pipeline import directories, place, spec_of, waits_for
 from finetune_trainer.plan.devices import local_device

@@ -26,7 +26,7 @@ from finetune_trainer.data import Prepared, eval_prompts, prepare
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.gate import require_gate
 from finetune_trainer.layout import METRICS
-from finetune_trainer.model.load import context_length, load_config, load_tokenizer
+from finetune_trainer.model.config import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.model.task import task_of
 from finetune_trainer.pipeline import directories, layouts, place, scratch, spec_of

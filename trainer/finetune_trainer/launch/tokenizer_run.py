@@ -11,7 +11,7 @@ from finetune_api.runconfig import RunConfig
 from finetune_api.stages import TokenizerSpec
 from finetune_trainer.data import corpus_texts
 from finetune_trainer.layout import StageLayout
-from finetune_trainer.model.load import build_config, context_length
+from finetune_trainer.model.config import build_config, context_length
 from finetune_trainer.progress.reporter import Reporter
 from finetune_trainer.stages.tokenizer import bytes_per_token, train_tokenizer
 from finetune_trainer.storage import Storage

@@ -1,114 +1,23 @@
-"""Tokenizers, configurations and weights, loaded the same way by every stage."""
+"""Weights, loaded the same way by every stage."""
 
 from __future__ import annotations
 
-import re
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from finetune_api.model import ModelSpec
-from finetune_api.problems import Problem, did_you_mean
 from finetune_api.training import Quantization
-from finetune_trainer.errors import UserError
-from finetune_trainer.esft.adapter import apply_adapter, is_expert_adapter
+from finetune_trainer.esft.adapter import apply_adapter
+from finetune_trainer.esft.adapter_files import is_expert_adapter
+from finetune_trainer.model.config import load_config
 from finetune_trainer.model.precision import Precision
-from finetune_trainer.model.saved import base_of, expert_base_of, root_of
+from finetune_trainer.model.saved import base_of, expert_base_of
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.model.task import SCORE, Task, as_reward, auto_class
 
 SHARD_SIZE = "5GB"
-
-
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
-    """The stage's tokenizer, with a padding token.
-
-    Raises:
-        UserError: there is none, or it can't be read.
-    """
-    if not source.tokenizer:
-        raise UserError([Problem("model.tokenizer", "the model has no tokenizer: set it, or add a tokenizer stage")])
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, revision=source.revision)
-    except (OSError, ValueError) as error:
-        raise UserError([Problem("model", f"no tokenizer at {source.tokenizer!r}: {_first_line(error)}")]) from error
-    if len(tokenizer) == len(tokenizer.all_special_ids):  # what transformers makes of a directory without its files
-        raise UserError([Problem("model", f"no tokenizer at {source.tokenizer!r}: set model.tokenizer")])
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_config(source: ModelSource, tokenizer: PreTrainedTokenizerFast | None) -> PretrainedConfig:
-    """The configuration of the stage's model.
-
-    Raises:
-        UserError: unknown family or field, or nothing readable at the given place.
-    """
-    if source.config is not None:
-        return build_config(source.config, tokenizer)
-    assert source.name is not None
-    name = root_of(source.name)
-    try:
-        return AutoConfig.from_pretrained(name, revision=source.revision)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError([Problem("model", f"no model at {name!r}: {_first_line(error)}")]) from error
-
-
-def build_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None) -> PretrainedConfig:
-    """A configuration from a job's `model.config`, the vocabulary's size and special ids taken from the tokenizer.
-
-    Raises:
-        UserError: `model_type` or a field is unknown, or the vocabulary is smaller than the tokenizer's.
-    """
-    values = dict(fields)
-    family = values.pop("model_type", None)
-    if family not in CONFIG_MAPPING_NAMES:
-        hint = did_you_mean(str(family), CONFIG_MAPPING_NAMES) if family else ""
-        problem = f"unknown model_type {family!r}{hint}" if family else "model_type is required, such as `qwen3`"
-        raise UserError([Problem("model.config", problem)])
-    unknown = _unknown_fields(family, values)
-    if unknown:
-        raise UserError(unknown)
-    try:
-        config = AutoConfig.for_model(family, **(_tokenizer_fields(tokenizer) | values))
-    except StrictDataclassError as error:
-        raise UserError([Problem("model.config", " ".join(str(error).split()))]) from error
-    except (TypeError, ValueError) as error:
-        raise UserError([Problem("model.config", _first_line(error))]) from error
-    if tokenizer is not None and config.vocab_size < len(tokenizer):
-        raise UserError(
-            [Problem("model.config.vocab_size", f"{config.vocab_size} is less than the tokenizer's {len(tokenizer)}")]
-        )
-    _check_heads(config)
-    return config
-
-
-def _check_heads(config: PretrainedConfig) -> None:
-    """What transformers finds out no earlier than in the first forward pass."""
-    heads, shared = (getattr(config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
-    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
-        message = f"{heads} attention heads can't share {shared}: expected a divisor of {heads}"
-        raise UserError([Problem("model.config.num_key_value_heads", message)])
-
-
-def context_length(config: PretrainedConfig) -> int | None:
-    """Most tokens the model takes at once, or None where its configuration does not say."""
-    value = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(value) if isinstance(value, int) and value > 0 else None
 
 
 def load_model(
@@ -191,41 +100,3 @@ def keep_differentiable(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def _tokenizer_fields(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, Any]:
-    if tokenizer is None:
-        return {}
-    return {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def _unknown_fields(family: str, values: dict[str, Any]) -> list[Problem]:
-    known = set(AutoConfig.for_model(family).to_dict()) | set(PretrainedConfig().to_dict())
-    aliases = getattr(type(AutoConfig.for_model(family)), "attribute_map", {})
-    valid = known | set(aliases) | _undeclared_fields(family)
-    return [
-        Problem("", f"unknown field `{name}` in model.config{did_you_mean(name, valid)}")
-        for name in values
-        if name not in valid
-    ]
-
-
-def _undeclared_fields(family: str) -> set[str]:
-    """Fields that a family's code reads where they are set though its configuration declares none of the name.
-
-    Published models rely on them: Qwen3-MoE's `head_dim`.
-    """
-    code = CONFIG_MAPPING[family].__module__.replace(".configuration_", ".modeling_")
-    spec = find_spec(code)
-    if spec is None or spec.origin is None:
-        return set()
-    return set(re.findall(r'getattr\((?:self\.)?config, "(\w+)"', Path(spec.origin).read_text(encoding="utf-8")))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

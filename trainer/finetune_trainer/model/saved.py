@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from finetune_trainer.errors import UserError
-from finetune_trainer.esft.adapter import BASE, adapter_base, is_expert_adapter
+from finetune_trainer.esft.adapter_files import BASE, adapter_base, is_expert_adapter
 
 MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import Judge, OnlineSpec, PromptSpec, Reward, RlhfSpec
 from finetune_trainer.errors import UserError
-from finetune_trainer.model.load import load_config
+from finetune_trainer.model.config import load_config
 from finetune_trainer.model.source import ModelSource, local_path
 from finetune_trainer.plan.memory import Workload
 from finetune_trainer.plan.model_size import meta_model

@@ -16,7 +16,7 @@ from finetune_api.stages import EvaluateSpec
 from finetune_api.stages.evaluation import PERPLEXITY
 from finetune_api.training import Quantization
 from finetune_trainer.errors import UserError
-from finetune_trainer.model.load import context_length
+from finetune_trainer.model.config import context_length
 from finetune_trainer.plan.memory import MASTER, RUNTIME, Memory, Workload, layer_activations, weight_bytes
 from finetune_trainer.plan.model_size import AdapterSize, ModelSize
 from finetune_trainer.plan.quantities import human_bytes

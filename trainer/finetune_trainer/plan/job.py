@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from transformers import PretrainedConfig
 
@@ -9,7 +11,7 @@ from finetune_api.runconfig import RunConfig
 from finetune_api.stages import EvaluateSpec, SynthesizeSpec
 from finetune_api.training import TrainingSpec
 from finetune_trainer.errors import UserError
-from finetune_trainer.model.load import load_config, load_tokenizer
+from finetune_trainer.model.config import load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.pipeline import directories, place
 from finetune_trainer.plan.devices import Device, peak_flops
@@ -17,7 +19,9 @@ from finetune_trainer.plan.records import JobPlan, PlanContext, Rows
 from finetune_trainer.plan.stage import StagePlanner
 from finetune_trainer.plan.teacher import plan_teacher
 from finetune_trainer.storage import Storage
-from finetune_trainer.synthesis.estimate import SynthesisPlan, plan_synthesis
+
+if TYPE_CHECKING:
+    from finetune_trainer.synthesis.estimate import SynthesisPlan
 
 
 def plan_job(run: RunConfig, context: PlanContext, rows: Rows | None = None) -> JobPlan:
@@ -54,6 +58,8 @@ def plan_job(run: RunConfig, context: PlanContext, rows: Rows | None = None) -> 
 
 
 def _synthesis(run: RunConfig, index: int, spec: SynthesizeSpec) -> SynthesisPlan:
+    from finetune_trainer.synthesis.estimate import plan_synthesis  # few jobs need one
+
     return plan_synthesis(spec, index, run.job.spec.stages[index].title, place(run, index), **directories(run))
 
 

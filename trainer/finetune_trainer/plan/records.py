@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PretrainedConfig
 
@@ -12,7 +12,9 @@ from finetune_trainer.plan.devices import Device
 from finetune_trainer.plan.experts import Alternative
 from finetune_trainer.plan.memory import Memory
 from finetune_trainer.plan.steps import Steps
-from finetune_trainer.synthesis.estimate import SynthesisPlan
+
+if TYPE_CHECKING:
+    from finetune_trainer.synthesis.estimate import SynthesisPlan
 
 
 class DataSize(NamedTuple):

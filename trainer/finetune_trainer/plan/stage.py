@@ -28,7 +28,7 @@ from finetune_api.stages import (
 )
 from finetune_api.training import Lora
 from finetune_trainer.errors import UserError
-from finetune_trainer.model.load import context_length
+from finetune_trainer.model.config import context_length
 from finetune_trainer.model.task import task_of
 from finetune_trainer.pipeline import place
 from finetune_trainer.plan.advice import advise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from transformers import PretrainedConfig
 
@@ -9,14 +11,16 @@ from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import SynthesizeSpec, TeacherModel
 from finetune_trainer.errors import UserError
-from finetune_trainer.model.load import context_length, load_config
+from finetune_trainer.model.config import context_length, load_config
 from finetune_trainer.model.source import ModelSource, local_path
 from finetune_trainer.pipeline import place
 from finetune_trainer.plan.inference import Reading, inference_memory, smaller_batch
 from finetune_trainer.plan.model_size import ModelSize, meta_model, model_size
 from finetune_trainer.plan.records import PlanContext, TeacherPlan
 from finetune_trainer.plan.sharding_choice import HEADROOM
-from finetune_trainer.synthesis.estimate import SynthesisPlan
+
+if TYPE_CHECKING:
+    from finetune_trainer.synthesis.estimate import SynthesisPlan
 
 LONGEST = 2
 """A teacher's longest prompt is taken to be so many times as long as its mean one."""

@@ -15,7 +15,7 @@ from finetune_api.training import TrainingSpec
 from finetune_trainer.data.sample import sample_problems
 from finetune_trainer.errors import UserError
 from finetune_trainer.evaluation.rows import eval_rows
-from finetune_trainer.model.load import context_length, load_config, load_tokenizer
+from finetune_trainer.model.config import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.pipeline import place, waits_for
 from finetune_trainer.preflight.data import data_problems

@@ -12,7 +12,7 @@ from finetune_api.problems import Problem
 from finetune_trainer.data.encode import Encoder, Encoding
 from finetune_trainer.errors import UserError
 from finetune_trainer.esft.zero3 import undivided_loading
-from finetune_trainer.model.load import context_length, load_tokenizer
+from finetune_trainer.model.config import context_length, load_tokenizer
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.model.task import as_reward
 

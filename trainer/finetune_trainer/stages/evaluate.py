@@ -18,7 +18,7 @@ from finetune_trainer.evaluation.tasks import run_tasks
 from finetune_trainer.gate import Measured
 from finetune_trainer.generation.batches import generate_batch
 from finetune_trainer.generation.options import GenerationOptions
-from finetune_trainer.model.load import context_length
+from finetune_trainer.model.config import context_length
 from finetune_trainer.pipeline import directories
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.forget import forget_stage

@@ -13,7 +13,7 @@ from finetune_trainer.generation.batches import context_of, generate_batch
 from finetune_trainer.generation.load import Loaded, load, read_whole
 from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.generation.prompts import encode, has_template
-from finetune_trainer.model.load import load_tokenizer
+from finetune_trainer.model.config import load_tokenizer
 from finetune_trainer.model.source import ModelSource, model_name, stage_result
 from finetune_trainer.pipeline import stage_named
 from finetune_trainer.queries.sandbox import Sandbox

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from finetune_trainer.data.keys import digest
-from finetune_trainer.esft.adapter import is_expert_adapter
+from finetune_trainer.esft.adapter_files import is_expert_adapter
 from finetune_trainer.esft.zero3 import undivided_loading
 from finetune_trainer.model.load import SHARD_SIZE, load_whole
 from finetune_trainer.model.saved import base_of, is_adapter

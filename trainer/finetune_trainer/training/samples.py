@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetune_trainer.generation.batches import generate_batch
 from finetune_trainer.generation.options import GenerationOptions
-from finetune_trainer.model.load import context_length
+from finetune_trainer.model.config import context_length
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.peers import Peers
