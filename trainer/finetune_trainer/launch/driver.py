@@ -93,8 +93,12 @@ class Pipeline:
                 self._tokenizer()
                 self._prepare()
                 self._train(ray_started)
-            finally:
+            except BaseException:
+                self._report_failure()
+                raise
+            else:
                 self._report()
+            finally:
                 stop_ray(ray_started)
 
     def _forks(self) -> AbstractContextManager[object]:
@@ -193,6 +197,13 @@ class Pipeline:
     def _check_stop(self) -> None:
         if self.stop.is_set():
             raise Interrupted("stopped before training began")
+
+    def _report_failure(self) -> None:
+        """What broke a stage may break its report, too (a full disk), and is what must be told."""
+        try:
+            self._report()
+        except Exception as error:
+            self.reporter.log(f"no report: {type(error).__name__}: {error}")
 
     def _report(self) -> None:
         from finetune_trainer.report import write_report  # matplotlib loads slowly, and nothing waits for it here
