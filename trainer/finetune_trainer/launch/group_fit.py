@@ -13,6 +13,9 @@ import ray
 from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import RayTrainCallback
 
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch.cluster import Workers
@@ -66,7 +69,7 @@ class GroupFit:
         order = WorkOrder(run, stages, self.workers.accelerator, self.workers.cpus, channel)
         scratch = Path(self.run.cache_dir, "ray", self.run.job.metadata.name)
         shutil.rmtree(scratch, ignore_errors=True)
-        return TorchTrainer(
+        return _Trainer(
             train_loop,
             train_loop_config={"order": order},
             scaling_config=_scaling(self.workers),
@@ -87,6 +90,18 @@ class GroupFit:
                 self.hear(event)
         for event in ray.get(channel.collect.remote()):
             self.hear(event)
+
+
+class _Trainer(TorchTrainer):
+    """Ray Train's, without what watches over placement groups and over Ray's datasets.
+
+    A job has no such datasets. A placement group goes with the controller that made it; its watcher asks Ray's
+    dashboard, which a job has not, and keeps a group of workers that ends in its first 40 seconds waiting for 12.
+    """
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        unused = (PlacementGroupCleanerCallback, DatasetsCallback)
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, unused)]
 
 
 def _scaling(workers: Workers) -> ScalingConfig:

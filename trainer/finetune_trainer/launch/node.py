@@ -98,7 +98,7 @@ def _ask_to_stop(host: str, ray: subprocess.Popen[bytes]) -> None:
 
 
 def _until_driver_ends(host: str) -> None:
-    """Its port refuses connections then; a driver whose pod is gone is only not reached any more."""
+    """Its port refuses connections then; a driver whose pod is gone may only not be reached any more."""
     reached = time.monotonic()
     while time.monotonic() - reached < LOST_SECONDS:
         try:
@@ -106,8 +106,9 @@ def _until_driver_ends(host: str) -> None:
             reached = time.monotonic()
         except ConnectionRefusedError:
             return
-        except OSError:
-            pass  # a name that is gone, a network that is: it may come back
+        except OSError as error:  # a network that is away may come back; a pod that has ended loses its name
+            if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
+                return
         time.sleep(RETRY_SECONDS)  # there is no event to wait for
 
 
