@@ -19,7 +19,7 @@ from finetune_trainer.launch.cluster import Workers, keep_signal_handlers, plan_
 from finetune_trainer.launch.failures import Failure, Kind
 from finetune_trainer.launch.group_fit import GroupFit, keep_trying
 from finetune_trainer.launch.nodes import Nodes
-from finetune_trainer.launch.preload import LIBRARIES, worker_modules
+from finetune_trainer.launch.preload import libraries, worker_modules
 from finetune_trainer.launch.preparation import Preparation
 from finetune_trainer.launch.resume import finished, open_run
 from finetune_trainer.launch.tokenizer_run import run_tokenizer_stage
@@ -105,7 +105,7 @@ class Pipeline:
         """What Ray's workers are forked from; on a cluster each node has one already."""
         if os.environ.get("RAY_ADDRESS"):
             return nullcontext()
-        return fork_server([*LIBRARIES], worker_modules(self.run))
+        return fork_server(libraries(self.run), worker_modules(self.run))
 
     def _todo(self, done: bool = False) -> list[StageLayout]:
         states = finished(self.run, self.storage)

@@ -22,7 +22,7 @@ from finetune_api.exit_codes import ExitCode
 from finetune_api.report import PORT, STOP_PATH
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.forks.client import fork_server, run_fork
-from finetune_trainer.launch.preload import LIBRARIES, worker_modules
+from finetune_trainer.launch.preload import libraries, worker_modules
 from finetune_trainer.launch.threads import threads_per_worker
 from finetune_trainer.runtime import apply_environment, quiet_environment
 
@@ -50,7 +50,7 @@ def run_node(config: Path) -> int:
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_worker(run.job.spec.resources)))
     address, first = os.environ[HEAD_VARIABLE], int(os.environ.get(INDEX_VARIABLE, "0")) == 0
-    with fork_server([*LIBRARIES], worker_modules(run)):
+    with fork_server(libraries(run), worker_modules(run)):
         return _head(config, address, gpus) if first else _worker(address, gpus)
 
 

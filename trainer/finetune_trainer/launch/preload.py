@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from fsspec.registry import known_implementations
+
 from finetune_api.runconfig import RunConfig
 
-LIBRARIES = (
+_LIBRARIES = (
     "finetune_api.runconfig",
     "torch",
     "datasets",
@@ -20,6 +22,13 @@ LIBRARIES = (
 )
 """None of them imports Ray."""
 _WORKERS = ("finetune_trainer.launch.stage_run", "ray.train.v2._internal.execution.controller.controller")
+
+
+def libraries(run: RunConfig) -> list[str]:
+    """Modules of every process of the job, its store's among them."""
+    scheme, is_uri, _ = run.root.partition("://")
+    store = known_implementations.get(scheme) if is_uri else None
+    return [*_LIBRARIES, *([store["class"].rpartition(".")[0]] if store else [])]
 
 
 def worker_modules(run: RunConfig) -> list[str]:
