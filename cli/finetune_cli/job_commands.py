@@ -88,6 +88,15 @@ def _run(config: Callable[[], RunConfig], resume: bool, fresh: bool) -> None:
     from finetune_trainer.runtime import apply_environment, quiet_environment
 
     apply_environment(quiet_environment(accelerator=True))
+    from finetune_trainer.forks.client import fork_server
+    from finetune_trainer.launch.preload import libraries, worker_modules
+
+    # It imports what the workers need while this process imports the same and looks at the job.
+    with fork_server(libraries(run), worker_modules(run)):
+        _execute(run, resume, fresh)
+
+
+def _execute(run: RunConfig, resume: bool, fresh: bool) -> None:
     from finetune_trainer.launch.driver import Pipeline
     from finetune_trainer.progress.console import reporter_for
 

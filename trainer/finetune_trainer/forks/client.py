@@ -33,8 +33,7 @@ def fork_server(modules: list[str], for_workers: list[str]) -> Iterator[subproce
     try:
         yield server
     finally:
-        assert server.stdin is not None
-        server.stdin.close()
+        server.terminate()  # it may still be importing
         server.wait()
         shutil.rmtree(directory, ignore_errors=True)
         if before is None:

@@ -114,6 +114,7 @@ class ForkServer:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             self._listener.close()
             for connection in self._asked.values():
                 connection.close()
@@ -194,6 +195,7 @@ def load(modules: list[str]) -> None:
 def main(listener: socket.socket, modules: list[str], for_workers: list[str]) -> None:
     """Import, then serve: whoever has asked meanwhile waits at the socket."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # torch.cuda.is_available() without opening a GPU
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that has started this one
     hush()
     load(modules)
     if opened_gpu():

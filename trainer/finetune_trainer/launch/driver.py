@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.errors import GateNotPassed, Interrupted, OutOfMemory, TrainingFailed
-from finetune_trainer.forks.client import fork_server
 from finetune_trainer.gate import require_gate
 from finetune_trainer.launch.cluster import Workers, keep_signal_handlers, plan_workers, start_ray, stop_ray
 from finetune_trainer.launch.failures import Failure, Kind
 from finetune_trainer.launch.group_fit import GroupFit, keep_trying
 from finetune_trainer.launch.nodes import Nodes
-from finetune_trainer.launch.preload import libraries, worker_modules
 from finetune_trainer.launch.preparation import Preparation
 from finetune_trainer.launch.resume import finished, open_run
 from finetune_trainer.launch.tokenizer_run import run_tokenizer_stage
@@ -87,7 +83,7 @@ class Pipeline:
     def _run_stages(self) -> None:
         # Ray starts while data is prepared. Its processes die with the thread that started them (PR_SET_PDEATHSIG), so
         # that thread must live as long as the pipeline: an executor's does.
-        with self._forks(), ThreadPoolExecutor(max_workers=1) as background:
+        with ThreadPoolExecutor(max_workers=1) as background:
             ray_started = background.submit(start_ray, self.workers)
             try:
                 self._tokenizer()
@@ -100,12 +96,6 @@ class Pipeline:
                 self._report()
             finally:
                 stop_ray(ray_started)
-
-    def _forks(self) -> AbstractContextManager[object]:
-        """What Ray's workers are forked from; on a cluster each node has one already."""
-        if os.environ.get("RAY_ADDRESS"):
-            return nullcontext()
-        return fork_server(libraries(self.run), worker_modules(self.run))
 
     def _todo(self, done: bool = False) -> list[StageLayout]:
         states = finished(self.run, self.storage)
