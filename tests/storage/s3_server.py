@@ -110,6 +110,6 @@ class S3Server:
             f"-filer.localSocket={directory / 'filer.sock'}",
             "-master.telemetry=false",
             "-master.volumeSizeLimitMB=64",
-            "-volume.max=20",
+            "-volume.max=500",
             *(f"-{name}={port}" for name, port in ports.items()),
         ]
