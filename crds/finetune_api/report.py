@@ -95,6 +95,8 @@ class AttemptReport(ApiModel):
     """Newest complete checkpoint."""
     stopping: bool = False
     """Asked to stop, and saving a checkpoint."""
+    waiting: Text | None = None
+    """What it waits for: a store that doesn't answer."""
     plan: PlanReport | None = None
     """Preflight's plan."""
     exit_code: int | None = None

@@ -17,6 +17,7 @@ from finetune_operator.conditions import Reason, Type, moment, stamp
 from finetune_operator.draft import Draft
 from finetune_operator.names import CLEANUP_RUN
 from finetune_operator.observed import ENDED, Observed, RunState, RunView
+from finetune_operator.reports import clean
 from finetune_operator.settings import Settings
 from finetune_operator.spec_check import spec_faults
 from finetune_operator.stopping import deadline, suspend
@@ -198,7 +199,7 @@ def _follow(draft: Draft) -> bool:
     if run.deleting:
         draft.set(Type.RUNNING, "False", Reason.STOPPING, "the run is being deleted")
     elif draft.trains(run):
-        draft.set(Type.RUNNING, "True", Reason.TRAINING, _unready(draft, run) if stuck is None else stuck[1])
+        draft.set(Type.RUNNING, "True", Reason.TRAINING, _trains_but(draft, run) if stuck is None else stuck[1])
         draft.running_since(run)
     elif stuck is not None:
         _stuck(draft, run, *stuck)
@@ -207,6 +208,13 @@ def _follow(draft: Draft) -> bool:
     else:
         draft.set(Type.RUNNING, "False", Reason.QUEUED if held else Reason.STARTING)
     return True
+
+
+def _trains_but(draft: Draft, run: RunView) -> str:
+    """What keeps an attempt from training well, or from training at all for a while."""
+    report = draft.seen.report
+    waits = clean(report.waiting) if report is not None and report.waiting else ""
+    return _unready(draft, run) or (f"waits for storage: {waits}" if waits else "")
 
 
 def _unready(draft: Draft, run: RunView) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from worlds import NOW, VALID, ago, attempt, conditions, pod, run, said, seen
 
-from finetune_operator.actions import AbandonRun, DeleteJob, DeleteRun, StartRun, StopRun
+from finetune_operator.actions import AbandonRun, Decision, DeleteJob, DeleteRun, StartRun, StopRun
 from finetune_operator.conditions import Reason
 from finetune_operator.decide import decide
 from finetune_operator.observed import Complaint, Observed, RunState, Trouble
@@ -222,6 +222,17 @@ def test_progress_alone_is_not_urgent() -> None:
     later = decide(seen(first, run(), report=report), SETTINGS, NOW)
     assert later.status["step"] == "3/10" and not later.urgent
     assert decide(seen(first, run(state=RunState.PENDING)), SETTINGS, NOW).urgent
+
+
+def test_an_attempt_that_waits_for_storage_says_so() -> None:
+    report = {"stages": [], "waiting": "team/job: writing run.json: OSError: [Errno 121] internal error"}
+    running = _running(decide(seen(RUNNING, run(), report=report), SETTINGS, NOW))
+    assert running["status"] == "True" and running["message"] == f"waits for storage: {report['waiting']}"
+    assert _running(decide(seen(RUNNING, run(), report={"stages": []}), SETTINGS, NOW))["message"] == ""
+
+
+def _running(decision: Decision) -> dict[str, Any]:
+    return next(item for item in decision.status["conditions"] if item["type"] == "Running")
 
 
 def test_times_of_conditions_move_with_their_status_alone() -> None:

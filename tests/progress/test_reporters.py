@@ -7,6 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
+from finetune_trainer.progress.attempt import AttemptReporter
 from finetune_trainer.progress.console import ConsoleReporter, StageLine, fit, reporter_for
 from finetune_trainer.progress.multi import Reporters
 from finetune_trainer.progress.plain import PlainReporter
@@ -189,3 +190,24 @@ def test_one_that_raises_does_not_stop_the_others_and_is_logged_once(caplog: pyt
     assert "one\ntwo\n" in stream.getvalue()
     assert len(stream.getvalue().splitlines()) == 5
     assert [record.message.split(" failed")[0] for record in caplog.records] == ["Broken"]
+
+
+def test_what_an_attempt_waits_for_is_in_its_report_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nowhere-to-be-seen")
+    reporter = AttemptReporter(["sft"])
+    reporter.waiting("writing run.json: OSError: nowhere-to-be-seen is away")
+    waiting = reporter.report().waiting
+    assert waiting is not None and waiting.startswith("writing run.json: ") and "nowhere-to-be-seen" not in waiting
+    reporter.waiting("")
+    assert reporter.report().waiting is None
+
+
+def test_a_wait_for_storage_is_a_line() -> None:
+    screen = io.StringIO()
+    reporter = PlainReporter(screen)
+    reporter.waiting("writing run.json: OSError: away")
+    reporter.waiting("")
+    assert screen.getvalue().splitlines() == [
+        "waiting for storage: writing run.json: OSError: away",
+        "storage answers again",
+    ]

@@ -123,9 +123,12 @@ def test_a_download_has_just_what_storage_has(storage: Storage, tmp_path: Path) 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5])
 def test_a_server_that_is_away_in_the_middle_of_a_save_loses_no_checkpoint(
-    store: CheckpointStore, s3: S3Server, seconds: float
+    store: CheckpointStore, s3: S3Server, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is killed once the upload has begun (or a little later), and comes back after a while."""
+    """It is killed once the upload has begun (or a little later), and comes back after a while; the wait is told."""
+    told: list[str] = []
+    monkeypatch.setattr(patience, "_told", [])
+    patience.listen(told.append)
     place = written(store, 30, 200 * MIB)
     content = (place / "model.safetensors").read_bytes()
     saving = threading.Thread(target=lambda: (store.push(30), store.publish(30, **RUN)))
@@ -138,6 +141,7 @@ def test_a_server_that_is_away_in_the_middle_of_a_save_loses_no_checkpoint(
     s3.start()
     saving.join(90)
     assert not saving.is_alive() and store.newest() is not None
+    assert "model.safetensors: " in told[0] and told[-1] == ""
     store.drop_copy(30)
     store.fetch(30)
     assert (place / "model.safetensors").read_bytes() == content

@@ -13,6 +13,13 @@ FIRST_SECONDS, MOST_SECONDS = 0.5, 10.0
 """The first pause between two tries, and the longest; each is twice the one before."""
 _LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 T = TypeVar("T")
+_told: list[Callable[[str], None]] = []
+
+
+def listen(told: Callable[[str], None]) -> None:
+    """From now on this process tells `told`, and nobody else, what has to wait for a store: once when it begins to, and
+    with an empty text when it need not any more. From whatever thread that happens in."""
+    _told[:] = [told]
 
 
 def patiently(work: Callable[[], T], what: str, seconds: float) -> T:
@@ -24,18 +31,30 @@ def patiently(work: Callable[[], T], what: str, seconds: float) -> T:
     Raises:
         OSError: the store refuses, or was away for longer than that.
     """
-    pause, deadline = FIRST_SECONDS, time.monotonic() + seconds
-    while True:
-        try:
-            return work()
-        except Exception as error:
-            if not passing(error):
-                raise
-            if time.monotonic() + pause > deadline:
-                raise _as_os_error(error, what) from error
-            log.warning("%s: %s: %s; tried again in %.1f s", what, type(error).__name__, error, pause)
-        time.sleep(pause)
-        pause = min(2 * pause, MOST_SECONDS)
+    pause, deadline, waits = FIRST_SECONDS, time.monotonic() + seconds, False
+    try:
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                if not passing(error):
+                    raise
+                if time.monotonic() + pause > deadline:
+                    raise _as_os_error(error, what) from error
+                log.warning("%s: %s: %s; tried again in %.1f s", what, type(error).__name__, error, pause)
+                if not waits:
+                    _tell(f"{what}: {type(error).__name__}: {error}")
+                waits = True
+            time.sleep(pause)
+            pause = min(2 * pause, MOST_SECONDS)
+    finally:
+        if waits:
+            _tell("")
+
+
+def _tell(text: str) -> None:
+    for told in _told:
+        told(text)
 
 
 def passing(error: BaseException) -> bool:

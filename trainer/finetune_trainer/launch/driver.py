@@ -20,10 +20,11 @@ from finetune_trainer.launch.preparation import Preparation
 from finetune_trainer.launch.resume import finished, open_run
 from finetune_trainer.launch.tokenizer_run import run_tokenizer_stage
 from finetune_trainer.layout import REPORT, StageLayout
+from finetune_trainer.patience import listen
 from finetune_trainer.pipeline import layouts
 from finetune_trainer.plan.records import StagePlan
 from finetune_trainer.preflight.job import preflight
-from finetune_trainer.progress.channel import CheckpointSaved, Event, StageBegun, StageDone
+from finetune_trainer.progress.channel import CheckpointSaved, Event, StageBegun, StageDone, Waiting
 from finetune_trainer.progress.reporter import Progress, Reporter
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.work import StageWork
@@ -38,6 +39,7 @@ class Pipeline:
 
     def __init__(self, run: RunConfig, reporter: Reporter, stop: threading.Event) -> None:
         self.run, self.reporter, self.stop = run, reporter, stop
+        listen(reporter.waiting)
         self.storage = Storage(run.root)
         self.layouts = layouts(run)
         self.workers: Workers = plan_workers(run.job.spec.resources)
@@ -153,6 +155,8 @@ class Pipeline:
             plan = self.plans.get(event.index)
             message = f"{event.workers} worker{plural}" + (f", {plan.why}" if plan else "")
             self.reporter.stage_started(event.index, layout.title, len(self.layouts), message)
+        elif isinstance(event, Waiting):
+            self.reporter.waiting(event.text)
         elif isinstance(event, CheckpointSaved):
             place = self.storage.path(self.layouts[event.index].checkpoint(event.step))
             self.reporter.checkpoint_saved(event.index, event.step, place)

@@ -29,9 +29,10 @@ from finetune_trainer.layout import METRICS
 from finetune_trainer.model.config import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.model.task import task_of
+from finetune_trainer.patience import listen
 from finetune_trainer.pipeline import directories, layouts, place, scratch, spec_of
 from finetune_trainer.plan.steps import rows_per_step
-from finetune_trainer.progress.channel import Event, StageBegun, StageDone, WorkerEnd
+from finetune_trainer.progress.channel import Event, StageBegun, StageDone, Waiting, WorkerEnd
 from finetune_trainer.progress.metrics_log import MetricsLog
 from finetune_trainer.stages import make_trainer, perform
 from finetune_trainer.storage import Storage
@@ -64,6 +65,7 @@ def run_stages(order: WorkOrder) -> None:
     if run.work_dir is not None:
         os.chdir(run.work_dir)  # Ray starts workers in its own directory, where relative paths lead nowhere
     storage, end, placement = Storage(run.root), WorkerEnd(order.channel), _placement(order.accelerator)
+    listen(lambda text: end.send(Waiting(text)))
     peers = Peers()
     for work in order.stages:
         if storage.exists(layouts(run)[work.index].done):

@@ -55,9 +55,16 @@ class AttemptReporter:
             stage.setdefault("startTime", _now())
             self._rest["current"] = index
             self._rest.pop("step", None)
+            self._rest.pop("waiting", None)
 
     def log(self, message: str) -> None:
         """Lines for people are in the pod's log."""
+
+    def waiting(self, message: str) -> None:
+        with self._lock:
+            self._rest.pop("waiting", None)
+            if message:
+                self._rest["waiting"] = _tail(redact(message), 4096)
 
     def progress(self, progress: Progress) -> None:
         values = progress.to_json()

@@ -38,8 +38,15 @@ class CheckpointSaved:
     step: int
 
 
-Event = str | Progress | StageBegun | StageDone | CheckpointSaved
-"""A line for people, a step's progress, a checkpoint, or a change of stage."""
+@dataclass(frozen=True)
+class Waiting:
+    """A worker waits for storage; with an empty text, it need not any more."""
+
+    text: str
+
+
+Event = str | Progress | StageBegun | StageDone | CheckpointSaved | Waiting
+"""A line for people, a step's progress, a checkpoint, a change of stage, or a wait."""
 
 
 @dataclass

@@ -53,6 +53,9 @@ class ConsoleReporter:
     def log(self, message: str) -> None:
         self._console.print(Text(clean(message)))
 
+    def waiting(self, message: str) -> None:
+        self.log(f"waiting for storage: {message}" if message else "storage answers again")
+
     def progress(self, progress: Progress) -> None:
         if self._line is not None:
             self._line.progress = progress

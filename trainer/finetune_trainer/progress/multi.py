@@ -24,6 +24,9 @@ class Reporters:
     def log(self, message: str) -> None:
         self._tell(lambda reporter: reporter.log(message))
 
+    def waiting(self, message: str) -> None:
+        self._tell(lambda reporter: reporter.waiting(message))
+
     def progress(self, progress: Progress) -> None:
         self._tell(lambda reporter: reporter.progress(progress))
 

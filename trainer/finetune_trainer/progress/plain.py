@@ -33,6 +33,9 @@ class PlainReporter:
     def log(self, message: str) -> None:
         self._write(message)
 
+    def waiting(self, message: str) -> None:
+        self.log(f"waiting for storage: {message}" if message else "storage answers again")
+
     def progress(self, progress: Progress) -> None:
         now = self._clock()
         if self._is_due(progress, now):

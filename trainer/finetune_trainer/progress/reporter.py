@@ -58,6 +58,9 @@ class Reporter(Protocol):
     def log(self, message: str) -> None:
         """A line for people."""
 
+    def waiting(self, message: str) -> None:
+        """What storage is waited for; empty: it answers again. From any thread."""
+
     def progress(self, progress: Progress) -> None:
         """The newest step. Steps may be left out."""
 
