@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
+import cgroups
 from access import Access
 from cluster_jobs import apply, fetch, pipeline, until_succeeded
 from clusters import Cluster
+from faults import WORKER
 from finetune_jobs import Jobs, condition
 from s3_server import S3Server
 
@@ -20,7 +23,9 @@ def test_tokenizer_to_esft_on_two_pods(
 ) -> None:
     apply(admin, namespace, pipeline("whole", cluster.pod_template))
     jobs.until(lambda status: status["phase"] == "Running", "whole", SECONDS)
-    nodes = {pod["spec"]["nodeName"] for pod in _pods(admin, namespace) if "-1-" in pod["metadata"]["name"]}
+    pods = [pod for pod in _pods(admin, namespace) if "-1-" in pod["metadata"]["name"]]
+    nodes = {pod["spec"]["nodeName"] for pod in pods}
+    _until_all_work(pods)
     done = until_succeeded(jobs, "whole", SECONDS)
 
     assert len(nodes) == 2, f"both pods ran on {nodes}"
@@ -29,6 +34,16 @@ def test_tokenizer_to_esft_on_two_pods(
     for stage in STAGES[1:]:
         _answers(fetch(s3, namespace, "whole", stage, tmp_path / stage))
     assert not any("secret of the tests" in json.dumps(item) for item in (done, *_pods(admin, namespace)))
+
+
+def _until_all_work(pods: list[dict[str, dict[str, str]]]) -> None:
+    """Each pod has a worker of its own, at one time."""
+    deadline, working = time.monotonic() + SECONDS, [0]
+    while working != [1] * len(pods):
+        assert time.monotonic() < deadline, f"workers in the pods: {working}"
+        time.sleep(0.1)
+        found = (map(cgroups.command_of, cgroups.processes(pod["metadata"]["uid"])) for pod in pods)
+        working = [sum(command.startswith(WORKER) for command in commands) for commands in found]
 
 
 def _answers(result: Path) -> None:

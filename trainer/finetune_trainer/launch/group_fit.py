@@ -20,6 +20,7 @@ from ray.train.v2._internal.execution.callback import RayTrainCallback
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch.cluster import Workers
 from finetune_trainer.launch.failures import Failure, classify
+from finetune_trainer.launch.slots import asked
 from finetune_trainer.launch.worker import train_loop
 from finetune_trainer.progress.channel import Event, open_channel
 from finetune_trainer.training.work import StageWork, WorkOrder
@@ -108,7 +109,7 @@ def _scaling(workers: Workers) -> ScalingConfig:
     return ScalingConfig(
         num_workers=(workers.least, workers.most) if workers.elastic else workers.most,
         use_gpu=workers.accelerator,
-        resources_per_worker={"CPU": workers.cpus, **({"GPU": 1} if workers.accelerator else {})},
+        resources_per_worker={"CPU": workers.cpus, **({"GPU": 1} if workers.accelerator else {}), **asked()},
     )
 
 

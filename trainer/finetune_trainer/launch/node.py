@@ -18,11 +18,13 @@ from pathlib import Path
 
 import psutil
 
+from finetune_api.cluster import Resources
 from finetune_api.exit_codes import ExitCode
 from finetune_api.report import PORT, STOP_PATH
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.forks.client import fork_server, run_fork
 from finetune_trainer.launch.preload import libraries, worker_modules
+from finetune_trainer.launch.slots import offered
 from finetune_trainer.launch.threads import threads_per_worker
 from finetune_trainer.runtime import apply_environment, quiet_environment
 
@@ -44,28 +46,28 @@ def run_node(config: Path) -> int:
     # The first process of a container ignores every signal that it has no handler for.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_EXIT))
     run = RunConfig.model_validate_json(config.read_text())
-    gpus = run.job.spec.resources.gpus_per_node or 0
-    apply_environment(quiet_environment(accelerator=gpus > 0))
+    resources = run.job.spec.resources
+    apply_environment(quiet_environment(accelerator=bool(resources.gpus_per_node)))
     # A lost head ends its nodes soon, so that the pods make room for the next attempt's.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_worker(run.job.spec.resources)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_worker(resources)))
     address, first = os.environ[HEAD_VARIABLE], int(os.environ.get(INDEX_VARIABLE, "0")) == 0
     with fork_server(libraries(run), worker_modules(run)):
-        return _head(config, address, gpus) if first else _worker(address, gpus)
+        return _head(config, address, resources) if first else _worker(address, resources)
 
 
-def _head(config: Path, address: str, gpus: int) -> int:
+def _head(config: Path, address: str, resources: Resources) -> int:
     from finetune_trainer.launch.attempt import drive
 
     ip = socket.gethostbyname(socket.gethostname())
     port = address.rpartition(":")[2]
-    _start(["--head", f"--node-ip-address={ip}", f"--port={port}", "--include-dashboard=false", *_share(gpus)])
+    _start(["--head", f"--node-ip-address={ip}", f"--port={port}", "--include-dashboard=false", *_share(resources)])
     os.environ["RAY_ADDRESS"] = f"{ip}:{port}"
     code = run_fork([str(_DRIVE), str(config)])
     return int(drive(config)) if code is None else code
 
 
-def _worker(address: str, gpus: int) -> int:
+def _worker(address: str, resources: Resources) -> int:
     """Join, stay as long as the head does.
 
     Returns FAILED where the head never came or left; the Job then ends, and this pod with it.
@@ -74,7 +76,7 @@ def _worker(address: str, gpus: int) -> int:
     if not _reachable(host, int(port)):
         print(f"no Ray head at {address} within {HEAD_SECONDS:.0f} s", file=sys.stderr)
         return ExitCode.FAILED
-    ray = subprocess.Popen([*_RAY, "start", f"--address={address}", "--block", *_share(gpus)])
+    ray = subprocess.Popen([*_RAY, "start", f"--address={address}", "--block", *_share(resources)])
     signal.signal(signal.SIGTERM, lambda *_: _leave(host, ray))
     ray.wait()
     return ExitCode.FAILED
@@ -121,12 +123,13 @@ def _start(options: list[str]) -> None:
     subprocess.run([*_RAY, "start", *options], check=True, stdout=subprocess.DEVNULL)
 
 
-def _share(gpus: int) -> list[str]:
-    """What this node offers. More CPUs than there are cost nothing: workers ask for what the plan gives them."""
+def _share(resources: Resources) -> list[str]:
+    """What this node offers: more CPUs than there are, which helpers ask for, too; and places for its workers."""
     cpus = max(psutil.cpu_count() or 1, 64)
     return [
         f"--num-cpus={cpus}",
-        f"--num-gpus={gpus}",
+        f"--num-gpus={resources.gpus_per_node or 0}",
+        f"--resources={offered(resources)}",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
         "--disable-usage-stats",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from finetune_api.cluster import Resources
+from finetune_trainer.launch.slots import workers_per_node
 from finetune_trainer.plan.quantities import parse_quantity
 
 
@@ -14,7 +15,7 @@ def threads_per_worker(resources: Resources, sharers: int | None = None) -> int:
     Args:
         sharers: workers of that machine. Default: those of a node.
     """
-    workers = sharers or resources.gpus_per_node or resources.workers_per_node or 1
+    workers = sharers or workers_per_node(resources)
     return max(1, _cpus(resources) // workers)
 
 
