@@ -77,7 +77,8 @@ class Campaign:
         """
         victim, rounds = self.victim, []
         body = long_job(victim.name, victim.cluster.pod_template, steps=self.steps, save=SAVE)
-        body["spec"]["resources"]["memoryPerNode"] = "5Gi"
+        # A node has room for both pods, so that the job goes on where the other one is lost.
+        body["spec"]["resources"] |= {"memoryPerNode": "5Gi", "cpusPerNode": "500m"}
         apply(victim.admin, victim.namespace, body)
         with victim.following as following:
             following.until_step(SAVE + 1, FIRST_SECONDS)

@@ -42,7 +42,7 @@ class Failure:
         return self.kind is Kind.LOST
 
 
-def classify(error: TrainingFailedError) -> Failure:
+def classify(error: TrainingFailedError | HostOutOfMemoryError) -> Failure:
     """The failure that explains a worker group's end best."""
     causes = list(_causes(error))
     order = list(Kind)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import OutOfMemoryError
 from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -60,7 +61,7 @@ class GroupFit:
     def _fit(self, stages: list[StageWork], channel: Any, outcome: list[Failure | BaseException]) -> None:
         try:
             self._trainer(stages, channel).fit()
-        except TrainingFailedError as error:
+        except (TrainingFailedError, OutOfMemoryError) as error:  # the latter where Ray has killed its controller
             outcome.append(classify(error))
         except BaseException as error:
             outcome.append(error)
