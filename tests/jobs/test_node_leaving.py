@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import threading
 import time
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from servers import free_port
 
 from finetune_api.report import AttemptReport
 from finetune_trainer.launch import node
@@ -25,9 +25,7 @@ def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """Where a driver of this test answers."""
     (tmp_path / "token").write_text("secret\n")
     monkeypatch.setenv(TOKEN_FILE_VARIABLE, str(tmp_path / "token"))
-    with socket.socket() as taken:
-        taken.bind((HERE, 0))
-        found = int(taken.getsockname()[1])
+    found = free_port()
     monkeypatch.setattr(node, "PORT", found)
     return found
 

@@ -13,7 +13,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from finetune_trainer.progress.format import clean, duration, evaluation_of, named_metrics, step_parts
+from finetune_trainer.progress.format import clean, duration, evaluation_of, named_metrics, step_parts, wait_line
 from finetune_trainer.progress.plain import PlainReporter
 from finetune_trainer.progress.reporter import Progress, Reporter
 
@@ -54,7 +54,7 @@ class ConsoleReporter:
         self._console.print(Text(clean(message)))
 
     def waiting(self, message: str) -> None:
-        self.log(f"waiting for storage: {message}" if message else "storage answers again")
+        self.log(wait_line(message))
 
     def progress(self, progress: Progress) -> None:
         if self._line is not None:

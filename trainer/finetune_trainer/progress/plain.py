@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from finetune_trainer.progress.format import clean, duration, evaluation_of, named_metrics, step_parts
+from finetune_trainer.progress.format import clean, duration, evaluation_of, named_metrics, step_parts, wait_line
 from finetune_trainer.progress.reporter import Progress
 
 INTERVAL_SECONDS = 10.0
@@ -34,7 +34,7 @@ class PlainReporter:
         self._write(message)
 
     def waiting(self, message: str) -> None:
-        self.log(f"waiting for storage: {message}" if message else "storage answers again")
+        self.log(wait_line(message))
 
     def progress(self, progress: Progress) -> None:
         now = self._clock()
