@@ -48,11 +48,11 @@ class Api:
         """Whether the cluster has RayJobs."""
         return await self.get("/apis/ray.io/v1") is not None
 
-    async def items(self, path: str) -> AsyncIterator[Json]:
+    async def items(self, path: str, query: str = "") -> AsyncIterator[Json]:
         """The objects of a list, read in pages."""
-        more = ""
+        chosen, more = f"&{query}" if query else "", ""
         while True:
-            page = await self.get(f"{path}?limit={PAGE}{more}") or {}
+            page = await self.get(f"{path}?limit={PAGE}{chosen}{more}") or {}
             for item in page.get("items", []):
                 yield item
             more = (page.get("metadata") or {}).get("continue", "")

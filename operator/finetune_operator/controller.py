@@ -10,7 +10,6 @@ from datetime import UTC, datetime, timedelta
 
 from kubernetes.aio.client import ApiException
 
-from finetune_operator import attempts
 from finetune_operator.actions import Decision, StopRun
 from finetune_operator.api import Api
 from finetune_operator.apply import Outdated, Refused, apply
@@ -19,9 +18,10 @@ from finetune_operator.classify import MESSAGE_LIMIT
 from finetune_operator.complaints import Complaints
 from finetune_operator.decide import decide
 from finetune_operator.engines import ENGINES, engine_of
+from finetune_operator.lagging import untold_ends, untold_runs
 from finetune_operator.metrics import Metrics
 from finetune_operator.names import FINALIZER
-from finetune_operator.observed import Observed, Trouble
+from finetune_operator.observed import Observed, Trouble, pod_view
 from finetune_operator.plan import (
     Create,
     Delete,
@@ -32,6 +32,7 @@ from finetune_operator.plan import (
     job_path,
     patch_status,
     plan,
+    pods_query,
     run_path,
 )
 from finetune_operator.poller import Poller
@@ -82,7 +83,7 @@ class Controller:
         if seen is None or _is_leaving(seen.body["metadata"]):
             return
         with self._metrics.reconciling():
-            await self._confirm_gone(key, seen)
+            await self._catch_up(key, seen)
             await self._act(key)
 
     async def _act(self, key: Key) -> None:
@@ -174,13 +175,17 @@ class Controller:
         said = await self._complaints.about(key, seen, datetime.now(UTC))
         return replace(seen, engine_missing=missing, complaints=said)
 
-    async def _confirm_gone(self, key: Key, seen: Observed) -> None:
-        """A watch may lag behind: ask for the run of an attempt that has not ended and that no watch has told of."""
-        for record in attempts.records(seen.body.get("status") or {}):
-            if "endTime" not in record and seen.run(record["number"]) is None:
-                run = Run(seen.body, record["number"], self._settings)
-                found = await self._api.get(run_path(run, engine_for(run)))
-                self._remember(found or {})
+    async def _catch_up(self, key: Key, seen: Observed) -> None:
+        """One watch may lag behind another: ask for what it has not told yet."""
+        for number in untold_runs(seen):
+            run = Run(seen.body, number, self._settings)
+            found = await self._api.get(run_path(run, engine_for(run)))
+            self._remember(found or {})
+        for ended in untold_ends(seen):
+            async for body in self._api.items(*pods_query(*key, ended.run)):
+                pod = pod_view(body)
+                if pod is not None:
+                    self._cache.put_pod(key[0], pod)
 
     def _remember(self, body: Json) -> None:
         """An answer of the API server about a run, ahead of the watch."""

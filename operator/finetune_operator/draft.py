@@ -152,6 +152,8 @@ class Draft:
         """The run's record, made where the operator ended between starting the run and writing it down."""
         record = attempts.record_of(self.status, run.run)
         if record is None:
+            if run.run >= attempts.next_number(self.status):  # what stands is said of the attempt before
+                self._conditions.pop(Type.RUNNING.value, None)
             record = {"number": run.run, "startTime": stamp(run.created)}
             self.status["attempts"] = sorted(
                 [*attempts.records(self.status), record], key=lambda item: int(item["number"])

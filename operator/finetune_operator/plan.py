@@ -108,6 +108,12 @@ def run_path(run: Run, engine: Engine) -> str:
     return f"/apis/{engine.group}/{engine.version}/namespaces/{run.namespace}/{engine.plural}/{run.name}"
 
 
+def pods_query(namespace: str, job: str, run: int) -> tuple[str, str]:
+    """Path and selector of a run's pods."""
+    chosen = (f"{name}%3D{value}" for name, value in names.labels(job, run).items())
+    return f"/api/v1/namespaces/{namespace}/pods", f"labelSelector={'%2C'.join(chosen)}"
+
+
 def job_path(metadata: Json) -> str:
     return f"/apis/{GROUP}/{VERSION}/namespaces/{metadata['namespace']}/{PLURAL}/{metadata['name']}"
 

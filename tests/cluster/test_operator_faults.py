@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from faulty_proxy import FaultyProxy
 from finetune_jobs import Jobs, driver, job
 from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
-from life import Life, end_state
+from life import PLAN, Life, end_state
 from operator_process import OperatorProcess, eventually
 
-from finetune_operator.names import JOB_LABEL
+from finetune_operator.names import JOB_LABEL, RUN_LABEL
 
 NAMES = ("one", "two", "three")
 RATE = 0.2
@@ -101,7 +102,7 @@ def test_an_expired_watch_misses_nothing_that_went_meanwhile(
         jobs, kubelet = Jobs(client.CustomObjectsApi(api), namespace), KubeletStandIn(client.CoreV1Api(api))
         with OperatorProcess(admin.at(proxy.url), tmp_path, FINETUNE_NAMESPACES=namespace):
             jobs.create(job())
-            (pod,) = kubelet.pods(namespace, 1, selector=f"{JOB_LABEL}=tiny,finetune.dev/run=1")
+            (pod,) = kubelet.pods(namespace, 1, selector=f"{JOB_LABEL}=tiny,{RUN_LABEL}=1")
             kubelet.running(namespace, pod)
             jobs.until_phase("Running")
             blocked = True
@@ -111,9 +112,34 @@ def test_an_expired_watch_misses_nothing_that_went_meanwhile(
             kubelet.end_deletion(namespace, pod)
             blocked = False
             proxy.rule = _expire_once()
-            kubelet.pods(namespace, 1, selector=f"{JOB_LABEL}=tiny,finetune.dev/run=2", timeout=60)
+            kubelet.pods(namespace, 1, selector=f"{JOB_LABEL}=tiny,{RUN_LABEL}=2", timeout=60)
             seen = jobs.until(lambda status: status.get("attempt") == 2)
             assert seen["status"]["attempts"][0]["reason"] == "RunDeleted"
+
+
+def test_without_a_watch_of_pods_it_is_known_how_they_ended(
+    control_plane: ControlPlane, finetune_jobs: client.CustomObjectsApi, tmp_path: Path, admin: Access
+) -> None:
+    """Jobs tell that they have ended, pods alone how: what is planned, and whose mistake it was."""
+
+    def blind(call: Call) -> Fault | None:
+        return Fault("drop") if (call.verb, call.resource) == ("watch", "pods") else None
+
+    with (
+        namespace_of(admin, "blind") as namespace,
+        FaultyProxy(control_plane.url, control_plane.ca_file, control_plane.key_file, blind) as proxy,
+        admin.client() as api,
+    ):
+        jobs, kubelet = Jobs(client.CustomObjectsApi(api), namespace), KubeletStandIn(client.CoreV1Api(api))
+        with OperatorProcess(admin.at(proxy.url), tmp_path, FINETUNE_NAMESPACES=namespace):
+            jobs.create(job(kubernetes={}))
+            for run, code, message in (("preflight", 0, PLAN), ("1", 2, json.dumps({"exitCode": 2, "message": "bad"}))):
+                (pod,) = kubelet.pods(namespace, 1, selector=f"{JOB_LABEL}=tiny,{RUN_LABEL}={run}")
+                kubelet.running(namespace, pod)
+                kubelet.finished(namespace, pod, code, message=message)
+            status = jobs.until_phase("Failed")["status"]
+        assert status["plan"] == json.loads(PLAN)["plan"]
+        assert (status["failure"]["reason"], status["failure"]["message"]) == ("UserError", "bad")
 
 
 def _expire_once() -> Rule:
@@ -142,7 +168,7 @@ def test_the_api_server_goes_and_comes_again(
             name, ip = body["metadata"]["name"], f"127.0.{20 + kill}.{number}"
             trainer = stack.enter_context(driver(body["metadata"]["uid"], 1, ip))
             trainer.reporter.checkpoint_saved(1, number, f"/pvc/c-{number}")
-            (pod,) = kubelet.pods(namespace, 1, selector=f"{JOB_LABEL}={name},finetune.dev/run=1", timeout=120)
+            (pod,) = kubelet.pods(namespace, 1, selector=f"{JOB_LABEL}={name},{RUN_LABEL}=1", timeout=120)
             kubelet.running(namespace, pod, ip=ip)
         for number, name in enumerate(NAMES, 1):
             jobs.until(lambda status, n=number: status.get("lastCheckpoint", {}).get("step") == n, name)  # type: ignore[misc]

@@ -36,6 +36,10 @@ CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
     "another owner's run is nobody's": (seen(None, run(owner="other")), "Pending", (StartRun(1),)),
     "pods on their way": (seen(STARTING, run(state=RunState.PENDING)), "Pending", ()),
     "pods on their way once more, after a queue": (seen(QUEUED, run(state=RunState.PENDING)), "Pending", ()),
+    "pods on their way that nothing is written of yet": (
+        seen({"conditions": [*VALID, *conditions(Running="False/Stopping")],
+              "attempts": [attempt(1, "TrainingFailed", 11)], "attempt": 1},
+             run(state=RunState.FAILED), run(2, RunState.PENDING)), "Pending", ()),
     "pods that end": (seen(RUNNING, run(state=RunState.PENDING)), "Stopping", ()),
     "a pod that ends": (
         seen(RUNNING, run(state=RunState.PENDING), pod(), pod(index=1, exit_code=1, phase="Failed")), "Stopping", ()),
@@ -266,6 +270,9 @@ TOLD: dict[str, tuple[Observed, list[str]]] = {
         seen({"conditions": [*VALID, *conditions(Admitted="False/Queued", Running="False/Queued")]},
              run(state=RunState.PENDING)), ["NotQueued", "Starting"]),
     "training": (seen({"conditions": VALID}, run()), ["Training"]),
+    "a start that could not be written": (
+        seen(RUNNING, run(state=RunState.FAILED), pod(exit_code=1), run(2, RunState.PENDING), pod(2)),
+        ["TrainingFailed", "Starting"]),
     "asked to stop": (seen(RUNNING, run(), runPolicy={"suspend": True}), ["Stopping"]),
     "stopped": (seen(RUNNING | {"attempts": [attempt(1, stopReason="Suspended")]}, runPolicy={"suspend": True}),
                 ["Suspended"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,13 +14,42 @@ FIRST_SECONDS, MOST_SECONDS = 0.5, 10.0
 """The first pause between two tries, and the longest; each is twice the one before."""
 _LASTING = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 T = TypeVar("T")
-_told: list[Callable[[str], None]] = []
+
+
+class _Waits:
+    """Who waits for a store in this process, from whatever threads, and who is told of it."""
+
+    def __init__(self) -> None:
+        self.told: Callable[[str], None] = lambda _: None
+        self._words: dict[object, str] = {}
+        self._last = ""
+        self._lock = threading.Lock()
+
+    def begins(self, who: object, words: str) -> None:
+        """Doing it again changes nothing."""
+        with self._lock:
+            self._words.setdefault(who, words)
+            self._tell()
+
+    def ends(self, who: object) -> None:
+        with self._lock:
+            self._words.pop(who, None)
+            self._tell()
+
+    def _tell(self) -> None:
+        words = next(iter(self._words.values()), "")
+        if words != self._last:
+            self._last = words
+            self.told(words)
+
+
+_waits = _Waits()
 
 
 def listen(told: Callable[[str], None]) -> None:
-    """From now on this process tells `told`, and nobody else, what has to wait for a store: once when it begins to, and
-    with an empty text when it need not any more. From whatever thread that happens in."""
-    _told[:] = [told]
+    """From now on this process tells `told`, and nobody else, what has to wait for a store: of several the one that has
+    waited longest, and an empty text when none has to any more. From whatever thread that happens in."""
+    _waits.told = told
 
 
 def patiently(work: Callable[[], T], what: str, seconds: float) -> T:
@@ -31,7 +61,7 @@ def patiently(work: Callable[[], T], what: str, seconds: float) -> T:
     Raises:
         OSError: the store refuses, or was away for longer than that.
     """
-    pause, deadline, waits = FIRST_SECONDS, time.monotonic() + seconds, False
+    pause, deadline, who = FIRST_SECONDS, time.monotonic() + seconds, object()
     try:
         while True:
             try:
@@ -42,19 +72,11 @@ def patiently(work: Callable[[], T], what: str, seconds: float) -> T:
                 if time.monotonic() + pause > deadline:
                     raise _as_os_error(error, what) from error
                 log.warning("%s: %s: %s; tried again in %.1f s", what, type(error).__name__, error, pause)
-                if not waits:
-                    _tell(f"{what}: {type(error).__name__}: {error}")
-                waits = True
+                _waits.begins(who, f"{what}: {type(error).__name__}: {error}")
             time.sleep(pause)
             pause = min(2 * pause, MOST_SECONDS)
     finally:
-        if waits:
-            _tell("")
-
-
-def _tell(text: str) -> None:
-    for told in _told:
-        told(text)
+        _waits.ends(who)
 
 
 def passing(error: BaseException) -> bool:

@@ -1,0 +1,37 @@
+"""What is told of waits for a store that go on at the same time."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from functools import partial
+
+import pytest
+
+from finetune_trainer import patience
+
+
+def test_a_wait_is_told_until_the_last_of_several_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(patience._waits, "told", None)  # what listened before listens again afterwards
+    monkeypatch.setattr(patience, "FIRST_SECONDS", 0.01)
+    patience.listen(told.append)
+    back = {name: threading.Event() for name in "ab"}
+    tries, tried_again = Counter[str](), {name: threading.Event() for name in "ab"}
+
+    def work(name: str) -> None:
+        if tries[name] > 0:
+            tried_again[name].set()  # so its wait has been told, or stands behind another's
+        tries[name] += 1
+        if not back[name].is_set():
+            raise TimeoutError(name)
+
+    threads = {name: threading.Thread(target=patience.patiently, args=(partial(work, name), name, 60)) for name in "ab"}
+    for name in "ab":
+        threads[name].start()
+        assert tried_again[name].wait(30)
+    back["a"].set()
+    threads["a"].join(30)
+    back["b"].set()
+    threads["b"].join(30)
+    assert told == ["a: TimeoutError: a", "b: TimeoutError: b", ""]
