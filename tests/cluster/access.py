@@ -109,14 +109,20 @@ def until(listing: Callable[..., Any], wanted: Callable[[Any], bool], *, timeout
     `listing` is a list method of the official client.
 
     Raises:
-        AssertionError: none came within `timeout` seconds; the message has the last object seen.
+        AssertionError: none came within `timeout` seconds; the message has the last object's name and status.
     """
     last = None
     for event in watch.Watch().stream(listing, timeout_seconds=max(1, int(timeout)), **query):
         last = event["object"]
         if event["type"] != "DELETED" and wanted(last):
             return last
-    raise AssertionError(f"not within {timeout} s; the last object seen: {last}")
+    raise AssertionError(f"not within {timeout} s; last seen: {_in_short(last)}")
+
+
+def _in_short(item: Any) -> str:
+    """The rest of an object would hide that among a failed test's words."""
+    whole = client.ApiClient().sanitize_for_serialization(item) or {}
+    return json.dumps({"name": whole.get("metadata", {}).get("name"), "status": whole.get("status")})
 
 
 def until_gone(listing: Callable[..., Any], name: str, *, timeout: float = 30, **query: Any) -> None:

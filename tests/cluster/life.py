@@ -47,6 +47,7 @@ class Life:
             self._over.set()
             self._thread.join(15)
             if self.error is not None:  # what stopped this life explains why the test waits in vain
+                self.error.add_note(f"in the life of {self.name}, whose pods were {self.pods}")
                 raise self.error
 
     def _play(self) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from access import Access
-from servers import Server, free_port
+from servers import Server, ServerFailed, free_port
 
 KEY = b"a key of the tests"
 FAST = {
@@ -54,8 +57,30 @@ class OperatorProcess:
         self.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:
+            print(f"the operator, which {'runs' if self._server.running else 'has ended'}:\n{self._server.log_tail()}")
         self._server.stop()
+
+    @contextmanager
+    def kept_up(self) -> Iterator[OperatorProcess]:
+        """It runs, and is started again whenever it ends, as its kubelet would do."""
+        over = threading.Event()
+
+        def keep() -> None:
+            while not over.is_set():
+                if self.wait_for_death(0.5):
+                    with suppress(ServerFailed):  # it ended again before it was ready
+                        self.start()
+
+        keeper = threading.Thread(target=keep, daemon=True)
+        with self:
+            keeper.start()
+            try:
+                yield self
+            finally:
+                over.set()
+                keeper.join()
 
     def start(self) -> None:
         self._server.start(self.healthy)

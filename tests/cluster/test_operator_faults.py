@@ -54,7 +54,8 @@ def live(plane: ControlPlane, directory: Path, rule: Rule | None, block: int) ->
         proxy = stack.enter_context(FaultyProxy(plane.url, plane.ca_file, plane.key_file))
         api = stack.enter_context(plane.admin.client())
         settings = {"FINETUNE_NAMESPACES": namespace, "FINETUNE_BACKOFF_SECONDS": "0"}
-        stack.enter_context(OperatorProcess(plane.admin.at(proxy.url), directory, **settings))
+        operator = OperatorProcess(plane.admin.at(proxy.url), directory, **settings)
+        stack.enter_context(operator.kept_up())  # an answer that breaks off while kopf looks for its kinds ends it
         proxy.rule = rule
         jobs = Jobs(client.CustomObjectsApi(api), namespace)
         lives = []
