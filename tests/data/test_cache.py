@@ -86,9 +86,12 @@ def test_split_limit_and_shuffle(tokenizer: Tok, tmp_path: Path) -> None:
 def test_corpus_and_prompts(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", ROWS)
     stage = pretrain({"sources": [{"file": str(path)}], "validationSplit": 0.1})
-    train, held, size = corpus_texts(stage.data, tmp_path, tmp_path / "cache")
+    train, held, size = corpus_texts(stage.data, "stages[0].tokenizer.data", tmp_path, tmp_path / "cache")
     assert sorted([*train, *held]) == sorted(row["text"] for row in ROWS)
     assert size >= sum(len(row["text"]) for row in ROWS)
+    torn = pretrain({"sources": [{"file": str(write_jsonl(tmp_path / "y.jsonl", [{"text": "a"}, {"words": "b"}]))}]})
+    with pytest.raises(UserError, match=r"stages\[0\]\.tokenizer\.data"):
+        corpus_texts(torn.data, "stages[0].tokenizer.data", tmp_path, tmp_path / "cache")
     prompts = eval_prompts(stage, tmp_path, tmp_path / "cache", 3)
     assert len(prompts) == 3 and {prompt["prompt"] + prompt["reference"] for prompt in prompts} <= {
         row["text"] for row in ROWS

@@ -17,20 +17,25 @@ from finetune_trainer.data.rows import RowStore, order_rows
 HELD_OUT = 0.05
 
 
-def corpus_texts(spec: DataSpec, base_dir: Path, cache_dir: Path) -> tuple[Iterator[str], Iterator[str], int]:
+def corpus_texts(
+    spec: DataSpec, where: str, base_dir: Path, cache_dir: Path
+) -> tuple[Iterator[str], Iterator[str], int]:
     """A corpus in constant memory: texts to train a tokenizer on, texts held out, and the bytes of both.
 
     `validationSplit` (0.05 where it is 0) is held out; of one single text the training texts serve for both.
 
+    Args:
+        where: the spec's path, such as `stages[0].tokenizer.data`.
+
     Raises:
         UserError: the data can't be read or has no texts.
     """
-    store = open_table(spec, "text", "data", cache_dir, base_dir, lambda message: None)
+    store = open_table(spec, "text", where, cache_dir, base_dir, lambda message: None)
     share = spec.validation_split or HELD_OUT
     if len(store) < 2:
         only = np.arange(len(store))
         return _texts(store, only), _texts(store, only), store.bytes
-    train, held = order_rows(len(store), spec.model_copy(update={"validation_split": share}), "data")
+    train, held = order_rows(len(store), spec.model_copy(update={"validation_split": share}), where)
     return _texts(store, train), _texts(store, held), int(store.sizes(np.concatenate([train, held])).sum())
 
 

@@ -12,6 +12,7 @@ from finetune_api.stages import TokenizerSpec
 from finetune_trainer.data import corpus_texts
 from finetune_trainer.layout import StageLayout
 from finetune_trainer.model.config import build_config, context_length
+from finetune_trainer.pipeline import directories, place
 from finetune_trainer.progress.reporter import Reporter
 from finetune_trainer.stages.tokenizer import bytes_per_token, train_tokenizer
 from finetune_trainer.storage import Storage
@@ -22,7 +23,7 @@ def run_tokenizer_stage(run: RunConfig, storage: Storage, layout: StageLayout, r
     started = time.monotonic()
     spec = run.job.spec.stages[layout.index].spec
     assert isinstance(spec, TokenizerSpec) and run.job.spec.model.config is not None
-    train, held_out, size = corpus_texts(spec.data, Path(run.base_dir), Path(run.cache_dir))
+    train, held_out, size = corpus_texts(spec.data, f"{place(run, layout.index)}.data", **directories(run))
     reporter.log(f"{layout.title}: {size / 1e6:.1f} MB of text, vocabulary of {spec.vocab_size}")
     context = context_length(build_config(run.job.spec.model.config, None))
     tokenizer = train_tokenizer(spec, train, context)
