@@ -14,6 +14,7 @@ import psutil
 
 from finetune_api.cluster import Resources
 from finetune_trainer.forks.start import lean
+from finetune_trainer.launch.slots import workers_per_node
 from finetune_trainer.launch.threads import threads_per_worker
 from finetune_trainer.runtime import quiet_environment
 
@@ -36,7 +37,7 @@ class Workers:
 def plan_workers(resources: Resources) -> Workers:
     """The workers a job asks for, on this machine where it leaves the question open."""
     gpus = resources.gpus_per_node if resources.gpus_per_node is not None else _gpus()
-    per_node = gpus or resources.workers_per_node or 1
+    per_node = workers_per_node(resources, gpus)
     nodes = resources.nodes or 1
     least, most = (resources.min_nodes or nodes) * per_node, (resources.max_nodes or nodes) * per_node
     return Workers(least, most, gpus > 0, threads_per_worker(resources, _sharers(per_node, most)))

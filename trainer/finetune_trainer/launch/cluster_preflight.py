@@ -17,6 +17,7 @@ from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch.attempt import say_last_word
 from finetune_trainer.launch.cluster import Workers, plan_workers
+from finetune_trainer.launch.slots import workers_per_node
 from finetune_trainer.progress.attempt import AttemptReporter, Json
 from finetune_trainer.runtime import apply_environment, quiet_environment
 
@@ -66,8 +67,8 @@ def _device(run: RunConfig, workers: Workers) -> Device:
     resources = run.job.spec.resources
     if workers.accelerator or resources.memory_per_node is None:
         return Device("unknown", _UNKNOWN_BYTES, "cuda" if workers.accelerator else "cpu")
-    per_node = resources.workers_per_node or 1
-    return Device("CPU", int(parse_quantity(resources.memory_per_node)) // per_node, "cpu")
+    per_node = int(parse_quantity(resources.memory_per_node))
+    return Device("CPU", per_node // workers_per_node(resources), "cpu")
 
 
 def _told(plan: JobPlan) -> Json:

@@ -13,8 +13,13 @@ from finetune_api.cluster import Resources
 SLOT = "finetune_worker"
 
 
-def workers_per_node(resources: Resources) -> int:
-    return resources.gpus_per_node or resources.workers_per_node or 1
+def workers_per_node(resources: Resources, gpus: int | None = None) -> int:
+    """One for each GPU of a node; without GPUs as many as the job says.
+
+    Args:
+        gpus: a node's. Default: those that the job names.
+    """
+    return (resources.gpus_per_node if gpus is None else gpus) or resources.workers_per_node or 1
 
 
 def offered(resources: Resources) -> str:
