@@ -97,6 +97,8 @@ class AttemptReport(ApiModel):
     """Asked to stop, and saving a checkpoint."""
     waiting: Text | None = None
     """What it waits for: a store that doesn't answer."""
+    restarting: Text | None = None
+    """Why its workers have been started again, until they train on."""
     plan: PlanReport | None = None
     """Preflight's plan."""
     exit_code: int | None = None

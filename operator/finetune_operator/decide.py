@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
+from finetune_api.report import AttemptReport
 from finetune_operator import attempts
 from finetune_operator.actions import AbandonRun, Decision, DeleteJob, DeleteRun, HoldJob, StartRun
 from finetune_operator.advice import with_advice
@@ -212,9 +213,10 @@ def _follow(draft: Draft) -> bool:
 
 def _trains_but(draft: Draft, run: RunView) -> str:
     """What keeps an attempt from training well, or from training at all for a while."""
-    report = draft.seen.report
-    waits = clean(report.waiting) if report is not None and report.waiting else ""
-    return _unready(draft, run) or (f"waits for storage: {waits}" if waits else "")
+    report = draft.seen.report or AttemptReport()
+    waits = f"waits for storage: {clean(report.waiting)}" if report.waiting else ""
+    again = f"starts again from the last checkpoint: {clean(report.restarting)}" if report.restarting else ""
+    return _unready(draft, run) or waits or again
 
 
 def _unready(draft: Draft, run: RunView) -> str:

@@ -235,6 +235,13 @@ def test_an_attempt_that_waits_for_storage_says_so() -> None:
     assert _running(decide(seen(RUNNING, run(), report={"stages": []}), SETTINGS, NOW))["message"] == ""
 
 
+def test_an_attempt_whose_workers_start_again_says_why() -> None:
+    report = {"stages": [], "restarting": "error: OSError: [Errno 28] No space left on device"}
+    running = _running(decide(seen(RUNNING, run(), report=report), SETTINGS, NOW))
+    assert running["status"] == "True"
+    assert running["message"] == f"starts again from the last checkpoint: {report['restarting']}"
+
+
 def _running(decision: Decision) -> dict[str, Any]:
     return next(item for item in decision.status["conditions"] if item["type"] == "Running")
 

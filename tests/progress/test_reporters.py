@@ -202,6 +202,18 @@ def test_what_an_attempt_waits_for_is_in_its_report_while_it_waits(monkeypatch: 
     assert reporter.report().waiting is None
 
 
+def test_why_workers_start_again_is_in_the_report_until_they_train() -> None:
+    reporter = AttemptReporter(["sft"])
+    reporter.restarting("error: OSError: [Errno 28] No space left on device")
+    reporter.stage_started(0, "sft", 1, "2 workers")  # they are there, and may fail at once
+    assert reporter.report().restarting == "error: OSError: [Errno 28] No space left on device"
+    reporter.progress(step(1))
+    assert reporter.report().restarting is None
+    reporter.restarting("lost: a node is gone")
+    reporter.stage_finished(0, "sft", "r", {})
+    assert reporter.report().restarting is None
+
+
 def test_a_wait_for_storage_is_a_line() -> None:
     screen = io.StringIO()
     reporter = PlainReporter(screen)

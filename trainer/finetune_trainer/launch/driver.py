@@ -128,7 +128,7 @@ class Pipeline:
             _Progressed(self._progress_mark),
             self.stop.wait,
             self.run.job.spec.run_policy.backoff_limit,
-            self.reporter.log,
+            self.reporter.restarting,
             Nodes(self.run.job.spec.resources, self.stop).missing,
         )
         if failure is not None:

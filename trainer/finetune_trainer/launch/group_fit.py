@@ -119,12 +119,13 @@ def keep_trying(
     progressed: Callable[[], bool],
     wait: Callable[[float], bool],
     limit: int,
-    log: Callable[[str], None],
+    restarting: Callable[[str], None],
     missing: Callable[[], str],
 ) -> Failure | None:
     """Attempt until done, until a failure that no retry mends, or until `limit` retries without progress.
 
     Args:
+        restarting: is told why another attempt begins.
         missing: what stands in the way of another attempt and won't go away; empty where nothing does.
         progressed: whether a checkpoint or a stage was completed since it was last asked; sets the count back.
         wait: waits so many seconds; true where it was asked to stop meanwhile.
@@ -137,7 +138,7 @@ def keep_trying(
         retries = 0 if progressed() else retries + 1
         if retries > limit:
             return failure
-        log(f"{failure.kind.value}: {_last_line(failure.text)}; starting again from the last checkpoint")
+        restarting(f"{failure.kind.value}: {_last_line(failure.text)}")
         if wait(min(2.0 ** (retries - 1), 60.0) if retries else 0.0):
             return failure
         if obstacle := missing():

@@ -66,9 +66,14 @@ class AttemptReporter:
             if message:
                 self._rest["waiting"] = _tail(redact(message), 4096)
 
+    def restarting(self, message: str) -> None:
+        with self._lock:
+            self._rest["restarting"] = _tail(redact(message), 4096)
+
     def progress(self, progress: Progress) -> None:
         values = progress.to_json()
         with self._lock:
+            self._rest.pop("restarting", None)
             self._rest["step"] = {wire: values[name] for name, wire in _STEP.items() if name in values}
             if progress.metrics:
                 self._stages[progress.stage]["metrics"] = _metrics(progress.metrics)
@@ -83,6 +88,7 @@ class AttemptReporter:
             stage |= {"state": "Succeeded", "completionTime": _now(), "result": redact(result)}
             stage.setdefault("startTime", stage["completionTime"])
             stage["metrics"] = _metrics(metrics)
+            self._rest.pop("restarting", None)
 
     def stopping(self) -> None:
         """The attempt was asked to stop."""

@@ -13,7 +13,15 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from finetune_trainer.progress.format import clean, duration, evaluation_of, named_metrics, step_parts, wait_line
+from finetune_trainer.progress.format import (
+    clean,
+    duration,
+    evaluation_of,
+    named_metrics,
+    restart_line,
+    step_parts,
+    wait_line,
+)
 from finetune_trainer.progress.plain import PlainReporter
 from finetune_trainer.progress.reporter import Progress, Reporter
 
@@ -55,6 +63,9 @@ class ConsoleReporter:
 
     def waiting(self, message: str) -> None:
         self.log(wait_line(message))
+
+    def restarting(self, message: str) -> None:
+        self.log(restart_line(message))
 
     def progress(self, progress: Progress) -> None:
         if self._line is not None:

@@ -78,6 +78,11 @@ def wait_line(message: str) -> str:
     return f"waiting for storage: {message}" if message else "storage answers again"
 
 
+def restart_line(message: str) -> str:
+    """Why the workers start again."""
+    return f"{message}; starting again from the last checkpoint"
+
+
 def step_parts(progress: Progress) -> Iterator[tuple[int, str]]:
     """What one step shows, in order, each part with its rank: the highest rank is left out first."""
     yield 0, f"{progress.step}/{progress.total}"

@@ -6,7 +6,15 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from finetune_trainer.progress.format import clean, duration, evaluation_of, named_metrics, step_parts, wait_line
+from finetune_trainer.progress.format import (
+    clean,
+    duration,
+    evaluation_of,
+    named_metrics,
+    restart_line,
+    step_parts,
+    wait_line,
+)
 from finetune_trainer.progress.reporter import Progress
 
 INTERVAL_SECONDS = 10.0
@@ -35,6 +43,9 @@ class PlainReporter:
 
     def waiting(self, message: str) -> None:
         self.log(wait_line(message))
+
+    def restarting(self, message: str) -> None:
+        self.log(restart_line(message))
 
     def progress(self, progress: Progress) -> None:
         now = self._clock()

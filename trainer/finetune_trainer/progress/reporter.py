@@ -61,6 +61,9 @@ class Reporter(Protocol):
     def waiting(self, message: str) -> None:
         """What storage is waited for; empty: it answers again. From any thread."""
 
+    def restarting(self, message: str) -> None:
+        """The workers have failed, and start again from the last checkpoint; `message` says why."""
+
     def progress(self, progress: Progress) -> None:
         """The newest step. Steps may be left out."""
 
