@@ -2,7 +2,8 @@
 
 As root; `tests/e2e` says what the cluster needs. The image is present, the preflight runs first, and every job is new:
 its prepared data and its caches are its own. Prints where the seconds go: the median of some jobs, by the clocks of the
-API server, the kubelets and the driver's log.
+API server, the kubelets and the driver's log. How fast the cores are at the time is told by the import of a worker's
+libraries in one process alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import random
 import re
 import statistics
+import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -32,6 +34,7 @@ from finetune_api.labels import JOB_LABEL
 
 Json = dict[str, Any]
 SECONDS = 300
+LIBRARIES = "import torch, datasets, accelerate, transformers.trainer"
 MARKS = {
     "tokenizer begins": r"\[1/2 tokenizer\]",
     "workers run": r"\[2/2 pretrain\]: ",
@@ -51,6 +54,13 @@ def main() -> None:
         victim = set_up(stack, random.Random(0))
         measured = [measure(victim, f"start-{number}", arguments.nodes) for number in range(arguments.jobs)]
     print(table(measured))
+    print(f"{LIBRARIES}, in one process alone: {statistics.median(_import_seconds() for _ in range(3)):.1f} s")
+
+
+def _import_seconds() -> float:
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", LIBRARIES], check=True)
+    return time.monotonic() - began
 
 
 def measure(victim: Victim, name: str, nodes: int) -> dict[str, float]:

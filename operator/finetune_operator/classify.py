@@ -36,6 +36,7 @@ _RENDEZVOUS = re.compile(
     r"Unable to connect to GCS",
     re.IGNORECASE,
 )
+_WORD, _ERROR = re.compile(r"\w"), re.compile(r"[\w.]+(Error|Exception)\b")
 _SIGNALS = {137: "SIGKILL", 143: "SIGTERM", 139: "SIGSEGV", 134: "SIGABRT"}
 
 
@@ -193,8 +194,11 @@ def _place(pods: Iterable[PodView]) -> tuple[str | None, str | None]:
 
 
 def _last_line(text: str) -> str:
-    """A traceback's last line is the error itself."""
-    return _clip(next((line for line in reversed(text.splitlines()) if line.strip()), "").strip())
+    """A traceback's last line is the error itself; one that is torn off below some code has an earlier one, or none."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if lines and not _WORD.search(lines[-1]):
+        lines = [line for line in lines if _ERROR.match(line)] or [line for line in lines if _WORD.search(line)]
+    return _clip(lines[-1].strip() if lines else "")
 
 
 def _line_of(pattern: re.Pattern[str], text: str) -> str:

@@ -113,6 +113,20 @@ def test_the_faults_of_a_bad_job_stay_whole() -> None:
     assert (found.message, found.traceback) == (faults, "")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{FRAMES}OSError: [Errno 28] No space left\n{FRAMES}    ^^^^^^^^^^", "OSError: [Errno 28] No space left"),
+        (f"{FRAMES}    ^^^^^^^^^^\n", "loss.backward()"),
+        ("    ^^^^^^^^^^", "the trainer ended without a word (exit code 1)"),
+    ],
+    ids=["an error before it", "code alone", "nothing else"],
+)
+def test_a_traceback_that_is_torn_off_below_some_code(text: str, message: str) -> None:
+    found = classify(FAILED, (pod(exit_code=1, phase="Failed", termination_message=text),), None)
+    assert found.message == message
+
+
 def test_the_log_s_end_of_a_driver_that_was_cut_off() -> None:
     """The kubelet puts it where a termination message would be."""
     found = classify(FAILED, (pod(exit_code=1, termination_message=FRAMES + "KeyError: 'x'\n"),), None)
