@@ -59,7 +59,7 @@ def main() -> None:
 
 def _import_seconds() -> float:
     began = time.monotonic()
-    subprocess.run([sys.executable, "-c", LIBRARIES], check=True)
+    subprocess.run([sys.executable, "-c", LIBRARIES], check=True, capture_output=True)
     return time.monotonic() - began
 
 
