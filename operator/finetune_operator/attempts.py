@@ -27,6 +27,11 @@ def record_of(status: Json, number: int) -> Json | None:
     return next((record for record in records(status) if record["number"] == number), None)
 
 
+def closed(status: Json, number: int) -> bool:
+    """Whether an attempt is on record as ended."""
+    return "endTime" in (record_of(status, number) or {})
+
+
 def next_number(status: Json) -> int:
     return max((record["number"] for record in records(status)), default=0) + 1
 

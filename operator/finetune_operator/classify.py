@@ -76,7 +76,7 @@ def lost(pods: Iterable[PodView], now: datetime) -> Ending | datetime | None:
     Returns:
         How its run ended then; or the time at which a pod that is being deleted will count as lost.
     """
-    going = [pod for pod in pods if pod.grace_over and not pod.gone and pod.phase not in ("Succeeded", "Failed")]
+    going = [pod for pod in pods if pod.grace_over and not pod.over]
     silent = next((pod for pod in going if pod.disruption == _GIVEN_UP and not pod.ready), None)
     if silent is not None:
         message = f"pod {silent.name}: its node does not answer"

@@ -83,7 +83,7 @@ class Draft:
 
     def closed(self, number: int) -> bool:
         """Whether an attempt counts as ended, whatever may still be there of it."""
-        return "endTime" in (attempts.record_of(self.status, number) or {})
+        return attempts.closed(self.status, number)
 
     def stop_asked(self, number: int) -> datetime | None:
         record = attempts.record_of(self.status, number) or {}

@@ -10,8 +10,9 @@ from finetune_operator.observed import ENDED, Observed, RunView
 
 def untold_runs(seen: Observed) -> list[int]:
     """Attempts on record that have not ended, and whose run no watch has told of."""
-    open_ones = (record["number"] for record in _records(seen) if "endTime" not in record)
-    return [number for number in open_ones if seen.run(number) is None]
+    status = _status(seen)
+    numbers = (record["number"] for record in attempts.records(status))
+    return [number for number in numbers if not attempts.closed(status, number) and seen.run(number) is None]
 
 
 def untold_ends(seen: Observed) -> list[RunView]:
@@ -21,18 +22,19 @@ def untold_ends(seen: Observed) -> list[RunView]:
     return [run for run in ended if not _pods_ended(seen, run.run)]
 
 
-def _records(seen: Observed) -> list[attempts.Json]:
-    return attempts.records(seen.body.get("status") or {})
+def _status(seen: Observed) -> attempts.Json:
+    status: attempts.Json = seen.body.get("status") or {}
+    return status
 
 
 def _written(seen: Observed, number: int) -> bool:
     if number == PREFLIGHT_RUN:
-        conditions = (seen.body.get("status") or {}).get("conditions", [])
+        conditions = _status(seen).get("conditions", [])
         return any(item["type"] == Type.PLANNED and item["status"] != "Unknown" for item in conditions)
-    return number == CLEANUP_RUN or any(item["number"] == number and "endTime" in item for item in _records(seen))
+    return number == CLEANUP_RUN or attempts.closed(_status(seen), number)
 
 
 def _pods_ended(seen: Observed, number: int) -> bool:
     pods = seen.pods_of(number)
     driver = any(pod.index == 0 for pod in pods)
-    return driver and all(pod.gone or pod.phase in ("Succeeded", "Failed") for pod in pods)
+    return driver and all(pod.over for pod in pods)

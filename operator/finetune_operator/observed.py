@@ -78,6 +78,11 @@ class PodView:
         """Whether nothing is known of an end."""
         return self.phase == "Running" and not self.gone and self.grace_over is None and self.exit_code is None
 
+    @property
+    def over(self) -> bool:
+        """Whether it has ended or is gone."""
+        return self.gone or self.phase in ("Succeeded", "Failed")
+
 
 @dataclass(frozen=True, slots=True)
 class RunView:

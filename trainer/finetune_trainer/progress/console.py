@@ -13,17 +13,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from finetune_trainer.progress.format import (
-    clean,
-    duration,
-    evaluation_of,
-    named_metrics,
-    restart_line,
-    step_parts,
-    wait_line,
-)
+from finetune_trainer.progress.format import clean, duration, evaluation_of, named_metrics, step_parts
 from finetune_trainer.progress.plain import PlainReporter
-from finetune_trainer.progress.reporter import Progress, Reporter
+from finetune_trainer.progress.reporter import LineReporter, Progress, Reporter
 
 BAR_MIN, BAR_MAX = 10, 32
 REFRESH_PER_SECOND = 4
@@ -36,7 +28,7 @@ def reporter_for(stream: TextIO) -> Reporter:
     return ConsoleReporter(console) if live else PlainReporter(stream)
 
 
-class ConsoleReporter:
+class ConsoleReporter(LineReporter):
     """One live line: name, bar, step/total, loss, learning rate, gradient norm, tokens/s, MFU, ETA; on a narrow
     terminal the least important parts are left out.
 
@@ -60,12 +52,6 @@ class ConsoleReporter:
 
     def log(self, message: str) -> None:
         self._console.print(Text(clean(message)))
-
-    def waiting(self, message: str) -> None:
-        self.log(wait_line(message))
-
-    def restarting(self, message: str) -> None:
-        self.log(restart_line(message))
 
     def progress(self, progress: Progress) -> None:
         if self._line is not None:

@@ -73,16 +73,6 @@ def evaluation_of(progress: Progress) -> dict[str, float]:
     return {name: value for name, value in (progress.metrics or {}).items() if name.startswith("eval_")}
 
 
-def wait_line(message: str) -> str:
-    """What storage is waited for; empty: it answers again."""
-    return f"waiting for storage: {message}" if message else "storage answers again"
-
-
-def restart_line(message: str) -> str:
-    """Why the workers start again."""
-    return f"{message}; starting again from the last checkpoint"
-
-
 def step_parts(progress: Progress) -> Iterator[tuple[int, str]]:
     """What one step shows, in order, each part with its rank: the highest rank is left out first."""
     yield 0, f"{progress.step}/{progress.total}"

@@ -6,22 +6,14 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from finetune_trainer.progress.format import (
-    clean,
-    duration,
-    evaluation_of,
-    named_metrics,
-    restart_line,
-    step_parts,
-    wait_line,
-)
-from finetune_trainer.progress.reporter import Progress
+from finetune_trainer.progress.format import clean, duration, evaluation_of, named_metrics, step_parts
+from finetune_trainer.progress.reporter import LineReporter, Progress
 
 INTERVAL_SECONDS = 10.0
 SHARE = 0.1
 
 
-class PlainReporter:
+class PlainReporter(LineReporter):
     """Lines without control characters at a bounded rate: the first step, then one per 10 s or tenth of the stage,
     every evaluation, and the last step.
 
@@ -40,12 +32,6 @@ class PlainReporter:
 
     def log(self, message: str) -> None:
         self._write(message)
-
-    def waiting(self, message: str) -> None:
-        self.log(wait_line(message))
-
-    def restarting(self, message: str) -> None:
-        self.log(restart_line(message))
 
     def progress(self, progress: Progress) -> None:
         now = self._clock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -75,3 +76,16 @@ class Reporter(Protocol):
 
     def close(self) -> None:
         """No more calls follow."""
+
+
+class LineReporter(ABC):
+    """What reporters for people say in a line of their log."""
+
+    @abstractmethod
+    def log(self, message: str) -> None: ...
+
+    def waiting(self, message: str) -> None:
+        self.log(f"waiting for storage: {message}" if message else "storage answers again")
+
+    def restarting(self, message: str) -> None:
+        self.log(f"{message}; starting again from the last checkpoint")
