@@ -24,4 +24,4 @@ class RunConfig(ApiModel):
     cache_dir: Annotated[str, Field(min_length=1)]
     """Local directory for prepared data and downloads; it may be shared and may be deleted at any time."""
     attempt: Annotated[int, Field(ge=1)] = 1
-    """Which attempt this is, from 1."""
+    """Which attempt this is, from 1; the trainer counts on where its directory tells of a later one."""

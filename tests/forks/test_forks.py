@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from finetune_trainer.forks import client, wire
@@ -111,6 +112,19 @@ def test_a_server_that_dies_is_told_from_a_process_that_does(server: subprocess.
         assert asker.wait(20) == 137
     server.wait()
     assert client.run_fork([path]) is None and wire.connect() is None
+
+
+@pytest.mark.parametrize("end", ["kill", "close"])
+def test_a_fork_ends_with_the_server(server: subprocess.Popen[bytes], tmp_path: Path, end: str) -> None:
+    """However that ends: a killed driver's workers must not train on beside the next one's."""
+    path = script(tmp_path, "import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, path], stdout=subprocess.PIPE, text=True) as asker:
+        assert asker.stdout is not None and server.stdin is not None
+        fork = psutil.Process(int(asker.stdout.readline()))
+        server.kill() if end == "kill" else server.stdin.close()
+        _, alive = psutil.wait_procs([fork], timeout=5)
+        assert not alive
+        assert asker.wait(20) == 137
 
 
 def test_a_worker_of_ray_gets_its_own_arguments_and_environment(

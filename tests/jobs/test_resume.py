@@ -5,6 +5,7 @@ Where it is hit is random. The seed is printed with the steps; KILL_SEED=… hit
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -13,12 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from running import curve, done, kill, run, start, workers
 from tiny_rows import dialogue
 
+from finetune_trainer.layout import RUN_CONFIG
+
 Job = dict[str, Any]
-# A killed driver's workers live on for about a second, in which they must not reach the end.
 STEPS, SAVE, LAST_HIT = 160, 5, 24
 AGAIN = "starting again from the last checkpoint"
 
@@ -72,8 +75,10 @@ def test_killed_workers_driver_and_sigterm(
         kill(chance.choice(workers(driver.pid)))
         _wait_for(driver, AGAIN)
     _wait_for_step(driver, driver_hit)
+    orphans = workers(driver.pid)
     driver.kill()
     driver.wait()
+    assert len(orphans) == 2 and not psutil.wait_procs(orphans, timeout=5)[1], "they end with their driver"
     assert not (stage / "done.json").exists()
 
     driver = start(path, "--resume")
@@ -86,6 +91,7 @@ def test_killed_workers_driver_and_sigterm(
     assert code == 0, output
     assert curve(stage) == undisturbed
     assert done(stage)["steps"] == STEPS
+    assert json.loads((tmp_path / "runs/disturbed" / RUN_CONFIG).read_text())["attempt"] == 3
 
     code, output = run(path, "--resume")
     assert code == 0, output

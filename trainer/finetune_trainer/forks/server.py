@@ -5,10 +5,14 @@ are alike in that, so they are imported when the first one is asked for.
 
 A fork copies only the thread that calls it, so nothing here starts threads; and a process that has opened a GPU can't
 be forked, so the server ends where an import has opened one, and whoever asks then does without it.
+
+A fork ends with the server, and the server with whoever started it: a killed driver leaves no worker behind that would
+train on beside the next attempt's. Ray's own look for its raylet lets workers live for seconds.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import importlib.util
@@ -27,6 +31,8 @@ from finetune_trainer.runtime import hush
 GPU_DEVICES = "/dev/nvidia"
 NO_JOB = "ffffffff"
 """What Ray calls the job of a worker that it starts before there is any."""
+PR_SET_PDEATHSIG = 1
+"""Of prctl(2): the signal that a process gets when the thread that forked it ends."""
 RAY_SETTINGS = ("RAY_JOB_ID", "RAY_RAYLET_PID")
 """What Ray tells each of its workers by the environment, and Ray's library reads once, at its import."""
 
@@ -43,7 +49,7 @@ class ForkServer:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._signalled)
 
-    def run(self) -> None:
+    def run(self) -> NoReturn:
         """Until whoever started it closes standard input, or ends."""
         with selectors.DefaultSelector() as selector:
             for source in (self._listener, self._wake, sys.stdin):
@@ -53,7 +59,7 @@ class ForkServer:
                     if key.fileobj is self._listener:
                         self._fork()
                     elif key.fileobj is sys.stdin:
-                        return
+                        os._exit(0)  # to tear the libraries down takes a second, in which the forks would work on
                     else:
                         os.read(self._wake, 4096)
                         self._reap()
@@ -69,8 +75,10 @@ class ForkServer:
             for descriptor in (*streams, connection.detach()):
                 os.close(descriptor)
             return
+        server = os.getpid()
         pid = os.fork()
         if pid == 0:
+            _end_with(server)
             connection.close()
             self._become(request, streams)
         for stream in streams:
@@ -136,6 +144,15 @@ class ForkServer:
             sys.excepthook(*sys.exc_info())
         finally:
             _leave(code)
+
+
+def _end_with(server: int) -> None:
+    """Have the kernel kill this process when the server ends."""
+    if sys.platform != "linux":
+        return  # nothing like it there: a worker ends once it misses its raylet
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != server:
+        os._exit(1)  # it has ended already
 
 
 def _fresh_chance() -> None:

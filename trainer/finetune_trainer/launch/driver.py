@@ -60,7 +60,7 @@ class Pipeline:
         """
         if not checked:
             preflight(self.run, self.workers)
-        open_run(self.run, self.storage, resume=resume, fresh=fresh)
+        self.run = open_run(self.run, self.storage, resume=resume, fresh=fresh)
         for layout in self._todo(done=True):
             self.reporter.log(f"{layout.title}: done before, not run again")
             self._require_gate(layout)

@@ -25,8 +25,11 @@ _HARMLESS = {
 }
 
 
-def open_run(run: RunConfig, storage: Storage, *, resume: bool, fresh: bool) -> None:
+def open_run(run: RunConfig, storage: Storage, *, resume: bool, fresh: bool) -> RunConfig:
     """Claim the job's directory: begin there, go on there, or set aside what is there.
+
+    Returns:
+        the run, as an attempt later than any before, which may still be alive (`checkpoint.hold`).
 
     Raises:
         UserError: there is an earlier run and neither flag says what to do with it, or it had other settings.
@@ -39,8 +42,11 @@ def open_run(run: RunConfig, storage: Storage, *, resume: bool, fresh: bool) -> 
     elif not resume:
         raise UserError(f"{storage.root} holds an earlier run: --resume goes on with it, --fresh sets it aside")
     else:
-        _check_same(json.loads(storage.read_text(RUN_CONFIG)), run, storage)
+        before = json.loads(storage.read_text(RUN_CONFIG))
+        _check_same(before, run, storage)
+        run = run.model_copy(update={"attempt": max(run.attempt, before.get("attempt", 1) + 1)})
     storage.write_text(RUN_CONFIG, run.model_dump_json(by_alias=True, exclude_none=True, indent=1))
+    return run
 
 
 def finished(run: RunConfig, storage: Storage) -> list[bool]:
