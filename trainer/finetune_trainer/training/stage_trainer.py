@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+
+from finetune_trainer.checkpoint.space import full_disk_named
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
@@ -108,7 +111,7 @@ class StageTrainer(_Base):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """transformers' checkpoint, without the model card that TRL writes into each."""
-        with self.paused():
+        with self.paused(), full_disk_named(Path(self.args.output_dir)):
             transformers.Trainer._save_checkpoint(self, model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -1,0 +1,45 @@
+"""A checkpoint that fills its disk fails with the disk's name, whatever the writer of the file makes of it."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from in_process import open_stage, trained
+
+from finetune_trainer.checkpoint.space import full_disk_named
+
+Job = dict[str, Any]
+TAKES_THE_WEIGHTS = "900k"
+"""And not the optimizer, twice as much, which is torch's to write."""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    directory = tmp_path / "runs"
+    directory.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={TAKES_THE_WEIGHTS}", "tmpfs", str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a disk that is soon full can't be mounted here: {done.stderr.strip()}")
+    yield directory
+    subprocess.run(["umount", "--lazy", str(directory)], check=True)  # the failed write may still have its file open
+
+
+def test_a_checkpoint_without_room_names_the_disk(base_job: Job, tmp_path: Path, small_disk: Path) -> None:
+    base_job["spec"]["stages"][0]["sft"] |= {"maxSteps": 1, "saveSteps": 1}
+    context = open_stage(base_job, tmp_path)
+    with pytest.raises(OSError, match="No space left on device") as caught, trained(context):
+        pass
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(context.output_dir)
+    assert "inline_container" in str(caught.value.__cause__), "torch has told it otherwise"
+    assert list(small_disk.rglob("model.safetensors")), "the weights had room"
+
+
+def test_where_there_is_room_a_fault_is_told_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="something else"), full_disk_named(tmp_path / "to" / "be" / "made"):
+        raise ValueError("something else")
