@@ -115,7 +115,7 @@ class Controller:
         """Make, then tell, then delete: at whatever point this ends, a second look comes to the same."""
         operations = plan(seen.body, decision.actions, self._settings)
         for operation in operations:
-            if isinstance(operation, SetFinalizers):
+            if isinstance(operation, SetFinalizers) and operation.holds:
                 (answer,) = await apply(self._api, [operation])
                 self._cache.put_job(answer)
             if isinstance(operation, Create):
@@ -127,6 +127,9 @@ class Controller:
             if isinstance(action, StopRun):
                 await self.poller.stop(key, action.run)
         await self._tell(seen, decision, now)
+        if letting_go := [item for item in operations if isinstance(item, SetFinalizers) and not item.holds]:
+            await apply(self._api, letting_go)
+            return  # its watch tells when it has gone, which may be before this answer
         await self._write(key, seen, decision)
         await apply(self._api, [operation for operation in operations if isinstance(operation, Delete)])
         self._metrics.seen(key, seen.body, decision.status)

@@ -67,6 +67,11 @@ class SetFinalizers:
     version: str
     finalizers: tuple[str, ...]
 
+    @property
+    def holds(self) -> bool:
+        """Whether the job stays after it: one that is let go may be gone the next moment."""
+        return names.FINALIZER in self.finalizers
+
 
 Operation = Create | Delete | PatchStatus | SetFinalizers
 
