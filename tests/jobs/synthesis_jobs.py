@@ -81,7 +81,7 @@ def journaled(job: Job) -> int:
 
 
 def end_whole_tree(process: Any) -> None:
-    """SIGKILL to the driver and all below it, as a machine that loses power."""
+    """SIGKILL to the driver and all below it, as a machine that loses power; they are gone afterwards."""
     below = psutil.Process(process.pid).children(recursive=True)
     for one in [psutil.Process(process.pid), *below]:
         try:
@@ -89,6 +89,7 @@ def end_whole_tree(process: Any) -> None:
         except psutil.NoSuchProcess:
             continue
     process.communicate(timeout=60)
+    assert not psutil.wait_procs(below, timeout=60)[1]
 
 
 class _End:

@@ -46,6 +46,7 @@ def test_made_through_faults_and_kills_and_trained_on(
         assert server.held.wait(240), "the server has answered 30 requests and holds the next"
         _wait_for(lambda: journaled(job) >= 30)
         end_whole_tree(process)
+        server.until_left()
         assert server.charged == journaled(job) == 30
         server.hold_after = None
         rest = running.run(path, "--resume")

@@ -76,6 +76,7 @@ def test_a_killed_stage_goes_on_and_pays_for_nothing_twice(job: Job, tmp_path: P
             _wait_for(lambda answered=answered: journaled(job) >= answered)
             process.kill()
             process.wait()
+            server.until_left()
             assert server.charged == journaled(job) == answered
         server.hold_after = None
         assert perform_stage(job, tmp_path) is not None

@@ -58,6 +58,7 @@ class FaultyTeacher:
         self.held = threading.Event()
         """Set once a request waits so."""
         self._released = threading.Event()
+        self._idle = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -75,6 +76,15 @@ class FaultyTeacher:
 
     def release(self) -> None:
         self._released.set()
+
+    def until_left(self, seconds: float = 60) -> None:
+        """Come back once no request is under way: of a client that was killed, once this server has noticed it. Until
+        then it would still answer it, and charge for that.
+
+        Raises:
+            AssertionError: one still is after `seconds`.
+        """
+        assert self._idle.wait(seconds), f"{self.under_way} requests are still under way"
 
     def __enter__(self) -> FaultyTeacher:
         self._thread.start()
@@ -112,11 +122,14 @@ class FaultyTeacher:
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         self.under_way += 1
+        self._idle.clear()
         self.most_under_way = max(self.most_under_way, self.under_way)
         try:
             return await self._fare(request)
         finally:
             self.under_way -= 1
+            if not self.under_way:
+                self._idle.set()
 
     async def _fare(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
