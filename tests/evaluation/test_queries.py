@@ -80,7 +80,7 @@ def test_whatever_else_a_model_writes_fails_and_changes_nothing(engine: Sandbox,
 
 def test_a_query_without_end_is_ended(tmp_path: Path) -> None:
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
-    with opened("sqlite", tmp_path, timeoutSeconds=1) as engine:
+    with opened("sqlite", tmp_path, timeoutSeconds=3) as engine:
         returned(engine, "SELECT 1")
         started = time.monotonic()
         correct, error = execution(engine, endless, "SELECT 1")
