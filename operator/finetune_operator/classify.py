@@ -38,6 +38,8 @@ _RENDEZVOUS = re.compile(
 )
 _WORD, _ERROR = re.compile(r"\w"), re.compile(r"[\w.]+(Error|Exception)\b")
 _SIGNALS = {137: "SIGKILL", 143: "SIGTERM", 139: "SIGSEGV", 134: "SIGABRT"}
+_FROM_OUTSIDE = (137, 143)
+"""Of a process that these end, the last line of its log is what it was doing, and not why it has ended."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,11 @@ class Ending:
 def classify(run: RunView, pods: tuple[PodView, ...], report: AttemptReport | None) -> Ending:
     """The ending of a failed run. The first rule that fits wins: the driver's own word, then what Kubernetes saw."""
     said = _said(pods, report)
-    text = (said.message or "") if said else _driver_text(pods) or run.message
+    logged = "" if said else _driver_text(pods)
+    text = (said.message or "") if said else logged or run.message
     code = _exit_code(run, pods, said)
-    unknown = Ending(Reason.UNKNOWN, _last_line(text) or _wordless(code), True, True, *_place(pods[:1]), code)
+    own = "" if logged and code in _FROM_OUTSIDE else _last_line(text)
+    unknown = Ending(Reason.UNKNOWN, own or _wordless(code), True, True, *_place(pods[:1]), code)
     ending = next(iter(_endings(run, pods, text, code)), unknown)
     more = len(text.strip().splitlines()) > 1 and ending.message != _clip(text)
     return replace(ending, traceback=_clip(text) if more else "")

@@ -133,6 +133,14 @@ def test_the_log_s_end_of_a_driver_that_was_cut_off() -> None:
     assert found.message == "KeyError: 'x'" and "loss.backward" in found.traceback
 
 
+@pytest.mark.parametrize(("code", "signal"), [(137, "SIGKILL"), (143, "SIGTERM")])
+def test_the_log_s_end_of_a_killed_driver_is_not_why_it_ended(code: int, signal: str) -> None:
+    log = "[2/2 pretrain] 120/1500 · loss 4.3\n[2/2 pretrain] 130/1500 · loss 4.2"
+    found = classify(FAILED, (pod(exit_code=code, phase="Failed", termination_message=log),), None)
+    assert found.message == f"the trainer ended without a word (exit code {code}, {signal})"
+    assert found.traceback == log and found.retryable
+
+
 STUCK = {
     "a quota": ((), ("FailedCreate", 'pods "x" is forbidden: exceeded quota'), Reason.FORBIDDEN),
     "KubeRay's": ((), ("FailedToCreateHeadPod", "forbidden"), Reason.FORBIDDEN),
