@@ -59,6 +59,7 @@ class FaultyTeacher:
         """Set once a request waits so."""
         self._released = threading.Event()
         self._idle = threading.Event()
+        self._idle.set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 

@@ -9,10 +9,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from finetune_trainer.errors import Interrupted
 from finetune_trainer.layout import RUN_CONFIG
 from finetune_trainer.storage import Storage
+
+
+def attempt_of(run: dict[str, Any]) -> int:
+    """The attempt that began last, as its `run.json` tells."""
+    return int(run.get("attempt", 1))
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Hold:
             Interrupted: a later one has begun.
         """
         try:
-            newest = json.loads(self.storage.read_text(RUN_CONFIG)).get("attempt", 1)
+            newest = attempt_of(json.loads(self.storage.read_text(RUN_CONFIG)))
         except FileNotFoundError:
             return
         if newest > self.attempt:

@@ -49,7 +49,7 @@ class ForkServer:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._signalled)
 
-    def run(self) -> NoReturn:
+    def run(self) -> None:
         """Until whoever started it closes standard input, or ends."""
         with selectors.DefaultSelector() as selector:
             for source in (self._listener, self._wake, sys.stdin):
@@ -59,7 +59,7 @@ class ForkServer:
                     if key.fileobj is self._listener:
                         self._fork()
                     elif key.fileobj is sys.stdin:
-                        os._exit(0)  # to tear the libraries down takes a second, in which the forks would work on
+                        return
                     else:
                         os.read(self._wake, 4096)
                         self._reap()
@@ -220,6 +220,7 @@ def main(listener: socket.socket, modules: list[str], for_workers: list[str]) ->
     if "ray" in sys.modules:
         sys.exit("one of the modules imports Ray: processes start without the fork server")
     ForkServer(listener, for_workers).run()
+    os._exit(0)  # to tear the libraries down takes a second, in which the forks would work on
 
 
 if __name__ == "__main__":

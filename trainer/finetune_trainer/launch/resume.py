@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
+from finetune_trainer.checkpoint.hold import attempt_of
 from finetune_trainer.errors import UserError
 from finetune_trainer.layout import RUN_CONFIG
 from finetune_trainer.pipeline import layouts
@@ -44,7 +45,7 @@ def open_run(run: RunConfig, storage: Storage, *, resume: bool, fresh: bool) -> 
     else:
         before = json.loads(storage.read_text(RUN_CONFIG))
         _check_same(before, run, storage)
-        run = run.model_copy(update={"attempt": max(run.attempt, before.get("attempt", 1) + 1)})
+        run = run.model_copy(update={"attempt": max(run.attempt, attempt_of(before) + 1)})
     storage.write_text(RUN_CONFIG, run.model_dump_json(by_alias=True, exclude_none=True, indent=1))
     return run
 
