@@ -47,7 +47,7 @@ from finetune_trainer.training.callbacks import (
 from finetune_trainer.training.context import Placement, ResumePoint, StageContext
 from finetune_trainer.training.deepspeed import join_process_group
 from finetune_trainer.training.expert_load import watch_routing
-from finetune_trainer.training.forget import forget_stage
+from finetune_trainer.training.forget import forget_stage, release
 from finetune_trainer.training.peers import Peers
 from finetune_trainer.training.results import save_result
 from finetune_trainer.training.samples import SamplesCallback
@@ -119,6 +119,7 @@ class StageRun:
         if callbacks.stop.stopped:
             raise Interrupted(f"stopped at step {trainer.state.global_step}, checkpoint saved")
         self._finish(trainer, callbacks)
+        release(trainer)
 
     def _perform(self) -> None:
         """A stage that takes no optimizer steps."""
