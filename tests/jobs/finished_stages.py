@@ -45,6 +45,8 @@ def train(job: dict[str, Any], directory: Path, zero: int) -> list[tuple[str, we
     trainer = make_trainer(open_stage(job, directory, zero))
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    if "accumulate" in job["metadata"]["name"]:
+        assert trainer.optimizer.optimizer.gradient_accumulation_dtype == torch.float32
     found = [(name, weakref.ref(part)) for name, part in parts(trainer)]
     release(trainer)
     return found

@@ -16,13 +16,9 @@ Job = dict[str, Any]
 def test_a_finished_stage_leaves_nothing_behind(base_job: Job, tmp_path: Path) -> None:
     """DeepSpeed's gradient hooks refer to the optimizer from C++, where the garbage collector does not see them
     (DeepSpeed#4856): without `release` every stage under ZeRO stays in memory until the worker ends."""
-    full, adapter, pairs = _jobs(base_job)
-    stages = [
-        *((full, zero) for zero in (0, 1, 2, 3)),
-        *((adapter, zero) for zero in (0, 1, 2, 3)),
-        (pairs, 0),
-        (pairs, 3),
-    ]
+    full, adapter, pairs, accumulating = _jobs(base_job)
+    trained = [(job, zero) for job in (full, adapter) for zero in (0, 1, 2, 3)]
+    stages = [*trained, (pairs, 0), (pairs, 3), (accumulating, 2), (accumulating, 3)]
     found = _run(stages, tmp_path)
     assert all(count > 3 for count, _, _ in found), found
     left = {(number, zero): names for number, ((_, zero), (_, names, _)) in enumerate(zip(stages, found, strict=True))}
@@ -51,10 +47,13 @@ def _run(stages: list[tuple[Job, int]], directory: Path) -> list[list[Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _jobs(base: Job) -> tuple[Job, Job, Job]:
-    """Full fine-tuning, an adapter, and DPO with a reference model of its own."""
-    full, adapter, pairs = (copy.deepcopy(base) for _ in range(3))
+def _jobs(base: Job) -> tuple[Job, Job, Job, Job]:
+    """Full fine-tuning, an adapter, DPO with a reference model of its own, and bfloat16 gradients that are added up."""
+    full, adapter, pairs, accumulating = (copy.deepcopy(base) for _ in range(4))
     adapter["spec"]["stages"][0]["sft"]["lora"] = {"r": 4}
     data = {"sources": [{"file": "pairs.jsonl"}]}
     pairs["spec"]["stages"] = [{"dpo": {"data": data, "maxLength": 64, "maxSteps": 2}}]
-    return full, adapter, pairs
+    accumulating["metadata"]["name"] = "accumulate"
+    accumulating["spec"]["model"]["dtype"] = "bfloat16"
+    accumulating["spec"]["stages"][0]["sft"] |= {"perDeviceTrainBatchSize": 2, "gradientAccumulationSteps": 2}
+    return full, adapter, pairs, accumulating

@@ -144,7 +144,7 @@ class Pipeline:
             zero, rows, shards = plan.zero, plan.steps.rows_per_step, self.workers.most
         else:
             zero, rows, shards = newest.zero, newest.rows_per_step, newest.shards
-        return StageWork(layout.index, zero, plan.flops_per_token, self.peak, rows, shards)
+        return StageWork(layout.index, zero, plan.flops_per_token, self.peak, rows, plan.trainable, shards)
 
     def _hear(self, event: Event) -> None:
         if isinstance(event, Progress):

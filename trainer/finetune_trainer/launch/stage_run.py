@@ -270,7 +270,9 @@ def stage_context(
     if rows < placement.world_size:
         message = f"{placement.world_size} workers can't share the {rows} rows of a step: use at most {rows} workers"
         raise UserError([Problem("resources", message)])
-    return StageContext(run, layout, source, tokenizer, config, data, placement, work.zero, output, rows, shards)
+    return StageContext(
+        run, layout, source, tokenizer, config, data, placement, work.zero, output, rows, shards, work.trained
+    )
 
 
 def _prepared(

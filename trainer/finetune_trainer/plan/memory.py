@@ -11,7 +11,9 @@ MASTER = 4
 MOMENTS = 8
 """Bytes of AdamW's two float32 moments."""
 BUCKET = 500_000_000
-"""Elements of DeepSpeed's reduce and all-gather buckets, its defaults."""
+"""Most elements of DeepSpeed's reduce and all-gather buckets, its defaults."""
+BUCKET_UNIT = 1 << 16
+"""A bucket is a multiple of so many elements: DeepSpeed wants a multiple of its NCCL alignment, which is 2."""
 LIVE = 1_000_000_000
 """Elements that ZeRO-3 keeps gathered at most (`stage3_max_live_parameters`), its default."""
 LOSS_TOKENS, LOSS_VOCAB = 4096, 32768
@@ -38,6 +40,8 @@ class Workload:
     """Weights of the model that are trained while the others are frozen (ESFT); None: all of them, or an adapter."""
     quantized_bits: int | None = None
     double_quant: bool = True
+    accumulation: int = 1
+    """Forward and backward passes of a worker per optimizer step."""
     checkpointing: bool = False
     eager: bool = False
     """Attention that materialises its scores."""
@@ -154,8 +158,9 @@ def quantized_weight(bits: int, double_quant: bool) -> float:
 
 
 def gradient_bytes(size: ModelSize, load: Workload) -> int:
-    """Gradients: float32 at ZeRO-0, else the dtype's; divided by ZeRO-2 and 3."""
-    each = MASTER if load.zero == 0 else load.dtype_bytes
+    """Gradients: float32 at ZeRO-0, else the dtype's; divided by ZeRO-2 and 3, which add up several in float32."""
+    summed = load.zero >= 2 and load.accumulation > 1
+    each = MASTER if load.zero == 0 or summed else load.dtype_bytes
     return _share(trainable(size, load) * each, load, 2)
 
 
@@ -233,9 +238,23 @@ def buffer_bytes(size: ModelSize, load: Workload) -> int:
         autocast = load.dtype_bytes * count if load.dtype_bytes < MASTER else 0
         return autocast + (MASTER * count if load.workers > 1 else 0)
     gradient_slice = _share(MASTER * count, load, 1) if load.dtype_bytes < MASTER else 0
-    buckets = 2 * min(count, BUCKET) * load.dtype_bytes
+    buffers = 2 if load.kind == "cuda" and load.zero < 3 else 1  # two where communication overlaps with computation
+    buckets = buffers * bucket_size(count) * load.dtype_bytes
     gathered = min(size.total, LIVE) * load.dtype_bytes if load.zero == 3 and load.quantized_bits is None else 0
     return gradient_slice + buckets + gathered
+
+
+def bucket_size(trained: int | None) -> int:
+    """Return the elements of a communication bucket: no more than there are gradients.
+
+    DeepSpeed allocates a bucket in full, whatever is trained (`stage_1_and_2.py`, `setup_buckets`).
+
+    Args:
+        trained: parameters with a gradient; None where unknown.
+    """
+    if trained is None:
+        return BUCKET
+    return min(-(-max(trained, 1) // BUCKET_UNIT) * BUCKET_UNIT, BUCKET)
 
 
 def with_zero(load: Workload, zero: int) -> Workload:

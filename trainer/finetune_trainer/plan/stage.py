@@ -171,6 +171,7 @@ class StagePlanner:
             adapter=adapter,
             quantized_bits=self.bits,
             double_quant=quantization is None or quantization.double_quant,
+            accumulation=spec.gradient_accumulation_steps,
             checkpointing=spec.gradient_checkpointing,
             eager=eager,
             full_logits=_is_masked(spec),

@@ -60,6 +60,8 @@ class StageContext:
     """The global batch, whatever the number of workers."""
     shards: int
     """In so many shards a stream is read."""
+    trained: int | None = None
+    """Parameters with a gradient, as planned; None: unknown."""
     resumed: ResumePoint | None = None
 
     @cached_property
