@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.generation.prompts import Prompt, encode, stop_ids
 from finetune_trainer.generation.sampling import SeededSampling, draws
+from finetune_trainer.model.router_logits import no_router_logits
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,11 @@ def _until_stop(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: Seq
 
 @contextmanager
 def _answering(model: Any) -> Iterator[None]:
-    """The model in evaluation mode; then as it was."""
+    """Inside, the model is in evaluation mode and computes no router logits; then it is as it was."""
     training = model.training
     model.eval()
     try:
-        yield
+        with no_router_logits(model):
+            yield
     finally:
         model.train(training)

@@ -169,9 +169,9 @@ class StageRun:
 
     def _attach(self, trainer: Any, resumed: ResumePoint | None) -> _Callbacks:
         progress = ProgressCallback(self.context, self.peers, self.end, self.work)
-        progress.trainer, trainer.paused = trainer, progress.paused
-        trainer.routing = watch_routing(trainer.model)
-        trainer.tools = StageTools(self.context, self.storage, self.peers, self.end, self.scratch)
+        progress.trainer, trainer.stage.paused = trainer, progress.paused
+        trainer.stage.routing = watch_routing(trainer.model)
+        trainer.stage.tools = StageTools(self.context, self.storage, self.peers, self.end, self.scratch)
         if self.first:
             self._fetch_metrics()
             progress.log_file = MetricsLog(self._metrics_path())
@@ -181,7 +181,7 @@ class StageRun:
                 trainer.add_callback(MendCallback(trainer))
         callbacks = _Callbacks(
             progress,
-            CheckpointCallback(self.context, self.store, self.peers, progress, trainer.feed),
+            CheckpointCallback(self.context, self.store, self.peers, progress, trainer.stage.feed),
             StopCallback(self.peers, self.end, self.context.placement.rank),
             SamplesCallback(self.context, self.storage, _prompts(self.context), self.peers),
         )
@@ -192,7 +192,7 @@ class StageRun:
     def _finish(self, trainer: Any, callbacks: _Callbacks) -> None:
         """Save the last checkpoint, measure, save the result, and only then call the stage done."""
         step = trainer.state.global_step
-        if trainer.keeps_last and self.peers.any(self.first and self.store.manifest(step) is None):
+        if trainer.stage.keeps_last and self.peers.any(self.first and self.store.manifest(step) is None):
             trainer._save_checkpoint(trainer.model, None)
             callbacks.checkpoint.publish(step)
         metrics = {} if self.context.data.eval is None else evaluation_metrics(trainer.evaluate())

@@ -89,8 +89,8 @@ class ProgressCallback(TrainerCallback):
         assert self.trainer is not None
         tokens, samples = self.peers.sum(self.trainer.take_counts())
         self.tokens, self.samples = self.tokens + tokens, self.samples + samples
-        if self.trainer.routing is not None:
-            self.loads = expert_loads(self.trainer.routing, self.peers)
+        if self.trainer.stage.routing is not None:
+            self.loads = expert_loads(self.trainer.stage.routing, self.peers)
         self.rates = self.meter.update(time.monotonic(), step, self.tokens, self.samples)
 
     def _tell(self, state: TrainerState, logs: dict[str, float], trains: bool) -> None:
@@ -216,7 +216,7 @@ class MendCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        mend_universal(self.trainer.optimizer, self.trainer.weight_decays)
+        mend_universal(self.trainer.optimizer, self.trainer.stage.weight_decays)
 
 
 class EpochCallback(TrainerCallback):

@@ -20,7 +20,7 @@ from finetune_trainer.training.context import StageContext
 
 def save_experts(trainer: Any, context: StageContext, spec: EsftSpec, directory: Path) -> None:
     """Write the result and the tokenizer to `directory` on rank 0; every worker calls it (ZeRO-3 gathers)."""
-    first, config = context.placement.rank == 0, trainer.expert_config
+    first, config = context.placement.rank == 0, trainer.stage.experts
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     tensors = trained_tensors(model, config, context.precision.result, keep=first)
     if not first:
