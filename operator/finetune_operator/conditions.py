@@ -101,6 +101,8 @@ class Reason(StrEnum):
     """The API server refuses the run's objects as malformed."""
     FORBIDDEN = "Forbidden"
     """A quota, a policy or a missing right keeps the run's objects from being made; tried again."""
+    REPEATED_ERROR = "RepeatedError"
+    """The same error ended two attempts in a row at the same step."""
     CLEANUP_FAILED = "CleanupFailed"
     """The job is deleted and its storage could not be emptied."""
     UNKNOWN = "TrainingFailed"

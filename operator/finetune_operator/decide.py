@@ -165,6 +165,9 @@ def _start(draft: Draft) -> bool:
     limit = draft.policy.backoff_limit
     if last is not None and not last["retryable"]:
         return draft.fail(Reason(last["reason"]), last["message"])
+    if again := attempts.repeated(draft.status):
+        message = f"the same error ended the last two attempts at the same step: {again}"
+        return draft.fail(Reason.REPEATED_ERROR, message)
     failed = attempts.failures(draft.status)
     if failed > limit:
         assert last is not None

@@ -208,6 +208,9 @@ class Draft:
             "counts": counts,
             "requested": asked == Reason.SUSPENDED.value,
             "checkpoint": self.status.get("lastCheckpoint", {}).get("uri"),
+            "exitCode": ending.exit_code,
+            "stage": self.status.get("progress", {}).get("stageIndex"),
+            "step": self.status.get("progress", {}).get("step"),
         }
 
     def _memory_sufficed(self, record: Json, ending: Ending) -> bool:

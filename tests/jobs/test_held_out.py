@@ -94,8 +94,9 @@ def _scored(model: Any, row: Job) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("fields", [{}, {"lossType": ["sigmoid", "sft"], "lossWeights": [0.5, 2.0], "lora": {"r": 2}}])
 def test_pairs(fields: Job, measured: Measured) -> None:
-    names = {"loss", "entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected", "logps/chosen",
-             "logps/rejected", *(f"rewards/{one}" for one in ("chosen", "rejected", "accuracies", "margins"))}  # fmt: skip
+    rewards = {f"rewards/{one}" for one in ("chosen", "rejected", "accuracies", "margins")}
+    answers = {f"{one}/{side}" for one in ("logits", "logps") for side in ("chosen", "rejected")}
+    names = {"loss", "entropy", "mean_token_accuracy"} | rewards | answers
     _same(measured(stage("dpo", PAIRS, **fields)), names)
 
 

@@ -25,6 +25,7 @@ from finetune_trainer.checkpoint.universal import SUFFIX, to_universal
 from finetune_trainer.data import Prepared, eval_prompts, prepare
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.gate import require_gate
+from finetune_trainer.launch.failures import placed
 from finetune_trainer.layout import METRICS
 from finetune_trainer.model.config import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
@@ -105,7 +106,8 @@ class StageRun:
     def train(self) -> None:
         """Run the stage to its end, or to where it is asked to stop."""
         if not self.context.spec.trains:
-            self._perform()
+            with placed(self.context.layout.index):
+                self._perform()
             return
         started = time.monotonic()
         resumed = self._resume_point()
@@ -114,11 +116,12 @@ class StageRun:
         trainer.args.eval_on_start = resumed is None and self.context.data.eval is not None
         callbacks = self._attach(trainer, resumed)
         self._log(f"model ready after {time.monotonic() - started:.1f} s")
-        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.directory))
-        self._tidy(resumed)
-        if callbacks.stop.stopped:
-            raise Interrupted(f"stopped at step {trainer.state.global_step}, checkpoint saved")
-        self._finish(trainer, callbacks)
+        with placed(self.context.layout.index, trainer):
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.directory))
+            self._tidy(resumed)
+            if callbacks.stop.stopped:
+                raise Interrupted(f"stopped at step {trainer.state.global_step}, checkpoint saved")
+            self._finish(trainer, callbacks)
 
     def _perform(self) -> None:
         """A stage that takes no optimizer steps."""
