@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from in_process import open_stage, trained
+from plain_means import scored, token_means
 from tiny_rows import dialogue
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -68,28 +68,11 @@ def test_tokens(packing: bool, base_job: Job, tiny_model: Path, tmp_path: Path, 
     _same(found, {"loss", "entropy", "mean_token_accuracy"})
     base_job["spec"]["stages"] = [stage("sft", ROWS)]
     rows = open_stage(base_job, tmp_path).data.eval
-    model, sums = AutoModelForCausalLM.from_pretrained(tiny_model), torch.zeros(4, dtype=torch.float64)
-    for row in rows:
-        sums += _token_sums(model, torch.tensor(row["input_ids"]), torch.tensor(row["labels"]))
-    names = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
-    assert [found[0][name] for name in names] == pytest.approx((sums[:3] / sums[3]).tolist(), abs=CLOSE)
-    per_row = sum(functional.cross_entropy(*_scored(model, row)).item() for row in rows) / len(rows)
-    assert abs(per_row - found[0]["eval_loss"]) > 100 * CLOSE  # the mean of the rows' means is something else
-
-
-@torch.no_grad()
-def _token_sums(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    logits, wanted = _scored(model, {"input_ids": ids, "labels": labels})
-    scores = logits.log_softmax(-1)
-    loss, right = functional.nll_loss(scores, wanted, reduction="sum"), (logits.argmax(-1) == wanted).sum()
-    return torch.stack([loss, -(scores.exp() * scores).sum(), right.double(), torch.tensor(float(len(wanted)))])
-
-
-@torch.no_grad()
-def _scored(model: Any, row: Job) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and labels of the tokens of a row that count."""
-    ids, labels = torch.as_tensor(row["input_ids"]), torch.as_tensor(row["labels"])[1:]
-    return model(ids[None]).logits[0, :-1][labels != -100], labels[labels != -100]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    true = token_means(model, rows)
+    assert [found[0][name] for name in true] == pytest.approx(list(true.values()), abs=CLOSE)
+    per_row = sum(functional.cross_entropy(*scored(model, row)).item() for row in rows) / len(rows)
+    assert abs(per_row - true["eval_loss"]) > 100 * CLOSE  # the mean of the rows' means is something else
 
 
 @pytest.mark.parametrize("fields", [{}, {"lossType": ["sigmoid", "sft"], "lossWeights": [0.5, 2.0], "lora": {"r": 2}}])

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from in_process import open_stage, trained
+from peft import PeftModel
+from plain_means import pair_means, token_means
 from running import done, losses, run, under_each_zero
 from tiny_rows import dialogue
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from finetune_cli.main import app
@@ -93,22 +95,38 @@ def test_rewards_are_pulled_towards_zero(base_job: Job, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(600)
 def test_the_next_stage_starts_before_it(
-    base_job: Job, write_job: Callable[[Job], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base_job: Job, write_job: Callable[[Job], Path], tmp_path: Path, tiny_model: Path
 ) -> None:
-    """An adapter that is carried on is merged into the reward model, and goes on in the stage after it; two workers."""
-    sft = {"sft": base_job["spec"]["stages"][0]["sft"] | {"lora": {"r": 4, "merge": False}}}
+    """An adapter that is carried on is merged into the reward model, and goes on in the stage after it; two workers.
+
+    They share held-out rows and pairs unevenly, and measure what plain transformers does on each once.
+    """
+    held_out = {"sources": [{"inline": [dialogue(f"{n} plus 1", f"makes {n}" * (n + 1)) for n in range(5)]}]}
+    fields = {"lora": {"r": 4, "merge": False}, "evalData": held_out, "perDeviceEvalBatchSize": 2}
+    sft = {"sft": base_job["spec"]["stages"][0]["sft"] | fields}
     after = {"name": "after", "sft": sft["sft"]}
     base_job["spec"]["stages"] = [sft, stage(lora={"r": 8}, maxSteps=8), after]
     base_job["spec"]["resources"] = {"workersPerNode": 2}
     code, output = run(write_job(base_job))
     assert code == 0, output
     stages = tmp_path / "runs/job/stages"
-    assert done(stages / "01-reward")["metrics"]["eval_accuracy"] > 0.8
+    metrics = done(stages / "01-reward")["metrics"]
+    assert metrics["eval_accuracy"] > 0.8
+    reward = AutoModelForSequenceClassification.from_pretrained(stages / "01-reward/result")
+    scores = [[_score(reward, stages / "01-reward/result", pair[side]) for side in pair] for pair in pairs(16, 23)]
+    _same(metrics, pair_means(torch.tensor(scores)))
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), stages / "00-sft/result")
+    base_job["spec"]["resources"], base_job["spec"]["stages"] = {}, [sft]
+    _same(done(stages / "00-sft")["metrics"], token_means(tuned, open_stage(base_job, tmp_path).data.eval))
     assert json.loads((stages / "02-after/result/adapter_config.json").read_text())["r"] == 4
     answer = CliRunner().invoke(app, ["generate", str(stages / "01-reward"), "--prompt", "1 plus 1"])
     assert answer.exit_code == 2 and "reward model" in answer.output
     report = (tmp_path / "runs/job/report.html").read_text()
     assert "eval_accuracy" in report
+
+
+def _same(measured: dict[str, float], true: dict[str, float]) -> None:
+    assert {name: measured[name] for name in true} == pytest.approx(true, abs=CLOSE)
 
 
 def test_faults(base_job: Job, write_job: Callable[[Job], Path]) -> None:
