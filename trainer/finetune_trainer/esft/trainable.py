@@ -49,13 +49,6 @@ def trained_whole(model: PreTrainedModel, config: ExpertConfig) -> int:
     return sum(model.get_parameter(name).numel() for name in trained_names(model, config) if not name.endswith(_TUNED))
 
 
-def keep_masters(model: PreTrainedModel) -> None:
-    """Trained weights in float32: AdamW's small updates vanish in half precision. They compute in the frozen ones'."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
-
-
 def require_input_gradients(model: PreTrainedModel, layers: list[ExpertLayer]) -> None:
     """Give the first trained block's input a gradient.
 

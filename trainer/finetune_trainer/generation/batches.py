@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.generation.prompts import Prompt, encode, stop_ids
 from finetune_trainer.generation.sampling import SeededSampling, draws
+from finetune_trainer.model.precision import autocast_mixed
 from finetune_trainer.model.router_logits import no_router_logits
 
 
@@ -168,11 +169,12 @@ def _until_stop(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: Seq
 
 @contextmanager
 def _answering(model: Any) -> Iterator[None]:
-    """Inside, the model is in evaluation mode and computes no router logits; then it is as it was."""
+    """Inside, the model is in evaluation mode, computes no router logits, and in half precision where only some of its
+    weights are (a frozen base, with modules in training beside it); then it is as it was."""
     training = model.training
     model.eval()
     try:
-        with no_router_logits(model):
+        with no_router_logits(model), autocast_mixed(model):
             yield
     finally:
         model.train(training)

@@ -14,7 +14,8 @@ from finetune_api.problems import Problem
 from finetune_api.stages import EsftSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.esft.selection import ExpertConfig
-from finetune_trainer.esft.trainable import keep_masters, prepare, require_input_gradients
+from finetune_trainer.esft.trainable import prepare, require_input_gradients
+from finetune_trainer.model.precision import train_in_float32
 from finetune_trainer.stages.adapted import starting_model
 from finetune_trainer.stages.expert_choice import ExpertChoice
 from finetune_trainer.stages.sft import supervised_collator
@@ -88,7 +89,7 @@ def make_trainer(context: StageContext) -> Any:
     config = choice.choose(model)
     layers = prepare(model, config)
     if context.zero == 0:
-        keep_masters(model)
+        train_in_float32(model)
     require_input_gradients(model, layers)
     trainer = EsftTrainer(
         model=model,

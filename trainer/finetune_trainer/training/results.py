@@ -6,8 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
 from finetune_api.stages import EsftSpec, PretrainSpec
 from finetune_trainer.model.load import SHARD_SIZE
+from finetune_trainer.model.precision import round_weights
 from finetune_trainer.model.saved import base_of
 from finetune_trainer.model.task import task_of
 from finetune_trainer.training.context import StageContext
@@ -63,4 +66,5 @@ def _finish_adapter(context: StageContext, adapter: Path, directory: Path) -> No
         merge_adapter(base_of(source.name), source.revision, adapter, directory, task, pad)
     else:
         shutil.copytree(adapter, directory)
+        round_weights(directory / SAFETENSORS_WEIGHTS_NAME, context.precision.result)
     context.tokenizer.save_pretrained(directory)
