@@ -36,6 +36,8 @@ class Workload:
     """None where weights of the model itself are trained."""
     tuned: int | None = None
     """Weights of the model that are trained while the others are frozen (ESFT); None: all of them, or an adapter."""
+    tuned_embeddings: bool = False
+    """Whether those include the embeddings and norms."""
     quantized_bits: int | None = None
     double_quant: bool = True
     checkpointing: bool = False
@@ -169,8 +171,9 @@ def optimizer_bytes(size: ModelSize, load: Workload) -> int:
 
 
 def reference_bytes(size: ModelSize, load: Workload) -> int:
-    """The reference's own model, in the dtype, divided by ZeRO-3."""
-    return _share(size.total * load.dtype_bytes, load, 3) if load.reference else 0
+    """The reference's own model, in the format that the model in training is loaded in, divided by ZeRO-3."""
+    each = MASTER if load.zero == 0 and not load.frozen else load.dtype_bytes
+    return _share(size.total * each, load, 3) if load.reference else 0
 
 
 def drawing_bytes(size: ModelSize, load: Workload) -> int:
@@ -249,8 +252,12 @@ def _share(count: int, load: Workload, least_zero: int) -> int:
 
 
 def _mixed(load: Workload) -> bool:
-    """Whether float32 weights compute under autocast, so that the residual stream is float32 too."""
-    return load.zero == 0 and not load.frozen and load.dtype_bytes < MASTER
+    """Whether float32 weights compute under autocast, so that the residual stream is float32 too.
+
+    Modules that are trained in full beside adapters give their output in the base's format.
+    """
+    trained = load.tuned_embeddings or not load.frozen
+    return load.zero == 0 and trained and load.dtype_bytes < MASTER
 
 
 def _residual(load: Workload) -> int:

@@ -79,7 +79,8 @@ class StagePlanner:
             notes = [*notes, *more]
         experts = expert_plan(spec, model, self.path, self.run.base_dir) if isinstance(spec, EsftSpec) else None
         if experts is not None:
-            load, notes = replace(load, tuned=experts.tuned), [*notes, *experts.notes]
+            whole = isinstance(spec, EsftSpec) and spec.train_non_experts
+            load, notes = replace(load, tuned=experts.tuned, tuned_embeddings=whole), [*notes, *experts.notes]
         return self.assemble(size, load, known, [*notes, *sharding_warnings(sharding, self.bits)], experts)
 
     def evaluation(self, spec: EvaluateSpec, rows: Rows | None) -> StagePlan:

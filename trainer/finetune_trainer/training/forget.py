@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -10,7 +11,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
 def forget_stage() -> None:
-    """Reset accelerate's and transformers' process-wide state (precision, DeepSpeed's configuration), free memory."""
+    """Reset accelerate's and transformers' process-wide state (precision, DeepSpeed's configuration), free memory.
+
+    accelerate sets an environment variable where a stage uses DeepSpeed, and would use it in the next stage too.
+    """
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     unset_hf_deepspeed_config()
