@@ -12,6 +12,7 @@ from finetune_trainer.errors import UserError
 from finetune_trainer.esft.adapter_files import is_expert_adapter
 from finetune_trainer.generation.load import load
 from finetune_trainer.generation.result import find_result
+from finetune_trainer.generation.stops import write_stops
 from finetune_trainer.model.load import SHARD_SIZE
 from finetune_trainer.model.saved import is_adapter
 
@@ -34,6 +35,7 @@ def merge(result_dir: str, out: Path) -> None:
     model.config.use_cache = True
     model.save_pretrained(out, max_shard_size=SHARD_SIZE)
     loaded.tokenizer.save_pretrained(out)
+    write_stops(out, loaded.tokenizer)
 
 
 def _merged(model: PeftModel) -> PreTrainedModel:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from finetune_api.problems import Problem
@@ -14,7 +16,7 @@ Conversation = list[Message]
 Prompt = str | Conversation
 """A text (with a chat template: one user message) or a conversation of `{role, content}` messages."""
 
-_PROBE = "PROBE"
+_PROBE, _NEXT = "PROBE", "FOLLOWS"
 
 
 def encode(
@@ -48,21 +50,50 @@ def conversation(prompt: Prompt, system: str | None) -> Conversation:
     return messages
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, model_stops: int | list[int] | None, raw: bool = False) -> list[int]:
-    """Tokens that end an answer: the end of text and, in a chat, the end of a turn.
+def stop_ids(tokenizer: PreTrainedTokenizerBase, model_stops: int | list[int] | None) -> list[int]:
+    """Return the ids of the tokens that end an answer: the end of text and, with a chat template, the end of a turn.
 
-    Template authors mark the end of a turn as they like, so it is read from a rendered conversation.
+    Args:
+        model_stops: `eos_token_id` of the model's generation config.
     """
     stops = model_stops if isinstance(model_stops, list) else [model_stops]
-    turn_end = None if raw or not has_template(tokenizer) else _end_of_turn(tokenizer)
+    turn_end = end_of_turn(tokenizer) if has_template(tokenizer) else None
     return sorted({stop for stop in [*stops, tokenizer.eos_token_id, turn_end] if stop is not None})
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-    rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    rest = tokenizer(rendered.rpartition(_PROBE)[2], add_special_tokens=False)["input_ids"]
-    return int(rest[0]) if rest and rest[0] in tokenizer.all_special_ids else None
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that the chat template writes after an assistant's text, or None where it writes none.
+
+    Nothing declares this token, so it is read from a rendered conversation: the first added token after the last
+    answer or, where nothing follows the last answer (GLM), after an answer that a user's turn follows: the marker of
+    that turn. Ordinary tokens don't count: an answer may contain them.
+    """
+    added = tokenizer.added_tokens_decoder
+    for messages in _probes():
+        after = _after_answer(tokenizer, messages)
+        ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
+        found = next((int(token) for token in ids if token in added), None)
+        if found is not None:
+            return found
+    return None
+
+
+def _probes() -> Iterator[list[dict[str, Any]]]:
+    """Conversations with a known answer, contents as strings and as the parts that some templates need."""
+    for content in (str, lambda text: [{"type": "text", "text": text}]):
+        turns = [("user", "?"), ("assistant", _PROBE), ("user", _NEXT)]
+        messages = [{"role": role, "content": content(text)} for role, text in turns]
+        yield from (messages[:2], messages)
+
+
+def _after_answer(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> str:
+    """Return what the template writes between the assistant's text and the next user's; empty where it refuses."""
+    try:
+        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError):
+        return ""
+    _, found, after = rendered.rpartition(_PROBE)
+    return after.partition(_NEXT)[0] if found else ""
 
 
 def _encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Conversation) -> list[int]:

@@ -49,7 +49,7 @@ from finetune_trainer.training.deepspeed import join_process_group
 from finetune_trainer.training.expert_load import watch_routing
 from finetune_trainer.training.forget import forget_stage
 from finetune_trainer.training.peers import Peers
-from finetune_trainer.training.results import save_result
+from finetune_trainer.training.results import adapter_note, save_result
 from finetune_trainer.training.samples import SamplesCallback
 from finetune_trainer.training.tools import StageTools
 from finetune_trainer.training.work import StageWork, WorkOrder
@@ -201,6 +201,8 @@ class StageRun:
         result = self._result()
         save_result(trainer, self.context, result)
         if self.first:
+            if (note := adapter_note(self.context, result)) is not None:
+                self._log(note)
             self._publish(result)
             losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
             metrics = ({"loss": losses[-1]} if losses else {}) | metrics

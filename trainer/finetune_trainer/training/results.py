@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.stages import EsftSpec, PretrainSpec
+from finetune_trainer.generation.stops import unstopped, write_stops
 from finetune_trainer.model.load import SHARD_SIZE
-from finetune_trainer.model.saved import base_of
+from finetune_trainer.model.saved import base_of, is_adapter, root_of
 from finetune_trainer.model.task import task_of
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.expert_results import save_experts
@@ -16,7 +17,33 @@ from finetune_trainer.training.merging import merge_adapter, whole_source
 
 
 def save_result(trainer: Any, context: StageContext, directory: Path) -> None:
-    """Write the trained model and its tokenizer to `directory` on rank 0; every worker calls it (ZeRO-3 gathers)."""
+    """Write the trained model, its tokenizer and where its answers end to `directory` on rank 0.
+
+    Every worker calls it, because ZeRO-3 gathers the weights from all of them.
+    """
+    _save_weights(trainer, context, directory)
+    if context.placement.rank == 0:
+        answers = task_of(context.spec) == "causal"
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        settings = model.generation_config.to_diff_dict() if answers else None
+        write_stops(directory, context.tokenizer, settings)
+
+
+def adapter_note(context: StageContext, directory: Path) -> str | None:
+    """Return what a user of a saved adapter must know: that plain transformers does not stop where its answers end."""
+    base = context.source.name
+    if base is None or not is_adapter(directory) or task_of(context.spec) != "causal":
+        return None
+    missing = unstopped(root_of(base), context.source.revision, directory, context.tokenizer)
+    if not missing:
+        return None
+    return (
+        f"plain transformers takes the generation config of the adapter's base, which does not stop at "
+        f"{', '.join(missing)}: pass generation_config=GenerationConfig.from_pretrained(RESULT), or `finetune merge` it"
+    )
+
+
+def _save_weights(trainer: Any, context: StageContext, directory: Path) -> None:
     if isinstance(context.spec, EsftSpec):
         save_experts(trainer, context, context.spec, directory)
         return
