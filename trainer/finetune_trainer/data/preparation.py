@@ -94,7 +94,8 @@ def prepare(
     if report is not None and not stage.data.streaming:
         return Prepared(ready["train"], ready.get("eval"), report)
     stream = StreamedRows(stage.data, tokenizer, encoding, packed, f"{where}.data", base_dir)
-    report = replace(report or _report(plan, {}, {}, 0.0), packed_rows=None, streaming=True)
+    known = report or _report(plan, {}, {}, 0.0)
+    report = replace(known, packed_rows=None, streaming=True, forms=stream.first_forms())
     return Prepared(stream, ready.get("eval"), report)
 
 
@@ -266,6 +267,7 @@ def _report(plan: Plan, parts: dict[str, Part], counts: dict[str, Stats], second
         truncated_tokens=train.truncated_tokens,
         dropped=dict(train.dropped) | unread,
         dropped_tokens=train.dropped_tokens,
+        forms=dict(train.forms),
         longest=train.longest,
         packed_rows=train.written if blocks else None,
         packing_efficiency=train.tokens / room if blocks and room else None,

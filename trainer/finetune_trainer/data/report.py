@@ -50,6 +50,8 @@ class DataReport:
     """Whether an earlier preparation was found."""
     streaming: bool = False
     """Whether the data is read while training: counts are then zero."""
+    forms: dict[str, int] = field(default_factory=dict)
+    """Rows of each form (`form.Form`); of a stream, of the rows that it begins with."""
 
     def to_json(self) -> Json:
         return asdict(self)
@@ -80,6 +82,7 @@ class Stats:
     truncated_tokens: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     dropped_tokens: int = 0
+    forms: Counter[str] = field(default_factory=Counter)
     longest: int = 0
     written: int = 0
     """Rows written, after packing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -21,8 +21,11 @@ from finetune_trainer.data.packing import pack
 from finetune_trainer.data.report import Stats
 from finetune_trainer.data.sources import Cursor, Located, join_row, locate, source_rows
 from finetune_trainer.errors import UserError
+from finetune_trainer.form import form_of
 
 WINDOW_ROWS, WINDOW_CHARACTERS = 1024, 32 << 20
+FIRST_ROWS = 64
+"""Rows that are looked at to tell a stream's form."""
 PACKED_TOGETHER = 64
 REMEMBERED = 8192
 """States kept of rows already handed out, for loaders that read ahead."""
@@ -93,6 +96,15 @@ class StreamedRows(IterableDataset[Columns]):
             self.spec, self.tokenizer, self.encoding, self.packed, self.where, self.base_dir, rank, world_size
         )
 
+    def first_forms(self) -> dict[str, int]:
+        """Return how many of the stream's first rows have each form (`form.Form`).
+
+        Raises:
+            UserError: they can't be read.
+        """
+        rows = islice(self._table(self._located(), Cursor()), FIRST_ROWS)
+        return dict(Counter(form_of(row, bool(self.tokenizer.chat_template)) for row, _ in rows))
+
     def state_dict(self) -> State:
         """The state after the last row handed out, JSON-able."""
         return self._state(self._place)
@@ -133,9 +145,7 @@ class StreamedRows(IterableDataset[Columns]):
             yield {name: one if isinstance(one, str) else one.tolist() for name, one in row.items()}
 
     def _endless(self, place: Place) -> Steps:
-        located, problems = locate(self.spec, self.where, self.base_dir)
-        if problems:
-            raise UserError(problems)
+        located = self._located()
         encoder = Encoder(self.tokenizer, self.encoding)
         while True:
             before = place
@@ -143,6 +153,12 @@ class StreamedRows(IterableDataset[Columns]):
             if (place.rows, place.carry) == (before.rows, before.carry) and before.is_start_of_pass:
                 raise UserError([Problem(self.where, f"a whole pass gives rank {self.rank} nothing to train on")])
             place = Place(place.rows, place.epoch + 1, carry=place.carry)
+
+    def _located(self) -> list[Located]:
+        located, problems = locate(self.spec, self.where, self.base_dir)
+        if problems:
+            raise UserError(problems)
+        return located
 
     def _pass(self, located: list[Located], encoder: Encoder, place: Place) -> Steps:
         """The rest of one pass over the data."""

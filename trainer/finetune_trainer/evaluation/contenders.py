@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from peft import PeftModel
 
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import BASE, EvaluateSpec
+from finetune_trainer.form import FORMS, Form, read_form
 from finetune_trainer.model.load import load_model
 from finetune_trainer.model.precision import model_dtype, precision
 from finetune_trainer.model.saved import is_adapter
@@ -35,6 +37,24 @@ def contenders(run: RunConfig, index: int, spec: EvaluateSpec, storage: Storage)
         source = base_source(run, storage) if name == BASE else named_source(run, name, storage)
         found.append(Contender(name, source))
     return found
+
+
+def form_note(contender: Contender, forms: Sequence[Form]) -> str | None:
+    """Return what to know of a model that is measured on rows of another form than it was trained in.
+
+    Plain text is left out: any model may be measured on how likely it finds a text.
+
+    Args:
+        forms: of the rows, one of each.
+    """
+    trained = None if contender.source.name is None else read_form(contender.source.name)
+    other = [form for form in forms if "text" not in (form, trained) and form != trained]
+    if trained is None or not other:
+        return None
+    return (
+        f"{contender.name} was trained on {FORMS[trained]}, and {len(other)} of {len(forms)} rows are "
+        f"{FORMS[other[0]]}: rows of the form that it was trained in would measure it better"
+    )
 
 
 def evaluated(run: RunConfig, index: int) -> str:

@@ -26,6 +26,8 @@ from transformers.models.auto.modeling_auto import (
 from finetune_trainer.errors import UserError
 from finetune_trainer.esft.adapter import apply_adapter
 from finetune_trainer.esft.adapter_files import is_expert_adapter
+from finetune_trainer.form import Form, read_form
+from finetune_trainer.generation.prompts import form_is_plain, has_template
 from finetune_trainer.generation.result import find_result
 from finetune_trainer.model.saved import MODEL_CONFIG, base_of, expert_base_of, is_adapter
 
@@ -42,6 +44,13 @@ class Loaded:
     """Has a padding token."""
     kind: Kind
     """`causal` continues text, `masked` fills masks."""
+    form: Form | None = None
+    """How it was trained; None where that is not known, as of models that are no result of a job."""
+
+    @property
+    def asks_plainly(self) -> bool:
+        """Whether texts are asked as they stand although the tokenizer has a chat template."""
+        return form_is_plain(self.form) and has_template(self.tokenizer)
 
 
 def load(result_dir: str, device: str = "auto") -> Loaded:
@@ -68,9 +77,8 @@ def _read(directory: Path) -> Loaded:
     base = base_of(str(directory))
     model, kind = read_whole(base)
     tokenizer = _tokenizer(directory, base)
-    if is_adapter(directory):
-        return Loaded(_with_adapter(model, directory, tokenizer), tokenizer, kind)
-    return Loaded(model, tokenizer, kind)
+    whole = _with_adapter(model, directory, tokenizer) if is_adapter(directory) else model
+    return Loaded(whole, tokenizer, kind, read_form(directory))
 
 
 def read_whole(name: str, revision: str | None = None) -> tuple[PreTrainedModel, Kind]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from finetune_trainer.errors import UserError
 from finetune_trainer.esft.adapter_files import is_expert_adapter
+from finetune_trainer.form import FORM_FILE
 from finetune_trainer.generation.load import load
 from finetune_trainer.generation.result import find_result
 from finetune_trainer.generation.stops import write_stops
@@ -36,6 +38,8 @@ def merge(result_dir: str, out: Path) -> None:
     model.save_pretrained(out, max_shard_size=SHARD_SIZE)
     loaded.tokenizer.save_pretrained(out)
     write_stops(out, loaded.tokenizer)
+    if (directory / FORM_FILE).is_file():
+        shutil.copy(directory / FORM_FILE, out)
 
 
 def _merged(model: PeftModel) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_api.problems import Problem
 from finetune_trainer.errors import UserError
+from finetune_trainer.form import Form
 
 Message = dict[str, str]
 Conversation = list[Message]
@@ -20,21 +21,45 @@ _PROBE, _NEXT = "PROBE", "FOLLOWS"
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], system: str | None = None, raw: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    system: str | None = None,
+    raw: bool | None = False,
+    form: Form | None = None,
 ) -> list[list[int]]:
-    """Token ids of each prompt, up to where the answer begins.
+    """Return the token ids of each prompt, up to where the answer begins.
+
+    Args:
+        raw: true continues texts as they stand; false makes each a user's message, where there is a chat template;
+            None asks in the form that the model was trained in. A conversation goes through the chat template then.
+        form: how the model was trained; None where that is not known, which asks by the chat template.
 
     Raises:
         UserError: an empty prompt, or a conversation or system message without a chat template to write it in.
     """
-    chat = not raw and has_template(tokenizer)
-    problems = [] if chat else _chat_only(prompts, system, raw)
+    plain = form_is_plain(form) if raw is None else raw
+    chats = [has_template(tokenizer) and not (plain and (raw or isinstance(prompt, str))) for prompt in prompts]
+    problems = _chat_only(tokenizer, prompts, chats, system, raw)
     problems += [Problem(f"prompts[{index}]", "is empty") for index, prompt in enumerate(prompts) if not prompt]
     if problems:
         raise UserError(problems)
-    if not chat:
-        return [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    return [_encode_chat(tokenizer, conversation(prompt, system)) for prompt in prompts]
+    return [
+        _encode_chat(tokenizer, conversation(prompt, system)) if chat else encode_text(tokenizer, str(prompt))
+        for prompt, chat in zip(prompts, chats, strict=True)
+    ]
+
+
+def form_is_plain(form: Form | None) -> bool:
+    """Whether a model that was trained in this form is asked without the chat template."""
+    return form in ("prompt-completion", "text")
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return a text's ids as training on plain text has them: the begin-of-text token first, where the tokenizer puts
+    one, and no end-of-text token."""
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    lead = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
+    return ids if ids[:1] == lead else lead + ids
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -101,8 +126,16 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Conversation) -> 
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _chat_only(prompts: Sequence[Prompt], system: str | None, raw: bool) -> list[Problem]:
-    why = "raw continues plain text" if raw else "the tokenizer has no chat template"
-    problems = [Problem("system", f"needs a chat, but {why}")] if system else []
-    conversations = (index for index, prompt in enumerate(prompts) if not isinstance(prompt, str))
-    return problems + [Problem(f"prompts[{index}]", f"is a conversation, but {why}") for index in conversations]
+def _chat_only(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    chats: Sequence[bool],
+    system: str | None,
+    raw: bool | None,
+) -> list[Problem]:
+    why = "the tokenizer has no chat template"
+    if has_template(tokenizer):
+        why = "raw continues plain text" if raw else "the model was trained on plain text (--chat asks in chats)"
+    problems = [Problem("system", f"needs a chat, but {why}")] if system and not all(chats) else []
+    wrong = (index for index, chat in enumerate(chats) if not chat and not isinstance(prompts[index], str))
+    return problems + [Problem(f"prompts[{index}]", f"is a conversation, but {why}") for index in wrong]

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune_api.stages import EvaluateSpec
 from finetune_api.stages.evaluation import PERPLEXITY
-from finetune_trainer.evaluation.contenders import Contender, contenders, open_model
+from finetune_trainer.evaluation.contenders import Contender, contenders, form_note, open_model
 from finetune_trainer.evaluation.journal import Journal
 from finetune_trainer.evaluation.likelihood import likelihoods
 from finetune_trainer.evaluation.queries import open_database
@@ -55,6 +55,10 @@ class Evaluation:
         self.options = GenerationOptions.of(spec.generation)
         self.model: Any = None
         cut = sum(row.cut for row in self.rows)
+        forms = [row.form for row in self.rows]
+        self.notes = [note for one in self.models if (note := form_note(one, forms)) is not None]
+        for note in self.notes:
+            tools.log(note)
         if cut:
             tools.log(f"the beginning of {cut} of {len(self.rows)} prompts is left out, to leave room for an answer")
 
@@ -131,6 +135,7 @@ class Evaluation:
             "models": measured,
             "rows": len(self.rows),
             "cut_prompts": sum(row.cut for row in self.rows),
+            "notes": self.notes,
             "samples": self._samples(),
         }
         self.tools.storage.write_text(self.context.layout.evaluation, json.dumps(evaluation, indent=1))

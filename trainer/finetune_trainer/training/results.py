@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.stages import EsftSpec, PretrainSpec
+from finetune_trainer.form import write_form
 from finetune_trainer.generation.stops import unstopped, write_stops
 from finetune_trainer.model.load import SHARD_SIZE
 from finetune_trainer.model.saved import base_of, is_adapter, root_of
@@ -17,7 +18,7 @@ from finetune_trainer.training.merging import merge_adapter, whole_source
 
 
 def save_result(trainer: Any, context: StageContext, directory: Path) -> None:
-    """Write the trained model, its tokenizer and where its answers end to `directory` on rank 0.
+    """Write the trained model, its tokenizer, where its answers end and how to ask it to `directory` on rank 0.
 
     Every worker calls it, because ZeRO-3 gathers the weights from all of them.
     """
@@ -27,6 +28,8 @@ def save_result(trainer: Any, context: StageContext, directory: Path) -> None:
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         settings = model.generation_config.to_diff_dict() if answers else None
         write_stops(directory, context.tokenizer, settings)
+        if answers:
+            write_form(directory, context.layout.title, context.data.report.forms)
 
 
 def adapter_note(context: StageContext, directory: Path) -> str | None:
