@@ -78,7 +78,7 @@ def _config(path: Path, assignments: list[str]) -> Callable[[], RunConfig]:
     def load() -> RunConfig:
         from finetune_cli.jobfile import read_job, run_config
 
-        return run_config(read_job(path, assignments), path)
+        return run_config(read_job(path, assignments), path, assignments)
 
     return load
 

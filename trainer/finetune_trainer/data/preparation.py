@@ -23,7 +23,17 @@ from finetune_api.problems import Problem
 from finetune_api.stages import PretrainSpec, PromptSpec, SupervisedSpec, TrainedSpec
 from finetune_trainer.data.encode import IDENTICAL, NOTHING, TOO_LONG, Encoding
 from finetune_trainer.data.forms import Kind
-from finetune_trainer.data.keys import content_digest, prepared_key, rows_key, tokenizer_key
+from finetune_trainer.data.hashes import stream_hash, tokens_hash
+from finetune_trainer.data.identity import DataKey
+from finetune_trainer.data.keys import (
+    FORMAT_VERSION,
+    content_digest,
+    hash_of,
+    prepared_key,
+    rows_key,
+    tokenizer_key,
+    tokenizer_parts,
+)
 from finetune_trainer.data.report import DataReport, Prepared, Stats
 from finetune_trainer.data.rows import RowStore, order_rows, store_rows
 from finetune_trainer.data.shards import read_shards
@@ -33,8 +43,8 @@ from finetune_trainer.data.tasks import pack_all, tokenise
 from finetune_trainer.errors import UserError
 
 Log = Callable[[str], None]
-Ready = tuple[dict[str, Dataset], DataReport]
-REPORT = "report.json"
+Ready = tuple[dict[str, Dataset], DataReport, dict[str, str]]
+REPORT, HASHES = "report.json", "hashes.json"
 SHOWN = 3
 MAX_FAULTS = 5
 
@@ -90,13 +100,19 @@ def prepare(
     plan = Plan(where, encoding, packed, tokenizer, max(1, num_proc), log)
     started = time.monotonic()
     parts = _parts(stage, where, cache_dir, base_dir, log)
-    ready, report = _cached(plan, parts, cache_dir / "prepared", started) if parts else ({}, None)
+    ready, report, hashes = _cached(plan, parts, cache_dir / "prepared", started) if parts else ({}, None, {})
     if report is not None and not stage.data.streaming:
-        return Prepared(ready["train"], ready.get("eval"), report)
+        return Prepared(ready["train"], ready.get("eval"), report, _key(plan, hashes, report.rows))
     stream = StreamedRows(stage.data, tokenizer, encoding, packed, f"{where}.data", base_dir)
     known = report or _report(plan, {}, {}, 0.0)
     report = replace(known, packed_rows=None, streaming=True, forms=stream.first_forms())
-    return Prepared(stream, ready.get("eval"), report)
+    hashes["train"] = stream_hash(stage.data, stream.located(), encoding, packed, tokenizer)
+    return Prepared(stream, ready.get("eval"), report, _key(plan, hashes, None))
+
+
+def _key(plan: Plan, hashes: dict[str, str], rows: int | None) -> DataKey:
+    how = hash_of(vars(plan.encoding), plan.packed)
+    return DataKey(hashes["train"], hashes.get("eval"), rows, *tokenizer_parts(plan.tokenizer), how, FORMAT_VERSION)
 
 
 def encoding_of(stage: TrainedSpec, context: int | None, where: str) -> tuple[Encoding, bool]:
@@ -189,6 +205,7 @@ def _build(directory: Path, plan: Plan, parts: dict[str, Part], started: float) 
         counts = {name: _build_part(part, name, plan, one) for name, one in parts.items()}
         report = _report(plan, parts, counts, time.monotonic() - started)
         (part / REPORT).write_text(json.dumps(report.to_json(), indent=1))
+        (part / HASHES).write_text(json.dumps({name: tokens_hash(part / name) for name in parts}))
         os.rename(part, directory)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -283,4 +300,4 @@ def _report(plan: Plan, parts: dict[str, Part], counts: dict[str, Stats], second
 def _open(directory: Path, cached: bool) -> Ready:
     report = DataReport.from_json(json.loads((directory / REPORT).read_text()))
     ready = {name: data for name in ("train", "eval") if (data := read_shards(directory / name)) is not None}
-    return ready, replace(report, cached=cached)
+    return ready, replace(report, cached=cached), json.loads((directory / HASHES).read_text())

@@ -9,6 +9,8 @@ from typing import Any
 from datasets import Dataset
 from torch.utils.data import IterableDataset
 
+from finetune_trainer.data.identity import DataKey
+
 Json = dict[str, Any]
 
 
@@ -68,6 +70,7 @@ class Prepared:
     train: Dataset | IterableDataset[Json]
     eval: Dataset | None
     report: DataReport
+    key: DataKey
 
 
 @dataclass

@@ -102,7 +102,7 @@ class StreamedRows(IterableDataset[Columns]):
         Raises:
             UserError: they can't be read.
         """
-        rows = islice(self._table(self._located(), Cursor()), FIRST_ROWS)
+        rows = islice(self._table(self.located(), Cursor()), FIRST_ROWS)
         return dict(Counter(form_of(row, bool(self.tokenizer.chat_template)) for row, _ in rows))
 
     def state_dict(self) -> State:
@@ -145,7 +145,7 @@ class StreamedRows(IterableDataset[Columns]):
             yield {name: one if isinstance(one, str) else one.tolist() for name, one in row.items()}
 
     def _endless(self, place: Place) -> Steps:
-        located = self._located()
+        located = self.located()
         encoder = Encoder(self.tokenizer, self.encoding)
         while True:
             before = place
@@ -154,7 +154,12 @@ class StreamedRows(IterableDataset[Columns]):
                 raise UserError([Problem(self.where, f"a whole pass gives rank {self.rank} nothing to train on")])
             place = Place(place.rows, place.epoch + 1, carry=place.carry)
 
-    def _located(self) -> list[Located]:
+    def located(self) -> list[Located]:
+        """Return the stream's sources with their files.
+
+        Raises:
+            UserError: some are missing.
+        """
         located, problems = locate(self.spec, self.where, self.base_dir)
         if problems:
             raise UserError(problems)

@@ -25,12 +25,13 @@ from finetune_trainer.checkpoint.universal import SUFFIX, to_universal
 from finetune_trainer.data import Prepared, eval_prompts, prepare
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.gate import require_gate
+from finetune_trainer.launch.same_data import compare_data
 from finetune_trainer.layout import METRICS
 from finetune_trainer.model.config import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.model.task import task_of
 from finetune_trainer.patience import listen
-from finetune_trainer.pipeline import directories, layouts, place, scratch, spec_of
+from finetune_trainer.pipeline import directories, layouts, place, scratch, spec_of, waits_for
 from finetune_trainer.plan.steps import rows_per_step
 from finetune_trainer.progress.channel import Event, StageBegun, StageDone, Waiting, WorkerEnd
 from finetune_trainer.progress.metrics_log import MetricsLog
@@ -131,7 +132,11 @@ class StageRun:
         self.peers.wait()
 
     def _resume_point(self) -> ResumePoint | None:
-        """The newest complete checkpoint, on this machine; what a killed run left half-written is deleted."""
+        """The newest complete checkpoint, on this machine; what a killed run left half-written is deleted.
+
+        Raises:
+            UserError: it was trained on other rows.
+        """
         newest = self.store.newest()
         self.peers.wait()
         if self.first:
@@ -141,8 +146,12 @@ class StageRun:
         self.peers.wait()
         if newest is None:
             return None
+        compared = compare_data(self.context.run, self.context.layout.index, newest, self.context.data.key)
         self._log(f"resumes at step {newest.step} from its last checkpoint")
-        return self._fetch(newest)
+        if list(waits_for(self.context.run, self.context.layout.index)):  # else the driver has told it
+            for note in compared.notes:
+                self._log(note)
+        return replace(self._fetch(newest), other_rows=compared.other_rows)
 
     def _fetch(self, newest: Manifest) -> ResumePoint:
         """The checkpoint in a form that as many workers as there are can read."""

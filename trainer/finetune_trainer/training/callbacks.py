@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -168,6 +168,7 @@ class CheckpointCallback(TrainerCallback):
                 zero=self.context.zero,
                 rows_per_step=self.context.rows_per_step,
                 shards=self.context.shards,
+                data=asdict(self.context.data.key),
             )
             self.progress.end.send(CheckpointSaved(self.context.layout.index, step))
             self.store.prune(self.context.spec.save_total_limit)

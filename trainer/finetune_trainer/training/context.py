@@ -40,6 +40,8 @@ class ResumePoint:
     directory: Path
     universal: bool = False
     """Whether DeepSpeed's shards in it were converted for another number of workers."""
+    other_rows: bool = False
+    """Whether the stage goes on with other training rows than the checkpoint was trained on, as the user asked."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class StageContext:
             return PromptFeed(even, seed, repeats, self.resumed.directory if self.resumed else None)
         if self.resumed is None:
             return Feed(self.division, self.shards, seed)
-        return Feed(self.division, self.shards, seed, self.resumed.step, self.resumed.directory)
+        place = None if self.resumed.other_rows else self.resumed.directory
+        return Feed(self.division, self.shards, seed, self.resumed.step, place)
 
     @cached_property
     def precision(self) -> Precision:
