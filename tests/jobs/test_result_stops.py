@@ -1,4 +1,4 @@
-"""Every kind of result stops by itself in plain transformers, which knows nothing of ours."""
+"""Every kind of result stops by itself in plain transformers, and is asked as it was trained by our own commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import pytest
 from in_process import open_stage, trained
 from tiny_rows import dialogue
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+from typer.testing import CliRunner
 
+from finetune_cli.main import app
+from finetune_trainer.form import read_form
 from finetune_trainer.generation.merge import merge
 from finetune_trainer.training.results import adapter_note, save_result
 
@@ -19,16 +22,22 @@ CHAT = {"sources": [{"inline": [dialogue(QUESTION, "makes 4")]}]}
 TEXT = {"sources": [{"inline": [{"text": f"{a} plus {a} makes {a + a}. "} for a in range(40)]}]}
 PAIRS = {"sources": [{"file": "pairs.jsonl"}]}
 LORA = {"r": 8}
+FORMS = {"pretrain": "text", "sft of plain text": "text", "dpo": "prompt-completion"}
+FORMS |= {"sft of plain pairs": "prompt-completion", "sft of a stream": "prompt-completion"}
 SCORES = """
 def even(prompts, completions, completion_ids, **_):
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 """
 SHORT: Job = {"maxSteps": 1, "perDeviceTrainBatchSize": 2}
 ASKED: Job = {"data": CHAT, "generation": {"maxNewTokens": 4}, "numGenerations": 2}
+WORDS = [{"prompt": "Two?", "completion": " zorblat"}, {"prompt": "Ten?", "completion": " q"}]
+PLAIN = {"sources": [{"inline": WORDS}]}
 STAGES: dict[str, Job] = {
     "pretrain": {"pretrain": {"data": TEXT, "blockSize": 32, **SHORT}},
     "sft": {"sft": {"data": CHAT, **SHORT}},
     "sft of plain text": {"sft": {"data": TEXT, **SHORT}},
+    "sft of plain pairs": {"sft": {"data": PLAIN, **SHORT}},
+    "sft of a stream": {"sft": {"data": {**PLAIN, "streaming": True}, **SHORT}},
     "sft, merged": {"sft": {"data": CHAT, "lora": LORA, **SHORT}},
     "sft, adapter": {"sft": {"data": CHAT, "lora": LORA | {"merge": False}, **SHORT}},
     "dpo": {"dpo": {"data": PAIRS, "lora": LORA, **SHORT}},
@@ -58,6 +67,17 @@ def test_a_result_names_the_tokens_that_end_its_answers(kind: str, base_job: Job
     (tmp_path / "scores.py").write_text(SCORES)
     result = result_of(STAGES[kind], base_job, tmp_path)
     assert stops(result) == ({"<|endoftext|>", "<|im_end|>"}, "<|pad|>")
+    assert read_form(result) == FORMS.get(kind, "chat")
+
+
+@pytest.mark.parametrize("form", ["prompt-completion", "chat"])
+def test_what_was_trained_is_answered_by_our_commands(form: str, base_job: Job, tmp_path: Path) -> None:
+    """By a tokenizer with a chat template, in the form that the rows have."""
+    rows = WORDS if form != "chat" else [dialogue(row["prompt"], row["completion"].strip()) for row in WORDS]
+    learn = {"maxSteps": 40, "learningRate": 1e-2, "lrSchedulerType": "constant"}
+    result = result_of({"sft": {"data": {"sources": [{"inline": rows}]}, **learn}}, base_job, tmp_path)
+    said = CliRunner().invoke(app, ["generate", str(result), "--prompt", "Two?", "--prompt", "Ten?", "--device", "cpu"])
+    assert [line.strip() for line in said.stdout.splitlines()] == ["zorblat", "q"]
 
 
 def test_a_chat_ends_by_itself_in_a_plain_pipeline(base_job: Job, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from finetune_api.stages.evaluation import PERPLEXITY
 from finetune_trainer.data.chat import ChatError
 from finetune_trainer.data.encode import IGNORED, Encoder, Encoding
 from finetune_trainer.data.forms import Example
+from finetune_trainer.data.keys import hash_of
 from finetune_trainer.data.preparation import open_table
 from finetune_trainer.data.questions import has_reference, prompt_of
 from finetune_trainer.data.report import Stats
@@ -56,6 +57,11 @@ class EvalRow:
     def length(self) -> int:
         """Tokens of the longest thing that the model reads."""
         return max([len(self.prompt), *(len(piece.ids) for piece in self.pieces)])
+
+    @property
+    def key(self) -> str:
+        """Hash of what the model reads and should answer: what was measured on another row does not count for it."""
+        return hash_of([[piece.ids, piece.labels] for piece in self.pieces], self.prompt, self.reference)
 
 
 def eval_rows(

@@ -64,7 +64,7 @@ class Evaluation:
 
     def measure(self, number: int, contender: Contender) -> dict[str, float]:
         """A model's metrics, as an attempt before or this one measured them. Every worker gets the same."""
-        journal = Journal(self.tools.storage, self.context.layout, contender.name)
+        journal = self._journal(contender)
         if self.rows and not journal.complete:
             self._measure_rows(number, contender, journal)
         metrics: dict[str, float] = {}
@@ -96,8 +96,12 @@ class Evaluation:
             journal.finish([known[row.number] for row in self.rows])
         self.tools.peers.wait()
 
+    def _journal(self, contender: Contender) -> Journal:
+        keys = {row.number: row.key for row in self.rows}
+        return Journal(self.tools.storage, self.context.layout, contender.name, keys)
+
     def _batch(self, model: Any, batch: list[EvalRow]) -> list[Row]:
-        found: list[Row] = [{"row": row.number} for row in batch]
+        found: list[Row] = [{"row": row.number, "key": row.key} for row in batch]
         if PERPLEXITY in self.spec.metrics:
             pad = self.context.tokenizer.pad_token_id or 0
             for one, (nll, tokens) in zip(found, likelihoods(model, batch, pad), strict=True):
@@ -149,7 +153,7 @@ class Evaluation:
     def _samples(self) -> list[dict[str, Any]]:
         if not self.spec.generates:
             return []
-        journals = {one.name: Journal(self.tools.storage, self.context.layout, one.name).known() for one in self.models}
+        journals = {one.name: self._journal(one).known() for one in self.models}
         return [
             {
                 "prompt": row.shown,

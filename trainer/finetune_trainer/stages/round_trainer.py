@@ -49,6 +49,9 @@ class RoundTrainer(StageTrainer):
         """Take on what TRL's constructor has no place for."""
         self.context, self.stage, self.schedule, self.judge = context, stage, schedule, judge
         self.files, self.peers = RoundFiles(Storage(context.run.root), context.layout), Peers()
+        if context.resumed is None and context.placement.rank == 0:
+            self.files.begin(context.data.key.train)
+        self.peers.wait()
         self.add_callback(RoundsCallback(self))
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
