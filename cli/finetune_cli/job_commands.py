@@ -126,9 +126,12 @@ class _Stopper:
 def _validate(config: Callable[[], RunConfig], schema_only: bool) -> None:
     run = config()
     if not schema_only:
+        from finetune_trainer.preflight.data import data_notes
         from finetune_trainer.preflight.job import preflight
 
         preflight(run)
+        for note in data_notes(run):
+            print(note)
     stages = ", ".join(stage.title for stage in run.job.spec.stages)
     print(f"{run.job.metadata.name}: valid ({stages})")
 

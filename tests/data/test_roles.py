@@ -25,6 +25,6 @@ def test_slips_are_told(role: str, meant: str) -> None:
         normalise(conversation(role), SPEC, "sft")
 
 
-@pytest.mark.parametrize("role", ["tool", "developer", "function_call", "observation", "ipython", "critic"])
+@pytest.mark.parametrize("role", ["tool", "developer", "function", "observation", "ipython", "critic"])
 def test_roles_of_templates_pass(role: str) -> None:
     assert normalise(conversation(role), SPEC, "sft") == conversation(role)

@@ -18,8 +18,8 @@ from finetune_trainer.data.forms import Kind
 from finetune_trainer.data.readers import TEXT_PIECE, DataFile
 from finetune_trainer.data.sources import Located, hub_dataset
 
-FORMAT_VERSION = 1
-"""Raised with every change of what is written."""
+FORMAT_VERSION = 2
+"""Raised with every change of what is written, or of what a row means."""
 WHOLE, SAMPLE, SAMPLES = 64 << 20, 1 << 20, 16
 
 

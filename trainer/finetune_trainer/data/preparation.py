@@ -24,6 +24,7 @@ from finetune_api.stages import PretrainSpec, PromptSpec, SupervisedSpec, Traine
 from finetune_trainer.data.encode import IDENTICAL, NOTHING, TOO_LONG, Encoding
 from finetune_trainer.data.forms import Kind
 from finetune_trainer.data.keys import content_digest, prepared_key, rows_key, tokenizer_key
+from finetune_trainer.data.notes import notes_of, reading_notes
 from finetune_trainer.data.report import DataReport, Prepared, Stats
 from finetune_trainer.data.rows import RowStore, order_rows, store_rows
 from finetune_trainer.data.shards import read_shards
@@ -93,6 +94,8 @@ def prepare(
     ready, report = _cached(plan, parts, cache_dir / "prepared", started) if parts else ({}, None)
     if report is not None and not stage.data.streaming:
         return Prepared(ready["train"], ready.get("eval"), report)
+    for note in reading_notes(stage.data, stage.row_kind, f"{where}.data", base_dir):
+        log(note)
     stream = StreamedRows(stage.data, tokenizer, encoding, packed, f"{where}.data", base_dir)
     report = replace(report or _report(plan, {}, {}, 0.0), packed_rows=None, streaming=True)
     return Prepared(stream, ready.get("eval"), report)
@@ -138,7 +141,7 @@ def _check_loader(stage: TrainedSpec, where: str) -> None:
 
 
 def open_table(spec: DataSpec, kind: Kind, where: str, cache_dir: Path, base_dir: Path, log: Log) -> RowStore:
-    """The spec's table, from the cache or read into it.
+    """The spec's table, from the cache or read into it. `log` is told what is read without settings that name it.
 
     Raises:
         UserError: sources are missing, or rows are not in the form that `kind` needs.
@@ -148,6 +151,8 @@ def open_table(spec: DataSpec, kind: Kind, where: str, cache_dir: Path, base_dir
         raise UserError(problems)
     directory = cache_dir / "rows" / rows_key(located, spec, kind)
     directory.parent.mkdir(parents=True, exist_ok=True)
+    for note in notes_of(located, spec, kind, where, streaming=False):
+        log(note)
     return store_rows(directory, located, spec, kind, where, log)
 
 
