@@ -10,7 +10,7 @@ import jinja2
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from finetune_trainer.data.forms import Message
+from finetune_trainer.data.messages import Message, name_tool_role
 
 Span = tuple[int, int]
 
@@ -75,7 +75,7 @@ class ChatFormat:
         render: Callable[..., tuple[list[str], list[list[Span]]]] = cast(Any, render_jinja_template)
         try:
             texts, spans = render(
-                [messages],
+                [name_tool_role(messages, self.template or "")],
                 chat_template=self.template,
                 return_assistant_tokens_mask=mask,
                 add_generation_prompt=generation,

@@ -200,7 +200,7 @@ def _prompt_and_reference(given: Fields) -> tuple[Any, Any, bool]:
     """The prompt, the answer that the row itself gives to it (None where it gives none), and whether they are
     `templated`."""
     values = given.values
-    if "messages" in values:
+    if "messages" in values and given.column != given.spec.columns.messages:
         return *_split_messages(_conversation(given)), False
     if "chosen" in values and "rejected" in values and "prompt" not in given.texts:
         pair = _preference(given)

@@ -92,8 +92,8 @@ def name_tool_role(messages: list[Message], template: str) -> list[Message]:
 
 def _names(template: str, role: str) -> bool:
     """Whether a template names a role. `function` and `tool_response` are keys and marks in templates, too."""
-    before = r"role\W{0,4}\s*(==|!=|in)\s*[\[(]?\s*" if role in ("function", "tool_response") else ""
-    return re.search(rf"{before}[\"']{role}[\"']", template) is not None
+    compared = r"role\W{0,4}\s*(?:(?:==|!=)\s*|in\s*[\[(][^\])]*)" if role in ("function", "tool_response") else ""
+    return re.search(rf"{compared}[\"']{role}[\"']", template) is not None
 
 
 def _can_take_calls(before: Message, message: Message) -> bool:

@@ -198,12 +198,12 @@ def _says(head: Chat, text: str) -> bool:
 
 
 def _tells(chat: Chat, text: str) -> bool:
-    rest = _without_space(text)
-    for message in chat:
-        marks, found, rest = rest.partition(_without_space(message["content"]))
+    rest, said = _without_space(text), [_without_space(message["content"]) for message in chat]
+    for content in filter(None, said):
+        marks, found, rest = rest.partition(content)
         if not found or not _MARKS.fullmatch(marks):
             return False
-    return _MARKS.fullmatch(rest) is not None
+    return any(said) and _MARKS.fullmatch(rest) is not None
 
 
 def _without_space(text: str) -> str:
@@ -211,8 +211,8 @@ def _without_space(text: str) -> str:
 
 
 def _last(chat: Chat) -> str:
-    asked = [message["content"] for message in chat if message["role"] == "user"]
-    return (asked or [message["content"] for message in chat] or [""])[-1]
+    asked = [str(message["content"]) for message in chat if message["role"] == "user"]
+    return (asked or [str(message["content"]) for message in chat] or [""])[-1]
 
 
 def _contradiction(said: str, head: Chat, column: str) -> FormError:

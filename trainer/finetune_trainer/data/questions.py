@@ -47,7 +47,7 @@ def _last_turn(messages: list[Message]) -> Prompt | None:
 
 
 def _is_answer(message: Message) -> bool:
-    return message["role"] == "assistant" and message.get("train", True)
+    return message["role"] == "assistant" and "train" not in message
 
 
 def has_reference(example: Example) -> bool:

@@ -1,4 +1,4 @@
-"""Faults of what a job reads and where it writes: storage, data, rewards, evaluations, teachers; and notes on its rows."""
+"""Faults of what a job reads and where it writes, and notes on how its rows are read."""
 
 from __future__ import annotations
 
