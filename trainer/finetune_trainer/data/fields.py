@@ -11,10 +11,10 @@ from finetune_api.data import DataSpec, RowKind
 from finetune_api.problems import did_you_mean, nearest
 from finetune_trainer.data.messages import Message, read_messages
 from finetune_trainer.data.readers import Row
-from finetune_trainer.data.recognise import is_chat, recognise, suggestion
+from finetune_trainer.data.recognise import decoded_chat, recognise, suggestion
 from finetune_trainer.data.tools import read_tools
 from finetune_trainer.data.transcripts import parse_transcript
-from finetune_trainer.data.values import EmptyRow, FormError, kind_name, parse_json
+from finetune_trainer.data.values import EmptyRow, FormError, kind_name
 
 NEEDED: dict[RowKind, str] = {
     "text": "`text`",
@@ -121,28 +121,17 @@ def read_fields(row: Row, spec: DataSpec, kind: RowKind) -> Fields:
         FormError: a template names a column that is not there, or a recognised form is not kept to.
         EmptyRow: a row of a recognised form has no answer.
     """
-    given = {name: row[column] for name, column in spec.columns.model_dump().items() if row.get(column) is not None}
-    given |= {name: _decoded(given[name]) for name in CHATS if name in given}
+    given = {name: row[column] for name, column in spec.columns if row.get(column) is not None}
+    given |= {name: decoded_chat(given[name]) for name in CHATS if name in given}
     if spec.template is not None:
         given.pop("system", None)
         templates = spec.template.model_dump(exclude_none=True)
         given |= {name: fill(template, row) for name, template in templates.items()}
         return Fields(row, spec, kind, given, frozenset(templates))
-    form = recognise({name: _decoded(value) for name, value in row.items()}, given, spec, kind)
+    form = recognise(row, given, spec, kind)
     if form is None:
         return Fields(row, spec, kind, given, frozenset())
     return Fields(row, spec, kind, given | form.fields, frozenset(form.texts), form.note, form.column)
-
-
-def _decoded(value: Any) -> Any:
-    """A list of messages that a table keeps as JSON; any other value as it is."""
-    if not isinstance(value, str) or not re.match(r"\s*\[\s*\{", value):
-        return value
-    try:
-        decoded = parse_json(value, "")
-    except FormError:
-        return value
-    return decoded if is_chat(decoded) else value
 
 
 def tools_column(row: Row, spec: DataSpec) -> str | None:

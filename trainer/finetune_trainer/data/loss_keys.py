@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from finetune_trainer.data.values import FormError, kind_name
@@ -15,6 +16,7 @@ _LOSS_WORDS = {"weight", "weights", "loss", "losses", "train", "trained", "train
 _LOSS_WORDS |= {"mask", "masks", "masked", "masking"}
 
 
+@lru_cache(maxsize=1024)
 def bears_on_loss(key: str) -> bool:
     """Return whether the key's name says something about the loss, such as `loss_scale`, `masked` or `trainDetail`."""
     return any(word.lower() in _LOSS_WORDS for word in _WORDS.findall(key))
@@ -31,6 +33,8 @@ def carries_loss(message: dict[str, Any], role: str, where: str) -> bool:
             loss on a message that is not an assistant's.
     """
     said = {key: _flag(key, value, where) for key, value in message.items() if value is not None and bears_on_loss(key)}
+    if not said:
+        return True
     if len(set(said.values())) > 1:
         raise FormError(f"{where}: {' and '.join(f'`{key}`' for key in said)} contradict each other: keep one of them")
     if role != "assistant" and any(said.values()):

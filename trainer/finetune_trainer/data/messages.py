@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from finetune_api.problems import did_you_mean, nearest
 from finetune_trainer.data.loss_keys import bears_on_loss, carries_loss
@@ -111,7 +111,7 @@ def _read(given: Any, where: str) -> Message:
             raise FormError(f"{where} is a call of a tool without content, expected the JSON of `{{name, arguments}}`")
     else:
         calls = read_calls(given, where)
-        content = _text(content, role, bool(calls) or _reasons(given), given, where)
+        content = _text(content, role, bool(calls), given, where)
     loss = carries_loss(given, role, where)
     message = {"role": role, "content": content, **_others(given)}
     message |= {"tool_calls": calls} if calls else {}
@@ -121,7 +121,7 @@ def _read(given: Any, where: str) -> Message:
 def _others(given: Message) -> Message:
     """The keys that templates may read, as they are."""
     rest = {key: value for key, value in given.items() if key not in _READ and not bears_on_loss(key)}
-    cleaned: Message = without_nulls(rest)
+    cleaned: Message = without_nulls(rest) if rest else rest
     return cleaned
 
 
@@ -172,16 +172,12 @@ def _reasons(given: Message) -> bool:
     return any(given.get(key) for key in REASONING)
 
 
-def _text(value: Any, role: str, may_lack: bool, given: Message, where: str) -> str:
-    """The content as one string.
-
-    Args:
-        may_lack: the message has calls or reasoning, so it needs no text.
-    """
+def _text(value: Any, role: str, calls: bool, given: Message, where: str) -> str:
+    """The content as one string; a message with calls or reasoning needs none."""
     if isinstance(value, str):
         return value
     if value is None or value == []:
-        return _no_text(may_lack, given, where)
+        return "" if calls or _reasons(given) else _no_text(given, where)
     if isinstance(value, list) and not (role in TOOL_ROLES and not any(_is_part(part) for part in value)):
         return "".join(_part(part, f"{where}.content[{index}]") for index, part in enumerate(value))
     if role in TOOL_ROLES and isinstance(value, dict | list | int | float):
@@ -189,9 +185,7 @@ def _text(value: Any, role: str, may_lack: bool, given: Message, where: str) -> 
     raise FormError(f"{where}: `role` and `content` must be strings")
 
 
-def _no_text(may_lack: bool, given: Message, where: str) -> str:
-    if may_lack:
-        return ""
+def _no_text(given: Message, where: str) -> NoReturn:
     if "content" not in given and "value" not in given:
         raise FormError(f"{where} has {sorted(given)}, expected `role` and `content`")
     raise FormError(f"{where}.{_content_key(given)} is empty (null): expected a string, text parts or `tool_calls`")

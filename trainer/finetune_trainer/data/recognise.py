@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune_api.data import DataSpec, RowKind
 from finetune_trainer.data.messages import SPEAKERS
-from finetune_trainer.data.values import EmptyRow, FormError, kind_name
+from finetune_trainer.data.values import EmptyRow, FormError, kind_name, parse_json
 
 Row = dict[str, Any]
 Turns = list[dict[str, str]]
@@ -57,22 +57,22 @@ def recognise(row: Row, given: Row, spec: DataSpec, kind: RowKind) -> Form | Non
 
 def _prompt_of_pair(row: Row, given: Row, spec: DataSpec) -> Form | None:
     """The prompt of a pair whose answers alone are in `chosen` and `rejected`."""
-    column = next((name for name in ("messages", *CONVERSATIONS) if is_chat(row.get(name))), None)
+    column, chat = _conversation(row, "messages", *CONVERSATIONS)
     if column is not None and _are_answers(given["chosen"]):
-        if _speaker(row[column][-1]) == "assistant":
+        if _speaker(chat[-1]) == "assistant":
             raise FormError(f"`{column}` ends with an answer, and `chosen` and `rejected` are others: leave it out")
-        return Form({"prompt": row[column]}, note=f"the prompt's turns from column `{column}`", column=column)
+        return Form({"prompt": chat}, note=f"the prompt's turns from column `{column}`", column=column)
     if isinstance(row.get("instruction"), str) and isinstance(given["chosen"], str) and not spec.transcript:
         return _alpaca_pair(row)
     return None
 
 
 def _sharegpt(row: Row) -> Form | None:
-    column = next((name for name in CONVERSATIONS if is_chat(row.get(name))), None)
+    column, chat = _conversation(row, *CONVERSATIONS)
     if column is None:
         return None
-    style = "conversations" if row[column][0].get("role") is not None else "ShareGPT conversations"
-    return Form({"messages": row[column]}, note=f"{style} from column `{column}`", column=column)
+    style = "conversations" if chat[0].get("role") is not None else "ShareGPT conversations"
+    return Form({"messages": chat}, note=f"{style} from column `{column}`", column=column)
 
 
 def _alpaca(row: Row, kind: RowKind) -> Form | None:
@@ -118,8 +118,24 @@ def _string(value: Any, name: str) -> str:
     return value or ""
 
 
-def is_chat(value: Any) -> bool:
-    """Return whether it is a list of messages."""
+def _conversation(row: Row, *columns: str) -> tuple[str | None, list[Row]]:
+    """The first of the columns that holds a list of messages, and the list."""
+    found = ((name, decoded_chat(row.get(name))) for name in columns)
+    return next(((name, chat) for name, chat in found if _is_chat(chat)), (None, []))
+
+
+def decoded_chat(value: Any) -> Any:
+    """Return the list of messages that a table keeps as JSON; any other value as it is."""
+    if not isinstance(value, str) or not value[:100].lstrip().startswith("["):
+        return value
+    try:
+        decoded = parse_json(value, "")
+    except FormError:
+        return value
+    return decoded if _is_chat(decoded) else value
+
+
+def _is_chat(value: Any) -> bool:
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return False
     return any(value[0].get(role) is not None for role in ("role", "from"))
@@ -147,7 +163,7 @@ def suggestion(row: Row, kind: RowKind) -> str | None:
     if kind == "text":
         column = next((name for name in TEXTS if name in strings), strings[0] if len(strings) == 1 else None)
         return f"columns: {{text: {column}}}" if column else None
-    chat = next((name for name, value in row.items() if is_chat(value)), None)
+    chat = next((name for name, value in row.items() if _is_chat(decoded_chat(value))), None)
     if chat is not None and kind != "preference":
         return f"columns: {{messages: {chat}}}"
     asked = next((name for name in QUESTIONS if name in strings), None)
