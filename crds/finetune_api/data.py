@@ -102,6 +102,12 @@ class Columns(ApiModel):
     rejected: Column = "rejected"
     """Rejected answer, in the same form as `chosen`."""
 
+    @property
+    def named(self) -> set[str]:
+        """The fields that differ from the standard names: those that a job names. It holds after a round through JSON,
+        which sets every field."""
+        return {name for name, value in self if value != type(self).model_fields[name].default}
+
 
 class RowTemplate(ApiModel):
     """Text made from a row's columns, `{column}` by `{column}`; `{{` is a literal brace."""

@@ -24,7 +24,9 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 
 
 def spec_of(**fields: Any) -> DataSpec:
-    return DataSpec.model_validate({"sources": [{"inline": [{"text": "x"}]}], **fields})
+    """As workers have it, for whom a round through JSON has set every field."""
+    spec = DataSpec.model_validate({"sources": [{"inline": [{"text": "x"}]}], **fields})
+    return DataSpec.model_validate_json(spec.model_dump_json(by_alias=True))
 
 
 @pytest.mark.parametrize(

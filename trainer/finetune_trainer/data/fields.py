@@ -146,7 +146,7 @@ def tools_column(row: Row, spec: DataSpec) -> str | None:
         return None
     if row.get(column):
         return column
-    if "tools" in spec.columns.model_fields_set:
+    if "tools" in spec.columns.named:
         if column not in row and nearest(column, row):
             raise FormError(f"no column `{column}` for the tools{did_you_mean(column, row)}")
         return None

@@ -171,7 +171,7 @@ def _plain_pair(given: Fields, chosen: str, rejected: str) -> Example:
     if prompt is not None:
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     column = forgotten_prompt(given.row, chosen, rejected)
-    if column is not None and "prompt" not in given.spec.columns.model_fields_set:
+    if column is not None and "prompt" not in given.spec.columns.named:
         raise FormError(
             f"the row has no `prompt`, and its answers do not repeat what column `{column}` says: set "
             f"`columns: {{prompt: {column}}}` if that is what they answer, else `columns: {{prompt: none}}`"

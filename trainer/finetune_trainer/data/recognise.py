@@ -46,7 +46,7 @@ def recognise(row: Row, given: Row, spec: DataSpec, kind: RowKind) -> Form | Non
     Raises:
         FormError: the row has a known form, and a value in it has another.
     """
-    if kind == "text" or spec.template is not None or spec.columns.model_fields_set & FORMS:
+    if kind == "text" or spec.template is not None or spec.columns.named & FORMS:
         return None
     if "chosen" in given and "rejected" in given and kind != "sft":
         return None if "prompt" in given else _prompt_of_pair(row, given, spec)
