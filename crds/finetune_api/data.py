@@ -87,7 +87,7 @@ class Columns(ApiModel):
     text: Column = "text"
     """Plain text."""
     messages: Column = "messages"
-    """Conversation: a list of `{role, content}` (`{from, value}` is understood too)."""
+    """Conversation: a list of `{role, content}` or `{from, value}`."""
     system: Column = "system"
     """System message that stands before the row's conversation. Strings in `prompt` and its answers are a
     conversation, too, where the row has this column. It is not read where `template` is set."""
@@ -98,7 +98,7 @@ class Columns(ApiModel):
     completion: Column = "completion"
     """Completion: a string or a list of messages."""
     chosen: Column = "chosen"
-    """Preferred answer: a string or a list of messages, with or without the prompt before it."""
+    """Preferred answer: a string, a message or a list of messages, with or without the prompt before it."""
     rejected: Column = "rejected"
     """Rejected answer, in the same form as `chosen`."""
 
