@@ -138,6 +138,8 @@ def test_what_the_job_names_comes_first() -> None:
         ({"question": "a", "answer": "b"}, "prompt", "columns: {prompt: question}"),
         ({"title": "x", "content": "a"}, "text", "columns: {text: content}"),
         ({"question": "a", "chosen": "b", "rejected": "c"}, "preference", "columns: {prompt: question}"),
+        ({"question": "a", "system": "s", "chosen": "b", "rejected": "c"}, "preference", "columns: {prompt: question}"),
+        ({"query": "a", "chosen": [REPLY], "rejected": [WORSE]}, "preference", "columns: {prompt: query}"),
     ],
 )
 def test_the_line_of_settings_is_named_and_reads(row: dict[str, Any], kind: Kind, line: str) -> None:
@@ -162,6 +164,13 @@ def test_recognised_rows_that_can_not_be_read(row: dict[str, Any], reason: str) 
         normalise(row, spec_of(), "sft")
     with pytest.raises(EmptyRow):
         normalise({"instruction": "a", "output": ""}, spec_of(), "sft")
+
+
+def test_a_question_that_the_answers_repeat_is_their_prompt() -> None:
+    row = {"question": "a?", "chosen": "Q: a? A: b", "rejected": "Q: a? A: c"}
+    assert normalise(row, spec_of(), "preference")["prompt"] == "Q: a? A:"
+    chats = {"question": "short", "chosen": [ASK, REPLY], "rejected": [ASK, WORSE]}
+    assert normalise(chats, spec_of(), "preference")["prompt"] == [ASK]
 
 
 def test_it_is_told_once_per_source(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -18,7 +18,14 @@ def conversation(role: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("role", "meant"),
-    [("usr", "user"), ("User", "user"), ("human", "user"), ("gpt", "assistant"), ("asistant", "assistant")],
+    [
+        ("usr", "user"),
+        ("User", "user"),
+        ("human", "user"),
+        ("gpt", "assistant"),
+        ("model", "assistant"),
+        ("asistant", "assistant"),
+    ],
 )
 def test_slips_are_told(role: str, meant: str) -> None:
     with pytest.raises(FormError, match=f"did you mean `{meant}`"):

@@ -125,6 +125,15 @@ def test_a_misspelt_column_of_tools() -> None:
         normalise({"messages": [ASK, REPLY], "tools": [WEATHER]}, spec, "sft")
 
 
+def test_tools_are_in_the_key_of_what_is_stored(tmp_path: Path) -> None:
+    """Another column of tools is another meaning of the same files."""
+    write_jsonl(tmp_path / "x.jsonl", [{"messages": [ASK, REPLY], "tools": [WEATHER], "others": [ADD]}])
+    for column, expected in (("tools", [WEATHER]), ("others", [ADD]), ("none", None)):
+        spec = DataSpec.model_validate({"sources": [{"file": "x.jsonl"}], "columns": {"tools": column}})
+        store = open_table(spec, "sft", "d", tmp_path / "cache", tmp_path, lambda message: None)
+        assert store[0].get("tools") == expected
+
+
 def call(name: str, **arguments: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": [_call(name, arguments)]}
 

@@ -158,24 +158,29 @@ def _preference(given: Fields) -> Example:
     marked = bool({"prompt", "chosen", "rejected"} & given.texts)
     strings = isinstance(chosen, str) and given.spec.transcript is None
     strings = strings and not isinstance(given.values.get("prompt"), list)
+    if given.values.get("prompt") is None and "prompt" not in given.spec.columns.named:
+        _refuse_forgotten(given)
     if strings and not marked and not given.is_chat:
-        return _plain_pair(given, chosen, rejected)
+        return _plain_pair(given.values.get("prompt"), chosen, rejected)
     answers = [given.turns(name, "assistant") for name in ("chosen", "rejected")]
     made = split(_asked(given), answers, given.spec.columns.prompt)
     prompt = put_system(given.system, made.prompt)
     return {"prompt": prompt, "chosen": made.answers[0], "rejected": made.answers[1], "templated": marked or strings}
 
 
-def _plain_pair(given: Fields, chosen: str, rejected: str) -> Example:
-    prompt = given.values.get("prompt")
-    if prompt is not None:
-        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    column = forgotten_prompt(given.row, chosen, rejected)
-    if column is not None and "prompt" not in given.spec.columns.named:
+def _refuse_forgotten(given: Fields) -> None:
+    """Refuse a pair without a prompt beside a column that says what it answers."""
+    column = forgotten_prompt(given.row, given.values["chosen"], given.values["rejected"])
+    if column is not None:
         raise FormError(
             f"the row has no `prompt`, and its answers do not repeat what column `{column}` says: set "
             f"`columns: {{prompt: {column}}}` if that is what they answer, else `columns: {{prompt: none}}`"
         )
+
+
+def _plain_pair(prompt: Any, chosen: str, rejected: str) -> Example:
+    if prompt is not None:
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     if chosen == rejected:
         return {"prompt": "", "chosen": chosen, "rejected": rejected}
     from trl.data_utils import extract_prompt

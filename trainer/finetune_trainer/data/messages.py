@@ -29,7 +29,8 @@ SPEAKERS |= {name: "assistant" for name in ("gpt", "assistant", "chatgpt", "mode
 SPEAKERS |= {name: name for name in ("system", "developer", "function_call", "tool_call", "function")}
 SPEAKERS |= {name: "tool" for name in ("tool", "observation", "function_response", "tool_response", "ipython")}
 """Roles by what ShareGPT's `from` calls them, in lower case and with underscores."""
-SLIPS = {"human": "user", "gpt": "assistant"}
+SLIPS = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "model", "bot", "chatbot", "ai"), "assistant")
+"""What other tools call a role, in rows that have `role` and should have ours."""
 CALL_ROLES = ("function_call", "tool_call")
 """Roles of a message whose content is the JSON of a call: LLaMA-Factory's and ms-swift's."""
 TOOL_ROLES = ("tool", "ipython", "observation", "function", "tool_response")

@@ -179,7 +179,13 @@ def _template(row: Row, asked: str, answer: str) -> str:
     return f'template: {{prompt: "{prompt}", completion: "{{{answer}}}"}}'
 
 
-def forgotten_prompt(row: Row, chosen: str, rejected: str) -> str | None:
-    """Return the column that most likely asks what two texts answer, where neither holds what it asks."""
-    asked = (name for name in QUESTIONS if isinstance(row.get(name), str) and row[name].strip())
-    return next((name for name in asked if not (row[name].strip() in chosen and row[name].strip() in rejected)), None)
+def forgotten_prompt(row: Row, chosen: Any, rejected: Any) -> str | None:
+    """Return the column that most likely asks what the sides of a pair answer, where they hold the answers alone.
+
+    Two texts hold more where they repeat what the column says.
+    """
+    if not _are_answers(chosen) or not _are_answers(rejected):
+        return None
+    sides = [side for side in (chosen, rejected) if isinstance(side, str)]
+    asked = ((name, row[name].strip()) for name in QUESTIONS if isinstance(row.get(name), str))
+    return next((name for name, text in asked if text and not (sides and all(text in side for side in sides))), None)
