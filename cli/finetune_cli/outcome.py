@@ -31,9 +31,12 @@ def guarded(action: Callable[[], None]) -> None:
     except Interrupted as error:
         _fail(ExitCode.INTERRUPTED, [f"{error}; run again with --resume"])
     except OutOfMemory as error:
-        _fail(ExitCode.OUT_OF_MEMORY, [str(error), "out of memory: `finetune plan` shows what takes it"])
+        _fail(
+            ExitCode.OUT_OF_MEMORY, [str(error), error.advice or "out of memory: `finetune plan` shows what takes it"]
+        )
     except TrainingFailed as error:
-        _fail(ExitCode.FAILED, [str(error), "failed; checkpoints are kept: run again with --resume"])
+        advice = [error.advice] if error.advice else []
+        _fail(ExitCode.FAILED, [str(error), *advice, "failed; checkpoints are kept: run again with --resume"])
 
 
 def _fail(code: ExitCode, lines: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Any
 
-from finetune_operator.conditions import moment
+from finetune_operator.conditions import Reason, moment
 from finetune_operator.settings import Settings
 
 Json = dict[str, Any]
@@ -67,6 +67,20 @@ def next_start(status: Json, settings: Settings) -> datetime | None:
         return ended
     wait = settings.backoff_seconds * 2 ** min(max(failures(status), 1) - 1, 20)
     return ended + timedelta(seconds=min(wait, settings.backoff_cap_seconds))
+
+
+def avoided(status: Json) -> tuple[str, ...]:
+    """Return the nodes that the next attempt must keep away from: a GPU there has broken an earlier one.
+
+    Empty again after an attempt for which no other node was found in time: a node that may work is better than none.
+    """
+    nodes: dict[str, None] = {}
+    for record in records(status):
+        if record.get("reason") == Reason.UNSCHEDULABLE.value:
+            nodes.clear()
+        elif "faultyNode" in record:
+            nodes[record["faultyNode"]] = None
+    return tuple(nodes)
 
 
 def trimmed(status: Json) -> None:

@@ -228,6 +228,9 @@ def _unready(draft: Draft, run: RunView) -> str:
 
 def _stuck(draft: Draft, run: RunView, reason: Reason, message: str) -> None:
     """Say what holds the pods up; after a while delete the run, which then counts as failed."""
+    avoided = attempts.avoided(draft.status)
+    if reason is Reason.UNSCHEDULABLE and avoided:
+        message += f" (kept away from {', '.join(avoided)}: a GPU failed there)"
     draft.set(Type.RUNNING, "False", reason, message)
     limit = patience(reason, draft.settings)
     if not limit:

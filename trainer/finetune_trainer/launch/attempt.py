@@ -55,13 +55,14 @@ def drive(config: Path, *, linger: bool = False) -> ExitCode:
 
 def say_last_word(reporter: AttemptReporter, work: Callable[[], None]) -> ExitCode:
     """Do the work; how it ended goes to the log, to the report and to the pod's termination message."""
+    node = None
     try:
         work()
         code, message = ExitCode.OK, ""
     except BaseException as error:
-        code, message = exit_code_of(error), _words(error)
+        code, message, node = exit_code_of(error), _words(error), getattr(error, "node", None)
         print(redact(message), file=sys.stderr, flush=True)
-    reporter.ended(code, message)
+    reporter.ended(code, message, node)
     try:
         TERMINATION_LOG.write_text(termination_message(reporter.report()))
     except OSError as error:

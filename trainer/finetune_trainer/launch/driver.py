@@ -177,7 +177,7 @@ class Pipeline:
         if self.stop.is_set():
             raise Interrupted("stopped; the last complete checkpoint is kept")
         kind = OutOfMemory if failure.kind is Kind.OUT_OF_MEMORY else TrainingFailed
-        raise kind(failure.text) from failure.error
+        raise kind(failure.text, failure.advice, failure.node) from failure.error
 
     def _store(self, layout: StageLayout) -> CheckpointStore:
         return CheckpointStore(self.storage, layout, Path(self.run.cache_dir, "scratch"))
