@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -88,11 +89,10 @@ def _run(config: Callable[[], RunConfig], resume: bool, fresh: bool) -> None:
     from finetune_trainer.runtime import apply_environment, quiet_environment
 
     apply_environment(quiet_environment(accelerator=True))
-    from finetune_trainer.forks.client import fork_server
-    from finetune_trainer.launch.preload import libraries, worker_modules
+    from finetune_trainer.launch.preload import forks
 
     # It imports what the workers need while this process imports the same and looks at the job.
-    with fork_server(libraries(run), worker_modules(run)):
+    with forks(run, logging.getLogger(__name__).info):
         _execute(run, resume, fresh)
 
 

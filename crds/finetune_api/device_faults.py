@@ -79,6 +79,7 @@ DEVICE_FAULTS: tuple[DeviceFault, ...] = (
         Retry.ELSEWHERE,
         "A GPU of that node is broken: look at `nvidia-smi -q -d ECC,ROW_REMAPPER` and `dmesg | grep Xid` there, "
         "then reset the GPU, reboot the node, or cordon it",
+        r"GPU fault on node \S+",  # the trainer's own words
         r"uncorrectable (?:ECC|NVLink) error",
         r"(?:contained|uncontained) (?:ECC|NVLink) error",
         r"double.bit ECC error",

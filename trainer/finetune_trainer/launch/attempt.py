@@ -9,6 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from finetune_api.exit_codes import ExitCode
@@ -71,8 +72,13 @@ def say_last_word(reporter: AttemptReporter, work: Callable[[], None]) -> ExitCo
 
 
 def _train(run: RunConfig, reporter: AttemptReporter, stop: threading.Event) -> None:
-    from finetune_trainer.launch.driver import Pipeline  # takes seconds to import: the report is served before
+    from finetune_trainer.preflight.gpu_node import require_fit_node
 
+    with ThreadPoolExecutor(1) as beside:
+        fit = beside.submit(require_fit_node, run)
+        from finetune_trainer.launch.driver import Pipeline  # takes seconds to import: the report is served before
+
+        fit.result()
     pipeline = Pipeline(run, Reporters([PlainReporter(sys.stdout), reporter]), stop)
     reporter.finished_before(pipeline.finished_stages())
     pipeline.execute(resume=True, checked=run.job.spec.kubernetes.preflight)

@@ -24,8 +24,13 @@ def faults_with_node() -> Iterator[None]:
     except Exception as error:
         found = device_fault(f"{type(error).__name__}: {error}")
         if found is not None and found.fault.retry is Retry.ELSEWHERE:
-            error.add_note(f"{_NOTE}{os.environ.get(NODE_VARIABLE) or socket.gethostname()}")
+            error.add_note(f"{_NOTE}{node_name()}")
         raise
+
+
+def node_name() -> str:
+    """Return the name of this node: Kubernetes' in a pod of the operator's, else the machine's own."""
+    return os.environ.get(NODE_VARIABLE) or socket.gethostname()
 
 
 def node_of(error: BaseException) -> str | None:
