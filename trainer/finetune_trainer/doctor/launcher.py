@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 
-def main() -> None:
-    """Print what was found: Triton's version, its compiler, and what fails."""
+def main() -> int:
+    """Print Triton's version, its compiler and what fails; return 1 where the launcher does not compile."""
     found = {"triton": None, "compiler": _compiler(), "error": "", "libcuda_error": ""}
     try:
         import triton
@@ -21,7 +21,7 @@ def main() -> None:
         from triton.runtime.build import _build
     except ImportError:
         print(json.dumps(found))
-        return
+        return 0
     found["triton"] = triton.__version__
     try:
         with tempfile.TemporaryDirectory() as directory:
@@ -34,6 +34,7 @@ def main() -> None:
     except Exception as error:
         found["libcuda_error"] = _short(error)
     print(json.dumps(found))
+    return int(bool(found["error"]))
 
 
 def _compiler() -> str | None:
