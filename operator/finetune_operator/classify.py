@@ -150,13 +150,14 @@ def _of_device(device: DeviceEnding, place: tuple[str | None, str | None], code:
 
 
 def _refused_by_a_node(pods: tuple[PodView, ...]) -> Iterable[Ending]:
-    """A node beside the driver's that found itself unfit for the job, by the checks of `finetune doctor`.
-
-    The driver itself was only told to stop.
-    """
+    """A node beside the driver's that found itself unfit for the job, by the checks of `finetune doctor`: it is set up
+    wrong, or a GPU of it does not work. The driver itself was only told to stop."""
     for pod in pods:
-        said = termination_report(pod) if pod.index and pod.exit_code == ExitCode.USER_ERROR else None
-        if said is not None and said.exit_code == ExitCode.USER_ERROR:
+        said = termination_report(pod) if pod.index else None
+        broken = device_ending(said.message or "", pods, said) if said is not None else None
+        if broken is not None and broken.node_is_faulty:
+            yield _of_device(broken, (pod.name, pod.node), pod.exit_code)
+        elif said is not None and said.exit_code == ExitCode.USER_ERROR:
             message = f"pod {pod.name} on node {pod.node}: {said.message or 'its node does not suit the job'}"
             yield Ending(Reason.USER_ERROR, _clip(message), False, True, pod.name, pod.node, pod.exit_code)
 

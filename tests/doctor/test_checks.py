@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune_api.device_faults import FaultKind
 from finetune_api.job import FineTuneJob
 from finetune_api.validation import check_job
 from finetune_trainer.doctor.examine import OF_IMAGE, OF_NODE, examine
@@ -184,6 +187,23 @@ def test_every_check_has_the_scope_under_which_it_is_listed() -> None:
         assert {check(GOOD, NEEDS).scope for check in checks} == {scope}
         assert {check(Facts(), gpu_node()).scope for check in checks} == {scope}
     assert len(examine(GOOD, NEEDS, Scope.IMAGE)) + len(examine(GOOD, NEEDS, Scope.NODE)) == len(examine(GOOD, NEEDS))
+
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
+
+
+def first_cells(heading: str) -> set[str]:
+    """The words in the first column of the table below a heading of the guide."""
+    section = GUIDE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return set(re.findall(r"^\| ([^|]+) \|", section, re.MULTILINE)[1:])
+
+
+def test_every_check_and_every_class_of_fault_is_in_the_guide() -> None:
+    named = first_cells("What a GPU node needs")
+    assert {one.name for one in examine(GOOD, NEEDS)} - named == {
+        "Host memory", "Open files (ulimit -n)", "Cache directory", "Hugging Face hub"}  # fmt: skip
+    assert "Host memory, open files, cache directory, Hugging Face hub" in named
+    assert first_cells("When a device fails") == {kind.value for kind in FaultKind}
 
 
 def job(stages: list[dict[str, Any]], model: dict[str, Any] | None = None, **spec: Any) -> FineTuneJob:

@@ -57,7 +57,10 @@ def make_root(root: Path, packages: Iterable[str]) -> Path:
 
 
 def run_inside(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the root, with this machine's Python and this repository mounted at their own paths."""
+    """Run a command in the root, with this machine's Python and this repository mounted at their own paths.
+
+    The mounts are those of a namespace of its own, and go with the command.
+    """
     mounts = [str(interpreter()), str(ROOT), str(Path(sys.prefix).resolve()), "/dev"]
     binds = " && ".join(f"mkdir -p {root}{path} && mount --rbind {path} {root}{path}" for path in dict.fromkeys(mounts))
     shell = f'{binds} && exec chroot {root} "$@"'

@@ -28,7 +28,7 @@ def packages() -> list[str]:
 def test_the_image_s_packages_compile_triton_s_launcher(packages: list[str], tmp_path: Path) -> None:
     """Compiled, linked with a stand-in of the driver's library, and loaded, in a root that holds nothing else."""
     root = make_root(tmp_path / "root", packages)
-    done = run_inside(root, sys.executable, str(LAUNCHER))
+    done = run_inside(root, sys.executable, "-P", str(LAUNCHER))
     assert json.loads(done.stdout)["error"] == "", done.stderr
     whole = run_inside(root, sys.executable, str(WHOLE), "/tmp")
     assert whole.returncode == 0 and whole.stdout.split()[-1] == "True", whole.stderr
@@ -36,7 +36,7 @@ def test_the_image_s_packages_compile_triton_s_launcher(packages: list[str], tmp
 
 def test_an_image_without_a_compiler_fails_as_triton_says(packages: list[str], tmp_path: Path) -> None:
     root = make_root(tmp_path / "root", [name for name in packages if name not in COMPILER])
-    done = run_inside(root, sys.executable, str(LAUNCHER))
+    done = run_inside(root, sys.executable, "-P", str(LAUNCHER))
     assert json.loads(done.stdout)["error"] == "Failed to find C compiler." and done.returncode == 1
 
 

@@ -105,6 +105,16 @@ def test_a_node_beside_the_driver_s_that_found_itself_unfit() -> None:
     assert found.message == "pod tiny-1-1-x on node node-b: driver 550 is too old"
 
 
+def test_a_node_beside_the_driver_s_whose_gpu_does_not_work() -> None:
+    told = said(
+        1, "GPU fault on node node-b: CUDA: found not usable, needed a kernel that runs on each GPU", node="node-b"
+    )
+    unfit = pod(index=1, node="node-b", exit_code=1, phase="Failed", termination_message=told)
+    found = classify(FAILED, (ended("stopped at step 0", code=75), unfit), None)
+    assert (found.reason, found.retryable, found.counts) == (Reason.GPU_FAULT, True, True)
+    assert (found.faulty_node, found.node) == (True, "node-b")
+
+
 SPEC: dict[str, Any] = {"resources": {"gpusPerNode": 8}, "runPolicy": {"backoffLimit": 3}}
 
 

@@ -70,7 +70,7 @@ def _without_version(facts: Facts) -> str:
 
 def _driver_remedy(least: str | None) -> str:
     which = f"NVIDIA driver {least} or newer" if least else "the NVIDIA driver"
-    return f"Install {which} on the node, or use an image whose torch is built for an older CUDA"
+    return f"Install {which} on the node, use an image with a torch for an older CUDA, or set gpusPerNode to 0 (CPUs)"
 
 
 def gpus(facts: Facts, needs: Needs) -> Finding:

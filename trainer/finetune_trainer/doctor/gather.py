@@ -68,8 +68,8 @@ def gather_image() -> Facts:
 
 
 def _toolchain(answer: dict[str, Any]) -> Toolchain:
-    return Toolchain(**{name: answer.get(name) or default for name, default in
-                        (("triton", None), ("compiler", None), ("error", ""), ("libcuda_error", ""))})  # fmt: skip
+    words = (answer.get("error") or "", answer.get("libcuda_error") or "")
+    return Toolchain(answer.get("triton"), answer.get("compiler"), *words)
 
 
 def _torch(answer: dict[str, Any]) -> Torch:

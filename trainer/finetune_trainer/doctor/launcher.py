@@ -14,11 +14,11 @@ from pathlib import Path
 
 def main() -> int:
     """Print Triton's version, its compiler and what fails; return 1 where the launcher does not compile."""
-    found = {"triton": None, "compiler": _compiler(), "error": "", "libcuda_error": ""}
+    found: dict[str, str | None] = {"triton": None, "compiler": _compiler(), "error": "", "libcuda_error": ""}
     try:
-        import triton
-        from triton.backends.nvidia import driver
-        from triton.runtime.build import _build
+        import triton  # type: ignore[import-untyped]
+        from triton.backends.nvidia import driver  # type: ignore[import-untyped]
+        from triton.runtime.build import _build  # type: ignore[import-untyped]
     except ImportError:
         print(json.dumps(found))
         return 0

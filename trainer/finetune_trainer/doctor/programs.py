@@ -18,7 +18,7 @@ def answer_of(program: Path, *arguments: str) -> dict[str, Any]:
 
     One that dies, such as by a driver's signal, or does not end in time, answers with an `error` that says so.
     """
-    command = [sys.executable, str(program), *arguments]
+    command = [sys.executable, "-P", str(program), *arguments]  # this folder's modules are not for the libraries
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:

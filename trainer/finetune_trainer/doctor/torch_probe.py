@@ -7,13 +7,14 @@ megabytes of it. The packages are optional ones whose import is tried, since the
 import importlib
 import json
 import sys
+from typing import Any
 
 
 def main(packages: list[str]) -> None:
     """Print torch's build, each GPU, and what fails."""
-    found = {"error": "", "gpus": [], "nccl": None, "architectures": [], "imports": {}}
+    found: dict[str, Any] = {"error": "", "gpus": [], "nccl": None, "architectures": [], "imports": {}}
     try:
-        import torch
+        torch = importlib.import_module("torch")
     except Exception as error:
         found["error"] = _short(error)
         print(json.dumps(found))
@@ -32,19 +33,19 @@ def main(packages: list[str]) -> None:
     print(json.dumps(found))
 
 
-def _nccl(torch) -> str | None:
+def _nccl(torch: Any) -> str | None:
     try:
         return ".".join(map(str, torch.cuda.nccl.version()))
     except Exception:
         return None  # a torch without NCCL has no function for its version
 
 
-def _properties(torch, number: int) -> dict:
+def _properties(torch: Any, number: int) -> dict[str, Any]:
     found = torch.cuda.get_device_properties(number)
     return {"name": found.name, "capability": [found.major, found.minor], "memory": found.total_memory}
 
 
-def _compute(torch, number: int) -> None:
+def _compute(torch: Any, number: int) -> None:
     """Add on a GPU, and read the sum back: a broken GPU, or one without code for it, shows here."""
     if int((torch.ones(8, device=f"cuda:{number}") + 1).sum().item()) != 16:
         raise RuntimeError(f"GPU {number} adds wrongly")
