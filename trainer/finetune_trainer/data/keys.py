@@ -18,7 +18,7 @@ from finetune_trainer.data.forms import Kind
 from finetune_trainer.data.readers import TEXT_PIECE, DataFile
 from finetune_trainer.data.sources import Located, hub_dataset
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised with every change of what is written."""
 WHOLE, SAMPLE, SAMPLES = 64 << 20, 1 << 20, 16
 

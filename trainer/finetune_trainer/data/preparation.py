@@ -206,16 +206,27 @@ def _build_part(root: Path, name: str, plan: Plan, part: Part) -> Stats:
 
 
 def _check(stats: Stats, plan: Plan, part: Part) -> None:
-    problems = _row_faults(stats, part.where)
-    if stats.too_long:
-        problems.append(_too_long(stats, plan))
-    elif not problems and not stats.written:
-        problems.append(Problem(part.where, _nothing_left(stats, plan.encoding)))
-    if 2 * stats.dropped[IDENTICAL] > stats.rows:
-        message = f"chosen equals rejected in {stats.dropped[IDENTICAL]} of {stats.rows} pairs: there is no preference"
-        problems.append(Problem(part.where, message))
+    problems = stats_problems(stats, plan.encoding, plan.where, part.where)
     if problems:
         raise UserError(problems)
+
+
+def stats_problems(stats: Stats, encoding: Encoding, where: str, data_where: str) -> list[Problem]:
+    """Return what is wrong with rows by what tokenising them counted.
+
+    Args:
+        where: the stage's path, such as `stages[1].sft`.
+        data_where: the data's path, such as `stages[1].sft.data`.
+    """
+    problems = _row_faults(stats, data_where)
+    if stats.too_long:
+        problems.append(_too_long(stats, encoding, where))
+    elif not problems and not stats.written:
+        problems.append(Problem(data_where, _nothing_left(stats, encoding)))
+    if 2 * stats.dropped[IDENTICAL] > stats.rows:
+        message = f"chosen equals rejected in {stats.dropped[IDENTICAL]} of {stats.rows} pairs: there is no preference"
+        problems.append(Problem(data_where, message))
+    return problems
 
 
 def _row_faults(stats: Stats, where: str) -> list[Problem]:
@@ -229,17 +240,17 @@ def _row_faults(stats: Stats, where: str) -> list[Problem]:
     ]
 
 
-def _too_long(stats: Stats, plan: Plan) -> Problem:
+def _too_long(stats: Stats, encoding: Encoding, where: str) -> Problem:
     rows = ", ".join(f"row {row} ({length})" for row, length in stats.too_long[:SHOWN])
-    limit = plan.encoding.limit
-    if plan.encoding.kind == "prompt":
+    limit = encoding.limit
+    if encoding.kind == "prompt":
         message = f"{len(stats.too_long)} of {stats.rows} prompts are longer than {limit} tokens; the longest has "
-        return Problem(f"{plan.where}.maxPromptLength", f"{message}{stats.longest}: {rows}. Set overflow: drop")
+        return Problem(f"{where}.maxPromptLength", f"{message}{stats.longest}: {rows}. Set overflow: drop")
     return Problem(
-        f"{plan.where}.maxLength",
+        f"{where}.maxLength",
         f"{len(stats.too_long)} of {stats.rows} examples are longer than {limit} tokens; the longest has "
         f"{stats.longest}: {rows}. Set maxLength up to the model's context to cut them, or overflow: truncate, drop"
-        f"{' or split' if plan.encoding.kind == 'sft' else ''}",
+        f"{' or split' if encoding.kind == 'sft' else ''}",
     )
 
 
@@ -266,6 +277,7 @@ def _report(plan: Plan, parts: dict[str, Part], counts: dict[str, Stats], second
         truncated_tokens=train.truncated_tokens,
         dropped=dict(train.dropped) | unread,
         dropped_tokens=train.dropped_tokens,
+        notes=dict(train.notes),
         longest=train.longest,
         packed_rows=train.written if blocks else None,
         packing_efficiency=train.tokens / room if blocks and room else None,
