@@ -12,7 +12,18 @@ Prompt = dict[str, Any]
 
 
 def prompt_of(example: Example, kind: Kind) -> Prompt | None:
-    """A row as a prompt; None where nothing is left to answer."""
+    """A row as a prompt; None where nothing is left to answer.
+
+    It has `messages` (with `tools`, where the row has them) or `prompt` (plain text), and `reference`, what the row
+    goes on with.
+    """
+    asked = _asked(example, kind)
+    if asked is None or "messages" not in asked or not example.get("tools"):
+        return asked
+    return {**asked, "tools": example["tools"]}
+
+
+def _asked(example: Example, kind: Kind) -> Prompt | None:
     if kind == "prompt":
         name = "prompt" if isinstance(example["prompt"], str) else "messages"
         return {name: example["prompt"], "reference": example["columns"].get("reference")}

@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from finetune_api.problems import Problem
 from finetune_trainer.data.encode import Encoder, Encoding
+from finetune_trainer.data.template import Tools
 from finetune_trainer.errors import UserError
 from finetune_trainer.esft.zero3 import undivided_loading
 from finetune_trainer.model.config import context_length, load_tokenizer
@@ -32,8 +33,11 @@ class RewardModel:
         self.limit = context_length(model.config)
         self.encoder = Encoder(tokenizer, Encoding("preference", None))
 
-    def __call__(self, prompts: list[Any], completions: list[Any], **_: Any) -> list[float | None]:
-        ids = [self.encoder.whole(*pair)[: self.limit] for pair in zip(prompts, completions, strict=True)]
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], tools: list[Tools] | None = None, **_: Any
+    ) -> list[float | None]:
+        pairs = zip(prompts, completions, tools or [None] * len(prompts), strict=True)
+        ids = [self.encoder.whole(*pair)[: self.limit] for pair in pairs]
         scores: list[float | None] = []
         for start in range(0, len(ids), BATCH):
             scores += self._scores(ids[start : start + BATCH])

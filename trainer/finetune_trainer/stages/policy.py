@@ -102,7 +102,7 @@ class PolicyTrainer(StageTrainer):
         other's."""
         self.model.train()
         whole: Batch = self._generate_and_score_completions(
-            [{"prompt": row.prompt, **row.columns} for row in self.asked[0] for _ in range(self.num_generations)]
+            [{"prompt": row.prompt, **row.fields} for row in self.asked[0] for _ in range(self.num_generations)]
         )
         length = float(self._metrics["train"]["completions/mean_length"][-1])
         if self.stage.algorithm == "rloo":
@@ -197,7 +197,7 @@ class PolicyTrainer(StageTrainer):
     def _worth(self, rows: list[PromptRow], texts: list[str], ids: list[list[int]]) -> list[list[float | None]]:
         prompts = [row.prompt for row in rows]
         completions = [row.completion(text) for row, text in zip(rows, texts, strict=True)]
-        columns = columns_of([row.columns for row in rows])
+        columns = columns_of([row.fields for row in rows])
         own = {"trainer_state": self.state, "log_extra": _ignore, "log_metric": _ignore}
         return [reward(prompts, completions, completion_ids=ids, **columns | own) for reward in self.rewards]
 

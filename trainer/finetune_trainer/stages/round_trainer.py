@@ -131,7 +131,7 @@ class RoundTrainer(StageTrainer):
         groups = [found[start : start + each] for start in range(0, len(found), each)]
         answers = [[row.completion(one.text) for one in group] for row, group in zip(rows, groups, strict=True)]
         ids = [[one.tokens for one in group] for group in groups]
-        scores = self.judge([row.prompt for row in rows], answers, ids, [row.columns for row in rows])
+        scores = self.judge([row.prompt for row in rows], answers, ids, [row.fields for row in rows])
         return [
             {"prompt": key, "answers": [one.text for one in group], "tokens": tokens, "scores": ranked}
             for key, group, tokens, ranked in zip(keys, groups, ids, scores, strict=True)
@@ -224,7 +224,7 @@ class RoundTrainer(StageTrainer):
         groups = [[start.get(key, mine), mine] for key, mine in zip(keys, now, strict=True)]
         answers = [[row.completion(one["text"]) for one in group] for row, group in zip(rows, groups, strict=True)]
         ids = [[one["tokens"] for one in group] for group in groups]
-        scores = self.judge([row.prompt for row in rows], answers, ids, [row.columns for row in rows])
+        scores = self.judge([row.prompt for row in rows], answers, ids, [row.fields for row in rows])
         kept = [pair for pair, counts in zip(scores, real, strict=True) if counts]
         rewards, wins = [after for _, after in kept if after is not None], win_rate(kept)
         lengths = [len(one["tokens"]) for one, counts in zip(now, real, strict=True) if counts]
