@@ -15,6 +15,7 @@ from finetune_api.exit_codes import ExitCode
 from finetune_api.runconfig import RunConfig
 from finetune_cli.outcome import guarded
 from finetune_cli.starter import init_command
+from finetune_trainer.errors import UserError
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file; `finetune init` writes one.")]
 Assignments = Annotated[
@@ -127,8 +128,11 @@ def _validate(config: Callable[[], RunConfig], schema_only: bool) -> None:
     run = config()
     if not schema_only:
         from finetune_trainer.preflight.job import preflight
+        from finetune_trainer.preflight.rows import first_row_problems
 
         preflight(run)
+        if problems := first_row_problems(run):
+            raise UserError(problems)
     stages = ", ".join(stage.title for stage in run.job.spec.stages)
     print(f"{run.job.metadata.name}: valid ({stages})")
 

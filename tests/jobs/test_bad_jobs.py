@@ -314,3 +314,32 @@ def test_a_good_job_is_valid(base_job: Job, write_job: Callable[[Job], Path]) ->
     result = CliRunner().invoke(app, ["validate", str(write_job(base_job))])
     assert result.exit_code == 0, result.output
     assert "job: valid (sft)" in result.output
+
+
+CALLS = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+
+
+@pytest.mark.parametrize(
+    ("field", "row", "expected"),
+    [
+        (
+            "data",
+            {"messages": [{"role": "user", "content": "1 and 1"}, CALLS]},
+            "sft.data: row 0: the chat template does",
+        ),
+        (
+            "evalData",
+            {"prompt": "a", "completion": "b " * 99},
+            "sft.maxLength: 1 of 1 examples are longer than 64 tokens",
+        ),
+    ],
+)
+def test_validate_reads_the_first_rows(
+    field: str, row: Job, expected: str, base_job: Job, write_job: Callable[[Job], Path]
+) -> None:
+    """As tokens, which an earlier look at the rows alone does not see."""
+    sft(base_job)[field] = {"sources": [{"inline": [row]}]}
+    sft(base_job)["overflow"] = "error"
+    result = CliRunner().invoke(app, ["validate", str(write_job(base_job))])
+    assert result.exit_code == 2, result.output
+    assert expected in " ".join(result.output.split())

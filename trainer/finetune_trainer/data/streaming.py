@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
 from finetune_trainer.data.encode import Columns, Encoder, Encoding, cut_blocks
-from finetune_trainer.data.forms import EmptyRow, Example, FormError, normalise
+from finetune_trainer.data.forms import EmptyRow, Example, FormError, Kind, normalise
 from finetune_trainer.data.packing import pack
 from finetune_trainer.data.report import Stats
 from finetune_trainer.data.sources import Cursor, Located, join_row, locate, source_rows
@@ -146,7 +146,7 @@ class StreamedRows(IterableDataset[Columns]):
 
     def _pass(self, located: list[Located], encoder: Encoder, place: Place) -> Steps:
         """The rest of one pass over the data."""
-        table = self._table(located, place.start)
+        table = table_rows(located, self.spec, self.encoding.kind, self.where, place.start)
         while window := _read_window(table):
             mine = [row for number, (row, _) in enumerate(window, place.counted) if self._is_mine(number)]
             place = yield from self._window(mine, encoder, place)
@@ -156,20 +156,6 @@ class StreamedRows(IterableDataset[Columns]):
 
     def _is_mine(self, number: int) -> bool:
         return number % self.world_size == self.rank
-
-    def _table(self, located: list[Located], start: Cursor) -> Iterator[tuple[Example, Cursor]]:
-        """Normalised rows from `start` on, each with the cursor after it. Every rank must see the same rows, so what
-        a row is dropped for is decided here alone."""
-        for index, one in enumerate(located[start.source :], start.source):
-            path = f"{self.where}.sources[{index}]"
-            first = start if index == start.source else Cursor(index)
-            for row, cursor, place in source_rows(one, index, first, streaming=True):
-                try:
-                    yield normalise(join_row(row, one, path), self.spec, self.encoding.kind), cursor
-                except EmptyRow:
-                    continue
-                except (FormError, UserError) as error:
-                    raise UserError([Problem(path, f"{place}: {error}")]) from error
 
     def _window(self, rows: list[Example], encoder: Encoder, place: Place) -> Steps:
         order = np.arange(len(rows))
@@ -213,6 +199,33 @@ class StreamedRows(IterableDataset[Columns]):
         ]
         if problems:
             raise UserError(problems)
+
+
+def table_rows(
+    located: list[Located], spec: DataSpec, kind: Kind, where: str, start: Cursor | None = None
+) -> Iterator[tuple[Example, Cursor]]:
+    """Normalised rows, each with the cursor after it.
+
+    Every rank must see the same rows, so what a row is dropped for is decided here alone.
+
+    Args:
+        where: the spec's path, such as `stages[0].sft.data`.
+        start: what to go on from. Default: the first row.
+
+    Raises:
+        UserError: while iterating, from rows that have another form than `kind` needs.
+    """
+    begin = start or Cursor()
+    for index, one in enumerate(located[begin.source :], begin.source):
+        path = f"{where}.sources[{index}]"
+        first = begin if index == begin.source else Cursor(index)
+        for row, cursor, place in source_rows(one, index, first, streaming=True):
+            try:
+                yield normalise(join_row(row, one, path), spec, kind), cursor
+            except EmptyRow:
+                continue
+            except (FormError, UserError) as error:
+                raise UserError([Problem(path, f"{place}: {error}")]) from error
 
 
 def _read_window(table: Iterator[tuple[Example, Cursor]]) -> list[tuple[Example, Cursor]]:
