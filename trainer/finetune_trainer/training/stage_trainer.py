@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,9 +115,26 @@ class StageTrainer(_Base):
             transformers.Trainer._save_checkpoint(self, model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Weights as transformers saves them; not in a DeepSpeed checkpoint, whose shards hold them already."""
-        if not (_internal_call and self.is_deepspeed_enabled):
+        """Save the weights for a resumed run; not in a DeepSpeed checkpoint, whose shards hold them already.
+
+        They have the names that they have in the model: transformers would save them under the names of the model's
+        own checkpoint, and find nothing by those names when it resumes (composite models, stacked experts).
+        """
+        if _internal_call and self.is_deepspeed_enabled:
+            return
+        with own_names(self.accelerator.unwrap_model(self.model)):
             super().save_model(output_dir, _internal_call)
+
+
+@contextmanager
+def own_names(model: Any) -> Iterator[None]:
+    """Inside, `save_pretrained` keeps the names that the weights have in the model."""
+    conversions = getattr(model, "_weight_conversions", None)
+    model._weight_conversions = []
+    try:
+        yield
+    finally:
+        model._weight_conversions = conversions
 
 
 def count_tokens(batch: dict[str, Any]) -> torch.Tensor | int:
