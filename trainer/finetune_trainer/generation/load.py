@@ -11,7 +11,6 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -27,10 +26,12 @@ from finetune_trainer.errors import UserError
 from finetune_trainer.esft.adapter import apply_adapter
 from finetune_trainer.esft.adapter_files import is_expert_adapter
 from finetune_trainer.generation.result import find_result
+from finetune_trainer.model.composite import AutoLanguageModel
+from finetune_trainer.model.composite_families import is_composite
 from finetune_trainer.model.saved import MODEL_CONFIG, base_of, expert_base_of, is_adapter
 
 Kind = Literal["causal", "masked"]
-_CLASSES: dict[Kind, Any] = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
+_CLASSES: dict[Kind, Any] = {"causal": AutoLanguageModel, "masked": AutoModelForMaskedLM}
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _kind(config: PretrainedConfig, name: str) -> Kind:
         raise UserError(f"{name} holds a reward model, which scores texts and continues none")
     if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and ("MaskedLM" in saved or "PreTraining" in saved):
         return "masked"
-    if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or is_composite(config):
         return "causal"
     if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "masked"

@@ -12,8 +12,10 @@ from finetune_trainer.errors import UserError
 from finetune_trainer.esft.adapter_files import is_expert_adapter
 from finetune_trainer.generation.load import load
 from finetune_trainer.generation.result import find_result
+from finetune_trainer.model.composite import AutoLanguageModel
 from finetune_trainer.model.load import SHARD_SIZE
 from finetune_trainer.model.saved import is_adapter
+from finetune_trainer.model.write_back import complete_result
 
 
 def merge(result_dir: str, out: Path) -> None:
@@ -31,9 +33,10 @@ def merge(result_dir: str, out: Path) -> None:
         raise UserError(f"{directory} holds a whole model: there is nothing to merge")
     loaded = load(str(directory), device="cpu")
     model = _merged(loaded.model) if isinstance(loaded.model, PeftModel) else loaded.model
-    model.config.use_cache = True
+    model.config.get_text_config().use_cache = True
     model.save_pretrained(out, max_shard_size=SHARD_SIZE)
     loaded.tokenizer.save_pretrained(out)
+    complete_result(out, str(directory), None, AutoLanguageModel)
 
 
 def _merged(model: PeftModel) -> PreTrainedModel:

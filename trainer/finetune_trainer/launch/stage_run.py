@@ -26,6 +26,7 @@ from finetune_trainer.data import Prepared, eval_prompts, prepare
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.gate import require_gate
 from finetune_trainer.layout import METRICS
+from finetune_trainer.model.composite import frozen_note
 from finetune_trainer.model.config import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.model.task import task_of
@@ -101,6 +102,7 @@ class StageRun:
         self.first = context.placement.rank == 0
         self.scratch = scratch(context.run, context.layout.index)
         self.store = CheckpointStore(storage, context.layout, self.scratch)
+        self.frozen: str | None = None
 
     def train(self) -> None:
         """Run the stage to its end, or to where it is asked to stop."""
@@ -114,6 +116,9 @@ class StageRun:
         trainer.args.eval_on_start = resumed is None and self.context.data.eval is not None
         callbacks = self._attach(trainer, resumed)
         self._log(f"model ready after {time.monotonic() - started:.1f} s")
+        self.frozen = frozen_note(trainer.model)
+        if self.frozen:
+            self._log(self.frozen)
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.directory))
         self._tidy(resumed)
         if callbacks.stop.stopped:
@@ -231,7 +236,7 @@ class StageRun:
             "world_size": self.context.placement.world_size,
             "zero": self.context.zero,
             "environment": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-        }
+        } | ({"frozen": self.frozen} if self.frozen else {})
         self.storage.write_text(self.context.layout.done, json.dumps(done, indent=1))
 
     def _fetch_metrics(self) -> None:

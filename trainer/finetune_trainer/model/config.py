@@ -10,9 +10,11 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from finetune_api.problems import Problem, did_you_mean
 from finetune_trainer.errors import UserError
+from finetune_trainer.model.composite_families import is_composite
 from finetune_trainer.model.saved import root_of
 from finetune_trainer.model.source import ModelSource
 
@@ -64,6 +66,9 @@ def build_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast | No
         hint = did_you_mean(str(family), CONFIG_MAPPING_NAMES) if family else ""
         problem = f"unknown model_type {family!r}{hint}" if family else "model_type is required, such as `qwen3`"
         raise UserError([Problem("model.config", problem)])
+    if is_composite(CONFIG_MAPPING[family]()):
+        message = f"{family} joins a language model with other encoders: build the language model alone{_part(family)}"
+        raise UserError([Problem("model.config.model_type", message)])
     unknown = _unknown_fields(family, values)
     if unknown:
         raise UserError(unknown)
@@ -79,6 +84,13 @@ def build_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast | No
         )
     _check_heads(config)
     return config
+
+
+def _part(family: str) -> str:
+    """The name of a composite family's language model, as a hint; empty where it is no family of its own."""
+    text = CONFIG_MAPPING[family].sub_configs.get("text_config")
+    name = getattr(text, "model_type", None)
+    return f", such as {name}" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else ""
 
 
 def _check_heads(config: PretrainedConfig) -> None:

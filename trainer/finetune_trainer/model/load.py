@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from finetune_api.model import ModelSpec
 from finetune_api.training import Quantization
 from finetune_trainer.esft.adapter import apply_adapter
 from finetune_trainer.esft.adapter_files import is_expert_adapter
+from finetune_trainer.model.composite import AutoLanguageModel, composite_skips, shrink_frozen
 from finetune_trainer.model.config import load_config
 from finetune_trainer.model.precision import Precision
 from finetune_trainer.model.saved import base_of, expert_base_of
@@ -47,15 +48,17 @@ def load_model(
     else:
         assert source.name is not None
         if quantization is not None:
-            options["quantization_config"] = quantization_config(quantization, precision.compute, task)
+            skipped = composite_skips(config, auto)
+            options["quantization_config"] = quantization_config(quantization, precision.compute, task, skipped)
         model = load_whole(base_of(source.name), auto, revision=source.revision, config=config, **options)
         if quantization is not None and quantization.bits == 4:
             keep_differentiable(model)
-    model.config.use_cache = False
+    shrink_frozen(model, precision)
+    model.config.get_text_config().use_cache = False
     return model
 
 
-def load_whole(name: str, auto: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
+def load_whole(name: str, auto: Any = AutoLanguageModel, **options: Any) -> PreTrainedModel:
     """A saved model, or the base of an expert adapter with the adapter's experts in place, by safetensors alone.
 
     Args:
@@ -74,9 +77,16 @@ def load_whole(name: str, auto: Any = AutoModelForCausalLM, **options: Any) -> P
     return model
 
 
-def quantization_config(spec: Quantization, compute: torch.dtype, task: Task = "causal") -> BitsAndBytesConfig:
-    """bitsandbytes' configuration of a QLoRA base (arXiv 2305.14314). The output head is not quantized."""
-    skipped = [SCORE] if task == "reward" else None
+def quantization_config(
+    spec: Quantization, compute: torch.dtype, task: Task = "causal", skipped: list[str] | None = None
+) -> BitsAndBytesConfig:
+    """bitsandbytes' configuration of a QLoRA base (arXiv 2305.14314). The output head is not quantized.
+
+    Args:
+        skipped: modules that stay as they are; None: the output head alone.
+    """
+    if skipped is None and task == "reward":
+        skipped = [SCORE]
     if spec.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(

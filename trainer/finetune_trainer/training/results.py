@@ -6,10 +6,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from finetune_api.stages import EsftSpec, PretrainSpec
+from finetune_trainer.model.composite_families import is_composite
 from finetune_trainer.model.load import SHARD_SIZE
 from finetune_trainer.model.saved import base_of
-from finetune_trainer.model.task import task_of
+from finetune_trainer.model.task import as_reward, auto_class, task_of
+from finetune_trainer.model.write_back import complete_result, in_base
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.expert_results import save_experts
 from finetune_trainer.training.merging import merge_adapter, whole_source
@@ -17,6 +22,13 @@ from finetune_trainer.training.merging import merge_adapter, whole_source
 
 def save_result(trainer: Any, context: StageContext, directory: Path) -> None:
     """Write the trained model and its tokenizer to `directory` on rank 0; every worker calls it (ZeRO-3 gathers)."""
+    _save(trainer, context, directory)
+    if context.placement.rank == 0:
+        auto = auto_class(task_of(context.spec))
+        complete_result(directory, context.source.name, context.source.revision, auto)
+
+
+def _save(trainer: Any, context: StageContext, directory: Path) -> None:
     if isinstance(context.spec, EsftSpec):
         save_experts(trainer, context, context.spec, directory)
         return
@@ -41,9 +53,22 @@ def _save_whole(trainer: Any, context: StageContext, directory: Path) -> None:
     dtype = context.precision.result
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     model.config.dtype = dtype
-    model.config.use_cache = True
+    model.config.get_text_config().use_cache = True
+    if is_composite(model.config):
+        model, state = _in_base(model, state, context), None
     model.save_pretrained(directory, state_dict=state, max_shard_size=SHARD_SIZE)
     context.tokenizer.save_pretrained(directory)
+
+
+def _in_base(model: PreTrainedModel, state: dict[str, Tensor], context: StageContext) -> PreTrainedModel:
+    """A composite model as its base has it, the trained language model in place."""
+    assert context.source.name is not None
+    task, source = task_of(context.spec), context.source
+    options = {"num_labels": 1} if task == "reward" else {}
+    whole = in_base(source.name, source.revision, model, state, auto_class(task), **options)
+    if task == "reward":
+        as_reward(whole.config, context.tokenizer.pad_token_id)
+    return whole
 
 
 def _save_adapter(trainer: Any, directory: Path) -> None:
