@@ -120,11 +120,13 @@ def trainable(size: ModelSize, load: Workload) -> int:
     """Parameters with a gradient."""
     if load.adapter is not None:
         return load.adapter.parameters
-    return size.total if load.tuned is None else load.tuned
+    return size.total - size.frozen if load.tuned is None else load.tuned
 
 
 def weight_bytes(size: ModelSize, load: Workload) -> int:
     """Weights: float32 masters where torch alone trains them (ZeRO-0), else the dtype's; divided by ZeRO-3.
+
+    A composite model's frozen parts are always in the dtype.
 
     A quantized base has its linear layers in 4 or 8 bits and all else in the dtype; adapters, and weights trained while
     the others are frozen, are float32 at ZeRO-0.
@@ -134,7 +136,7 @@ def weight_bytes(size: ModelSize, load: Workload) -> int:
         return _share(size.total * load.dtype_bytes, load, 3) + masters
     if load.adapter is None:
         each = MASTER if load.zero == 0 else load.dtype_bytes
-        return _share(size.total * each, load, 3)
+        return _share((size.total - size.frozen) * each + size.frozen * load.dtype_bytes, load, 3)
     base = size.total * load.dtype_bytes
     if load.quantized_bits is not None:
         base -= round(size.linear * (load.dtype_bytes - quantized_weight(load.quantized_bits, load.double_quant)))

@@ -28,6 +28,7 @@ from finetune_api.stages import (
 )
 from finetune_api.training import Lora
 from finetune_trainer.errors import UserError
+from finetune_trainer.model.composite import frozen_note
 from finetune_trainer.model.config import context_length
 from finetune_trainer.model.task import task_of
 from finetune_trainer.pipeline import place
@@ -73,6 +74,7 @@ class StagePlanner:
         data = rows(self.index) if rows is not None else None
         known = None if data is None else DataSize(*data)
         length, notes = self.length(known)
+        notes = [*filter(None, [frozen_note(model)]), *notes]
         load = self.load(length, adapter, eager=self._eager(model))
         if isinstance(spec, PromptSpec):
             load, more = answering(load, spec, self.run, self.config)
