@@ -48,6 +48,7 @@ from finetune_trainer.training.context import Placement, ResumePoint, StageConte
 from finetune_trainer.training.deepspeed import join_process_group
 from finetune_trainer.training.expert_load import watch_routing
 from finetune_trainer.training.forget import forget_stage
+from finetune_trainer.training.packing_check import PackingCheck
 from finetune_trainer.training.peers import Peers
 from finetune_trainer.training.results import save_result
 from finetune_trainer.training.samples import SamplesCallback
@@ -187,6 +188,9 @@ class StageRun:
         )
         for callback in (callbacks.samples, callbacks.stop, callbacks.checkpoint, callbacks.progress):
             trainer.add_callback(callback)
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, PackingCheck):
+                callback.say = self._log
         return callbacks
 
     def _finish(self, trainer: Any, callbacks: _Callbacks) -> None:

@@ -14,12 +14,18 @@ from finetune_trainer.model.saved import is_result, root_of
 from finetune_trainer.model.source import local_path
 from finetune_trainer.model.weights import weight_faults
 from finetune_trainer.plan.devices import Device
-from finetune_trainer.plan.job import plan_job
+from finetune_trainer.plan.job import job_config, plan_job
 from finetune_trainer.plan.records import JobPlan, PlanContext
+from finetune_trainer.preflight.packing import packing_problems
 
 
 def model_plan(run: RunConfig, workers: Workers, device: Device) -> JobPlan:
-    """The model can be built, adapters find their modules, lengths fit its context, kernels are installed."""
+    """Return the job's plan: the model can be built and packs where it is to, adapters find their modules, lengths fit
+    its context, kernels are installed.
+
+    Raises:
+        UserError: one problem per fault.
+    """
     spec = run.job.spec.model
     missing = [problem for problem in _paths(run) if problem]
     kernel = "flash_attn" if spec.attn_implementation == "flash_attention_2" else "flash_attn_interface"
@@ -27,7 +33,11 @@ def model_plan(run: RunConfig, workers: Workers, device: Device) -> JobPlan:
         missing.append(Problem("model.attnImplementation", f"{spec.attn_implementation} needs the package {kernel}"))
     if missing:
         raise UserError(missing)
-    return plan_job(run, PlanContext(device, workers.most))
+    config = job_config(run)
+    plan = plan_job(run, PlanContext(device, workers.most, config))
+    if mixed := list(packing_problems(run, config, workers.accelerator)):
+        raise UserError(mixed)
+    return plan
 
 
 def _paths(run: RunConfig) -> Iterator[Problem]:

@@ -16,7 +16,7 @@ from finetune_trainer.esft.selection import ExpertConfig
 from finetune_trainer.esft.trainable import keep_masters, prepare, require_input_gradients
 from finetune_trainer.stages.adapted import starting_model
 from finetune_trainer.stages.expert_choice import ExpertChoice
-from finetune_trainer.stages.sft import supervised_collator
+from finetune_trainer.stages.sft import supervised_batches
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.expert_results import save_scores
@@ -79,8 +79,8 @@ def make_trainer(context: StageContext) -> Any:
         args=args,
         train_dataset=context.sample,
         eval_dataset=context.data.eval,
-        data_collator=supervised_collator(context, spec),
         processing_class=context.tokenizer,
+        **supervised_batches(context, spec),
     )
     trainer.choice, trainer.expert_config = choice, config
     return trainer
