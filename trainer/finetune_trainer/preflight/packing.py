@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ from tempfile import NamedTemporaryFile
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
@@ -71,7 +73,7 @@ class Trial:
         path = directory / f"{self._key()}.json"
         if path.exists():
             known = json.loads(path.read_text())
-            return Finding(known["form"] and Form(**known["form"]), known["reason"])
+            return Finding(**known | {"form": known["form"] and Form(**known["form"])})
         finding = self.find()
         if finding is not None:
             _write(path, json.dumps(asdict(finding)))
@@ -79,7 +81,7 @@ class Trial:
 
     def find(self) -> Finding | None:
         """Return the probe's finding; None where no small model can be built or called here."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _quiet():
             model = self._model()
             try:
                 return None if model is None else Probe(model, self.rows, torch.float32).find()
@@ -118,6 +120,17 @@ class Trial:
         model.to(self.device)
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
         return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from warning of the small model's configuration, and of kernels that it does without."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _kinds(model: PreTrainedModel) -> set[type]:

@@ -54,6 +54,8 @@ class Finding:
 
     form: Form | None
     reason: str = ""
+    needs: str = ""
+    """What would help, in the words of transformers or of a kernel."""
 
 
 class NotMeasurable(Exception):
@@ -96,7 +98,7 @@ class Probe:
             NotMeasurable: the outputs for a document alone are not finite.
             Exception: whatever the model raises for packed rows in the plainest form.
         """
-        reasons: dict[Form, str] = {}
+        reason, needs = "", ""
         with _evaluating(self.model):
             alone = self._alone()
             for form in FORMS:
@@ -106,13 +108,13 @@ class Probe:
                     if form == PLAIN:
                         raise
                     fault = _first_line(error)
-                    if form == BOUNDS and type(error) is ValueError:  # says what a kernel would need
-                        reasons[form] = fault
+                    if form == BOUNDS and type(error) is ValueError:  # of other types are faults of the code
+                        needs = fault
                 if fault is None:
                     return Finding(form)
                 if form == PLAIN:
-                    reasons[form] = self._mixing() if fault == MIXED else fault
-        return Finding(None, "; ".join(reasons.values()))
+                    reason = self._mixing() if fault == MIXED else fault
+        return Finding(None, reason, needs)
 
     def _fault(self, form: Form, alone: Tensor) -> str | None:
         """Return what is wrong with packed rows in a form; None where nothing is."""
@@ -184,7 +186,8 @@ def packing_problem(where: str, config: PretrainedConfig, finding: Finding) -> P
         where: the stage's path in the job.
     """
     message = f"is true, but {config.model_type} does not keep the documents of a packed row apart: {finding.reason}"
-    return Problem(f"{where}.packing", f"{message.removesuffix('.')}. Set packing: false")
+    remedy = f"{finding.needs.removesuffix('.')}, or set packing: false" if finding.needs else "Set packing: false"
+    return Problem(f"{where}.packing", f"{message}. {remedy}")
 
 
 def distance(one: Tensor, other: Tensor, scale: Tensor) -> float:
