@@ -126,9 +126,15 @@ class _Stopper:
 def _validate(config: Callable[[], RunConfig], schema_only: bool) -> None:
     run = config()
     if not schema_only:
+        from finetune_trainer.runtime import apply_environment, quiet_environment
+
+        apply_environment(quiet_environment(accelerator=True))
+        from finetune_trainer.preflight.checkpoints import checkpoint_notes
         from finetune_trainer.preflight.job import preflight
 
         preflight(run)
+        for note in checkpoint_notes(run):
+            print(f"model: {note}")
     stages = ", ".join(stage.title for stage in run.job.spec.stages)
     print(f"{run.job.metadata.name}: valid ({stages})")
 

@@ -18,13 +18,13 @@ class CommandFailed(Exception):
 
 def guarded(action: Callable[[], None]) -> None:
     """Run an action; an expected error becomes its message on standard error and its exit code."""
-    from finetune_trainer.errors import GateNotPassed, Interrupted, OutOfMemory, TrainingFailed, UserError
+    from finetune_trainer.errors import GateNotPassed, Interrupted, Outage, OutOfMemory, TrainingFailed, UserError
 
     try:
         action()
     except UserError as error:
         _fail(ExitCode.USER_ERROR, [str(problem) for problem in error.problems])
-    except CommandFailed as error:
+    except (CommandFailed, Outage) as error:
         _fail(ExitCode.FAILED, [str(error)])
     except GateNotPassed as error:
         _fail(ExitCode.GATE_NOT_PASSED, [str(error), "the gate is not passed; with another bound, run with --resume"])

@@ -40,6 +40,12 @@ class TrainingFailed(Exception):
     exit_code = ExitCode.FAILED
 
 
+class Outage(Exception):
+    """A service that the job needs does not answer. The same job may succeed later."""
+
+    exit_code = ExitCode.FAILED
+
+
 class OutOfMemory(TrainingFailed):
     """A device or the host ran out of memory."""
 

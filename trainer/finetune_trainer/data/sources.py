@@ -14,7 +14,8 @@ from finetune_api.claims import mounted
 from finetune_api.data import DataSource, DataSpec, Join
 from finetune_api.problems import Problem, did_you_mean
 from finetune_trainer.data.readers import START, DataFile, Position, Row, read_rows
-from finetune_trainer.errors import UserError
+from finetune_trainer.errors import Outage, UserError
+from finetune_trainer.hub import hub_access
 
 ENDINGS = {
     ".jsonl": "jsonl",
@@ -227,17 +228,27 @@ def _file_rows(files: list[DataFile], index: int, start: Cursor) -> Iterator[tup
 
 
 def hub_dataset(source: DataSource, streaming: bool) -> Any:
-    """The hub dataset's split, through `datasets`.
+    """Return the hub dataset's split, through `datasets`.
 
     Raises:
-        UserError: it can't be had (offline, no such dataset, no access).
+        UserError: it can't be had (no such dataset, no access, not in the cache that alone may be used).
+        Outage: the hub does not answer.
     """
     from datasets import load_dataset
 
+    assert source.hub is not None
     try:
-        return load_dataset(
-            source.hub, source.subset, split=source.split, revision=source.revision, streaming=streaming
-        )
+        with hub_access(source.hub, "", source.revision, "dataset"):
+            return load_dataset(
+                source.hub,
+                source.subset,
+                split=source.split,
+                revision=source.revision,
+                streaming=streaming,
+                trust_remote_code=False,
+            )
+    except (Outage, UserError):
+        raise
     except Exception as error:  # datasets raises many types, none of which a user can act on without the text
         message = f"hub dataset {source.hub} can't be loaded: {type(error).__name__}: {error}"
         raise UserError([Problem("", message)]) from error

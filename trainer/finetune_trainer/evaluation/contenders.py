@@ -7,11 +7,11 @@ from typing import Any
 
 import ray.train.torch
 import torch
-from peft import PeftModel
 
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import BASE, EvaluateSpec
-from finetune_trainer.model.load import load_model
+from finetune_trainer.model.adapter import attach_adapter
+from finetune_trainer.model.load import load_model, on_device
 from finetune_trainer.model.precision import model_dtype, precision
 from finetune_trainer.model.saved import is_adapter
 from finetune_trainer.model.source import ModelSource, base_source, named_source, stage_source
@@ -53,10 +53,9 @@ def open_model(contender: Contender, context: StageContext, spec: EvaluateSpec) 
     accelerator = context.placement.accelerator
     formats = precision(model_dtype(job.model.dtype, accelerator), trains_base=False, zero=0)
     model: Any = load_model(
-        source, job.model, formats, context.tokenizer, quantization=spec.quantization, seed=spec.seed
+        source, context.job_model, formats, trains=False, quantization=spec.quantization, seed=spec.seed
     )
     if source.name is not None and is_adapter(source.name):
-        model = PeftModel.from_pretrained(model, source.name)
-    if spec.quantization is None:  # bitsandbytes has put a quantized one where it belongs
-        model = model.to(ray.train.torch.get_device() if accelerator else torch.device("cpu"))
-    return model.eval()
+        model = attach_adapter(model, source.name)
+    device = ray.train.torch.get_device() if accelerator else torch.device("cpu")
+    return on_device(model, device).eval()

@@ -32,7 +32,8 @@ def run_tasks(model: Any, tokenizer: Any, spec: EvaluateSpec, names: Sequence[st
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=spec.per_device_eval_batch_size)
+    batch_size = spec.per_device_eval_batch_size
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False)
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), spec.seed)
     manager = _manager(spec, base_dir)
     found = simple_evaluate(

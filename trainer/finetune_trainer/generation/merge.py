@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import torch
@@ -19,21 +20,24 @@ from finetune_trainer.model.saved import is_adapter
 def merge(result_dir: str, out: Path) -> None:
     """Write the model that an adapter and its base make, with the tokenizer, in the base's own precision.
 
-    Trained experts replace the base's; a low-rank sum is formed in float32 and rounded once.
+    Trained experts replace the base's; a low-rank sum is formed in float32 and rounded once. A base whose weights were
+    saved quantized is dequantized.
 
     Raises:
-        UserError: there is no adapter at `result_dir`, it does not fit its base, or `out` is there already.
+        UserError: there is no adapter at `result_dir`, it does not fit its base, transformers can't dequantize the
+            base, or `out` is there already.
     """
     directory = find_result(result_dir)
     if out.exists():
         raise UserError(f"{out} is there already: choose another directory")
     if not is_adapter(directory) and not is_expert_adapter(directory):
         raise UserError(f"{directory} holds a whole model: there is nothing to merge")
-    loaded = load(str(directory), device="cpu")
-    model = _merged(loaded.model) if isinstance(loaded.model, PeftModel) else loaded.model
-    model.config.use_cache = True
-    model.save_pretrained(out, max_shard_size=SHARD_SIZE)
-    loaded.tokenizer.save_pretrained(out)
+    with tempfile.TemporaryDirectory(prefix="finetune-") as plain:
+        loaded = load(str(directory), device="cpu", dequantize_in=plain)
+        model = _merged(loaded.model) if isinstance(loaded.model, PeftModel) else loaded.model
+        model.config.use_cache = True
+        model.save_pretrained(out, max_shard_size=SHARD_SIZE)
+        loaded.tokenizer.save_pretrained(out)
 
 
 def _merged(model: PeftModel) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from pathlib import Path
 from finetune_api.exit_codes import ExitCode
 from finetune_api.redact import redact
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.errors import GateNotPassed, Interrupted, TrainingFailed, UserError, exit_code_of
+from finetune_trainer.errors import GateNotPassed, Interrupted, Outage, TrainingFailed, UserError, exit_code_of
 from finetune_trainer.progress.attempt import AttemptReporter, termination_message
 from finetune_trainer.progress.multi import Reporters
 from finetune_trainer.progress.plain import PlainReporter
@@ -81,7 +81,7 @@ def _words(error: BaseException) -> str:
     """What people need: the faults of a bad job, else the last lines of the traceback."""
     if isinstance(error, UserError):
         return "\n".join(str(problem) for problem in error.problems)
-    if isinstance(error, (GateNotPassed, Interrupted, TrainingFailed)):
+    if isinstance(error, (GateNotPassed, Interrupted, Outage, TrainingFailed)):
         return _last_lines(str(error))
     return _last_lines("".join(traceback.format_exception(error)))
 

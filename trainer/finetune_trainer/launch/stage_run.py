@@ -27,6 +27,7 @@ from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.gate import require_gate
 from finetune_trainer.layout import METRICS
 from finetune_trainer.model.config import context_length, load_config, load_tokenizer
+from finetune_trainer.model.notes import loading_notes
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.model.task import task_of
 from finetune_trainer.patience import listen
@@ -108,6 +109,7 @@ class StageRun:
             self._perform()
             return
         started = time.monotonic()
+        self._tell_changes()
         resumed = self._resume_point()
         self.context = replace(self.context, resumed=resumed)
         trainer = make_trainer(self.context)
@@ -123,12 +125,20 @@ class StageRun:
     def _perform(self) -> None:
         """A stage that takes no optimizer steps."""
         tools = StageTools(self.context, self.storage, self.peers, self.end, self.scratch)
+        self._tell_changes()
         metrics = perform(self.context, tools)
         if self.first:
             if self.context.prepared is not None:
                 self._publish_data_report()
             self._write_done(0, time.monotonic() - tools.started, 0, metrics)
         self.peers.wait()
+
+    def _tell_changes(self) -> None:
+        """Log what is changed of the saved model that the stage starts from as it loads."""
+        context = self.context
+        if self.first:
+            for note in loading_notes(context.source, context.job_model, task_of(context.spec)):
+                self._log(note)
 
     def _resume_point(self) -> ResumePoint | None:
         """The newest complete checkpoint, on this machine; what a killed run left half-written is deleted."""

@@ -91,7 +91,7 @@ def meta_model(config: PretrainedConfig, task: Task = "causal") -> PreTrainedMod
         config = as_reward(deepcopy(config), None)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto_class(task).from_config(config)
+            model: PreTrainedModel = auto_class(task).from_config(config, trust_remote_code=False)
             return model
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0][:300]

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from finetune_api.stages import AdapterSpec
 from finetune_trainer.adapters import lora_config
+from finetune_trainer.model.adapter import attach_adapter
 from finetune_trainer.model.load import load_model
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.model.task import task_of
@@ -26,7 +27,7 @@ def adapted_model(context: StageContext) -> tuple[PreTrainedModel | PeftModel, L
     model = _base(context)
     if context.carries_adapter:
         assert context.source.name is not None
-        return PeftModel.from_pretrained(model, context.source.name, is_trainable=True), None
+        return attach_adapter(model, context.source.name, trainable=True), None
     return model, _new_adapter(context, spec, model)
 
 
@@ -44,7 +45,9 @@ def starting_model(context: StageContext) -> PreTrainedModel:
     if not context.carries_adapter:
         return model
     assert context.source.name is not None
-    return PeftModel.from_pretrained(model, context.source.name).merge_and_unload()
+    adapted: Any = attach_adapter(model, context.source.name)
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    return merged
 
 
 def adapted_trainer(
@@ -86,9 +89,8 @@ def _base(context: StageContext, source: ModelSource | None = None) -> PreTraine
     spec = context.spec
     return load_model(
         source or context.source,
-        context.run.job.spec.model,
+        context.job_model,
         context.precision,
-        context.tokenizer,
         task=task_of(spec),
         quantization=getattr(spec, "quantization", None),
         seed=spec.seed,

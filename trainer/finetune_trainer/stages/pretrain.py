@@ -69,9 +69,8 @@ def _masked_once(rows: Dataset | None, collator: MaskingCollator) -> Dataset | N
 def _model(context: StageContext, spec: PretrainSpec) -> transformers.PreTrainedModel:
     return load_model(
         context.source,
-        context.run.job.spec.model,
+        context.job_model,
         context.precision,
-        context.tokenizer,
         task=task_of(spec),
         seed=spec.seed,
     )

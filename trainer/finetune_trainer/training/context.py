@@ -14,6 +14,7 @@ from finetune_api.runconfig import RunConfig
 from finetune_api.stages import PretrainSpec, PromptSpec, TokenizerSpec, TrainedSpec
 from finetune_trainer.data import Prepared, StreamedRows
 from finetune_trainer.layout import StageLayout
+from finetune_trainer.model.load import JobModel
 from finetune_trainer.model.precision import Precision, model_dtype, precision
 from finetune_trainer.model.saved import is_adapter
 from finetune_trainer.model.source import ModelSource
@@ -68,6 +69,11 @@ class StageContext:
         spec = spec_of(self.run, self.layout.index)
         assert not isinstance(spec, TokenizerSpec), "a tokenizer stage has no worker"
         return cast(TrainedSpec, spec)  # a stage that trains nothing asks for its spec itself
+
+    @property
+    def job_model(self) -> JobModel:
+        """What the job asks of the saved models that its stages train."""
+        return JobModel(self.run.job.spec.model, self.tokenizer, self.run.cache_dir)
 
     @property
     def where(self) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 from finetune_api.stages import EsftSpec, PretrainSpec
 from finetune_trainer.model.load import SHARD_SIZE
-from finetune_trainer.model.saved import base_of
 from finetune_trainer.model.task import task_of
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.expert_results import save_experts
@@ -58,9 +57,7 @@ def _finish_adapter(context: StageContext, adapter: Path, directory: Path) -> No
     if context.spec.lora.merge:
         task = task_of(context.spec)
         source = whole_source(context) if task == "reward" else context.source
-        assert source.name is not None
-        pad = context.tokenizer.pad_token_id
-        merge_adapter(base_of(source.name), source.revision, adapter, directory, task, pad)
+        merge_adapter(context, source, adapter, directory, task)
     else:
         shutil.copytree(adapter, directory)
     context.tokenizer.save_pretrained(directory)
