@@ -39,6 +39,14 @@ TopK = Annotated[int | None, typer.Option(help="Sample among so many of the like
 Beams = Annotated[int, typer.Option(help="Beams of beam search; 1 is none.")]
 Penalty = Annotated[float, typer.Option(help="Above 1, tokens that occurred become less likely; 1 is no penalty.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeat exactly. Default: new answers each time.")]
+Raw = Annotated[
+    bool | None,
+    typer.Option(
+        "--raw/--chat",
+        help="Continue texts as they stand, or ask through the chat template. Default: as the model was trained; "
+        "through the chat template, if there is one, where that is not known.",
+    ),
+]
 System = Annotated[str | None, typer.Option(help="System message put before the conversation.")]
 Device = Annotated[
     str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1`, … `auto`: the first accelerator, else the CPU.")
@@ -48,6 +56,7 @@ Device = Annotated[
 def chat_command(
     result_dir: ResultDir,
     prompt: Annotated[str | None, typer.Option(help="Ask this alone, print the answer and leave.")] = None,
+    raw: Raw = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 256,
     sample: Sample = False,
@@ -61,11 +70,12 @@ def chat_command(
 ) -> None:
     """Talk with a trained model.
 
-    It remembers the conversation; `/help` lists what else can be typed. Ctrl-C stops an answer, Ctrl-D leaves.
+    It remembers the conversation; `/help` lists what else can be typed. Ctrl-C stops an answer, Ctrl-D leaves. A model
+    that was trained on plain text has no turns: each line is continued on its own.
     Questions may also be piped in, one per line. Greedy (the likeliest answer) unless an option says otherwise.
     """
     values = _values(system, max_new_tokens, sample, temperature, top_p, top_k, num_beams, repetition_penalty, seed)
-    guarded(lambda: _chat(result_dir, device, values, prompt))
+    guarded(lambda: _chat(result_dir, device, values, prompt, raw))
 
 
 def generate_command(
@@ -83,9 +93,7 @@ def generate_command(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer: `{prompt, answer}`.")] = False,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text as it stands, without the chat template.")
-    ] = False,
+    raw: Raw = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 16,
     system: System = None,
     max_new_tokens: MaxNewTokens = 256,
@@ -117,12 +125,12 @@ def _values(
     return {"max_new_tokens": max_new_tokens, "do_sample": do_sample, **sampling, **others}
 
 
-def _chat(result_dir: str, device: str, values: dict[str, Any], prompt: str | None) -> None:
+def _chat(result_dir: str, device: str, values: dict[str, Any], prompt: str | None, raw: bool | None) -> None:
     _quiet()
     from finetune_cli.repl import Chat
 
-    loaded, options = _load(result_dir, device, values)
-    chat = Chat(loaded, options)
+    loaded, options = _load(result_dir, device, values, raw)
+    chat = Chat(loaded, options, raw=raw)
     if prompt is None:
         chat.run()
     else:
@@ -130,14 +138,14 @@ def _chat(result_dir: str, device: str, values: dict[str, Any], prompt: str | No
 
 
 def _generate(
-    result_dir: str, device: str, values: dict[str, Any], given: list[str], file: Path | None, as_json: bool, raw: bool,
-    batch_size: int,
+    result_dir: str, device: str, values: dict[str, Any], given: list[str], file: Path | None, as_json: bool,
+    raw: bool | None, batch_size: int,
 ) -> None:  # fmt: skip
     _quiet()
     from finetune_cli.prompt_files import read_prompts
 
     prompts = read_prompts(given, file)
-    loaded, options = _load(result_dir, device, values)
+    loaded, options = _load(result_dir, device, values, raw)
     # A batch at a time, so that what is done is there when a later batch fails or is stopped.
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -146,7 +154,9 @@ def _generate(
             print(line, flush=True)
 
 
-def _answers(loaded: Loaded, options: GenerationOptions, prompts: list[Prompt], raw: bool) -> Iterator[dict[str, Any]]:
+def _answers(
+    loaded: Loaded, options: GenerationOptions, prompts: list[Prompt], raw: bool | None
+) -> Iterator[dict[str, Any]]:
     from finetune_trainer.generation.fill import fill
     from finetune_trainer.generation.generate import generate
 
@@ -168,14 +178,40 @@ def answer_text(answer: dict[str, Any]) -> str:
     )
 
 
-def _load(result_dir: str, device: str, values: dict[str, Any]) -> tuple[Loaded, GenerationOptions]:
+def _load(result_dir: str, device: str, values: dict[str, Any], raw: bool | None) -> tuple[Loaded, GenerationOptions]:
     from finetune_trainer.generation.load import load
     from finetune_trainer.generation.options import GenerationOptions
 
     options = GenerationOptions(**values)
     if sys.stderr.isatty():
         print(f"loading {result_dir} …", file=sys.stderr)
-    return load(result_dir, device), options
+    loaded = load(result_dir, device)
+    note = form_note(loaded, raw)
+    if note is not None:
+        print(note, file=sys.stderr)
+    return loaded, options
+
+
+def form_note(loaded: Loaded, raw: bool | None) -> str | None:
+    """Return how a model is asked, where that is not plain from the command: in the form that it was trained in.
+
+    Raises:
+        UserError: `--chat` without a chat template.
+    """
+    from finetune_trainer.errors import UserError
+    from finetune_trainer.form import FORMS
+    from finetune_trainer.generation.prompts import form_is_plain, has_template
+
+    if raw is False and not has_template(loaded.tokenizer):
+        raise UserError("--chat: the tokenizer has no chat template")
+    if loaded.form is None or not has_template(loaded.tokenizer):
+        return None
+    trained = f"trained on {FORMS[loaded.form]}"
+    plain = form_is_plain(loaded.form)
+    if raw is None:
+        return f"{trained}: texts are asked as they stand; --chat asks through the chat template" if plain else None
+    asked = "as it stands" if raw else "through the chat template"
+    return f"{trained}, but asked {asked}: the answers may be worse" if raw != plain else None
 
 
 def _quiet() -> None:

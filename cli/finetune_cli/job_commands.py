@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from finetune_api.exit_codes import ExitCode
 from finetune_api.runconfig import RunConfig
 from finetune_cli.outcome import guarded
 from finetune_cli.starter import init_command
+from finetune_trainer.errors import UserError
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file; `finetune init` writes one.")]
 Assignments = Annotated[
@@ -78,7 +80,7 @@ def _config(path: Path, assignments: list[str]) -> Callable[[], RunConfig]:
     def load() -> RunConfig:
         from finetune_cli.jobfile import read_job, run_config
 
-        return run_config(read_job(path, assignments), path)
+        return run_config(read_job(path, assignments), path, assignments)
 
     return load
 
@@ -88,11 +90,10 @@ def _run(config: Callable[[], RunConfig], resume: bool, fresh: bool) -> None:
     from finetune_trainer.runtime import apply_environment, quiet_environment
 
     apply_environment(quiet_environment(accelerator=True))
-    from finetune_trainer.forks.client import fork_server
-    from finetune_trainer.launch.preload import libraries, worker_modules
+    from finetune_trainer.launch.preload import forks
 
     # It imports what the workers need while this process imports the same and looks at the job.
-    with fork_server(libraries(run), worker_modules(run)):
+    with forks(run, logging.getLogger(__name__).info):
         _execute(run, resume, fresh)
 
 
@@ -126,9 +127,21 @@ class _Stopper:
 def _validate(config: Callable[[], RunConfig], schema_only: bool) -> None:
     run = config()
     if not schema_only:
+        from finetune_trainer.runtime import apply_environment, quiet_environment
+
+        apply_environment(quiet_environment(accelerator=True))
+        from finetune_trainer.preflight.checkpoints import checkpoint_notes
+        from finetune_trainer.preflight.data import data_notes
         from finetune_trainer.preflight.job import preflight
+        from finetune_trainer.preflight.rows import first_row_problems
 
         preflight(run)
+        if problems := first_row_problems(run):
+            raise UserError(problems)
+        for note in data_notes(run):
+            print(note)
+        for note in checkpoint_notes(run):
+            print(f"model: {note}")
     stages = ", ".join(stage.title for stage in run.job.spec.stages)
     print(f"{run.job.metadata.name}: valid ({stages})")
 

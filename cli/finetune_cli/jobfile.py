@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from finetune_api.job import FineTuneJob
-from finetune_api.overrides import apply_overrides
+from finetune_api.overrides import apply_overrides, assigned_fields
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_api.validation import check_job
@@ -68,7 +68,7 @@ def read_job(path: Path, assignments: list[str]) -> FineTuneJob:
     return job
 
 
-def run_config(job: FineTuneJob, path: Path) -> RunConfig:
+def run_config(job: FineTuneJob, path: Path, assignments: list[str]) -> RunConfig:
     """A job file's RunConfig on this machine: storage below the current directory, data beside the file."""
     storage = job.spec.storage
     place = storage.uri.rstrip("/") if storage.uri else str(Path(storage.path or "runs").expanduser().absolute())
@@ -79,6 +79,7 @@ def run_config(job: FineTuneJob, path: Path) -> RunConfig:
             "baseDir": str(path.absolute().parent),
             "workDir": str(Path.cwd()),
             "cacheDir": str(cache_dir()),
+            "overrides": assigned_fields(assignments),
         }
     )
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from finetune_cli import cluster_commands, expert_commands, job_commands, node_commands, talk_commands
+from finetune_cli import (
+    cluster_commands,
+    doctor_command,
+    expert_commands,
+    job_commands,
+    node_commands,
+    talk_commands,
+)
 
 app = typer.Typer(
     name="finetune",
@@ -15,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 job_commands.register(app)
+doctor_command.register(app)
 cluster_commands.register(app)
 talk_commands.register(app)
 expert_commands.register(app)

@@ -18,22 +18,25 @@ class CommandFailed(Exception):
 
 def guarded(action: Callable[[], None]) -> None:
     """Run an action; an expected error becomes its message on standard error and its exit code."""
-    from finetune_trainer.errors import GateNotPassed, Interrupted, OutOfMemory, TrainingFailed, UserError
+    from finetune_trainer.errors import GateNotPassed, Interrupted, Outage, OutOfMemory, TrainingFailed, UserError
 
     try:
         action()
     except UserError as error:
         _fail(ExitCode.USER_ERROR, [str(problem) for problem in error.problems])
-    except CommandFailed as error:
+    except (CommandFailed, Outage) as error:
         _fail(ExitCode.FAILED, [str(error)])
     except GateNotPassed as error:
         _fail(ExitCode.GATE_NOT_PASSED, [str(error), "the gate is not passed; with another bound, run with --resume"])
     except Interrupted as error:
         _fail(ExitCode.INTERRUPTED, [f"{error}; run again with --resume"])
     except OutOfMemory as error:
-        _fail(ExitCode.OUT_OF_MEMORY, [str(error), "out of memory: `finetune plan` shows what takes it"])
+        _fail(
+            ExitCode.OUT_OF_MEMORY, [str(error), error.advice or "out of memory: `finetune plan` shows what takes it"]
+        )
     except TrainingFailed as error:
-        _fail(ExitCode.FAILED, [str(error), "failed; checkpoints are kept: run again with --resume"])
+        advice = [error.advice] if error.advice else []
+        _fail(ExitCode.FAILED, [str(error), *advice, "failed; checkpoints are kept: run again with --resume"])
 
 
 def _fail(code: ExitCode, lines: list[str]) -> None:

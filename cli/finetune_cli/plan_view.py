@@ -14,7 +14,9 @@ from finetune_trainer.launch.cluster import Workers, plan_workers
 from finetune_trainer.launch.preparation import Preparation
 from finetune_trainer.plan import PlanContext, plan_job, render
 from finetune_trainer.plan.devices import MEMORIES, Device, known_device, local_device
+from finetune_trainer.plan.job import job_config
 from finetune_trainer.plan.quantities import parse_quantity
+from finetune_trainer.preflight.packing import packing_problems
 from finetune_trainer.storage import Storage
 
 
@@ -29,6 +31,8 @@ def show_plan(run: RunConfig, device: str | None, as_json: bool) -> None:
     known = _preparation(run, workers)
     context = PlanContext(place, workers.most, known.config if known else None)
     plan = plan_job(run, context, lambda index: known.prepare(index) if known else None)
+    if mixed := list(packing_problems(run, context.config or job_config(run), workers.accelerator)):
+        raise UserError(mixed)
     if as_json:
         print(json.dumps(plan.to_json(), indent=1))
     else:

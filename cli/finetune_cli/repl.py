@@ -30,16 +30,23 @@ COMMANDS = {
 class Chat:
     """The conversation so far and the model that answers.
 
-    A model without a chat template has no turns: each line is continued on its own.
+    A model without a chat template, or that was trained on plain text, has no turns: each line is continued on its own.
+
+    Args:
+        raw: see `generation.generate`.
     """
 
-    def __init__(self, loaded: Loaded, options: GenerationOptions, console: Console | None = None) -> None:
+    def __init__(
+        self, loaded: Loaded, options: GenerationOptions, console: Console | None = None, raw: bool | None = None
+    ) -> None:
         if loaded.kind != "causal":
             raise UserError("this model fills masks: use `finetune generate --prompt 'text with the mask token'`")
         self.loaded = loaded
         self.options = options
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.history: Conversation = []
+        self.raw = raw
+        self.turns = has_template(loaded.tokenizer) and not (loaded.asks_plainly if raw is None else raw)
 
     def run(self) -> None:
         """Answer line after line until the end of the input or `/exit`."""
@@ -56,11 +63,11 @@ class Chat:
         Raises:
             UserError: the conversation fills the model's context; it is left as it was.
         """
-        template = has_template(self.loaded.tokenizer)
         turn = {"role": "user", "content": text}
-        pieces = stream(self.loaded, [*self.history, turn] if template else text, self.options)
+        asked = [*self.history, turn] if self.turns else text
+        pieces = stream(self.loaded, asked, self.options, raw=self.raw)
         said = "".join(self._print(pieces))
-        if template:
+        if self.turns:
             self.history += [turn, {"role": "assistant", "content": said}]
         return said
 
@@ -115,8 +122,8 @@ class Chat:
         self._note("the conversation is forgotten")
 
     def _system(self, text: str) -> None:
-        if not has_template(self.loaded.tokenizer):
-            self._note("this model's tokenizer has no chat template, so there is no system message")
+        if not self.turns:
+            self._note("this model continues plain text, which has no system message")
             return
         self.options = replace(self.options, system=text or None)
         self._reset()

@@ -21,7 +21,7 @@ StageName = Annotated[
         json_schema_extra=expects("up to 40 lower-case letters, digits and inner dashes"),
     ),
 ]
-FileFormat = Literal["auto", "jsonl", "csv", "parquet", "text"]
+FileFormat = Literal["auto", "jsonl", "json", "csv", "parquet", "text"]
 Column = Annotated[str, Field(min_length=1, max_length=256)]
 Template = Annotated[str, Field(min_length=1, max_length=65536)]
 Marker = Annotated[str, Field(min_length=1, max_length=64)]
@@ -63,7 +63,8 @@ class DataSource(ApiModel):
     stage: StageName | None = None
     """Name of an earlier `synthesize` stage, whose rows these are."""
     format: FileFormat = "auto"
-    """File format. `auto`: by the file's ending; in a directory, by the endings found there, which must agree."""
+    """File format. `auto`: by the file's ending; in a directory, by the endings found there, which must agree.
+    `jsonl`: one object per line. `json`: an array of objects, an object that holds one, or one object per line."""
     subset: Column | None = None
     """Configuration of the hub dataset. Default: the dataset's own default."""
     split: Column = "train"
@@ -86,15 +87,26 @@ class Columns(ApiModel):
     text: Column = "text"
     """Plain text."""
     messages: Column = "messages"
-    """Conversation: a list of `{role, content}` (`{from, value}` is understood too)."""
+    """Conversation: a list of `{role, content}` or `{from, value}`."""
+    system: Column = "system"
+    """System message that stands before the row's conversation. Strings in `prompt` and its answers are a
+    conversation, too, where the row has this column. It is not read where `template` is set."""
+    tools: Column = "tools"
+    """Tools that the conversation may call, for the chat template: a list of JSON schemas or its JSON."""
     prompt: Column = "prompt"
     """Prompt: a string or a list of messages."""
     completion: Column = "completion"
     """Completion: a string or a list of messages."""
     chosen: Column = "chosen"
-    """Preferred answer: a string or a list of messages, with or without the prompt before it."""
+    """Preferred answer: a string, a message or a list of messages, with or without the prompt before it."""
     rejected: Column = "rejected"
     """Rejected answer, in the same form as `chosen`."""
+
+    @property
+    def named(self) -> set[str]:
+        """The fields that differ from the standard names: those that a job names. It holds after a round through JSON,
+        which sets every field."""
+        return {name for name, value in self if value != type(self).model_fields[name].default}
 
 
 class RowTemplate(ApiModel):

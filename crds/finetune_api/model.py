@@ -56,6 +56,15 @@ class ModelSpec(ApiModel):
     """Precision of the weights. `auto`: bfloat16 on an accelerator that has it, else float32."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
     """Attention kernel of transformers. `auto`: what transformers picks for the model and the machine."""
+    dequantize: bool = False
+    """Train a dequantized copy of a model whose saved weights are quantized (`quantization_config` in its config.json:
+    mxfp4, fp8, bitsandbytes, compressed-tensors). The copy has the saved precision of the other weights and lies in the
+    cache. Such a model is otherwise refused by stages that train; evaluation and teachers use it as it is."""
+    resize_embeddings: Literal["never", "auto"] = "never"
+    """`auto`: where a loaded model's embeddings have fewer rows than the tokenizer has ids, add rows at the mean of the
+    old ones. `never`: refuse such a pair."""
+    pad_to_multiple_of: Annotated[int, Field(ge=1, le=65536)] = 64
+    """`resizeEmbeddings` makes the number of rows a multiple of this."""
 
     def faults(self) -> Iterator[str]:
         yield from not_exactly_one(self, *MODEL_SOURCES)

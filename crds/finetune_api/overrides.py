@@ -53,6 +53,11 @@ def apply_overrides(data: Json, assignments: list[str], parse: Callable[[str], o
     return result
 
 
+def assigned_fields(assignments: list[str]) -> list[str]:
+    """Return the fields that good assignments name, as messages write them: `stages[0].sft.learningRate`."""
+    return [field_path(_parsed_path(assignment.partition("=")[0].strip())) for assignment in assignments]
+
+
 def _assign(data: Json, assignment: str, parse: Callable[[str], object]) -> None:
     path, equals, text = assignment.partition("=")
     if not equals:

@@ -14,6 +14,8 @@ Metrics = Annotated[dict[Annotated[str, Field(max_length=128)], float], Field(ma
 
 PORT = 8469
 """Where the driver's pod serves its report."""
+NODE_VARIABLE = "FINETUNE_NODE_NAME"
+"""Environment variable of each pod that holds the name of its node."""
 REPORT_PATH = "/v1/report"
 STOP_PATH = "/v1/stop"
 TERMINATION_MESSAGE_BYTES = 4096
@@ -105,3 +107,5 @@ class AttemptReport(ApiModel):
     """How the attempt ended, by `finetune_api.exit_codes`."""
     message: Text | None = None
     """Why it ended: the faults of a bad job, or the last lines of a traceback, secrets removed."""
+    node: Annotated[str, Field(max_length=253)] | None = None
+    """Name of the node on which a GPU fault ended it."""

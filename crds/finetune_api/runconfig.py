@@ -23,5 +23,7 @@ class RunConfig(ApiModel):
     """Directory that they start from where `base_dir` has no such file. Default: the process's current directory."""
     cache_dir: Annotated[str, Field(min_length=1)]
     """Local directory for prepared data and downloads; it may be shared and may be deleted at any time."""
+    overrides: list[str] = Field(default_factory=list)
+    """Fields that `--set` names, such as `stages[0].sft.data.limit`: a resumed run may have other data there."""
     attempt: Annotated[int, Field(ge=1)] = 1
     """Which attempt this is, from 1; the trainer counts on where its directory tells of a later one."""

@@ -12,6 +12,8 @@ class StartRun:
     """Make a run's objects; making them again changes nothing."""
 
     run: int
+    avoid: tuple[str, ...] = ()
+    """Names of nodes that its pods must not run on."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import math
 import re
 from typing import Any
 
+from finetune_api.kubernetes import Kubernetes
 from finetune_operator.classify import Ending
 from finetune_operator.conditions import Reason
 from finetune_operator.names import CONTAINER
@@ -14,19 +15,23 @@ from finetune_operator.names import CONTAINER
 Json = dict[str, Any]
 MORE = 1.5
 """How much more memory to try."""
+SHARED_MEMORY = str(Kubernetes.model_fields["shared_memory"].default)
 GIB = 2**30
 _QUANTITY = re.compile(r"^(\d+(?:\.\d+)?)(\D*)$")
 
 
 def with_advice(ending: Ending, body: Json, status: Json) -> Ending:
-    """The ending of an attempt with what to change, where it was for lack of memory."""
+    """The ending of an attempt with what to change, where it was for lack of memory or a fault of a device."""
+    words = _words(ending, body["spec"], status)
+    return dataclasses.replace(ending, message=f"{words}. {ending.message}") if words else ending
+
+
+def _words(ending: Ending, spec: Json, status: Json) -> str:
     if ending.reason is Reason.OOM_KILLED:
-        words = _host(body["spec"], status, ending.container)
-    elif ending.reason is Reason.DEVICE_OOM:
-        words = _device(body["spec"], status)
-    else:
-        return ending
-    return dataclasses.replace(ending, message=f"{words}. {ending.message}")
+        return _host(spec, status, ending.container)
+    if ending.reason is Reason.DEVICE_OOM:
+        return _device(spec, status)
+    return _shared(spec) if ending.reason is Reason.SHARED_MEMORY else ending.advice
 
 
 def with_preflight_advice(ending: Ending, memory: str) -> Ending:
@@ -47,12 +52,21 @@ def _host(spec: Json, status: Json, container: str) -> str:
     if _more(given):
         return f"Set resources.memoryPerNode to {_more(given)} (it is {given})"
     planned = (status.get("plan") or {}).get("memoryBytes")
+    if resources.get("gpusPerNode"):  # the plan counts the memory of GPUs then, which says nothing of the host's
+        return (
+            "Set resources.memoryPerNode, which is not set, to the memory that the node's workers need beside its GPUs"
+        )
     if planned is None:
         return "Set resources.memoryPerNode, which is not set, to what the job needs"
-    workers = resources.get("gpusPerNode") or resources.get("workersPerNode") or 1
+    workers = resources.get("workersPerNode") or 1
     least = math.ceil(planned * workers * MORE / GIB)
     why = f"it is not set, and {workers} x {planned / GIB:.1f} GiB are planned"
     return f"Set resources.memoryPerNode to {least}Gi ({why})"
+
+
+def _shared(spec: Json) -> str:
+    given = (spec.get("kubernetes") or {}).get("sharedMemory") or SHARED_MEMORY
+    return f"Set kubernetes.sharedMemory to {_more(given) or 'more'} (it is {given}), and memoryPerNode by as much more"
 
 
 def _template_limit(template: Json, name: str) -> str | None:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timedelta
 from typing import Any
 
-from finetune_operator.conditions import moment
+from finetune_api.exit_codes import ExitCode
+from finetune_operator.conditions import Reason, moment
 from finetune_operator.settings import Settings
 
 Json = dict[str, Any]
 KEPT = 20
+_ERROR = re.compile(r"[\w.]+(Error|Exception)\b")
+_OUTAGE = re.compile(
+    r"^[\w.]*(Connection|Timeout|HTTPClient|ClientOS|Disconnected)\w*|^OSError|\[Errno|timed? ?out|"
+    r"[Cc]onnection (closed|reset|refused|aborted)|[Bb]roken pipe"
+)
+"""In messages of attempts that a store or the network has ended."""
+_CHANGING = re.compile(r"0x[0-9a-f]+|/tmp/\S+|\d+(\.\d+)?", re.IGNORECASE)
+"""What differs between two messages of the same error: addresses, temporary files, numbers."""
 
 
 def records(status: Json) -> list[Json]:
@@ -54,6 +64,24 @@ def failures(status: Json) -> int:
     return count
 
 
+def repeated(status: Json) -> str:
+    """The message of an error that has ended the last two attempts at the same step; empty where none has.
+
+    Only the trainer's own errors count: an outage may last for two attempts and be over in the third.
+    """
+    ended = [record for record in records(status) if "endTime" in record][-2:]
+    if len(ended) < 2 or not all(map(_own_error, ended)):
+        return ""
+    one, other = ({name: record.get(name) for name in ("stage", "step")} for record in ended)
+    same = _CHANGING.sub("#", ended[0]["message"]) == _CHANGING.sub("#", ended[1]["message"])
+    return ended[1]["message"] if same and one == other else ""
+
+
+def _own_error(record: Json) -> bool:
+    own = record["reason"] == Reason.UNKNOWN.value and record.get("exitCode") == ExitCode.FAILED
+    return bool(own and _ERROR.match(record["message"]) and not _OUTAGE.search(record["message"]))
+
+
 def next_start(status: Json, settings: Settings) -> datetime | None:
     """When the next attempt may start: at once after a suspension, else after a wait that doubles.
 
@@ -67,6 +95,20 @@ def next_start(status: Json, settings: Settings) -> datetime | None:
         return ended
     wait = settings.backoff_seconds * 2 ** min(max(failures(status), 1) - 1, 20)
     return ended + timedelta(seconds=min(wait, settings.backoff_cap_seconds))
+
+
+def avoided(status: Json) -> tuple[str, ...]:
+    """Return the nodes that the next attempt must keep away from: a GPU there has broken an earlier one.
+
+    Empty again after an attempt for which no other node was found in time: a node that may work is better than none.
+    """
+    nodes: dict[str, None] = {}
+    for record in records(status):
+        if record.get("reason") == Reason.UNSCHEDULABLE.value:
+            nodes.clear()
+        elif "faultyNode" in record:
+            nodes[record["faultyNode"]] = None
+    return tuple(nodes)
 
 
 def trimmed(status: Json) -> None:

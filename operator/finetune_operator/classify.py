@@ -11,6 +11,7 @@ from finetune_api.exit_codes import ExitCode
 from finetune_api.redact import redact
 from finetune_api.report import AttemptReport
 from finetune_operator.conditions import Reason, stamp
+from finetune_operator.device_endings import DeviceEnding, device_ending
 from finetune_operator.observed import Complaint, PodView, RunView
 from finetune_operator.reports import clean, read_report
 
@@ -25,10 +26,6 @@ _PULL = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverP
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 _MOUNT = ("FailedMount", "FailedAttachVolume", "FailedMapVolume")
 _CREATE = ("FailedCreate", "FailedToCreateHeadPod", "FailedToCreateWorkerPod")
-_DEVICE_OOM = re.compile(
-    r"(CUDA|HIP|XPU) out of memory|CUDA error: out of memory|torch\.(cuda\.)?OutOfMemoryError|"
-    r"CUBLAS_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation"
-)
 _RENDEZVOUS = re.compile(
     r"NCCL (error|timeout|WARN)|nccl(System|Remote|Internal|UnhandledCuda)Error|WorkNCCL|ProcessGroup(NCCL|Gloo)|"
     r"Watchdog caught collective operation timeout|gloo.*(connect|timeout|Connection)|"
@@ -58,6 +55,10 @@ class Ending:
     """The last lines of what the driver said, where that is more than the message."""
     container: str = ""
     """The container that is to blame, where it isn't the trainer's."""
+    advice: str = ""
+    """What to do about a device fault (`finetune_api.device_faults`)."""
+    faulty_node: bool = False
+    """Whether a GPU of `node` is broken: the next attempt keeps away from that node."""
 
 
 def classify(run: RunView, pods: tuple[PodView, ...], report: AttemptReport | None) -> Ending:
@@ -68,7 +69,7 @@ def classify(run: RunView, pods: tuple[PodView, ...], report: AttemptReport | No
     code = _exit_code(run, pods, said)
     own = "" if logged and code in _FROM_OUTSIDE else _last_line(text)
     unknown = Ending(Reason.UNKNOWN, own or _wordless(code), True, True, *_place(pods[:1]), code)
-    ending = next(iter(_endings(run, pods, text, code)), unknown)
+    ending = next(iter(_endings(run, pods, text, code, device_ending(text, pods, said))), unknown)
     more = len(text.strip().splitlines()) > 1 and ending.message != _clip(text)
     return replace(ending, traceback=_clip(text) if more else "")
 
@@ -111,12 +112,15 @@ def waiting(pods: Iterable[PodView], complaints: Iterable[Complaint] = ()) -> tu
     return None
 
 
-def _endings(run: RunView, pods: tuple[PodView, ...], text: str, code: int | None) -> Iterable[Ending]:
+def _endings(
+    run: RunView, pods: tuple[PodView, ...], text: str, code: int | None, device: DeviceEnding | None
+) -> Iterable[Ending]:
     driver = next((pod for pod in pods if pod.index == 0), None)
     place = _place([driver] if driver else [])
     if code == ExitCode.USER_ERROR:
         yield Ending(Reason.USER_ERROR, _clip(text or "the job, its data or its settings are wrong"), False, True,
                      *place, code)  # fmt: skip
+    yield from _refused_by_a_node(pods)
     if code == ExitCode.GATE_NOT_PASSED:
         yield Ending(Reason.GATE_NOT_PASSED, _clip(text or "an evaluation missed its bound"), False, True, *place, code)
     yield from _lost_pods(pods)
@@ -124,8 +128,8 @@ def _endings(run: RunView, pods: tuple[PodView, ...], text: str, code: int | Non
     if "DisruptionTarget" in run.message:  # the Job's own word, where no pod is left to tell more
         yield Ending(Reason.EVICTED, _clip(run.message), True, False, *place, code)
     yield from _killed_for_memory(pods)
-    if _DEVICE_OOM.search(text):
-        yield Ending(Reason.DEVICE_OOM, _line_of(_DEVICE_OOM, text), False, True, *place, code)
+    if device is not None:
+        yield _of_device(device, place, code)
     if code == ExitCode.OUT_OF_MEMORY:
         yield Ending(Reason.OOM_KILLED, _last_line(text) or "out of memory", False, True, *place, code)
     if code == ExitCode.INTERRUPTED:
@@ -136,6 +140,26 @@ def _endings(run: RunView, pods: tuple[PodView, ...], text: str, code: int | Non
         yield Ending(stuck[0], stuck[1], True, True, *place, code)
     if _RENDEZVOUS.search(text):
         yield Ending(Reason.RENDEZVOUS, _line_of(_RENDEZVOUS, text), True, True, *place, code)
+
+
+def _of_device(device: DeviceEnding, place: tuple[str | None, str | None], code: int | None) -> Ending:
+    pod = device.pod
+    where = place if pod is None else (pod.name, pod.node)
+    return Ending(device.reason, _clip(device.line), device.retryable, True, *where, code, advice=device.advice,
+                  faulty_node=device.node_is_faulty)  # fmt: skip
+
+
+def _refused_by_a_node(pods: tuple[PodView, ...]) -> Iterable[Ending]:
+    """A node beside the driver's that found itself unfit for the job, by the checks of `finetune doctor`: it is set up
+    wrong, or a GPU of it does not work. The driver itself was only told to stop."""
+    for pod in pods:
+        said = termination_report(pod) if pod.index else None
+        broken = device_ending(said.message or "", pods, said) if said is not None else None
+        if broken is not None and broken.node_is_faulty:
+            yield _of_device(broken, (pod.name, pod.node), pod.exit_code)
+        elif said is not None and said.exit_code == ExitCode.USER_ERROR:
+            message = f"pod {pod.name} on node {pod.node}: {said.message or 'its node does not suit the job'}"
+            yield Ending(Reason.USER_ERROR, _clip(message), False, True, pod.name, pod.node, pod.exit_code)
 
 
 def _lost_pods(pods: tuple[PodView, ...]) -> Iterable[Ending]:

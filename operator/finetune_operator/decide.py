@@ -165,6 +165,9 @@ def _start(draft: Draft) -> bool:
     limit = draft.policy.backoff_limit
     if last is not None and not last["retryable"]:
         return draft.fail(Reason(last["reason"]), last["message"])
+    if again := attempts.repeated(draft.status):
+        message = f"the same error ended the last two attempts at the same step: {again}"
+        return draft.fail(Reason.REPEATED_ERROR, message)
     failed = attempts.failures(draft.status)
     if failed > limit:
         assert last is not None
@@ -228,6 +231,9 @@ def _unready(draft: Draft, run: RunView) -> str:
 
 def _stuck(draft: Draft, run: RunView, reason: Reason, message: str) -> None:
     """Say what holds the pods up; after a while delete the run, which then counts as failed."""
+    avoided = attempts.avoided(draft.status)
+    if reason is Reason.UNSCHEDULABLE and avoided:
+        message += f" (kept away from {', '.join(avoided)}: a GPU failed there)"
     draft.set(Type.RUNNING, "False", reason, message)
     limit = patience(reason, draft.settings)
     if not limit:

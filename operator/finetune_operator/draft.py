@@ -167,7 +167,7 @@ class Draft:
         self.status["attempt"] = number
         attempts.trimmed(self.status)
         self.set(Type.RUNNING, "False", Reason.STARTING)
-        self.do(StartRun(number))
+        self.do(StartRun(number, attempts.avoided(self.status)))
 
     def resumed(self) -> None:
         """The job is not to be suspended any more."""
@@ -208,6 +208,10 @@ class Draft:
             "counts": counts,
             "requested": asked == Reason.SUSPENDED.value,
             "checkpoint": self.status.get("lastCheckpoint", {}).get("uri"),
+            **({"faultyNode": ending.node} if ending.faulty_node else {}),
+            "exitCode": ending.exit_code,
+            "stage": self.status.get("progress", {}).get("stageIndex"),
+            "step": self.status.get("progress", {}).get("step"),
         }
 
     def _memory_sufficed(self, record: Json, ending: Ending) -> bool:
@@ -215,9 +219,8 @@ class Draft:
 
         One that never gets as far as a checkpoint needs another setting first.
         """
-        return ending.reason in (Reason.OOM_KILLED, Reason.DEVICE_OOM) and attempts.progressed(
-            self.status, record["number"]
-        )
+        memory = (Reason.OOM_KILLED, Reason.DEVICE_OOM, Reason.SHARED_MEMORY)
+        return ending.reason in memory and attempts.progressed(self.status, record["number"])
 
     def ask_stop(self, number: int) -> None:
         record = attempts.record_of(self.status, number)

@@ -56,6 +56,9 @@ CASES = [
     Case("NodeLost", lambda k, ns, pod: k.node_lost("lost-node"), "DeletionByTaintManager", True),
     Case("PodDeleted", lambda k, ns, pod: k.deleted_by_force(ns, pod), "was deleted while it ran", True),
     Case("RendezvousFailed", ended(1, "torch.distributed.DistStoreError: Timed out"), "DistStoreError", True),
+    Case(
+        "CUDADeviceAssert", ended(1, "AcceleratorError: CUDA error: device-side assert triggered"), "vocab_size", False
+    ),
     Case("Interrupted", ended(75, "stopped at step 3, checkpoint saved"), "stopped at step 3", True),
     Case("TrainingFailed", ended(1, "RuntimeError: what nobody expects"), "what nobody expects", True),
     Case("ImagePullFailed", lambda k, ns, pod: k.image_pull_back_off(ns, pod), "ImagePullBackOff", True),
@@ -99,6 +102,27 @@ def test_a_worker_s_end_outweighs_what_the_driver_saw(jobs: Jobs, kubelet: Kubel
     failed = jobs.until_phase("Failed")
     assert failed["status"]["failure"]["reason"] == "OOMKilled"
     assert (failed["status"]["failure"]["pod"], failed["status"]["failure"]["node"]) == (second, "node-b")
+
+
+def test_a_broken_gpu_s_node_is_kept_away_from(jobs: Jobs, kubelet: KubeletStandIn, namespace: str) -> None:
+    """The worker's node, which its driver names; the API server takes the pod of the next attempt."""
+    jobs.create(job(resources={"nodes": 2, "gpusPerNode": 1}))
+    first, second = pods_of(kubelet, namespace, 1, 2)
+    kubelet.running(namespace, first)
+    kubelet.running(namespace, second, node="node-b")
+    jobs.until_phase("Running")
+    fault = "GPU fault on node node-b: AcceleratorError: CUDA error: uncorrectable ECC error encountered"
+    said = json.dumps({"stages": [], "exitCode": 1, "message": fault, "node": "node-b"})
+    kubelet.finished(namespace, first, 1, message=said)
+    kubelet.until_deleted(namespace, second)
+    kubelet.end_deletion(namespace, second)
+    record = jobs.until(lambda status: status.get("attempt") == 2)["status"]["attempts"][0]
+    assert (record["reason"], record["faultyNode"]) == ("GPUFault", "node-b")
+    for pod in pods_of(kubelet, namespace, 2, 2):
+        spec = kubelet.core.read_namespaced_pod(pod, namespace).spec
+        (term,) = spec.affinity.node_affinity.required_during_scheduling_ignored_during_execution.node_selector_terms
+        (field,) = term.match_fields
+        assert (field.key, field.operator, field.values) == ("metadata.name", "NotIn", ["node-b"])
 
 
 def test_what_the_scheduler_misses_is_told_and_waited_for(jobs: Jobs, kubelet: KubeletStandIn, namespace: str) -> None:

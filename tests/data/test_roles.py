@@ -18,13 +18,20 @@ def conversation(role: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("role", "meant"),
-    [("usr", "user"), ("User", "user"), ("human", "user"), ("gpt", "assistant"), ("asistant", "assistant")],
+    [
+        ("usr", "user"),
+        ("User", "user"),
+        ("human", "user"),
+        ("gpt", "assistant"),
+        ("model", "assistant"),
+        ("asistant", "assistant"),
+    ],
 )
 def test_slips_are_told(role: str, meant: str) -> None:
     with pytest.raises(FormError, match=f"did you mean `{meant}`"):
         normalise(conversation(role), SPEC, "sft")
 
 
-@pytest.mark.parametrize("role", ["tool", "developer", "function_call", "observation", "ipython", "critic"])
+@pytest.mark.parametrize("role", ["tool", "developer", "function", "observation", "ipython", "critic"])
 def test_roles_of_templates_pass(role: str) -> None:
     assert normalise(conversation(role), SPEC, "sft") == conversation(role)

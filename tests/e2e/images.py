@@ -130,11 +130,11 @@ def operator_image(path: Path) -> Path:
         "User": "1000:1000",
         "WorkingDir": "/tmp",
     }
-    copies = {place: packages, str(program): program, str(library): library, **_libraries([program, *shared])}
+    copies = {place: packages, str(program): program, str(library): library, **libraries_of([program, *shared])}
     return archive(path, OPERATOR_IMAGE, config, directories=["/tmp"], files=USERS, copies=copies)
 
 
-def _libraries(programs: Sequence[Path]) -> dict[str, Path]:
+def libraries_of(programs: Sequence[Path]) -> dict[str, Path]:
     """The C libraries that programs are linked with, by the paths at which they look for them."""
     done = subprocess.run(["ldd", *map(str, programs)], capture_output=True, text=True)
     found = {os.path.normpath(line[1]) for line in map(_LIBRARY.search, done.stdout.splitlines()) if line}

@@ -15,7 +15,8 @@ from finetune_trainer.errors import UserError
 from finetune_trainer.esft.families import expert_layers
 from finetune_trainer.esft.scores import measure_scores
 from finetune_trainer.esft.selection import ExpertConfig, select_layers
-from finetune_trainer.esft.trainable import keep_masters, prepare, tuned_modules
+from finetune_trainer.esft.trainable import prepare, tuned_modules
+from finetune_trainer.model.precision import train_in_float32
 
 IMPLEMENTATIONS = ("eager", "grouped_mm")
 
@@ -134,7 +135,7 @@ def test_masters_are_float32_and_compute_in_half_precision() -> None:
     model, inputs = build("qwen2_moe", dtype=torch.bfloat16), batch()
     before = logits(model, inputs)
     prepare(model, chosen(model))
-    keep_masters(model)
+    train_in_float32(model)
     kinds = {weight.dtype for weight in model.parameters() if weight.requires_grad}
     assert kinds == {torch.float32}
     assert torch.equal(logits(model, inputs), before)

@@ -12,12 +12,15 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import fake_driver
 import psutil
 import pytest
 
+from finetune_api.runconfig import RunConfig
 from finetune_trainer.forks import client, wire
 from finetune_trainer.forks.server import opened_gpu
 from finetune_trainer.forks.start import WORKER
+from finetune_trainer.launch import preload
 
 TELL = """
 import json, os, random, sys
@@ -179,6 +182,85 @@ def test_a_server_whose_libraries_open_a_gpu_serves_nobody(tmp_path: Path, monke
     with client.fork_server(["opens_a_gpu"], []) as server:
         assert server.wait(30) == 1
         assert client.run_fork(["x.py"]) is None
+
+
+@pytest.mark.parametrize("visible", [None, "", "1,0"], ids=["not set", "none", "two"])
+def test_gpus_are_hidden_from_what_the_server_imports_and_not_from_a_fork(
+    visible: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "looks_for_gpus.py").write_text("import os\nSEEN = os.environ.get('CUDA_VISIBLE_DEVICES')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv(wire.SOCKET_VARIABLE, "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    path = script(
+        tmp_path,
+        "import json, os, looks_for_gpus\n"
+        "print(json.dumps([looks_for_gpus.SEEN, os.environ.get('CUDA_VISIBLE_DEVICES')]))",
+    )
+    with client.fork_server(["looks_for_gpus"], []):
+        assert json.loads(asked(path).stdout) == ["", visible]
+
+
+def test_bitsandbytes_asks_no_driver_where_the_server_imports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with a GPU, which libraries stand in for: by itself it opens the GPU at its import."""
+    for name, value in fake_driver.build(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(wire.SOCKET_VARIABLE, "")
+    path = script(tmp_path, "import sys, torch; print('bitsandbytes' in sys.modules, torch.cuda.is_initialized())")
+    with client.fork_server(["bitsandbytes"], []):
+        assert asked(path).stdout.split() == ["True", "False"]
+        assert not (tmp_path / "asked").exists()
+
+
+def config(gpus: int | None) -> RunConfig:
+    data = {"sources": [{"inline": [{"prompt": "a", "completion": "b"}]}]}
+    resources = {} if gpus is None else {"gpusPerNode": gpus}
+    spec = {
+        "model": {"path": "/m"},
+        "stages": [{"sft": {"data": data}}],
+        "storage": {"path": "r"},
+        "resources": resources,
+    }
+    job = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "tiny"}, "spec": spec}
+    return RunConfig.model_validate({"job": job, "root": "/r", "baseDir": "/", "cacheDir": "/c"})
+
+
+@pytest.mark.parametrize(
+    ("gpus", "devices", "visible", "uses"),
+    [
+        (1, (), None, True),
+        (0, ("nvidia0",), None, False),
+        (None, (), None, False),
+        (None, ("nvidiactl", "nvidia-uvm"), None, False),
+        (None, ("nvidia0",), None, True),
+        (None, ("dxg",), None, True),
+        (None, ("nvidia0",), "", False),
+        (None, ("nvidia0",), "0", True),
+    ],
+)
+def test_jobs_on_gpus_do_without_the_server(
+    gpus: int | None, devices: tuple[str, ...], visible: str | None, uses: bool, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(preload, "DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for name in devices:
+        (tmp_path / name).touch()
+    assert preload.uses_gpus(config(gpus)) is uses
+
+
+def test_why_there_is_no_server_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(wire.SOCKET_VARIABLE, "")
+    said: list[str] = []
+    with preload.forks(config(8), said.append):
+        assert client.run_fork(["x.py"]) is None
+    assert len(said) == 1 and "without the fork server" in said[0]
 
 
 def test_a_server_ends_with_whoever_started_it(tmp_path: Path) -> None:

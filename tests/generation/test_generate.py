@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune_trainer.errors import UserError
 from finetune_trainer.generation.fill import fill
 from finetune_trainer.generation.generate import generate, stream
 from finetune_trainer.generation.load import Loaded, load
 from finetune_trainer.generation.options import GenerationOptions
-from finetune_trainer.generation.prompts import encode, stop_ids
+from finetune_trainer.generation.prompts import encode, end_of_turn, stop_ids
 
 PROMPTS = ["Return", "What does the absolute value of the argument do?", "Join two", "a"]
 SHORT = GenerationOptions(max_new_tokens=12)
@@ -72,11 +73,42 @@ def test_beams_find_a_likelier_answer(plain: Loaded) -> None:
     assert log_probability(beam) >= log_probability(greedy)
 
 
-def test_the_end_of_a_turn_ends_a_chat_only(chat: Loaded) -> None:
+def test_the_end_of_a_turn_ends_an_answer(chat: Loaded, plain: Loaded) -> None:
     turn_end = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert stop_ids(chat.tokenizer, None) == [0, turn_end]
-    assert stop_ids(chat.tokenizer, None, raw=True) == [0]
     assert stop_ids(chat.tokenizer, [5, 6]) == [0, turn_end, 5, 6]
+    assert stop_ids(plain.tokenizer, None) == [0], "it has no chat template"
+
+
+TURN = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}END{% endfor %}"
+PARTS = TURN.replace("{{ m.content }}", "{% for part in m.content %}{{ part['text'] }}{% endfor %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (TURN.replace("END", "<|im_end|>\n"), "<|im_end|>"),
+        (TURN.replace("END", " \n[end] <|im_end|>"), "<|im_end|>"),
+        (TURN.replace("END", ""), "<|im_start|>"),  # the marker of the next turn ends one (GLM)
+        (PARTS.replace("END", "<|im_end|>"), "<|im_end|>"),  # contents are lists of parts (SmolVLM, LLaVA)
+        (TURN.replace("END", "").replace("<|im_start|>", "\n## "), None),  # ordinary text marks the turns
+        ("{{ raise_exception('no') }}", None),
+    ],
+)
+def test_the_end_of_a_turn_is_read_from_the_template(template: str, end: str | None, llama_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama_dir)
+    tokenizer.chat_template = template
+    assert end_of_turn(tokenizer) == (None if end is None else tokenizer.convert_tokens_to_ids(end))
+
+
+def test_a_token_that_is_not_named_special_ends_a_turn_too(llama_dir: Path) -> None:
+    """As where a tokenizer's files hold `<|im_end|>` and its configuration does not name it."""
+    tokenizer = AutoTokenizer.from_pretrained(llama_dir)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token)
+    bare.chat_template = tokenizer.chat_template
+    turn_end = bare.convert_tokens_to_ids("<|im_end|>")
+    assert turn_end not in bare.all_special_ids
+    assert stop_ids(bare, None) == [0, turn_end]
 
 
 def test_an_answer_stops_at_the_end_of_its_turn(llama_dir: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +40,7 @@ class _Saves(TrainerCallback):
         self.trainer = trainer
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.feed.save(state.global_step, Path(args.output_dir, f"checkpoint-{state.global_step}"))
+        self.trainer.stage.feed.save(state.global_step, Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
 
 @contextmanager
@@ -52,18 +52,25 @@ def resumed(context: StageContext, step: int) -> Iterator[Any]:
 
 
 @contextmanager
-def trained(context: StageContext, evaluate: bool = False, checkpoint: Path | None = None) -> Iterator[Any]:
+def trained(
+    context: StageContext,
+    evaluate: bool = False,
+    checkpoint: Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Iterator[Any]:
     """The stage's trainer after its last step, evaluated before the first and after the last one where asked for.
 
     What the libraries remember of it is gone afterwards.
 
     Args:
         checkpoint: to go on from.
+        callbacks: of the trainer, beside its own.
     """
     trainer = make_trainer(context)
     trainer.args.eval_on_start = evaluate
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Saves(trainer))
+    for callback in (_Saves(trainer), *callbacks):
+        trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if evaluate:
         trainer.evaluate()

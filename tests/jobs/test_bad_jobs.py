@@ -44,6 +44,10 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 LONG = {"messages": [turn("user", "1 plus 1"), turn("assistant", "makes 2 " * 80)]}
 SAME = {"prompt": "1 plus 1", "chosen": " makes 2", "rejected": " makes 2"}
+CHATS = {
+    "chosen": [turn("user", "1 plus 1"), turn("assistant", "2")],
+    "rejected": [turn("user", "1 plus 1"), turn("assistant", "3")],
+}
 
 CASES: dict[str, tuple[Callable[[Job], Any], list[str]]] = {
     "typo in a field": (
@@ -106,6 +110,21 @@ CASES: dict[str, tuple[Callable[[Job], Any], list[str]]] = {
     "nothing to learn": (
         lambda job: rows(job, {"messages": [turn("user", "1 plus 1")]}),
         ["stages[0].sft.data", "1 no assistant turn"],
+    ),
+    "a weight between 0 and 1": (
+        lambda job: rows(job, {"messages": [turn("user", "1 plus 1"), {**turn("assistant", "2"), "weight": 0.3}]}),
+        ["stages[0].sft.data.sources[0]: row 0: messages[1].weight is 0.3, expected 0 or 1"],
+    ),
+    "a picture": (
+        lambda job: rows(job, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}),
+        ["stages[0].sft.data.sources[0]: row 0: messages[0].content[0] is a part of type `image_url`"],
+    ),
+    "a prompt that the chats contradict": (
+        lambda job: (
+            dpo(job),
+            put(job, "spec/stages/0/dpo/data/sources", [{"inline": [{**CHATS, "prompt": "3 plus 3"}]}]),
+        ),
+        ["stages[0].dpo.data.sources[0]: row 0: `prompt` asks '3 plus 3'", "'1 plus 1'"],
     ),
     "identical pairs": (
         lambda job: (dpo(job), put(job, "spec/stages/0/dpo/data/sources", [{"inline": [SAME, SAME]}])),
@@ -314,3 +333,40 @@ def test_a_good_job_is_valid(base_job: Job, write_job: Callable[[Job], Path]) ->
     result = CliRunner().invoke(app, ["validate", str(write_job(base_job))])
     assert result.exit_code == 0, result.output
     assert "job: valid (sft)" in result.output
+
+
+def test_how_rows_are_read_is_told(base_job: Job, write_job: Callable[[Job], Path]) -> None:
+    rows(base_job, {"instruction": "1 plus 1", "input": "", "output": "makes 2"})
+    result = CliRunner().invoke(app, ["validate", str(write_job(base_job))])
+    assert result.exit_code == 0, result.output
+    told = "stages[0].sft.data.sources[0]: reads Alpaca rows from columns `instruction`, `input` and `output`\n"
+    assert told in result.output
+
+
+CALLS = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+
+
+@pytest.mark.parametrize(
+    ("field", "row", "expected"),
+    [
+        (
+            "data",
+            {"messages": [{"role": "user", "content": "1 and 1"}, CALLS]},
+            "sft.data: row 0: the chat template does",
+        ),
+        (
+            "evalData",
+            {"prompt": "a", "completion": "b " * 99},
+            "sft.maxLength: 1 of 1 examples are longer than 64 tokens",
+        ),
+    ],
+)
+def test_validate_reads_the_first_rows(
+    field: str, row: Job, expected: str, base_job: Job, write_job: Callable[[Job], Path]
+) -> None:
+    """As tokens, which an earlier look at the rows alone does not see."""
+    sft(base_job)[field] = {"sources": [{"inline": [row]}]}
+    sft(base_job)["overflow"] = "error"
+    result = CliRunner().invoke(app, ["validate", str(write_job(base_job))])
+    assert result.exit_code == 2, result.output
+    assert expected in " ".join(result.output.split())

@@ -188,3 +188,13 @@ def test_beginning_to_read_a_stream_leaves_the_global_random_numbers_alone(strea
 
 def _feed_of_one(stream: StreamedRows) -> DataLoader[Any]:
     return _feeds(1)[0].loader(stream, lambda rows: rows)
+
+
+def test_a_stream_of_other_rows_begins_anew_and_counts_on(stream: StreamedRows, tmp_path: Path) -> None:
+    """The state of the rows that a checkpoint was trained on says nothing of where other rows are."""
+    undisturbed = _read(stream, SHARDS, _feeds(SHARDS), STEPS)
+    anew = _feeds(SHARDS, STEPS)
+    assert _read(stream, SHARDS, anew, 2) == undisturbed[:2]
+    for feed in anew:
+        feed.save(STEPS + 2, tmp_path)
+    assert _read(stream, SHARDS, _feeds(SHARDS, STEPS + 2, tmp_path), 2) == undisturbed[2:4]

@@ -75,7 +75,7 @@ def test_a_sample_of_the_data_is_tokenised(tmp_path: Path, said: Path, tiny_mode
     long = {"prompt": "a", "completion": "to be or not to be " * 200}
     stages = [{"sft": {"data": {"sources": [{"inline": [long] * 4}]}, "overflow": "error"}}]
     assert run_preflight(config(tmp_path, stages, model={"path": str(tiny_model)})) == 2
-    assert "is longer than" in json.loads(said.read_text())["message"]
+    assert "4 of 4 examples are longer than" in json.loads(said.read_text())["message"]
 
 
 def test_a_secret_in_a_message_is_taken_out(

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from in_process import open_stage, trained
+from peft import PeftModel
+from plain_means import pair_means, token_means
 from running import done, losses, run, under_each_zero
 from tiny_rows import dialogue
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from finetune_cli.main import app
@@ -51,16 +53,23 @@ def test_learns_and_loads(fields: Job, base_job: Job, tmp_path: Path) -> None:
     with trained(context) as trainer:
         measured = trainer.evaluate()
         save_result(trainer, context, tmp_path / "result")
-        seen = trainer.predict(context.data.eval).predictions
+        seen = _rewards(trainer, context.data.eval)
     assert measured["eval_accuracy"] == 1.0 and measured["eval_margin"] > 0.5
-    assert measured["eval_margin"] == pytest.approx((seen[:, 0] - seen[:, 1]).mean(), abs=CLOSE)
+    assert measured["eval_margin"] == pytest.approx((seen[:, 0] - seen[:, 1]).mean().item(), abs=CLOSE)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "result")
     assert (model.config.num_labels, model.dtype) == (1, torch.float32)
     scores = torch.tensor([[_score(model, tmp_path / "result", pair[side]) for side in pair] for pair in pairs(16, 23)])
     assert (scores[:, 0] > scores[:, 1]).all()
     if "quantization" not in fields:  # what was quantized is merged in its original precision
-        by_row = (values[values[:, 0].argsort()] for values in (scores, torch.from_numpy(seen)))  # data is shuffled
+        by_row = (values[values[:, 0].argsort()] for values in (scores, seen))  # data is shuffled
         torch.testing.assert_close(*by_row, atol=CLOSE, rtol=0)
+
+
+@torch.no_grad()
+def _rewards(trainer: Any, rows: Any) -> torch.Tensor:
+    """Rewards [rows, 2] of the chosen and the rejected answers, by the trainer's model."""
+    batch = trainer.data_collator(list(rows))
+    return torch.stack(trainer.model.eval()(**batch, use_cache=False).logits.squeeze(-1).chunk(2), dim=1)
 
 
 @torch.no_grad()
@@ -79,29 +88,45 @@ def test_rewards_are_pulled_towards_zero(base_job: Job, tmp_path: Path) -> None:
         base_job["spec"]["stages"] = [still]
         with trained(open_stage(base_job, tmp_path)) as trainer:
             losses.append(trainer.state.log_history[0]["loss"])
-            sums = trainer.predict(trainer.train_dataset).predictions.sum(1)
+            sums = _rewards(trainer, trainer.train_dataset).sum(1)
     assert (sums**2).mean() > 1e-3
-    assert losses[1] - losses[0] == pytest.approx(10 * (sums**2).mean(), rel=1e-3)  # the log rounds to 4 digits
+    assert losses[1] - losses[0] == pytest.approx(10 * (sums**2).mean().item(), rel=1e-3)  # the log rounds to 4 digits
 
 
 @pytest.mark.timeout(600)
 def test_the_next_stage_starts_before_it(
-    base_job: Job, write_job: Callable[[Job], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base_job: Job, write_job: Callable[[Job], Path], tmp_path: Path, tiny_model: Path
 ) -> None:
-    """An adapter that is carried on is merged into the reward model, and goes on in the stage after it; two workers."""
-    sft = {"sft": base_job["spec"]["stages"][0]["sft"] | {"lora": {"r": 4, "merge": False}}}
+    """An adapter that is carried on is merged into the reward model, and goes on in the stage after it; two workers.
+
+    They share held-out rows and pairs unevenly, and measure what plain transformers does on each once.
+    """
+    held_out = {"sources": [{"inline": [dialogue(f"{n} plus 1", f"makes {n}" * (n + 1)) for n in range(5)]}]}
+    fields = {"lora": {"r": 4, "merge": False}, "evalData": held_out, "perDeviceEvalBatchSize": 2}
+    sft = {"sft": base_job["spec"]["stages"][0]["sft"] | fields}
     after = {"name": "after", "sft": sft["sft"]}
     base_job["spec"]["stages"] = [sft, stage(lora={"r": 8}, maxSteps=8), after]
     base_job["spec"]["resources"] = {"workersPerNode": 2}
     code, output = run(write_job(base_job))
     assert code == 0, output
     stages = tmp_path / "runs/job/stages"
-    assert done(stages / "01-reward")["metrics"]["eval_accuracy"] > 0.8
+    metrics = done(stages / "01-reward")["metrics"]
+    assert metrics["eval_accuracy"] > 0.8
+    reward = AutoModelForSequenceClassification.from_pretrained(stages / "01-reward/result")
+    scores = [[_score(reward, stages / "01-reward/result", pair[side]) for side in pair] for pair in pairs(16, 23)]
+    _same(metrics, pair_means(torch.tensor(scores)))
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), stages / "00-sft/result")
+    base_job["spec"]["resources"], base_job["spec"]["stages"] = {}, [sft]
+    _same(done(stages / "00-sft")["metrics"], token_means(tuned, open_stage(base_job, tmp_path).data.eval))
     assert json.loads((stages / "02-after/result/adapter_config.json").read_text())["r"] == 4
     answer = CliRunner().invoke(app, ["generate", str(stages / "01-reward"), "--prompt", "1 plus 1"])
     assert answer.exit_code == 2 and "reward model" in answer.output
     report = (tmp_path / "runs/job/report.html").read_text()
     assert "eval_accuracy" in report
+
+
+def _same(measured: dict[str, float], true: dict[str, float]) -> None:
+    assert {name: measured[name] for name in true} == pytest.approx(true, abs=CLOSE)
 
 
 def test_faults(base_job: Job, write_job: Callable[[Job], Path]) -> None:

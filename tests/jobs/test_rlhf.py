@@ -76,7 +76,7 @@ def test_the_bound_holds(job: Job, tmp_path: Path) -> None:
         kls = [row["kl"] for row in curve(trainer)]
         assert 2 < len(kls) < 40 and max(kls[:-1]) <= 1.0 < kls[-1]
         assert trainer.final_metrics() == {"kl_passed_at_step": len(kls), "kl_passed": pytest.approx(kls[-1], rel=1e-3)}
-        assert not trainer.keeps_last
+        assert not trainer.stage.keeps_last
         ended = _weights(trainer)
     # The measured model of step n is that after n - 1 updates.
     job["spec"]["stages"] = [stage(maxSteps=len(kls) - 2, **LORA)]

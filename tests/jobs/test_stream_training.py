@@ -32,7 +32,7 @@ class _Keep(TrainerCallback):
         self.trainer = trainer
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.feed.save(state.global_step, Path(args.output_dir, f"checkpoint-{state.global_step}"))
+        self.trainer.stage.feed.save(state.global_step, Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
 
 def _train(context: StageContext, resume: Path | None = None) -> list[tuple[int, float, float]]:

@@ -26,6 +26,12 @@ def failed(*records: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"conditions": VALID, "attempts": list(records), **more}
 
 
+def own_error(number: int, ended: float, **fields: Any) -> dict[str, Any]:
+    """An attempt that an error of the trainer's own has ended; its message has a number that changes."""
+    error = {"message": f"RuntimeError: {number} elements", "exitCode": 1, "stage": 0, "step": 7}
+    return attempt(number, "TrainingFailed", ended, **error | fields)
+
+
 CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
     "a new job starts": (seen(), "Pending", (StartRun(1),)),
     "a new job is checked first": (seen(None, kubernetes={}), "Preflight", (StartRun(0),)),
@@ -76,6 +82,20 @@ CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
     "too many failures": (
         seen(failed(*(attempt(n, "TrainingFailed", 1000) for n in (1, 2))), runPolicy={"backoffLimit": 1}),
         "Failed", ()),
+    "the same error at the same step ends it": (
+        seen(failed(own_error(1, 1000), own_error(2, 900))), "Failed", ()),
+    "the same error at another step does not": (
+        seen(failed(own_error(1, 1000), own_error(2, 900, step=8))), "Pending", (StartRun(3),)),
+    "another error at the same step does not": (
+        seen(failed(own_error(1, 1000), own_error(2, 900, message="RuntimeError: another"))), "Pending",
+        (StartRun(3),)),
+    "the same error with an eviction between does not": (
+        seen(failed(own_error(1, 1000), attempt(2, "Evicted", 950), own_error(3, 900))), "Pending", (StartRun(4),)),
+    "the same outage at the same step does not": (
+        seen(failed(*(own_error(n, 1000, message="ConnectionError: writing run.json: timed out") for n in (1, 2)))),
+        "Pending", (StartRun(3),)),
+    "a driver that is killed twice at the same step is tried again": (
+        seen(failed(*(own_error(n, 1000, exitCode=137) for n in (1, 2)))), "Pending", (StartRun(3),)),
     "evictions don't count": (
         seen(failed(*(attempt(n, "Evicted", 1000) for n in range(1, 9))), runPolicy={"backoffLimit": 1}),
         "Pending", (StartRun(9),)),
@@ -204,6 +224,21 @@ def test_of_the_pods_of_a_preflight_the_newest_counts() -> None:
     assert decide(world, SETTINGS, NOW).status["failure"] == {
         "reason": "UserError", "message": "no such file", "pod": "tiny-preflight-b", "node": "node-a", "exitCode": 2,
         "attempt": 0}  # fmt: skip
+
+
+def test_a_repeated_error_is_told_with_its_reason() -> None:
+    """Two attempts that end as real ones do: the step is the reported one, the message the driver's last line."""
+    text = "Traceback (most recent call last):\n  step()\nRuntimeError: shape [{}] is invalid"
+    report = {"current": 1, "step": {"step": 3, "total": 10}, "stages": []}
+    status: dict[str, Any] = {"conditions": VALID}
+    for number in (1, 2):
+        status["attempts"] = [*status.get("attempts", []), attempt(number)]
+        ended = pod(number, exit_code=1, phase="Failed", termination_message=said(1, text.format(number), **report))
+        status = decide(seen(status, run(number, RunState.FAILED), ended), SETTINGS, NOW).status
+    failed = next(item for item in status["conditions"] if item["type"] == "Failed")
+    assert (failed["status"], failed["reason"]) == ("True", "RepeatedError")
+    assert failed["message"].endswith("at the same step: RuntimeError: shape [2] is invalid")
+    assert status["attempts"][1]["step"] == 3 and status["phase"] == "Failed"
 
 
 def test_the_wait_before_the_next_attempt() -> None:

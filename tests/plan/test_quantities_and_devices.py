@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finetune_trainer.plan.devices import host_memory, known_device, local_device, peak_flops
+from finetune_trainer.host_memory import host_memory
+from finetune_trainer.plan.devices import known_device, local_device, peak_flops
 from finetune_trainer.plan.quantities import human_bytes, human_count, parse_quantity
 
 

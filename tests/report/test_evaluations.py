@@ -67,7 +67,7 @@ def test_models_stand_side_by_side(tmp_path: Path) -> None:
     assert "✓ passed: perplexity minus base" in html
     assert "The gate of check is not passed: the job ended there." in html
     assert "✓ right" in html and "✗ wrong" in html and "syntax error" in text
-    assert "user: How many?" in text and "Prompts cut to fit 3" in text
+    assert "user How many?" in text and "Prompts cut to fit 3" in text
     assert "<script" not in html and "&lt;script&gt;alert(1)" in html
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from base64 import b64encode
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -137,6 +138,39 @@ def test_a_long_sample_is_folded_and_capped(html: str) -> None:
     assert "show all (300,000 characters)" in html
     assert "The rest is in samples.json." in html
     assert len(html) < 1_500_000
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 2 plus 2?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]},
+    {"role": "tool", "content": [{"type": "text", "text": "4"}]},
+    {"role": "user", "content": "So?"},
+]
+
+
+def test_a_chat_sample_shows_its_turns_and_what_was_asked_last(synthetic: ModuleType, tmp_path: Path) -> None:
+    """`training.samples` writes a conversation's prompt as `messages`."""
+    synthetic.write_run(tmp_path)
+    rows = {when: [{"messages": CHAT, "reference": "4", "output": when}] for when in ("before", "after")}
+    (tmp_path / "stages/02-sft/samples.json").write_text(json.dumps(rows))
+    html = report(synthetic, tmp_path, only="sft")
+    section = html.partition("<h3>Samples before and after</h3>")[2].partition("</section>")[0]
+    shown = " ".join(unescape(re.sub("<[^>]+>", " ", section)).split())
+    call = '{"name": "add", "arguments": {"a": 2}}'
+    turns = f"system Be brief. user What is 2 plus 2? assistant {call} tool 4 user So?"
+    assert shown.startswith(f"{turns} Before before After after Reference 4")
+    assert re.findall(r'<div class="turn asked"><span class="label">(.*?)</span>\s*<pre>(.*?)</pre>', html) == [
+        ("user", "So?")
+    ]
+
+
+def test_a_long_chat_is_folded(synthetic: ModuleType, tmp_path: Path) -> None:
+    synthetic.write_run(tmp_path)
+    messages = [{"role": "user" if at % 2 == 0 else "assistant", "content": f"turn {at}"} for at in range(21)]
+    (tmp_path / "stages/02-sft/samples.json").write_text(json.dumps({"after": [{"messages": messages, "output": "x"}]}))
+    html = report(synthetic, tmp_path, only="sft")
+    assert "show 16 earlier messages" in html and html.count('class="turn') == 21
 
 
 def test_no_credentials_of_a_uri_are_shown(html: str) -> None:

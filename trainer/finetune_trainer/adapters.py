@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from finetune_api.problems import Problem, did_you_mean
 from finetune_api.training import ALL_LINEAR, Lora
 from finetune_trainer.errors import UserError
+from finetune_trainer.model.composite import language_names
 from finetune_trainer.model.task import SCORE, score_head
 
 if TYPE_CHECKING:
@@ -29,12 +30,14 @@ class Targets:
     """What of a model an adapter can be put on, by full name."""
 
     linears: tuple[str, ...]
-    """Linear layers but the output head and routers."""
+    """Linear layers of the language model but the output head and routers."""
     experts: tuple[str, ...]
     """Stacked expert weights: Parameters `[experts, …, …]`, not modules."""
     embeddings: tuple[str, ...]
     head: str | None
     """The output head; a reward model's score."""
+    frozen: tuple[str, ...] = ()
+    """Modules of a composite model's other parts (vision tower, projector), which take no adapter."""
 
 
 def lora_config(spec: Lora, model: PreTrainedModel, path: str = "lora") -> LoraConfig:
@@ -55,11 +58,12 @@ def lora_config(spec: Lora, model: PreTrainedModel, path: str = "lora") -> LoraC
     from peft import LoraConfig
 
     modules, parameters, problems = _resolve(spec, model, targets, path)
-    problems += _expert_problems(spec, parameters, path) + _saved_problems(spec, model, path)
+    kept, of_saved = _saved(spec, model, targets, path)
+    problems += _expert_problems(spec, parameters, path) + of_saved
     if problems:
         raise UserError(problems)
     scores = score_head(model) is not None
-    saved = [*(spec.modules_to_save or []), *([SCORE] if scores else [])]
+    saved = [*kept, *([SCORE] if scores else [])]
     return LoraConfig(
         task_type="SEQ_CLS" if scores else "CAUSAL_LM",
         r=spec.r,
@@ -76,10 +80,13 @@ def lora_config(spec: Lora, model: PreTrainedModel, path: str = "lora") -> LoraC
 
 def find_targets(model: PreTrainedModel) -> Targets:
     """The layers of a model that an adapter can be put on."""
-    named = dict(model.named_modules())
+    inside = language_names(model)
+    named = {name: module for name, module in model.named_modules() if inside(name)}
     output = score_head(model) or model.get_output_embeddings()  # type: ignore[no-untyped-call]
     head = next((name for name, module in named.items() if module is output), None)
-    experts = tuple(name for name, weight in model.named_parameters() if weight.ndim == 3 and ".experts." in name)
+    experts = tuple(
+        name for name, weight in model.named_parameters() if weight.ndim == 3 and ".experts." in name and inside(name)
+    )
     routed = bool(experts) or is_moe(model)
     linears = tuple(
         name
@@ -87,7 +94,8 @@ def find_targets(model: PreTrainedModel) -> Targets:
         if isinstance(module, (nn.Linear, Conv1D)) and name != head and not (routed and _ROUTERS.search(name))
     )
     embeddings = tuple(name for name, module in named.items() if isinstance(module, nn.Embedding))
-    return Targets(linears, experts, embeddings, head)
+    frozen = tuple(name for name, _ in model.named_modules() if name and not inside(name))
+    return Targets(linears, experts, embeddings, head, frozen)
 
 
 def is_moe(model: PreTrainedModel) -> bool:
@@ -108,12 +116,12 @@ def _resolve(
     for given in spec.target_modules:
         if given == ALL_LINEAR:
             modules |= _short(usable, model)
-            parameters |= {_leaf(name) for name in targets.experts if not name.endswith("_bias")}
+            parameters |= _stacks([name for name in targets.experts if not name.endswith("_bias")], targets)
             continue
-        stacked = {_leaf(name) for name in targets.experts if _goes_by(name, given)}
-        layers = any(_goes_by(name, given) for name in (*usable, *targets.embeddings))
-        parameters |= stacked
-        modules |= {given} if layers else set()
+        stacked = [name for name in targets.experts if _goes_by(name, given)]
+        layers = _of_language(given, [*usable, *targets.embeddings], targets)
+        parameters |= _stacks(stacked, targets)
+        modules |= layers
         if not stacked and not layers:
             problems.append(Problem(f"{path}.targetModules", _no_match(given, usable, targets)))
     return modules, parameters, problems
@@ -123,7 +131,7 @@ def _no_match(given: str, usable: list[str], targets: Targets) -> str:
     if targets.head is not None and _goes_by(targets.head, given):
         return f"{given!r} is the output head, which takes no adapter: put it in modulesToSave to train it in full"
     valid = {_leaf(name) for name in (*usable, *targets.experts, *targets.embeddings)} | {ALL_LINEAR}
-    return f"no module of the model goes by {given!r}{did_you_mean(given, valid)}"
+    return _no_module(given, targets, valid)
 
 
 def _expert_problems(spec: Lora, parameters: set[str], path: str) -> list[Problem]:
@@ -140,14 +148,44 @@ def _expert_problems(spec: Lora, parameters: set[str], path: str) -> list[Proble
     return problems
 
 
-def _saved_problems(spec: Lora, model: PreTrainedModel, path: str) -> list[Problem]:
-    names = [name for name, _ in model.named_modules() if name]
+def _saved(spec: Lora, model: PreTrainedModel, targets: Targets, path: str) -> tuple[list[str], list[Problem]]:
+    """Names for PEFT's `modules_to_save`, and what is wrong with the given ones."""
+    inside = language_names(model)
+    names = [name for name, _ in model.named_modules() if name and inside(name)]
     leaves = {_leaf(name) for name in names if not _leaf(name).isdigit()}
-    return [
-        Problem(f"{path}.modulesToSave", f"no module of the model goes by {given!r}{did_you_mean(given, leaves)}")
-        for given in spec.modules_to_save or []
-        if not any(_goes_by(name, given) for name in names)
-    ]
+    saved: list[str] = []
+    problems = []
+    for given in spec.modules_to_save or []:
+        found = _of_language(given, names, targets)
+        saved += sorted(found)
+        if not found:
+            problems.append(Problem(f"{path}.modulesToSave", _no_module(given, targets, leaves)))
+    return saved, problems
+
+
+def _no_module(given: str, targets: Targets, valid: set[str]) -> str:
+    if found := _frozen_match(given, targets):
+        return f"{given!r} is only in {found}, which is frozen: name modules of the language model"
+    return f"no module of the model goes by {given!r}{did_you_mean(given, valid)}"
+
+
+def _of_language(given: str, names: list[str], targets: Targets) -> set[str]:
+    """What PEFT is to look for: the given name where it means none of the frozen modules, else the full names."""
+    found = {name for name in names if _goes_by(name, given)}
+    ambiguous = any(name.endswith(given) for name in targets.frozen)  # PEFT compares endings of modules to save
+    return found if ambiguous or not found else {given}
+
+
+def _stacks(names: list[str], targets: Targets) -> set[str]:
+    """Stacked expert weights by their last part, or in full where a frozen part has experts too."""
+    ambiguous = any(".experts" in f".{name}" for name in targets.frozen)
+    return set(names) if ambiguous else {_leaf(name) for name in names}
+
+
+def _frozen_match(given: str, targets: Targets) -> str | None:
+    """The frozen module that goes by the given name, without its last part; None where there is none."""
+    found = next((name for name in targets.frozen if _goes_by(name, given)), None)
+    return found and (found.rpartition(".")[0] or found)
 
 
 def _needs_tying(spec: Lora, model: PreTrainedModel, modules: set[str]) -> bool:

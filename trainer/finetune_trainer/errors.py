@@ -35,7 +35,22 @@ class GateNotPassed(Exception):
 
 
 class TrainingFailed(Exception):
-    """A stage failed for a reason that is not the user's, and retries were of no use."""
+    """A stage failed for a reason that is not the user's, and retries were of no use.
+
+    Args:
+        advice: what to do about it, where that is known.
+        node: name of the node on which a GPU fault happened.
+    """
+
+    exit_code = ExitCode.FAILED
+
+    def __init__(self, text: str = "", advice: str = "", node: str | None = None) -> None:
+        super().__init__(text)
+        self.advice, self.node = advice, node
+
+
+class Outage(Exception):
+    """A service that the job needs does not answer. The same job may succeed later."""
 
     exit_code = ExitCode.FAILED
 

@@ -116,6 +116,11 @@ class StageLayout:
         return f"{self.root}/{ROUNDS}"
 
     @property
+    def round_data(self) -> str:
+        """Hash of the prompts that an `online` stage's rounds are drawn from."""
+        return f"{self.root}/rounds/data"
+
+    @property
     def round_start(self) -> str:
         """Answers of the model that an `online` stage starts from to held-out prompts."""
         return f"{self.root}/rounds/start.jsonl"

@@ -33,7 +33,8 @@ class SupervisedSpec(TrainingSpec):
     """What happens to a longer example: `error` refuses the job, `truncate` cuts its end, `drop` leaves it out,
     `split` goes on in a further row. `auto`: `truncate` where `maxLength` is set, else `error`."""
     packing: bool = False
-    """Fill rows of `maxLength` with several examples, kept exactly apart by the attention mask."""
+    """Fill rows of `maxLength` with several examples, which the model keeps exactly apart. Refused for a model that
+    would carry one example into the next (docs/packing.md)."""
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from finetune_api.report import PORT
+from finetune_api.report import NODE_VARIABLE, PORT
 from finetune_operator import names
 from finetune_operator.render import support
+from finetune_operator.render.affinity import away_from
 from finetune_operator.render.run import Run
 
 Json = dict[str, Any]
@@ -56,6 +57,8 @@ def pod_template(run: Run, command: list[str], *, gpus: bool = True) -> Json:
     spec["containers"] = _containers(run, spec.get("containers") or [], command, gpus)
     if not gpus:
         _leave_accelerators(spec)
+    elif run.avoid:
+        spec["affinity"] = away_from(run.avoid, spec.get("affinity"))
     spec["tolerations"] = _tolerations(spec.get("tolerations") or [])
     return template
 
@@ -140,8 +143,10 @@ def _env(run: Run, given: list[Json]) -> list[Json]:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": f"{names.TOKEN_DIRECTORY}/{names.TOKEN_KEY}",
         }
-    own_list = [{"name": name, "value": value} for name, value in own.items()]
-    return [*(item for item in given if item.get("name") not in own), *own_list]
+    own_list: list[Json] = [{"name": name, "value": value} for name, value in own.items()]
+    own_list.append({"name": NODE_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}})
+    names_of_own = {item["name"] for item in own_list}
+    return [*(item for item in given if item.get("name") not in names_of_own), *own_list]
 
 
 def _volumes(run: Run) -> list[Json]:

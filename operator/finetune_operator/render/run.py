@@ -21,6 +21,8 @@ class Run:
     body: Json
     number: int
     settings: Settings
+    avoid: tuple[str, ...] = ()
+    """Names of nodes that its pods must not run on."""
 
     @property
     def is_attempt(self) -> bool:

@@ -13,6 +13,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune_trainer.layout import CHECKPOINT_PREFIX, MANIFEST, StageLayout
 from finetune_trainer.storage import Storage
@@ -31,6 +32,8 @@ class Manifest:
     """In so many shards a stream of training rows is read."""
     files: dict[str, int]
     saved_at: float
+    data: dict[str, Any] | None = None
+    """What the stage was training on (`data.identity.DataKey`); None from versions that did not record it."""
 
 
 class CheckpointStore:
@@ -48,11 +51,20 @@ class CheckpointStore:
         """Local directory in which `checkpoint-<step>` is written: in place, or in scratch for a remote store."""
         return self.storage.local(self.layout.checkpoints) or self.scratch
 
-    def publish(self, step: int, *, world_size: int, zero: int, rows_per_step: int, shards: int) -> Manifest:
+    def publish(
+        self,
+        step: int,
+        *,
+        world_size: int,
+        zero: int,
+        rows_per_step: int,
+        shards: int,
+        data: dict[str, Any] | None = None,
+    ) -> Manifest:
         """Make a fully written checkpoint complete. Called once, by one worker, after every worker's `push`."""
         files = self.storage.sizes(self.layout.checkpoint(step))
         files.pop(MANIFEST, None)
-        manifest = Manifest(step, world_size, zero, rows_per_step, shards, files, time.time())
+        manifest = Manifest(step, world_size, zero, rows_per_step, shards, files, time.time(), data)
         self.storage.write_text(f"{self.layout.checkpoint(step)}/{MANIFEST}", json.dumps(asdict(manifest), indent=1))
         self._known[step] = manifest
         return manifest

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from finetune_trainer.data.checks import inspect
     from finetune_trainer.data.collators import PackedCollator, PreferenceCollator, RewardCollator
     from finetune_trainer.data.forms import Kind
+    from finetune_trainer.data.notes import reading_notes
     from finetune_trainer.data.preparation import prepare
     from finetune_trainer.data.report import DataReport, Prepared
     from finetune_trainer.data.streaming import StreamedRows
@@ -29,12 +30,14 @@ __all__ = [
     "eval_prompts",
     "inspect",
     "prepare",
+    "reading_notes",
 ]
 
 _MODULES = {
     "checks": ("inspect",),
     "collators": ("PackedCollator", "PreferenceCollator", "RewardCollator"),
     "forms": ("Kind",),
+    "notes": ("reading_notes",),
     "preparation": ("prepare",),
     "report": ("DataReport", "Prepared"),
     "streaming": ("StreamedRows",),

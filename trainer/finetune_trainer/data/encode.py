@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from finetune_trainer.data.chat import ChatError, ChatFormat, Encoded
+from finetune_trainer.data.chat import ChatFormat, Encoded
 from finetune_trainer.data.forms import Example, Kind, Message
+from finetune_trainer.data.plain import PlainFrame
 from finetune_trainer.data.questions import prompt_of
 from finetune_trainer.data.report import Stats
+from finetune_trainer.data.template import ChatError, Tools
 
 Ids = list[int]
 Tokens = NDArray[np.int32]
@@ -37,11 +39,7 @@ class Encoding:
 
 
 class Encoder:
-    """A tokenizer at work for one stage.
-
-    Plain text begins with the tokenizer's begin-of-text token, where the tokenizer puts one itself, and ends with its
-    end-of-text token (separator, where there is none).
-    """
+    """A tokenizer at work for one stage."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, encoding: Encoding) -> None:
         self.encoding = encoding
@@ -49,10 +47,7 @@ class Encoder:
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
-        bos, first = tokenizer.bos_token_id, self.backend.encode("").ids[:1]
-        self.lead: Ids = first if bos is not None and first == [bos] else []
-        eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-        self.end: Ids = [] if eos is None else [eos]
+        self.frame = PlainFrame(tokenizer)
 
     def rows(self, rows: Iterable[tuple[int, Example]], stats: Stats) -> Iterator[Columns]:
         """Columns of each row to keep; `stats` counts what happened."""
@@ -85,7 +80,7 @@ class Encoder:
     def documents(self, texts: list[str]) -> list[Tokens]:
         """Tokens of each text, with what goes before and after it."""
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(self.lead + encoding.ids + self.end, np.int32) for encoding in encodings]
+        return [np.array(self.frame.whole(encoding.ids), np.int32) for encoding in encodings]
 
     def _count_block(self, stats: Stats, size: int) -> None:
         share = self.encoding.trained_share
@@ -93,7 +88,9 @@ class Encoder:
         stats.trained_tokens += size - 1 if share == 1 else round(size * share)
 
     def _sft(self, number: int, example: Example, stats: Stats) -> Iterator[Columns]:
-        ids, mask = self._example(example)
+        encoded = self._example(example)
+        ids, mask = encoded.ids, encoded.mask
+        stats.note(encoded.notes)
         stats.longest = max(stats.longest, len(ids))
         for piece, piece_mask in self._fit(number, ids, mask, stats):
             trained = sum(piece_mask[1:])
@@ -118,33 +115,32 @@ class Encoder:
             return self._opening(asked["prompt"])
         if example.get("templated") and self.chat.template is None:
             return self._opening("\n\n".join(message["content"] for message in asked["messages"]))
-        self._need_template()
-        ids: Ids = self.backend.encode(self.chat.prompt(asked["messages"]), add_special_tokens=False).ids
-        return ids
+        return self.prompt_ids(asked["messages"], example.get("tools"))
 
     def _opening(self, text: str) -> Ids:
-        ids = self._plain(text)
-        return ids[: len(ids) - len(self.end)]
-
-    def _example(self, example: Example) -> tuple[Ids, Ids]:
-        """Tokens of one example and the mask of those that train."""
-        if "text" in example:
-            ids = self._plain(example["text"])
-            return ids, [1] * len(ids)
-        if "messages" in example:
-            encoded = self._conversation(example["messages"])
-            return encoded.ids, encoded.mask
-        prompt, completion = self._plain_where_no_chat(example, "completion")
-        if isinstance(prompt, str):
-            ids = self._plain(prompt + completion)
-            start = _common_prefix(self.lead + self.backend.encode(prompt, add_special_tokens=False).ids, ids)
-            return ids, [0] * start + [1] * (len(ids) - start)
-        encoded, _ = self._reply(prompt, completion)
-        return encoded.ids, encoded.mask
+        return self.frame.opened(self._ids(text))
 
     def _plain(self, text: str) -> Ids:
+        return self.frame.whole(self._ids(text))
+
+    def _ids(self, text: str) -> Ids:
         ids: Ids = self.backend.encode(text, add_special_tokens=False).ids
-        return self.lead + ids + self.end
+        return ids
+
+    def _example(self, example: Example) -> Encoded:
+        """Tokens of one example, and which of them train."""
+        if "text" in example:
+            ids = self._plain(example["text"])
+            return Encoded(ids, [], [1] * len(ids))
+        tools = example.get("tools")
+        if "messages" in example:
+            return self.chat.conversation(example["messages"], tools)
+        prompt, completion = self._plain_where_no_chat(example, "completion")
+        if not isinstance(prompt, str):
+            return self.chat.reply(prompt, completion, tools)
+        ids = self._plain(prompt + completion)
+        start = _common_prefix(self._opening(prompt), ids)
+        return Encoded(ids, [], [0] * start + [1] * (len(ids) - start))
 
     def _plain_where_no_chat(self, example: Example, *names: str) -> list[Any]:
         """Prompt and answers; a template's texts as plain strings where the tokenizer has no chat template."""
@@ -152,21 +148,6 @@ class Encoder:
         if not example.get("templated") or self.chat.template is not None:
             return values
         return ["\n\n".join(message["content"] for message in value) for value in values]
-
-    def _conversation(self, messages: list[Message]) -> Encoded:
-        self._need_template()
-        return self.chat.encode(*self.chat.render(messages))
-
-    def _reply(self, prompt: list[Message], answer: list[Message]) -> tuple[Encoded, int]:
-        """Prompt and answer encoded as one, and the number of the prompt's tokens."""
-        self._need_template()
-        text, spans, start = self.chat.reply(prompt, answer)
-        encoded = self.chat.encode(text, spans)
-        return encoded, int(np.searchsorted(encoded.starts, start))
-
-    def _need_template(self) -> None:
-        if self.chat.template is None:
-            raise ChatError("the row is a conversation, but the tokenizer has no chat template")
 
     def _fit(self, number: int, ids: Ids, mask: Ids, stats: Stats) -> list[tuple[Ids, Ids]]:
         """The example within the limit, as `overflow` says."""
@@ -191,7 +172,7 @@ class Encoder:
             stats.drop(TOO_LONG, length)
         return self.encoding.overflow == "truncate"
 
-    def whole(self, prompt: str | list[Message], answer: str | list[Message]) -> Ids:
+    def whole(self, prompt: str | list[Message], answer: str | list[Message], tools: Tools = None) -> Ids:
         """Prompt and answer as a stage that trains on the pair sees them, end token included.
 
         Raises:
@@ -201,36 +182,34 @@ class Encoder:
             assert isinstance(answer, str)
             return self._plain(prompt + answer)
         assert isinstance(answer, list)
-        return self._reply(prompt, answer)[0].ids
+        return self.chat.reply(prompt, answer, tools).ids
 
-    def prompt_ids(self, prompt: str | list[Message]) -> Ids:
+    def prompt_ids(self, prompt: str | list[Message], tools: Tools = None) -> Ids:
         """Tokens of a prompt, up to where its answer begins.
 
         Raises:
             ChatError: it is a conversation and the tokenizer has no chat template, or one that refuses it.
         """
-        if isinstance(prompt, str):
-            return self._opening(prompt)
-        self._need_template()
-        return self.chat.encode(self.chat.prompt(prompt), []).ids
+        return self._opening(prompt) if isinstance(prompt, str) else self._ids(self.chat.prompt(prompt, tools))
 
     def _prompt(self, number: int, example: Example, stats: Stats) -> Iterator[Columns]:
         (prompt,) = self._plain_where_no_chat(example)
-        ids = self.prompt_ids(prompt)
+        tools = {"tools": example["tools"]} if example.get("tools") else {}
+        ids = self.prompt_ids(prompt, **tools)
         stats.longest = max(stats.longest, len(ids))
         limit = self.encoding.limit
         if limit is not None and len(ids) > limit and not self._may_cut(number, len(ids), stats):
             return
         stats.kept += 1
         stats.tokens += len(ids)
-        row = json.dumps({"prompt": prompt, "columns": example["columns"]}, ensure_ascii=False)
+        row = json.dumps({"prompt": prompt, "columns": example["columns"], **tools}, ensure_ascii=False)
         yield {"prompt_ids": np.array(ids, np.int32), "row": row}
 
     def _preference(self, number: int, example: Example, stats: Stats) -> Iterator[Columns]:
         if example["chosen"] == example["rejected"]:
             stats.drop(IDENTICAL, 0)
             return
-        prompt, (chosen, chosen_mask), (rejected, rejected_mask) = self._pair(example)
+        prompt, (chosen, chosen_mask), (rejected, rejected_mask) = self._pair(example, stats)
         whole = len(prompt) + max(len(chosen), len(rejected))
         stats.longest = max(stats.longest, whole)
         limit = self.encoding.limit
@@ -260,20 +239,20 @@ class Encoder:
         stats.truncated_tokens += total - kept
         yield {name: np.array(values, np.int32) for name, values in columns.items()}
 
-    def _pair(self, example: Example) -> tuple[Ids, tuple[Ids, Ids], tuple[Ids, Ids]]:
+    def _pair(self, example: Example, stats: Stats) -> tuple[Ids, tuple[Ids, Ids], tuple[Ids, Ids]]:
         """Tokens of the shared prompt, and of each answer with its mask."""
         prompt, *answers = self._plain_where_no_chat(example, "chosen", "rejected")
         if isinstance(prompt, str):
-            alone = self._plain(prompt)
-            sides = [(ids, [1] * len(ids)) for ids in (self._plain(prompt + answer) for answer in answers)]
-            start = min(_common_prefix(alone[: len(alone) - len(self.end)], ids) for ids, _ in sides)
+            opening = self._opening(prompt)
+            wholes = [self._plain(prompt + answer) for answer in answers]
+            sides = [Encoded(ids, [], [1] * len(ids), prompt=_common_prefix(opening, ids)) for ids in wholes]
         else:
-            encoded = [self._reply(prompt, answer) for answer in answers]
-            start = min(count for _, count in encoded)
-            sides = [(one.ids, one.mask) for one, _ in encoded]
-        shared = _common_prefix(sides[0][0][:start], sides[1][0])
-        first, second = ((ids[shared:], mask[shared:]) for ids, mask in sides)
-        return sides[0][0][:shared], first, second
+            sides = [self.chat.reply(prompt, answer, example.get("tools")) for answer in answers]
+            stats.note({note for side in sides for note in side.notes})
+        start = min(side.prompt for side in sides)
+        shared = _common_prefix(sides[0].ids[:start], sides[1].ids)
+        first, second = ((side.ids[shared:], side.mask[shared:]) for side in sides)
+        return sides[0].ids[:shared], first, second
 
 
 def cut_blocks(tokens: list[Tokens], size: int) -> tuple[Tokens, Tokens]:

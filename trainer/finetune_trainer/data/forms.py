@@ -8,118 +8,83 @@ Names and forms are TRL's. The normal forms, all JSON-able:
 - prompt: `{prompt, columns}`, the prompt a string or a list of messages, the columns what reward functions may ask for:
   the row's others and, as `reference`, the answer that the row itself gives to the prompt
 
+Messages are in the normal form of `messages`. Where the row offers tools, the example has them as `tools`, a list of
+schemas in the normal form of `tools`, for the chat template; else the key is absent. A message that carries no loss has
+`"train": False`, in `messages`, completions and answers, never in a prompt.
+
 As in TRL, strings in `prompt`/`completion` columns are plain text (prompt, completion, end of text), because nothing
-says that they are turns of a chat. Texts made by `template` do say so: they become a conversation
-(system, user, assistant), marked `templated`, which a tokenizer without a chat template reads as plain text.
+says that they are turns of a chat. Texts made by `template`, Alpaca rows and strings with a `system` column do say so:
+they become a conversation (system, user, assistant), marked `templated`, which a tokenizer without a chat template
+reads as plain text.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from finetune_api.data import DataSpec, RowKind, Transcript
-from finetune_api.problems import did_you_mean, nearest
+from finetune_api.data import DataSpec, RowKind
+from finetune_api.problems import nearest
+from finetune_trainer.data.fields import Fields, read_fields, tools_column
+from finetune_trainer.data.messages import Message, answer_text, without_train
+from finetune_trainer.data.pairs import put_system, split
 from finetune_trainer.data.readers import Row
+from finetune_trainer.data.recognise import forgotten_prompt
+from finetune_trainer.data.transcripts import parse_transcript
+from finetune_trainer.data.values import EmptyRow, FormError, kind_name
+
+__all__ = ["EmptyRow", "Example", "FormError", "Kind", "Message", "normalise", "reading"]
 
 Kind = RowKind
-Message = dict[str, Any]
 Example = dict[str, Any]
 
-NEEDED = {
-    "text": "`text`",
-    "sft": "`messages`, `prompt` and `completion`, or `text`",
-    "preference": "`chosen` and `rejected`",
-    "prompt": "`prompt`, `messages`, or `chosen` and `rejected`",
-}
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-SLIP = 2
-"""Letters that a slip adds or leaves out: `function_call` is a role of its own."""
-KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
-
-
-class FormError(ValueError):
-    """A row that does not have the form its stage needs; the message says why."""
-
-
-class EmptyRow(ValueError):
-    """A row in the right form that has no text, or a pair that shares no prompt: left out and counted."""
-
-
-def template_columns(template: str) -> list[str]:
-    """The columns that a template names."""
-    return [name for name in _FIELD.findall(template) if name]
-
-
-def fill(template: str, row: Row) -> str:
-    """The template with a row's values; an absent value (null) is empty text.
-
-    Raises:
-        FormError: the row has no such column.
-    """
-
-    def value(match: re.Match[str]) -> str:
-        if match.group(0) in ("{{", "}}"):
-            return match.group(0)[0]
-        name = match.group(1)
-        if name not in row:
-            raise FormError(f"template names the column `{name}`, which is not there{did_you_mean(name, row)}")
-        return "" if row[name] is None else str(row[name])
-
-    return _FIELD.sub(value, template)
+RESERVED = {"prompt", "prompts", "completion", "completions", "completion_ids", "image", "images"}
+"""Names that mean something else to TRL's reward functions, or that TRL fills itself."""
 
 
 def normalise(row: Row, spec: DataSpec, kind: Kind) -> Example:
-    """A row in its normal form.
+    """Return a row in its normal form.
 
     Raises:
         FormError: it has another form.
         EmptyRow: it has nothing to train on.
     """
-    fields, templated = _fields(row, spec)
+    given = read_fields(row, spec, kind)
     if kind == "text":
-        return {"text": _text(_need(fields, "text", spec, row, kind))}
-    if kind == "preference":
-        return _preference(fields, templated, spec, row)
-    if kind == "prompt":
-        return _prompt(fields, templated, spec, row)
-    return _sft(fields, templated, spec, row)
+        return {"text": _text(given.need("text"))}
+    make = {"preference": _preference, "prompt": _prompt}.get(kind, _sft)
+    return _with_tools(make(given), given)
 
 
-def _fields(row: Row, spec: DataSpec) -> tuple[Row, set[str]]:
-    """Values by standard name, and which of them a template made."""
-    names = spec.columns.model_dump()
-    fields = {name: row[column] for name, column in names.items() if row.get(column) is not None}
-    templates = spec.template.model_dump(exclude_none=True) if spec.template else {}
-    fields |= {name: fill(template, row) for name, template in templates.items()}
-    return fields, set(templates)
+def reading(row: Row, spec: DataSpec, kind: Kind) -> str | None:
+    """Return what was recognised in a row that the job's settings do not name, for people; None where nothing was.
+
+    Raises:
+        FormError, EmptyRow: as `normalise`.
+    """
+    if kind == "text":
+        return None
+    given = read_fields(row, spec, kind)
+    parts = [given.note] if given.note else []
+    if given.tools:
+        parts.append(f"tools from column `{tools_column(row, spec)}`")
+    if given.system and spec.template is None:
+        parts.append(f"the system message from column `{spec.columns.system}`")
+    return f"reads {', '.join(parts)}" if parts else None
 
 
-def _need(fields: Row, name: str, spec: DataSpec, row: Row, kind: Kind) -> Any:
-    if name in fields:
-        return fields[name]
-    column = getattr(spec.columns, name)
-    if column in row:
-        raise EmptyRow("empty")
-    raise FormError(_not_there(name, spec, row, kind))
-
-
-def _not_there(name: str, spec: DataSpec, row: Row, kind: Kind) -> str:
-    column = getattr(spec.columns, name)
-    near = nearest(column, row)
-    hint = f": did you mean `{near}`?" if near else "."
-    there = ", ".join(f"`{key}`" for key in row) or "no columns"
-    return (
-        f"no column `{column}`{hint} The row has {there}; this stage needs {NEEDED[kind]} "
-        "(`columns` gives other names, `template` makes texts from columns)"
-    )
-
-
-def _likely(spec: DataSpec, row: Row) -> str:
-    """The standard column that the row most likely means to have."""
-    names = [name for name in ("messages", "prompt", "text") if nearest(getattr(spec.columns, name), row)]
-    return (names or ["messages"])[0]
+def _with_tools(example: Example, given: Fields) -> Example:
+    tools = given.tools
+    if not tools:
+        return example
+    column = str(tools_column(given.row, given.spec))
+    if "messages" not in example and not isinstance(example.get("prompt"), list):
+        raise FormError(
+            f"the row offers tools in column `{column}`, but its text is plain, and only a chat template writes tools: "
+            "give the texts as messages, or set `columns: {tools: none}` to leave the column out"
+        )
+    if "columns" in example:
+        example = {**example, "columns": {**example["columns"], column: tools}}
+    return {**example, "tools": tools}
 
 
 def _text(value: Any) -> str:
@@ -130,137 +95,87 @@ def _text(value: Any) -> str:
     return value
 
 
-def _sft(fields: Row, templated: set[str], spec: DataSpec, row: Row) -> Example:
-    if "text" in templated:
-        return _plain_or_transcript(fields["text"], spec)
-    if {"prompt", "completion"} & templated:
-        prompt = _turns(_need(fields, "prompt", spec, row, "sft"), "user", "prompt", spec)
-        completion = _turns(_need(fields, "completion", spec, row, "sft"), "assistant", "completion", spec)
-        return {"prompt": _system(fields) + prompt, "completion": completion, "templated": True}
-    if "messages" in fields:
-        messages = _messages(fields["messages"], "messages", spec)
-        return {"messages": _check_turns(_system(fields) + messages)}
-    if "prompt" in fields or "completion" in fields or "text" not in fields:
-        return _prompt_completion(fields, spec, row)
-    return _plain_or_transcript(fields["text"], spec)
+def _sft(given: Fields) -> Example:
+    if "text" in given.texts:
+        return _plain_or_transcript(given)
+    if {"prompt", "completion"} & given.texts:
+        prompt = put_system(given.system, given.turns("prompt", "user"))
+        return {"prompt": prompt, "completion": given.turns("completion", "assistant"), "templated": True}
+    if "messages" in given.values:
+        return {"messages": _conversation(given)}
+    if "prompt" in given.values or "completion" in given.values or "text" not in given.values:
+        return _prompt_completion(given)
+    return _plain_or_transcript(given)
 
 
-def _plain_or_transcript(text: Any, spec: DataSpec) -> Example:
-    if spec.transcript is None:
-        return {"text": _text(text)}
-    return {"messages": _check_turns(parse_transcript(_text(text), spec.transcript))}
-
-
-def _prompt_completion(fields: Row, spec: DataSpec, row: Row) -> Example:
-    if "prompt" not in fields and "completion" not in fields:
-        raise FormError(_not_there(_likely(spec, row), spec, row, "sft"))
-    prompt = _need(fields, "prompt", spec, row, "sft")
-    completion = _need(fields, "completion", spec, row, "sft")
-    if isinstance(prompt, str) and isinstance(completion, str) and "system" not in fields:
-        return {"prompt": prompt, "completion": _text_of(completion)}
-    prompt = _system(fields) + _turns(prompt, "user", "prompt", spec)
-    return {"prompt": prompt, "completion": _turns(completion, "assistant", "completion", spec)}
-
-
-def _text_of(completion: str) -> str:
-    if not completion:
-        raise EmptyRow("empty")
-    return completion
-
-
-def _check_turns(messages: list[Message]) -> list[Message]:
+def _conversation(given: Fields) -> list[Message]:
+    messages = given.turns("messages", "user")
     if not messages:
         raise EmptyRow("empty")
-    return messages
+    return put_system(given.system, messages)
 
 
-def _system(fields: Row) -> list[Message]:
-    return [{"role": "system", "content": fields["system"]}] if fields.get("system") else []
+def _plain_or_transcript(given: Fields) -> Example:
+    text = _text(given.values["text"])
+    if given.spec.transcript is None:
+        return {"text": text}
+    return {"messages": put_system(given.system, parse_transcript(text, given.spec.transcript))}
 
 
-def _turns(value: Any, role: str, name: str, spec: DataSpec) -> list[Message]:
-    """Messages as they are; a string as one turn of `role`."""
-    if isinstance(value, str) and spec.transcript is None:
-        return [{"role": role, "content": value}]
-    return _messages(value, name, spec)
+def _prompt_completion(given: Fields) -> Example:
+    if "prompt" not in given.values and "completion" not in given.values:
+        raise FormError(given.not_there(_likely(given)))
+    prompt, completion = given.need("prompt"), given.need("completion")
+    strings = isinstance(prompt, str) and isinstance(completion, str)
+    if completion == "":
+        raise EmptyRow("empty")
+    if strings and not given.is_chat and given.spec.transcript is None:
+        return {"prompt": prompt, "completion": completion}
+    made = split(_asked(given), [given.turns("completion", "assistant")], given.spec.columns.prompt)
+    example = {"prompt": put_system(given.system, made.prompt), "completion": made.answers[0]}
+    return {**example, "templated": True} if strings and given.spec.transcript is None else example
 
 
-def _messages(value: Any, name: str, spec: DataSpec) -> list[Message]:
-    if isinstance(value, str) and spec.transcript is not None:
-        return parse_transcript(value, spec.transcript)
-    if not isinstance(value, list):
-        expected = "" if name == "messages" else "a string or "
-        raise FormError(f"`{name}` is {kind_name(value)}, expected {expected}a list of messages")
-    return [_message(message, f"{name}[{index}]") for index, message in enumerate(value)]
+def _likely(given: Fields) -> str:
+    """The standard column that the row most likely means to have."""
+    columns = given.spec.columns
+    names = [name for name in ("messages", "prompt", "text") if nearest(getattr(columns, name), given.row)]
+    return (names or ["messages"])[0]
 
 
-def _message(message: Any, where: str) -> Message:
-    if not isinstance(message, dict):
-        raise FormError(f"{where} is {kind_name(message)}, expected a message with `role` and `content`")
-    if "from" in message and "value" in message:
-        role, content, extra = message["from"], message["value"], {}
-        if role not in ROLES:
-            raise FormError(f"{where}.from is {role!r}{did_you_mean(str(role), ROLES)}")
-        role = ROLES[role]
-    else:
-        if "role" not in message or "content" not in message:
-            raise FormError(f"{where} has {sorted(message)}, expected `role` and `content`")
-        role, content = message["role"], message["content"]
-        extra = {key: item for key, item in message.items() if key not in ("role", "content") and item is not None}
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise FormError(f"{where}: `role` and `content` must be strings")
-    _check_role(role, f"{where}.role")
-    return {"role": role, "content": content, **extra}
+def _asked(given: Fields) -> str | list[Message] | None:
+    """The row's prompt: a text, messages, or nothing."""
+    prompt = given.values.get("prompt")
+    if prompt is None or (isinstance(prompt, str) and given.spec.transcript is None):
+        return prompt
+    return given.turns("prompt", "user")
 
 
-def _check_role(role: str, where: str) -> None:
-    """A role of a template's own is the template's to judge, but not a slip in one that every template has."""
-    if role in KNOWN_ROLES:
-        return
-    meant = ROLES.get(role.lower()) or nearest(role, KNOWN_ROLES)
-    if meant is not None and (role.lower() in ROLES or abs(len(meant) - len(role)) <= SLIP):
-        raise FormError(f"{where} is {role!r}: did you mean `{meant}`?")
-
-
-def kind_name(value: Any) -> str:
-    """What kind of JSON value it is, for a message: `a number`, `null`."""
-    names = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "a list"}
-    names |= {dict: "a mapping", type(None): "null"}
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-def parse_transcript(text: str, transcript: Transcript) -> list[Message]:
-    """The turns of a dialogue in one string; white space around a turn is not part of it.
-
-    Raises:
-        FormError: it holds no marker, or text comes before the first one.
-    """
-    markers = {transcript.user: "user", transcript.assistant: "assistant"}
-    pieces = re.split(
-        "(" + "|".join(re.escape(marker) for marker in sorted(markers, key=len, reverse=True)) + ")", text
-    )
-    if len(pieces) == 1 or pieces[0].strip():
-        raise FormError(f"a transcript must begin with {transcript.user!r} or {transcript.assistant!r}")
-    turns = zip(pieces[1::2], pieces[2::2], strict=True)
-    return [{"role": markers[marker], "content": content.strip()} for marker, content in turns]
-
-
-def _preference(fields: Row, templated: set[str], spec: DataSpec, row: Row) -> Example:
-    chosen = _need(fields, "chosen", spec, row, "preference")
-    rejected = _need(fields, "rejected", spec, row, "preference")
-    if type(chosen) is not type(rejected):
+def _preference(given: Fields) -> Example:
+    chosen, rejected = given.need("chosen"), given.need("rejected")
+    if isinstance(chosen, str) != isinstance(rejected, str):
         raise FormError(f"`chosen` is {kind_name(chosen)} and `rejected` {kind_name(rejected)}")
-    prompt = fields.get("prompt")
-    marked = bool({"prompt", "chosen", "rejected"} & templated)
-    strings = isinstance(chosen, str) and spec.transcript is None and not isinstance(prompt, list)
-    if strings and not marked and "system" not in fields:
-        return _plain_pair(prompt, chosen, rejected)
-    good, bad = _turns(chosen, "assistant", "chosen", spec), _turns(rejected, "assistant", "rejected", spec)
-    if prompt is None:
-        return _split_pair(_system(fields), good, bad, marked)
-    start = _system(fields) + _turns(prompt, "user", "prompt", spec)
-    good, bad = _after(start, good), _after(start, bad)
-    return {"prompt": start, "chosen": good, "rejected": bad, "templated": marked}
+    marked = bool({"prompt", "chosen", "rejected"} & given.texts)
+    strings = isinstance(chosen, str) and given.spec.transcript is None
+    strings = strings and not isinstance(given.values.get("prompt"), list)
+    if given.values.get("prompt") is None and "prompt" not in given.spec.columns.named:
+        _refuse_forgotten(given)
+    if strings and not marked and not given.is_chat:
+        return _plain_pair(given.values.get("prompt"), chosen, rejected)
+    answers = [given.turns(name, "assistant") for name in ("chosen", "rejected")]
+    made = split(_asked(given), answers, given.spec.columns.prompt)
+    prompt = put_system(given.system, made.prompt)
+    return {"prompt": prompt, "chosen": made.answers[0], "rejected": made.answers[1], "templated": marked or strings}
+
+
+def _refuse_forgotten(given: Fields) -> None:
+    """Refuse a pair without a prompt beside a column that says what it answers."""
+    column = forgotten_prompt(given.row, given.values["chosen"], given.values["rejected"])
+    if column is not None:
+        raise FormError(
+            f"the row has no `prompt`, and its answers do not repeat what column `{column}` says: set "
+            f"`columns: {{prompt: {column}}}` if that is what they answer, else `columns: {{prompt: none}}`"
+        )
 
 
 def _plain_pair(prompt: Any, chosen: str, rejected: str) -> Example:
@@ -274,72 +189,57 @@ def _plain_pair(prompt: Any, chosen: str, rejected: str) -> Example:
     return pair
 
 
-def _after(prompt: list[Message], answer: list[Message]) -> list[Message]:
-    """The answer without the prompt, where it repeats it."""
-    repeated = len(answer) > len(prompt) and answer[: len(prompt)] == prompt
-    return answer[len(prompt) :] if repeated else answer
-
-
-def _split_pair(system: list[Message], chosen: list[Message], rejected: list[Message], marked: bool) -> Example:
-    """The prompt is the longest common run of messages that ends in a user's turn."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    while shared and chosen[shared - 1]["role"] != "user":
-        shared -= 1
-    if not shared:
-        raise EmptyRow("no shared prompt")
-    prompt = system + chosen[:shared]
-    return {"prompt": prompt, "chosen": chosen[shared:], "rejected": rejected[shared:], "templated": marked}
-
-
-RESERVED = {"prompt", "prompts", "completion", "completions", "completion_ids", "image", "images"}
-"""Names that mean something else to TRL's reward functions, or that TRL fills itself."""
-
-
-def _prompt(fields: Row, templated: set[str], spec: DataSpec, row: Row) -> Example:
-    prompt, reference = _prompt_and_reference(fields, templated, spec, row)
+def _prompt(given: Fields) -> Example:
+    prompt, reference, templated = _prompt_and_reference(given)
     if not prompt:
         raise EmptyRow("empty")
-    names = {column for name, column in spec.columns.model_dump().items() if name in ("prompt", "messages", "text")}
-    columns = {name: value for name, value in row.items() if name not in names | RESERVED}
+    names = {given.column, *(getattr(given.spec.columns, name) for name in ("prompt", "messages", "text"))}
+    columns = {name: value for name, value in given.row.items() if name not in names | RESERVED}
     if reference is not None:
         columns.setdefault("reference", reference)
-    return {"prompt": prompt, "columns": columns, "templated": "prompt" in templated}
+    prompt = prompt if isinstance(prompt, str) else without_train(prompt)
+    return {"prompt": prompt, "columns": columns, "templated": templated}
 
 
-def _prompt_and_reference(fields: Row, templated: set[str], spec: DataSpec, row: Row) -> tuple[Any, Any]:
-    """The prompt, and the answer that the row itself gives to it; None where it gives none."""
-    if "prompt" in templated:
-        return _system(fields) + _turns(fields["prompt"], "user", "prompt", spec), _content(fields.get("completion"))
-    if "messages" in fields:
-        return _split_messages(_system(fields) + _messages(fields["messages"], "messages", spec))
-    if "prompt" in fields:
-        return _given_prompt(fields, spec), _content(fields.get("completion") or fields.get("chosen"))
-    if "chosen" in fields and "rejected" in fields:
-        pair = _preference(fields, templated, spec, row)
-        return pair["prompt"], _content(pair["chosen"])
-    if "text" in fields and spec.transcript is not None:
-        return _split_messages(_plain_or_transcript(fields["text"], spec)["messages"])
-    raise FormError(_not_there("prompt", spec, row, "prompt"))
+def _prompt_and_reference(given: Fields) -> tuple[Any, Any, bool]:
+    """The prompt, the answer that the row itself gives to it (None where it gives none), and whether they are
+    `templated`."""
+    values = given.values
+    if "messages" in values and given.column != given.spec.columns.messages:
+        return *_split_messages(_conversation(given)), False
+    if "chosen" in values and "rejected" in values and "prompt" not in given.texts:
+        pair = _preference(given)
+        return pair["prompt"], _reference(pair["chosen"]), bool(pair.get("templated"))
+    if "prompt" in values:
+        return _given_prompt(given)
+    if "text" in values and given.spec.transcript is not None:
+        return *_split_messages(_plain_or_transcript(given)["messages"]), False
+    raise FormError(given.not_there("prompt"))
 
 
-def _given_prompt(fields: Row, spec: DataSpec) -> Any:
-    prompt = fields["prompt"]
-    if isinstance(prompt, str) and spec.transcript is None and "system" not in fields:
-        return prompt
-    return _system(fields) + _turns(prompt, "user", "prompt", spec)
+def _given_prompt(given: Fields) -> tuple[Any, Any, bool]:
+    """The prompt of a row without a pair; a string is a turn where its answer is a chat or a template says so."""
+    name = next((name for name in ("completion", "chosen") if given.values.get(name)), "")
+    reference, asked = given.values.get(name), _asked(given)
+    if isinstance(reference, list | dict):
+        made = split(asked, [given.turns(name, "assistant")], given.spec.columns.prompt)
+        return put_system(given.system, made.prompt), _reference(made.answers[0]), False
+    if not isinstance(asked, str):
+        return put_system(given.system, asked or []), reference, "prompt" in given.texts
+    if "prompt" not in given.texts and not given.is_chat:
+        return asked, reference, False
+    return put_system(given.system, [{"role": "user", "content": asked}]), reference, True
 
 
 def _split_messages(messages: list[Message]) -> tuple[list[Message], Any]:
-    """All before the last message and its text, where that is an assistant's; else all of them."""
-    if messages and messages[-1]["role"] == "assistant":
-        return messages[:-1], messages[-1]["content"]
+    """All before the last message and what it says, where that is an assistant's; else all of them."""
+    if messages[-1]["role"] == "assistant":
+        return messages[:-1], answer_text(messages[-1])
     return messages, None
 
 
-def _content(answer: Any) -> Any:
-    """An answer's text: a string, or the first assistant's message of a list."""
-    if not isinstance(answer, list):
+def _reference(answer: Any) -> Any:
+    """An answer's text: a string, or what the first assistant's message of a list says."""
+    if isinstance(answer, str):
         return answer
-    return next((one.get("content") for one in answer if isinstance(one, dict) and one.get("role") != "user"), None)
+    return next((answer_text(message) for message in answer if message["role"] == "assistant"), None)

@@ -18,14 +18,19 @@ from finetune_trainer.data.forms import Kind
 from finetune_trainer.data.readers import TEXT_PIECE, DataFile
 from finetune_trainer.data.sources import Located, hub_dataset
 
-FORMAT_VERSION = 1
-"""Raised with every change of what is written."""
+FORMAT_VERSION = 2
+"""Raised with every change of what is written, or of what a row means."""
 WHOLE, SAMPLE, SAMPLES = 64 << 20, 1 << 20, 16
 
 
 def digest(*values: Any) -> str:
+    """A short hash of JSON values, another one with every `FORMAT_VERSION`."""
+    return hash_of(FORMAT_VERSION, *values)
+
+
+def hash_of(*values: Any) -> str:
     """A short hash of JSON values."""
-    text = json.dumps([FORMAT_VERSION, *values], sort_keys=True, default=str)
+    text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -47,9 +52,14 @@ def content_digest(indices: NDArray[np.int64]) -> str:
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerFast) -> str:
     """Hash of all that decides about tokens: the tokenizer's serialization, its chat template and special tokens."""
+    return digest(*tokenizer_parts(tokenizer))
+
+
+def tokenizer_parts(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
+    """Hash of a tokenizer's serialization and special tokens, and hash of its chat template."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
-    return digest(parts, tokenizer.chat_template, tokenizer.special_tokens_map)
+    return hash_of(parts, tokenizer.special_tokens_map), hash_of(tokenizer.chat_template)
 
 
 def _json(value: Any) -> Any:

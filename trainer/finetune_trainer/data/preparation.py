@@ -23,7 +23,18 @@ from finetune_api.problems import Problem
 from finetune_api.stages import PretrainSpec, PromptSpec, SupervisedSpec, TrainedSpec
 from finetune_trainer.data.encode import IDENTICAL, NOTHING, TOO_LONG, Encoding
 from finetune_trainer.data.forms import Kind
-from finetune_trainer.data.keys import content_digest, prepared_key, rows_key, tokenizer_key
+from finetune_trainer.data.hashes import stream_hash, tokens_hash
+from finetune_trainer.data.identity import DataKey
+from finetune_trainer.data.keys import (
+    FORMAT_VERSION,
+    content_digest,
+    hash_of,
+    prepared_key,
+    rows_key,
+    tokenizer_key,
+    tokenizer_parts,
+)
+from finetune_trainer.data.notes import notes_of, reading_notes
 from finetune_trainer.data.report import DataReport, Prepared, Stats
 from finetune_trainer.data.rows import RowStore, order_rows, store_rows
 from finetune_trainer.data.shards import read_shards
@@ -33,8 +44,8 @@ from finetune_trainer.data.tasks import pack_all, tokenise
 from finetune_trainer.errors import UserError
 
 Log = Callable[[str], None]
-Ready = tuple[dict[str, Dataset], DataReport]
-REPORT = "report.json"
+Ready = tuple[dict[str, Dataset], DataReport, dict[str, str]]
+REPORT, HASHES = "report.json", "hashes.json"
 SHOWN = 3
 MAX_FAULTS = 5
 
@@ -90,12 +101,21 @@ def prepare(
     plan = Plan(where, encoding, packed, tokenizer, max(1, num_proc), log)
     started = time.monotonic()
     parts = _parts(stage, where, cache_dir, base_dir, log)
-    ready, report = _cached(plan, parts, cache_dir / "prepared", started) if parts else ({}, None)
+    ready, report, hashes = _cached(plan, parts, cache_dir / "prepared", started) if parts else ({}, None, {})
     if report is not None and not stage.data.streaming:
-        return Prepared(ready["train"], ready.get("eval"), report)
+        return Prepared(ready["train"], ready.get("eval"), report, _key(plan, hashes, report.rows))
+    for note in reading_notes(stage.data, stage.row_kind, f"{where}.data", base_dir):
+        log(note)
     stream = StreamedRows(stage.data, tokenizer, encoding, packed, f"{where}.data", base_dir)
-    report = replace(report or _report(plan, {}, {}, 0.0), packed_rows=None, streaming=True)
-    return Prepared(stream, ready.get("eval"), report)
+    known = report or _report(plan, {}, {}, 0.0)
+    report = replace(known, packed_rows=None, streaming=True, forms=stream.first_forms())
+    hashes["train"] = stream_hash(stage.data, stream.located(), encoding, packed, tokenizer)
+    return Prepared(stream, ready.get("eval"), report, _key(plan, hashes, None))
+
+
+def _key(plan: Plan, hashes: dict[str, str], rows: int | None) -> DataKey:
+    how = hash_of(vars(plan.encoding), plan.packed)
+    return DataKey(hashes["train"], hashes.get("eval"), rows, *tokenizer_parts(plan.tokenizer), how, FORMAT_VERSION)
 
 
 def encoding_of(stage: TrainedSpec, context: int | None, where: str) -> tuple[Encoding, bool]:
@@ -138,7 +158,7 @@ def _check_loader(stage: TrainedSpec, where: str) -> None:
 
 
 def open_table(spec: DataSpec, kind: Kind, where: str, cache_dir: Path, base_dir: Path, log: Log) -> RowStore:
-    """The spec's table, from the cache or read into it.
+    """The spec's table, from the cache or read into it. `log` is told what is read without settings that name it.
 
     Raises:
         UserError: sources are missing, or rows are not in the form that `kind` needs.
@@ -148,6 +168,8 @@ def open_table(spec: DataSpec, kind: Kind, where: str, cache_dir: Path, base_dir
         raise UserError(problems)
     directory = cache_dir / "rows" / rows_key(located, spec, kind)
     directory.parent.mkdir(parents=True, exist_ok=True)
+    for note in notes_of(located, spec, kind, where, streaming=False):
+        log(note)
     return store_rows(directory, located, spec, kind, where, log)
 
 
@@ -188,6 +210,7 @@ def _build(directory: Path, plan: Plan, parts: dict[str, Part], started: float) 
         counts = {name: _build_part(part, name, plan, one) for name, one in parts.items()}
         report = _report(plan, parts, counts, time.monotonic() - started)
         (part / REPORT).write_text(json.dumps(report.to_json(), indent=1))
+        (part / HASHES).write_text(json.dumps({name: tokens_hash(part / name) for name in parts}))
         os.rename(part, directory)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -206,16 +229,27 @@ def _build_part(root: Path, name: str, plan: Plan, part: Part) -> Stats:
 
 
 def _check(stats: Stats, plan: Plan, part: Part) -> None:
-    problems = _row_faults(stats, part.where)
-    if stats.too_long:
-        problems.append(_too_long(stats, plan))
-    elif not problems and not stats.written:
-        problems.append(Problem(part.where, _nothing_left(stats, plan.encoding)))
-    if 2 * stats.dropped[IDENTICAL] > stats.rows:
-        message = f"chosen equals rejected in {stats.dropped[IDENTICAL]} of {stats.rows} pairs: there is no preference"
-        problems.append(Problem(part.where, message))
+    problems = stats_problems(stats, plan.encoding, plan.where, part.where)
     if problems:
         raise UserError(problems)
+
+
+def stats_problems(stats: Stats, encoding: Encoding, where: str, data_where: str) -> list[Problem]:
+    """Return what is wrong with rows by what tokenising them counted.
+
+    Args:
+        where: the stage's path, such as `stages[1].sft`.
+        data_where: the data's path, such as `stages[1].sft.data`.
+    """
+    problems = _row_faults(stats, data_where)
+    if stats.too_long:
+        problems.append(_too_long(stats, encoding, where))
+    elif not problems and not stats.written:
+        problems.append(Problem(data_where, _nothing_left(stats, encoding)))
+    if 2 * stats.dropped[IDENTICAL] > stats.rows:
+        message = f"chosen equals rejected in {stats.dropped[IDENTICAL]} of {stats.rows} pairs: there is no preference"
+        problems.append(Problem(data_where, message))
+    return problems
 
 
 def _row_faults(stats: Stats, where: str) -> list[Problem]:
@@ -229,17 +263,17 @@ def _row_faults(stats: Stats, where: str) -> list[Problem]:
     ]
 
 
-def _too_long(stats: Stats, plan: Plan) -> Problem:
+def _too_long(stats: Stats, encoding: Encoding, where: str) -> Problem:
     rows = ", ".join(f"row {row} ({length})" for row, length in stats.too_long[:SHOWN])
-    limit = plan.encoding.limit
-    if plan.encoding.kind == "prompt":
+    limit = encoding.limit
+    if encoding.kind == "prompt":
         message = f"{len(stats.too_long)} of {stats.rows} prompts are longer than {limit} tokens; the longest has "
-        return Problem(f"{plan.where}.maxPromptLength", f"{message}{stats.longest}: {rows}. Set overflow: drop")
+        return Problem(f"{where}.maxPromptLength", f"{message}{stats.longest}: {rows}. Set overflow: drop")
     return Problem(
-        f"{plan.where}.maxLength",
+        f"{where}.maxLength",
         f"{len(stats.too_long)} of {stats.rows} examples are longer than {limit} tokens; the longest has "
         f"{stats.longest}: {rows}. Set maxLength up to the model's context to cut them, or overflow: truncate, drop"
-        f"{' or split' if plan.encoding.kind == 'sft' else ''}",
+        f"{' or split' if encoding.kind == 'sft' else ''}",
     )
 
 
@@ -266,6 +300,8 @@ def _report(plan: Plan, parts: dict[str, Part], counts: dict[str, Stats], second
         truncated_tokens=train.truncated_tokens,
         dropped=dict(train.dropped) | unread,
         dropped_tokens=train.dropped_tokens,
+        forms=dict(train.forms),
+        notes=dict(train.notes),
         longest=train.longest,
         packed_rows=train.written if blocks else None,
         packing_efficiency=train.tokens / room if blocks and room else None,
@@ -281,4 +317,4 @@ def _report(plan: Plan, parts: dict[str, Part], counts: dict[str, Stats], second
 def _open(directory: Path, cached: bool) -> Ready:
     report = DataReport.from_json(json.loads((directory / REPORT).read_text()))
     ready = {name: data for name in ("train", "eval") if (data := read_shards(directory / name)) is not None}
-    return ready, replace(report, cached=cached)
+    return ready, replace(report, cached=cached), json.loads((directory / HASHES).read_text())

@@ -6,13 +6,25 @@ import re
 from typing import Any
 
 from finetune_trainer.data.forms import Example, Kind
+from finetune_trainer.data.messages import Message, answer_text, without_train
 
 PROMPT_WORDS = 32
 Prompt = dict[str, Any]
 
 
 def prompt_of(example: Example, kind: Kind) -> Prompt | None:
-    """A row as a prompt; None where nothing is left to answer."""
+    """A row as a prompt; None where nothing is left to answer.
+
+    It has `messages` (with `tools`, where the row has them) or `prompt` (plain text), and `reference`, what the row
+    goes on with.
+    """
+    asked = _asked(example, kind)
+    if asked is None or "messages" not in asked or not example.get("tools"):
+        return asked
+    return {**asked, "tools": example["tools"]}
+
+
+def _asked(example: Example, kind: Kind) -> Prompt | None:
     if kind == "prompt":
         name = "prompt" if isinstance(example["prompt"], str) else "messages"
         return {name: example["prompt"], "reference": example["columns"].get("reference")}
@@ -25,13 +37,20 @@ def prompt_of(example: Example, kind: Kind) -> Prompt | None:
     answer = example["chosen" if kind == "preference" else "completion"]
     if isinstance(answer, str):
         return {"prompt": example["prompt"], "reference": answer}
-    reply = next((message["content"] for message in answer if message["role"] == "assistant"), None)
-    return None if reply is None else {"messages": example["prompt"], "reference": reply}
+    at = next((index for index, message in enumerate(answer) if _is_answer(message)), None)
+    if at is None:
+        return None
+    return {"messages": without_train(example["prompt"] + answer[:at]), "reference": answer_text(answer[at])}
 
 
-def _last_turn(messages: list[dict[str, Any]]) -> Prompt | None:
-    last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=0)
-    return {"messages": messages[:last], "reference": messages[last]["content"]} if last else None
+def _last_turn(messages: list[Message]) -> Prompt | None:
+    """The last answer that carries loss, and all before it: one without loss is no model of an answer."""
+    last = max((index for index, message in enumerate(messages) if _is_answer(message)), default=0)
+    return {"messages": without_train(messages[:last]), "reference": answer_text(messages[last])} if last else None
+
+
+def _is_answer(message: Message) -> bool:
+    return message["role"] == "assistant" and "train" not in message
 
 
 def has_reference(example: Example) -> bool:

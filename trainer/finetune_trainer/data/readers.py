@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune_api.problems import Problem
+from finetune_trainer.data.json_files import HEAD, JsonFault, Layout, layout_of, read_values, rows_within
+from finetune_trainer.data.values import kind_name
 from finetune_trainer.errors import UserError
 
 Row = dict[str, Any]
@@ -78,6 +80,8 @@ def read_rows(file: DataFile, start: Position = START) -> Rows:
     """
     try:
         yield from READERS[file.format](file, start)
+    except JsonFault as error:
+        raise UserError([Problem("", f"{file.url}, row {error.row}: {error}")]) from error
     except (pa.ArrowInvalid, EOFError, gzip.BadGzipFile, lzma.LZMAError, csv.Error) as error:
         raise UserError([Problem("", f"{file.url}: not a readable {file.format} file: {error}")]) from error
 
@@ -106,6 +110,54 @@ def _decode(raw: bytes, file: DataFile, line: int) -> str:
         raise UserError([Problem("", f"{file.url}, line {line}: not UTF-8 text: {error.reason}")]) from error
 
 
+def unit_of(file: DataFile) -> str:
+    """Return what a position counts in messages: `line` or `row`."""
+    return "row" if file.format == "parquet" or (file.format == "json" and _layout(file) != "lines") else "line"
+
+
+def _layout(file: DataFile) -> Layout:
+    with open_binary(file.url) as stream:
+        return layout_of(stream.read(HEAD))
+
+
+def _read_json(file: DataFile, start: Position) -> Rows:
+    layout = _layout(file)
+    if layout == "lines":
+        yield from _read_jsonl(file, start)
+    elif layout == "array" or start.offset:
+        yield from _read_values(file, layout, start)
+    else:
+        yield from _rows_of_object(file, start)
+
+
+def _read_values(file: DataFile, layout: Layout, start: Position) -> Rows:
+    with open_binary(file.url) as stream:
+        _skip(stream, start.offset)
+        for value, offset, row in read_values(stream, layout, start.offset, start.line):
+            yield _object(value, row), Position(offset, row)
+
+
+def _rows_of_object(file: DataFile, start: Position) -> Rows:
+    """Rows of a file that begins with an object: the rows that the only object holds, or one object after another.
+
+    Positions among the former have offset 0 and a count of rows.
+    """
+    values = _read_values(file, "values", START)
+    first, second = next(values, None), next(values, None)
+    within = rows_within(first[0]) if first and not second else None
+    if within is not None:
+        yield from ((_object(row, at), Position(0, at)) for at, row in enumerate(within[start.line :], start.line + 1))
+    elif not start.line:
+        yield from (one for one in (first, second) if one)
+        yield from values
+
+
+def _object(value: Any, row: int) -> Row:
+    if not isinstance(value, dict):
+        raise JsonFault(row, f"got {kind_name(value)}, expected an object")
+    return value
+
+
 def _read_jsonl(file: DataFile, start: Position) -> Rows:
     with open_binary(file.url) as stream:
         for line, position in _lines(stream, file, start):
@@ -118,10 +170,11 @@ def _parse_json(line: str, file: DataFile, number: int) -> Row:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        hint = "; the file must have one JSON object per line" if line.strip() in ("[", "{") else ""
+        hint = "; one JSON object per line is expected, or `format: json`" if line.strip() in ("[", "{") else ""
         raise UserError([Problem("", f"{where}: malformed JSON: {error}{hint}")]) from error
     if not isinstance(row, dict):
-        raise UserError([Problem("", f"{where}: got a {type(row).__name__}, expected one JSON object per line")])
+        hint = " (`format: json` reads an array)" if isinstance(row, list) else ""
+        raise UserError([Problem("", f"{where}: got {kind_name(row)}, expected one JSON object per line{hint}")])
     return row
 
 
@@ -182,7 +235,7 @@ def _row_group(table: pq.ParquetFile, group: int, done: int, skip_to: int) -> Ro
     for batch in table.iter_batches(batch_size=PARQUET_BATCH, row_groups=[group]):
         first = min(max(skip_to - number, 0), len(batch))
         number += first
-        for row in batch.slice(first).to_pylist():
+        for row in batch.slice(first).to_pylist(maps_as_pydicts="lossy"):
             number += 1
             yield row, Position(number, number)
 
@@ -210,6 +263,7 @@ def _cut(chunk: bytes) -> int:
 
 
 READERS: dict[str, Callable[[DataFile, Position], Rows]] = {
+    "json": _read_json,
     "jsonl": _read_jsonl,
     "csv": _read_csv,
     "parquet": _read_parquet,

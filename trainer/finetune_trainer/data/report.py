@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from datasets import Dataset
 from torch.utils.data import IterableDataset
+
+from finetune_trainer.data.identity import DataKey
 
 Json = dict[str, Any]
 
@@ -50,6 +53,10 @@ class DataReport:
     """Whether an earlier preparation was found."""
     streaming: bool = False
     """Whether the data is read while training: counts are then zero."""
+    forms: dict[str, int] = field(default_factory=dict)
+    """Rows of each form (`form.Form`); of a stream, of the rows that it begins with."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """What the user has to know about rows that train all the same, and of how many rows it holds."""
 
     def to_json(self) -> Json:
         return asdict(self)
@@ -66,6 +73,7 @@ class Prepared:
     train: Dataset | IterableDataset[Json]
     eval: Dataset | None
     report: DataReport
+    key: DataKey
 
 
 @dataclass
@@ -80,6 +88,7 @@ class Stats:
     truncated_tokens: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     dropped_tokens: int = 0
+    forms: Counter[str] = field(default_factory=Counter)
     longest: int = 0
     written: int = 0
     """Rows written, after packing."""
@@ -87,12 +96,18 @@ class Stats:
     """Row and length of examples over the limit, where that is an error."""
     faults: list[tuple[int, str]] = field(default_factory=list)
     """Row and reason, where a row can't be tokenised."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """Rows by what the user has to know about them."""
 
     def add(self, other: Stats) -> None:
         """Add another's counts to these."""
         for name, value in vars(other).items():
             mine = getattr(self, name)
             setattr(self, name, max(mine, value) if name == "longest" else mine + value)
+
+    def note(self, notes: Iterable[str]) -> None:
+        """Count what the user has to know about a row."""
+        self.notes.update(notes)
 
     def drop(self, reason: str, tokens: int) -> None:
         """Count a row left out."""

@@ -13,13 +13,14 @@ import fsspec
 from finetune_api.claims import mounted
 from finetune_api.data import DataSource, DataSpec, Join
 from finetune_api.problems import Problem, did_you_mean
-from finetune_trainer.data.readers import START, DataFile, Position, Row, read_rows
-from finetune_trainer.errors import UserError
+from finetune_trainer.data.readers import START, DataFile, Position, Row, read_rows, unit_of
+from finetune_trainer.errors import Outage, UserError
+from finetune_trainer.hub import hub_access
 
 ENDINGS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
-    ".json": "jsonl",
+    ".json": "json",
     ".csv": "csv",
     ".parquet": "parquet",
     ".txt": "text",
@@ -148,16 +149,21 @@ def format_of(name: str) -> str | None:
     return ENDINGS.get(ending)
 
 
+def _is_called(name: str, format: str) -> bool:
+    """Whether a file's ending is one of the format's. Files of JSON lines are often called `.json`."""
+    return format_of(name) == format or (format == "jsonl" and format_of(name) == "json")
+
+
 def _with_formats(found: list[str], format: str, directory: bool, where: str, field: str) -> list[DataFile]:
     if format != "auto":
-        matching = [name for name in found if format_of(name) == format] if directory else found
+        matching = [name for name in found if _is_called(name, format)] if directory else found
         return [DataFile(name, format) for name in matching or found]
     known = [DataFile(name, ending) for name in found if (ending := format_of(name))]
     if not known or (not directory and len(known) < len(found)):
         odd = next(name for name in found if format_of(name) is None)
         raise UserError([Problem(f"{where}.format", f"can't tell the format of {odd} by its ending: set format")])
     formats = sorted({file.format for file in known})
-    if len(formats) > 1:
+    if len(formats) > 1 and formats != ["json", "jsonl"]:
         raise UserError([Problem(field, f"holds files of several formats ({', '.join(formats)}): set format")])
     return known
 
@@ -222,22 +228,34 @@ def source_rows(
 def _file_rows(files: list[DataFile], index: int, start: Cursor) -> Iterator[tuple[Row, Cursor, str]]:
     for number, file in enumerate(files[start.file :], start.file):
         first = start.position if number == start.file else START
+        unit = ""
         for row, position in read_rows(file, first):
-            yield row, Cursor(index, number, position), f"{file.url}, line {position.line}"
+            unit = unit or unit_of(file)
+            yield row, Cursor(index, number, position), f"{file.url}, {unit} {position.line}"
 
 
 def hub_dataset(source: DataSource, streaming: bool) -> Any:
-    """The hub dataset's split, through `datasets`.
+    """Return the hub dataset's split, through `datasets`.
 
     Raises:
-        UserError: it can't be had (offline, no such dataset, no access).
+        UserError: it can't be had (no such dataset, no access, not in the cache that alone may be used).
+        Outage: the hub does not answer.
     """
     from datasets import load_dataset
 
+    assert source.hub is not None
     try:
-        return load_dataset(
-            source.hub, source.subset, split=source.split, revision=source.revision, streaming=streaming
-        )
+        with hub_access(source.hub, "", source.revision, "dataset"):
+            return load_dataset(
+                source.hub,
+                source.subset,
+                split=source.split,
+                revision=source.revision,
+                streaming=streaming,
+                trust_remote_code=False,
+            )
+    except (Outage, UserError):
+        raise
     except Exception as error:  # datasets raises many types, none of which a user can act on without the text
         message = f"hub dataset {source.hub} can't be loaded: {type(error).__name__}: {error}"
         raise UserError([Problem("", message)]) from error

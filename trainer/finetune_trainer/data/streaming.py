@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -16,13 +16,16 @@ from transformers import PreTrainedTokenizerFast
 from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
 from finetune_trainer.data.encode import Columns, Encoder, Encoding, cut_blocks
-from finetune_trainer.data.forms import EmptyRow, Example, FormError, normalise
+from finetune_trainer.data.forms import EmptyRow, Example, FormError, Kind, normalise
 from finetune_trainer.data.packing import pack
 from finetune_trainer.data.report import Stats
 from finetune_trainer.data.sources import Cursor, Located, join_row, locate, source_rows
 from finetune_trainer.errors import UserError
+from finetune_trainer.form import form_of
 
 WINDOW_ROWS, WINDOW_CHARACTERS = 1024, 32 << 20
+FIRST_ROWS = 64
+"""Rows that are looked at to tell a stream's form."""
 PACKED_TOGETHER = 64
 REMEMBERED = 8192
 """States kept of rows already handed out, for loaders that read ahead."""
@@ -93,6 +96,15 @@ class StreamedRows(IterableDataset[Columns]):
             self.spec, self.tokenizer, self.encoding, self.packed, self.where, self.base_dir, rank, world_size
         )
 
+    def first_forms(self) -> dict[str, int]:
+        """Return how many of the stream's first rows have each form (`form.Form`).
+
+        Raises:
+            UserError: they can't be read.
+        """
+        rows = islice(self._table(self.located(), Cursor()), FIRST_ROWS)
+        return dict(Counter(form_of(row, bool(self.tokenizer.chat_template)) for row, _ in rows))
+
     def state_dict(self) -> State:
         """The state after the last row handed out, JSON-able."""
         return self._state(self._place)
@@ -133,9 +145,7 @@ class StreamedRows(IterableDataset[Columns]):
             yield {name: one if isinstance(one, str) else one.tolist() for name, one in row.items()}
 
     def _endless(self, place: Place) -> Steps:
-        located, problems = locate(self.spec, self.where, self.base_dir)
-        if problems:
-            raise UserError(problems)
+        located = self.located()
         encoder = Encoder(self.tokenizer, self.encoding)
         while True:
             before = place
@@ -144,9 +154,20 @@ class StreamedRows(IterableDataset[Columns]):
                 raise UserError([Problem(self.where, f"a whole pass gives rank {self.rank} nothing to train on")])
             place = Place(place.rows, place.epoch + 1, carry=place.carry)
 
+    def located(self) -> list[Located]:
+        """Return the stream's sources with their files.
+
+        Raises:
+            UserError: some are missing.
+        """
+        located, problems = locate(self.spec, self.where, self.base_dir)
+        if problems:
+            raise UserError(problems)
+        return located
+
     def _pass(self, located: list[Located], encoder: Encoder, place: Place) -> Steps:
         """The rest of one pass over the data."""
-        table = self._table(located, place.start)
+        table = table_rows(located, self.spec, self.encoding.kind, self.where, place.start)
         while window := _read_window(table):
             mine = [row for number, (row, _) in enumerate(window, place.counted) if self._is_mine(number)]
             place = yield from self._window(mine, encoder, place)
@@ -156,20 +177,6 @@ class StreamedRows(IterableDataset[Columns]):
 
     def _is_mine(self, number: int) -> bool:
         return number % self.world_size == self.rank
-
-    def _table(self, located: list[Located], start: Cursor) -> Iterator[tuple[Example, Cursor]]:
-        """Normalised rows from `start` on, each with the cursor after it. Every rank must see the same rows, so what
-        a row is dropped for is decided here alone."""
-        for index, one in enumerate(located[start.source :], start.source):
-            path = f"{self.where}.sources[{index}]"
-            first = start if index == start.source else Cursor(index)
-            for row, cursor, place in source_rows(one, index, first, streaming=True):
-                try:
-                    yield normalise(join_row(row, one, path), self.spec, self.encoding.kind), cursor
-                except EmptyRow:
-                    continue
-                except (FormError, UserError) as error:
-                    raise UserError([Problem(path, f"{place}: {error}")]) from error
 
     def _window(self, rows: list[Example], encoder: Encoder, place: Place) -> Steps:
         order = np.arange(len(rows))
@@ -213,6 +220,33 @@ class StreamedRows(IterableDataset[Columns]):
         ]
         if problems:
             raise UserError(problems)
+
+
+def table_rows(
+    located: list[Located], spec: DataSpec, kind: Kind, where: str, start: Cursor | None = None
+) -> Iterator[tuple[Example, Cursor]]:
+    """Normalised rows, each with the cursor after it.
+
+    Every rank must see the same rows, so what a row is dropped for is decided here alone.
+
+    Args:
+        where: the spec's path, such as `stages[0].sft.data`.
+        start: what to go on from. Default: the first row.
+
+    Raises:
+        UserError: while iterating, from rows that have another form than `kind` needs.
+    """
+    begin = start or Cursor()
+    for index, one in enumerate(located[begin.source :], begin.source):
+        path = f"{where}.sources[{index}]"
+        first = begin if index == begin.source else Cursor(index)
+        for row, cursor, place in source_rows(one, index, first, streaming=True):
+            try:
+                yield normalise(join_row(row, one, path), spec, kind), cursor
+            except EmptyRow:
+                continue
+            except (FormError, UserError) as error:
+                raise UserError([Problem(path, f"{place}: {error}")]) from error
 
 
 def _read_window(table: Iterator[tuple[Example, Cursor]]) -> list[tuple[Example, Cursor]]:

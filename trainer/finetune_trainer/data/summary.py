@@ -16,4 +16,5 @@ def data_line(report: DataReport) -> str:
     if report.truncated_examples:
         parts.append(f"{count(report.truncated_examples)} cut by {count(report.truncated_tokens)} tokens")
     parts += [f"{count(number)} dropped ({reason})" for reason, number in report.dropped.items() if number]
+    parts += [f"{count(number)} with {note}" for note, number in report.notes.items() if number]
     return ", ".join(parts) + (" · prepared before" if report.cached else "")

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from finetune_trainer.data.encode import Encoder, Encoding
+from finetune_trainer.data.forms import Example
 from finetune_trainer.data.report import Stats
 from finetune_trainer.data.rows import RowStore, cut_tasks
 from finetune_trainer.data.shards import SHARDS, pack_shards, write_shard
+from finetune_trainer.form import form_of
 
 TEXT_TASK, ROW_TASK = 16 << 20, 2 << 20
 """Bytes of rows per task; text tasks are longer, since each drops the part of its last block."""
@@ -85,9 +87,15 @@ def _task(number: int) -> Stats:
     assert work is not None
     stats = Stats()
     picked = work.indices[work.tasks[number]].tolist()
-    rows = ((index, work.store[index]) for index in picked)
+    rows = ((index, _counted(work.store[index], work, stats)) for index in picked)
     stats.written = write_shard(shard(work.directory, number), work.encoder.rows(rows, stats))
     return stats
+
+
+def _counted(example: Example, work: Work, stats: Stats) -> Example:
+    """Count the row's form; returns the row."""
+    stats.forms[form_of(example, work.encoder.chat.template is not None)] += 1
+    return example
 
 
 def shard(directory: Path, number: int) -> Path:

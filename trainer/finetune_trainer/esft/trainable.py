@@ -27,7 +27,7 @@ def prepare(model: PreTrainedModel, config: ExpertConfig) -> list[ExpertLayer]:
 
 
 def trained_names(model: PreTrainedModel, config: ExpertConfig) -> set[str]:
-    """Full names of the trained parameters of a split model."""
+    """Full names of the trained parameters of a split model; what is frozen as the model loads stays out."""
     layers = expert_layers(model)
     routed = {f"{layer.name}.{name}" for layer in layers for name, _ in layer.experts.named_parameters(recurse=False)}
     shared = shared_names(model)
@@ -35,7 +35,7 @@ def trained_names(model: PreTrainedModel, config: ExpertConfig) -> set[str]:
     if config.shared_experts:
         trained |= shared
     if config.non_expert_modules:
-        trained |= {name for name, _ in model.named_parameters()} - routed - shared
+        trained |= {name for name, weight in model.named_parameters() if weight.requires_grad} - routed - shared
     return trained
 
 
@@ -47,13 +47,6 @@ def shared_names(model: PreTrainedModel) -> set[str]:
 def trained_whole(model: PreTrainedModel, config: ExpertConfig) -> int:
     """Trained weights that are no routed experts'."""
     return sum(model.get_parameter(name).numel() for name in trained_names(model, config) if not name.endswith(_TUNED))
-
-
-def keep_masters(model: PreTrainedModel) -> None:
-    """Trained weights in float32: AdamW's small updates vanish in half precision. They compute in the frozen ones'."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
 
 
 def require_input_gradients(model: PreTrainedModel, layers: list[ExpertLayer]) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray.train.torch
 import torch
-from peft import PeftModel
 
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import BASE, EvaluateSpec
-from finetune_trainer.model.load import load_model
+from finetune_trainer.form import FORMS, Form, read_form
+from finetune_trainer.model.adapter import attach_adapter
+from finetune_trainer.model.load import load_model, on_device
 from finetune_trainer.model.precision import model_dtype, precision
 from finetune_trainer.model.saved import is_adapter
 from finetune_trainer.model.source import ModelSource, base_source, named_source, stage_source
@@ -37,6 +39,24 @@ def contenders(run: RunConfig, index: int, spec: EvaluateSpec, storage: Storage)
     return found
 
 
+def form_note(contender: Contender, forms: Sequence[Form]) -> str | None:
+    """Return what to know of a model that is measured on rows of another form than it was trained in.
+
+    Plain text is left out: any model may be measured on how likely it finds a text.
+
+    Args:
+        forms: of the rows, one of each.
+    """
+    trained = None if contender.source.name is None else read_form(contender.source.name)
+    other = [form for form in forms if "text" not in (form, trained) and form != trained]
+    if trained is None or not other:
+        return None
+    return (
+        f"{contender.name} was trained on {FORMS[trained]}, and {len(other)} of {len(forms)} rows are "
+        f"{FORMS[other[0]]}: rows of the form that it was trained in would measure it better"
+    )
+
+
 def evaluated(run: RunConfig, index: int) -> str:
     """Name of the model that stage `index` finds: the stage's that made it, or `base`."""
     before = stage_before(run, index)
@@ -53,10 +73,9 @@ def open_model(contender: Contender, context: StageContext, spec: EvaluateSpec) 
     accelerator = context.placement.accelerator
     formats = precision(model_dtype(job.model.dtype, accelerator), trains_base=False, zero=0)
     model: Any = load_model(
-        source, job.model, formats, context.tokenizer, quantization=spec.quantization, seed=spec.seed
+        source, context.job_model, formats, trains=False, quantization=spec.quantization, seed=spec.seed
     )
     if source.name is not None and is_adapter(source.name):
-        model = PeftModel.from_pretrained(model, source.name)
-    if spec.quantization is None:  # bitsandbytes has put a quantized one where it belongs
-        model = model.to(ray.train.torch.get_device() if accelerator else torch.device("cpu"))
-    return model.eval()
+        model = attach_adapter(model, source.name)
+    device = ray.train.torch.get_device() if accelerator else torch.device("cpu")
+    return on_device(model, device).eval()

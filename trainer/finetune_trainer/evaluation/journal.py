@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from finetune_trainer.evaluation.scores import Row
 from finetune_trainer.layout import StageLayout
@@ -11,22 +11,31 @@ from finetune_trainer.storage import Storage
 
 
 class Journal:
-    """The rows of one model. Each batch is a file of its own, since stores such as S3 append to none."""
+    """The rows of one model. Each batch is a file of its own, since stores such as S3 append to none.
 
-    def __init__(self, storage: Storage, layout: StageLayout, model: str) -> None:
-        self.storage = storage
+    Args:
+        keys: each row's `EvalRow.key` by its number. A row that was measured before the data changed is not known.
+    """
+
+    def __init__(self, storage: Storage, layout: StageLayout, model: str, keys: Mapping[int, str]) -> None:
+        self.storage, self.keys = storage, keys
         self.parts, self.whole = layout.answer_parts(model), layout.answers(model)
 
     @property
     def complete(self) -> bool:
-        """Whether every row is there."""
-        return self.storage.exists(self.whole)
+        """Whether every row is there, in one file."""
+        return self.storage.exists(self.whole) and len(self.known()) == len(self.keys)
 
     def known(self) -> dict[int, Row]:
         """The rows that are there, by number."""
-        names = [self.whole] if self.complete else [f"{self.parts}/{name}" for name in self.storage.names(self.parts)]
+        whole = [self.whole] if self.storage.exists(self.whole) else []
+        names = [*whole, *(f"{self.parts}/{name}" for name in self.storage.names(self.parts))]
         lines = (line for name in names for line in self.storage.read_text(name).splitlines())
-        return {row["row"]: row for row in map(json.loads, lines)}
+        return {row["row"]: row for row in map(json.loads, lines) if self._is_same(row)}
+
+    def _is_same(self, row: Row) -> bool:
+        """Whether a kept row is one of these rows; of rows without a key, from earlier versions, that is not known."""
+        return row["row"] in self.keys and row.get("key") in (None, self.keys[row["row"]])
 
     def add(self, rows: Sequence[Row]) -> None:
         """Keep one batch."""

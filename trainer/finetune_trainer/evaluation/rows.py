@@ -12,15 +12,17 @@ from transformers import PreTrainedTokenizerFast
 from finetune_api.problems import Problem
 from finetune_api.stages import Database, EvaluateSpec
 from finetune_api.stages.evaluation import PERPLEXITY
-from finetune_trainer.data.chat import ChatError
 from finetune_trainer.data.encode import IGNORED, Encoder, Encoding
 from finetune_trainer.data.forms import Example
+from finetune_trainer.data.keys import hash_of
 from finetune_trainer.data.preparation import open_table
 from finetune_trainer.data.questions import has_reference, prompt_of
 from finetune_trainer.data.report import Stats
 from finetune_trainer.data.rows import order_rows
+from finetune_trainer.data.template import ChatError
 from finetune_trainer.errors import UserError
 from finetune_trainer.evaluation.queries import open_database, query_in, returned
+from finetune_trainer.form import Form, form_of
 from finetune_trainer.queries.result import QueryFailed
 
 SHOWN = 5
@@ -48,11 +50,18 @@ class EvalRow:
     reference: str
     cut: bool
     """Whether the prompt's beginning was left out, to leave room for an answer."""
+    form: Form
+    """How the model is asked."""
 
     @property
     def length(self) -> int:
         """Tokens of the longest thing that the model reads."""
         return max([len(self.prompt), *(len(piece.ids) for piece in self.pieces)])
+
+    @property
+    def key(self) -> str:
+        """Hash of what the model reads and should answer: what was measured on another row does not count for it."""
+        return hash_of([[piece.ids, piece.labels] for piece in self.pieces], self.prompt, self.reference)
 
 
 def eval_rows(
@@ -107,8 +116,9 @@ class _Reader:
     def read(self, number: int, example: Example) -> EvalRow:
         """Raises ChatError or ValueError for a row that does not suit the metrics."""
         pieces = self._pieces(example) if PERPLEXITY in self.spec.metrics else ()
+        form = form_of(example, self.encoder.chat.template is not None)
         if not self.spec.generates:
-            return EvalRow(number, pieces, (), _shown(example), "", cut=False)
+            return EvalRow(number, pieces, (), _shown(example), "", cut=False, form=form)
         if not has_reference(example):
             raise ValueError("it has no reference: expected an assistant's answer, or `prompt` and `completion`")
         ids = self.encoder.prompt(example)
@@ -116,7 +126,7 @@ class _Reader:
             raise ValueError("its prompt is empty")
         kept = ids if self.room is None else ids[-self.room :]
         reference = str((prompt_of(example, "sft") or {})["reference"]).strip()
-        return EvalRow(number, pieces, tuple(kept), _shown(example), reference, cut=len(kept) < len(ids))
+        return EvalRow(number, pieces, tuple(kept), _shown(example), reference, len(kept) < len(ids), form)
 
     def _pieces(self, example: Example) -> tuple[Piece, ...]:
         stats = Stats()

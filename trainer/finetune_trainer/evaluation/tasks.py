@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune_api.problems import Problem, did_you_mean
 from finetune_api.stages import EvaluateSpec
+from finetune_trainer.model.router_logits import no_router_logits
 from finetune_trainer.model.source import local_path
 
 
@@ -32,12 +33,14 @@ def run_tasks(model: Any, tokenizer: Any, spec: EvaluateSpec, names: Sequence[st
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=spec.per_device_eval_batch_size)
+    batch_size = spec.per_device_eval_batch_size
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False)
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), spec.seed)
     manager = _manager(spec, base_dir)
-    found = simple_evaluate(
-        model=wrapped, tasks=list(names), task_manager=manager, limit=spec.task_limit, bootstrap_iters=0, **seeds
-    )
+    with no_router_logits(model):
+        found = simple_evaluate(
+            model=wrapped, tasks=list(names), task_manager=manager, limit=spec.task_limit, bootstrap_iters=0, **seeds
+        )
     return task_metrics(found["results"])
 
 

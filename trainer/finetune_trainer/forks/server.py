@@ -3,8 +3,9 @@
 The modules after the dashes need Ray, whose library reads at its import which worker it is in. All workers of a node
 are alike in that, so they are imported when the first one is asked for.
 
-A fork copies only the thread that calls it, so nothing here starts threads; and a process that has opened a GPU can't
-be forked, so the server ends where an import has opened one, and whoever asks then does without it.
+A fork copies only the thread that calls it, so nothing here starts threads. A process that has opened a GPU can't be
+forked: the server is for jobs on CPUs (`launch.preload`), hides the GPUs from what it imports, and ends where an import
+has opened one all the same. Whoever asks then does without it.
 
 A fork ends with the server, and the server with whoever started it: a killed driver leaves no worker behind that would
 train on beside the next attempt's. Ray's own look for its raylet lets workers live for seconds.
@@ -209,9 +210,19 @@ def load(modules: list[str]) -> None:
     gc.freeze()
 
 
+def hide_gpus() -> None:
+    """Let no library open a GPU at its import. A fork gets the environment of the process that asked for it.
+
+    torch counts no device then, without asking the driver (`torch.cuda._device_count_nvml`), and keeps no count before
+    CUDA is initialised; DeepSpeed and bitsandbytes choose what is for CPUs.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+
+
 def main(listener: socket.socket, modules: list[str], for_workers: list[str]) -> None:
     """Import, then serve: whoever has asked meanwhile waits at the socket."""
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # torch.cuda.is_available() without opening a GPU
+    hide_gpus()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that has started this one
     hush()
     load(modules)

@@ -13,6 +13,8 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.generation.prompts import Prompt, encode, stop_ids
 from finetune_trainer.generation.sampling import SeededSampling, draws
+from finetune_trainer.model.precision import autocast_mixed
+from finetune_trainer.model.router_logits import no_router_logits
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def generate_batch(
         seed: of sampling. A sample depends on the seed, its prompt's key and its number alone, so it is the same in
             every batch and on every worker (but for rounding in the model itself).
         keys: a number of each prompt's own, from 0. Default: its place among the prompts.
-        raw: a text goes on as it stands, and the end of a turn does not end it.
+        raw: continue a text as it stands, without the chat template.
         extra: for transformers' `generate`, such as a streamer.
 
     Raises:
@@ -66,9 +68,9 @@ def generate_batch(
     encoded = _token_ids(tokenizer, prompts, options, raw)
     rows = [ids for ids in encoded for _ in range(samples)]
     numbers = [(key, sample) for key in (range(len(encoded)) if keys is None else keys) for sample in range(samples)]
-    output = _generate(model, tokenizer, rows, numbers, options, seed, raw, extra)
+    output = _generate(model, tokenizer, rows, numbers, options, seed, extra)
     start = max(map(len, rows))
-    stops = set(_stops(model, tokenizer, raw))
+    stops = set(_stops(model, tokenizer))
     return [
         _completion(tokenizer, ids, answer, stops, options)
         for ids, answer in zip(rows, output[:, start:].tolist(), strict=True)
@@ -88,11 +90,10 @@ def _generate(
     numbers: list[tuple[int, int]],
     options: GenerationOptions,
     seed: int,
-    raw: bool,
     extra: dict[str, Any],
 ) -> torch.Tensor:
     """Prompt and answer ids, shape (rows, longest prompt + longest answer)."""
-    config = _config(model, tokenizer, options, raw, longest=max(map(len, rows)))
+    config = _config(model, tokenizer, options, longest=max(map(len, rows)))
     batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
     processors = LogitsProcessorList()
     if options.do_sample:
@@ -110,20 +111,20 @@ def _generate(
 
 
 def _config(
-    model: Any, tokenizer: PreTrainedTokenizerBase, options: GenerationOptions, raw: bool, longest: int
+    model: Any, tokenizer: PreTrainedTokenizerBase, options: GenerationOptions, longest: int
 ) -> GenerationConfig:
     context = context_of(model)
     room = options.max_new_tokens if context is None else min(options.max_new_tokens, context - longest)
     if room < 1:
         raise ValueError(f"a prompt of {longest} tokens leaves no room for an answer in a context of {context}")
     pad = tokenizer.pad_token_id
-    stops = _stops(model, tokenizer, raw)
+    stops = _stops(model, tokenizer)
     return options.config(stop_ids=stops, pad_id=0 if pad is None else int(pad), max_new_tokens=room)
 
 
-def _stops(model: Any, tokenizer: PreTrainedTokenizerBase, raw: bool) -> list[int]:
+def _stops(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     own = getattr(model, "generation_config", None)
-    return stop_ids(tokenizer, None if own is None else own.eos_token_id, raw)
+    return stop_ids(tokenizer, None if own is None else own.eos_token_id)
 
 
 def _token_ids(
@@ -167,10 +168,12 @@ def _until_stop(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: Seq
 
 @contextmanager
 def _answering(model: Any) -> Iterator[None]:
-    """The model in evaluation mode; then as it was."""
+    """Inside, the model is in evaluation mode, computes no router logits, and in half precision where only some of its
+    weights are (a frozen base, with modules in training beside it); then it is as it was."""
     training = model.training
     model.eval()
     try:
-        yield
+        with no_router_logits(model), autocast_mixed(model):
+            yield
     finally:
         model.train(training)

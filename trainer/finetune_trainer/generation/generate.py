@@ -23,14 +23,17 @@ def generate(
     prompts: Sequence[Prompt],
     options: GenerationOptions | None = None,
     *,
-    raw: bool = False,
+    raw: bool | None = None,
     batch_size: int = 16,
 ) -> list[str]:
-    """One answer per prompt, in order, without special tokens.
+    """Return one answer per prompt, in order, without special tokens.
 
-    Prompts are padded on the left in batches of `batch_size`. A text is a user's message where the tokenizer has a
-    chat template and is continued as it stands where it has none, or with `raw`. A batch stops at the model's context,
-    measured by its longest prompt.
+    Prompts are padded on the left in batches of `batch_size`. A batch stops at the model's context, measured by its
+    longest prompt.
+
+    Args:
+        raw: true continues texts as they stand; false makes each a user's message where the tokenizer has a chat
+            template; None asks in the form that the model was trained in, which is the template's if it isn't known.
 
     Raises:
         UserError: a masked model, an empty prompt, one that fills the whole context, or a conversation without a chat
@@ -40,12 +43,12 @@ def generate(
     encoded = _checked(loaded, prompts, options, raw)
     seed = _seed(options)
     starts = range(0, len(encoded), batch_size)
-    batches = (_answers(loaded, encoded[at : at + batch_size], options, raw, seed, at) for at in starts)
+    batches = (_answers(loaded, encoded[at : at + batch_size], options, seed, at) for at in starts)
     return [answer for batch in batches for answer in batch]
 
 
 def stream(
-    loaded: Loaded, prompt: Prompt, options: GenerationOptions | None = None, *, raw: bool = False
+    loaded: Loaded, prompt: Prompt, options: GenerationOptions | None = None, *, raw: bool | None = None
 ) -> Iterator[str]:
     """Pieces of one answer as they come; with beam search, which knows its answer only at the end, one piece.
 
@@ -54,9 +57,9 @@ def stream(
     options = options or GenerationOptions()
     encoded = _checked(loaded, [prompt], options, raw)
     if options.num_beams > 1:
-        yield from _answers(loaded, encoded, options, raw, seed=0)
+        yield from _answers(loaded, encoded, options, seed=0)
         return
-    yield from _streamed(loaded, encoded, options, raw)
+    yield from _streamed(loaded, encoded, options)
 
 
 class _Stop(StoppingCriteria):
@@ -70,7 +73,7 @@ class _Stop(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
-def _streamed(loaded: Loaded, encoded: list[list[int]], options: GenerationOptions, raw: bool) -> Iterator[str]:
+def _streamed(loaded: Loaded, encoded: list[list[int]], options: GenerationOptions) -> Iterator[str]:
     # transformers' stubs narrow the tokenizer to one class; any tokenizer decodes.
     tokenizer: Any = loaded.tokenizer
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -79,7 +82,7 @@ def _streamed(loaded: Loaded, encoded: list[list[int]], options: GenerationOptio
     def work() -> None:
         try:
             extra = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([_Stop(stop)])}
-            generate_batch(loaded.model, tokenizer, encoded, options, _seed(options), raw=raw, **extra)
+            generate_batch(loaded.model, tokenizer, encoded, options, _seed(options), **extra)
         except BaseException as error:
             failures.append(error)
             streamer.on_finalized_text("", stream_end=True)
@@ -96,18 +99,20 @@ def _streamed(loaded: Loaded, encoded: list[list[int]], options: GenerationOptio
 
 
 def _answers(
-    loaded: Loaded, encoded: list[list[int]], options: GenerationOptions, raw: bool, seed: int, first: int = 0
+    loaded: Loaded, encoded: list[list[int]], options: GenerationOptions, seed: int, first: int = 0
 ) -> list[str]:
     """Answers to one batch, the first of which is prompt number `first`."""
     keys = range(first, first + len(encoded))
-    found = generate_batch(loaded.model, loaded.tokenizer, encoded, options, seed, keys=keys, raw=raw)
+    found = generate_batch(loaded.model, loaded.tokenizer, encoded, options, seed, keys=keys)
     return [completion.text for completion in found]
 
 
-def _checked(loaded: Loaded, prompts: Sequence[Prompt], options: GenerationOptions, raw: bool) -> list[list[int]]:
+def _checked(
+    loaded: Loaded, prompts: Sequence[Prompt], options: GenerationOptions, raw: bool | None
+) -> list[list[int]]:
     if loaded.kind != "causal":
         raise UserError("this model fills masks and does not continue text: use fill")
-    encoded = encode(loaded.tokenizer, prompts, options.system, raw)
+    encoded = encode(loaded.tokenizer, prompts, options.system, raw, loaded.form)
     context = context_of(loaded.model)
     problems = [
         Problem(f"prompts[{index}]", f"{len(ids)} tokens leave no room for an answer in a context of {context}")

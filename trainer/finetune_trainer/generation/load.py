@@ -4,33 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from finetune_api.model import ModelSpec
 from finetune_trainer.errors import UserError
-from finetune_trainer.esft.adapter import apply_adapter
-from finetune_trainer.esft.adapter_files import is_expert_adapter
+from finetune_trainer.form import Form, read_form
+from finetune_trainer.generation.prompts import form_is_plain, has_template
 from finetune_trainer.generation.result import find_result
-from finetune_trainer.model.saved import MODEL_CONFIG, base_of, expert_base_of, is_adapter
+from finetune_trainer.model.adapter import ADAPTER_WEIGHTS, attach_adapter
+from finetune_trainer.model.composite_families import is_composite
+from finetune_trainer.model.config import load_tokenizer, read_config
+from finetune_trainer.model.load import JobModel, load_whole, on_device
+from finetune_trainer.model.saved import base_of, is_adapter, root_of
+from finetune_trainer.model.source import ModelSource
+from finetune_trainer.model.task import auto_class
+from finetune_trainer.model.vocabulary import needed_rows, resize_embeddings
 
 Kind = Literal["causal", "masked"]
-_CLASSES: dict[Kind, Any] = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,24 @@ class Loaded:
     """Has a padding token."""
     kind: Kind
     """`causal` continues text, `masked` fills masks."""
+    form: Form | None = None
+    """How it was trained; None where that is not known, as of models that are no result of a job."""
+
+    @property
+    def asks_plainly(self) -> bool:
+        """Whether texts are asked as they stand although the tokenizer has a chat template."""
+        return form_is_plain(self.form) and has_template(self.tokenizer)
 
 
-def load(result_dir: str, device: str = "auto") -> Loaded:
+def load(result_dir: str, device: str = "auto", dequantize_in: str | None = None) -> Loaded:
     """Load a result of a job, the last result of a job's directory, or any saved transformers model or PEFT adapter.
 
     Weights are read from safetensors only, in the precision they were saved in. `device` is a torch device; `auto` is
     the first accelerator, else the CPU.
+
+    Args:
+        dequantize_in: a directory for the copy of a base whose weights were saved quantized. Default: it is used as it
+            is.
 
     Raises:
         UserError: there is no loadable model at `result_dir`, or no such device.
@@ -56,57 +66,38 @@ def load(result_dir: str, device: str = "auto") -> Loaded:
     place = _device(device)
     directory = find_result(result_dir)
     try:
-        loaded = _read(directory)
+        loaded = _read(directory, dequantize_in)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{directory} can't be loaded: {str(error).strip().splitlines()[0]}") from error
-    loaded.model.to(place)  # type: ignore[arg-type]  # transformers' stub of `to` misses its parameters
-    loaded.model.eval()
+    on_device(loaded.model, place).eval()
     return loaded
 
 
-def _read(directory: Path) -> Loaded:
+def _read(directory: Path, dequantize_in: str | None) -> Loaded:
     base = base_of(str(directory))
-    model, kind = read_whole(base)
     tokenizer = _tokenizer(directory, base)
-    if is_adapter(directory):
-        return Loaded(_with_adapter(model, directory, tokenizer), tokenizer, kind)
-    return Loaded(model, tokenizer, kind)
+    plain = None
+    if dequantize_in is not None:
+        plain = JobModel(ModelSpec(path=base, dequantize=True), tokenizer, dequantize_in)
+    model, kind = read_whole(base, job=plain)
+    whole = _with_adapter(model, directory, tokenizer) if is_adapter(directory) else model
+    return Loaded(whole, tokenizer, kind, read_form(directory))
 
 
-def read_whole(name: str, revision: str | None = None) -> tuple[PreTrainedModel, Kind]:
-    """A whole model, or an expert adapter on its base, wherever a moved job now has that, in its own precision.
+def read_whole(name: str, revision: str | None = None, job: JobModel | None = None) -> tuple[PreTrainedModel, Kind]:
+    """Return a whole model, or an expert adapter on its base, wherever a moved job now has it, in its own precision.
 
     Args:
         revision: branch, tag or commit of a hub model.
+        job: whose changes the model is loaded with. Default: as it was saved.
 
     Raises:
-        UserError: weights are missing, or the adapter does not fit.
+        UserError: the checkpoint lacks weights, or the adapter does not fit.
+        Outage: the hub does not answer.
     """
-    if is_expert_adapter(name):
-        model, kind = read_whole(expert_base_of(name))
-        apply_adapter(model, name)
-        return model, kind
-    config = AutoConfig.from_pretrained(name, revision=revision)
-    kind = _kind(config, name)
-    return _weights(name, config, kind, revision), kind
-
-
-def _weights(base: str, config: PretrainedConfig, kind: Kind, revision: str | None) -> PreTrainedModel:
-    model, info = _CLASSES[kind].from_pretrained(
-        base,
-        revision=revision,
-        config=config,
-        dtype="auto",
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    # transformers fills what is missing with random numbers and a warning: the answers would be noise.
-    faults = [*sorted(info["missing_keys"]), *sorted(name for name, *_ in info["mismatched_keys"])]
-    if faults:
-        listed = ", ".join(faults[:3]) + (", …" if len(faults) > 3 else "")
-        raise UserError(f"{base}: {len(faults)} weights are missing or do not fit its {MODEL_CONFIG}: {listed}")
-    return cast(PreTrainedModel, model)
+    config = read_config(root_of(name), revision)
+    kind = _kind(config, root_of(name))
+    return load_whole(name, auto_class(kind), revision=revision, config=config, job=job, dtype="auto"), kind
 
 
 def _device(name: str) -> torch.device:
@@ -125,25 +116,31 @@ def _kind(config: PretrainedConfig, name: str) -> Kind:
         raise UserError(f"{name} holds a reward model, which scores texts and continues none")
     if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and ("MaskedLM" in saved or "PreTraining" in saved):
         return "masked"
-    if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or is_composite(config):
         return "causal"
     if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "masked"
     raise UserError(f"{name}: a {family!r} model neither continues text nor fills masks")
 
 
-def _tokenizer(directory: Path, base: str) -> PreTrainedTokenizerBase:
+def _tokenizer(directory: Path, base: str) -> PreTrainedTokenizerFast:
     own = (directory / "tokenizer_config.json").is_file() or (directory / "tokenizer.json").is_file()
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(directory) if own else base)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return load_tokenizer(ModelSource(base, None, None, str(directory) if own else base))
 
 
 def _with_adapter(model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
-    if not (directory / "adapter_model.safetensors").is_file():
-        raise UserError(f"{directory}: no adapter_model.safetensors (pickled weights are not loaded)")
     embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
-    if len(tokenizer) > embeddings.num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    return PeftModel.from_pretrained(model, str(directory))
+    rows = _saved_rows(directory) or needed_rows(tokenizer)
+    if rows > embeddings.num_embeddings:
+        resize_embeddings(model, rows)
+    return attach_adapter(model, directory)
+
+
+def _saved_rows(directory: Path) -> int | None:
+    """Return how many embedding rows an adapter brings, which PEFT saves with it where they were added; else None."""
+    path = directory / ADAPTER_WEIGHTS
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        tables = [name for name in file.keys() if name.endswith((".embed_tokens.weight", ".wte.weight"))]  # noqa: SIM118
+        return int(file.get_slice(tables[0]).get_shape()[0]) if tables else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -10,30 +12,41 @@ from transformers import PreTrainedModel
 
 from finetune_trainer.errors import UserError
 from finetune_trainer.esft.adapter_files import is_expert_adapter
+from finetune_trainer.form import FORM_FILE
 from finetune_trainer.generation.load import load
 from finetune_trainer.generation.result import find_result
+from finetune_trainer.generation.stops import write_stops
+from finetune_trainer.model.composite import AutoLanguageModel
 from finetune_trainer.model.load import SHARD_SIZE
 from finetune_trainer.model.saved import is_adapter
+from finetune_trainer.model.write_back import complete_result
 
 
 def merge(result_dir: str, out: Path) -> None:
     """Write the model that an adapter and its base make, with the tokenizer, in the base's own precision.
 
-    Trained experts replace the base's; a low-rank sum is formed in float32 and rounded once.
+    Trained experts replace the base's; a low-rank sum is formed in float32 and rounded once. A base whose weights were
+    saved quantized is dequantized.
 
     Raises:
-        UserError: there is no adapter at `result_dir`, it does not fit its base, or `out` is there already.
+        UserError: there is no adapter at `result_dir`, it does not fit its base, transformers can't dequantize the
+            base, or `out` is there already.
     """
     directory = find_result(result_dir)
     if out.exists():
         raise UserError(f"{out} is there already: choose another directory")
     if not is_adapter(directory) and not is_expert_adapter(directory):
         raise UserError(f"{directory} holds a whole model: there is nothing to merge")
-    loaded = load(str(directory), device="cpu")
-    model = _merged(loaded.model) if isinstance(loaded.model, PeftModel) else loaded.model
-    model.config.use_cache = True
-    model.save_pretrained(out, max_shard_size=SHARD_SIZE)
-    loaded.tokenizer.save_pretrained(out)
+    with tempfile.TemporaryDirectory(prefix="finetune-") as plain:
+        loaded = load(str(directory), device="cpu", dequantize_in=plain)
+        model = _merged(loaded.model) if isinstance(loaded.model, PeftModel) else loaded.model
+        model.config.get_text_config().use_cache = True
+        model.save_pretrained(out, max_shard_size=SHARD_SIZE)
+        loaded.tokenizer.save_pretrained(out)
+    complete_result(out, str(directory), None, AutoLanguageModel)
+    write_stops(out, loaded.tokenizer)
+    if (directory / FORM_FILE).is_file():
+        shutil.copy(directory / FORM_FILE, out)
 
 
 def _merged(model: PeftModel) -> PreTrainedModel:

@@ -3,36 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
 from finetune_api.problems import Problem
+from finetune_trainer.data.fitting import fitted
+from finetune_trainer.data.forms import Message
+from finetune_trainer.data.plain import PlainFrame
+from finetune_trainer.data.template import ChatError, ChatTemplate, Tools, template_of
 from finetune_trainer.errors import UserError
+from finetune_trainer.form import Form
 
-Message = dict[str, str]
 Conversation = list[Message]
 Prompt = str | Conversation
 """A text (with a chat template: one user message) or a conversation of `{role, content}` messages."""
 
-_PROBE = "PROBE"
-
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], system: str | None = None, raw: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    system: str | None = None,
+    raw: bool | None = False,
+    form: Form | None = None,
+    tools: Tools = None,
 ) -> list[list[int]]:
-    """Token ids of each prompt, up to where the answer begins.
+    """Return the token ids of each prompt, up to where the answer begins, the same as training has them.
+
+    Args:
+        raw: true continues texts as they stand; false makes each a user's message, where there is a chat template;
+            None asks in the form that the model was trained in. A conversation goes through the chat template then.
+        form: how the model was trained; None where that is not known, which asks by the chat template.
+        tools: JSON schemas of the tools that the conversations offer.
 
     Raises:
-        UserError: an empty prompt, or a conversation or system message without a chat template to write it in.
+        UserError: an empty prompt, a conversation that the chat template refuses, or a conversation or system message
+            without a chat template to write it in.
     """
-    chat = not raw and has_template(tokenizer)
-    problems = [] if chat else _chat_only(prompts, system, raw)
+    template = template_of(tokenizer)
+    plain = form_is_plain(form) if raw is None else raw
+    chats = [template is not None and not (plain and (raw or isinstance(prompt, str))) for prompt in prompts]
+    problems = _chat_only(tokenizer, prompts, chats, system, raw)
     problems += [Problem(f"prompts[{index}]", "is empty") for index, prompt in enumerate(prompts) if not prompt]
     if problems:
         raise UserError(problems)
-    if not chat:
-        return [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    return [_encode_chat(tokenizer, conversation(prompt, system)) for prompt in prompts]
+    frame = PlainFrame(tokenizer)
+    return [
+        _ids(tokenizer, _chat_text(template, conversation(prompt, system), tools, at))
+        if chat and template is not None
+        else frame.opened(_ids(tokenizer, str(prompt)))
+        for at, (prompt, chat) in enumerate(zip(prompts, chats, strict=True))
+    ]
+
+
+def form_is_plain(form: Form | None) -> bool:
+    """Whether a model that was trained in this form is asked without the chat template."""
+    return form in ("prompt-completion", "text")
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -48,30 +74,39 @@ def conversation(prompt: Prompt, system: str | None) -> Conversation:
     return messages
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, model_stops: int | list[int] | None, raw: bool = False) -> list[int]:
-    """Tokens that end an answer: the end of text and, in a chat, the end of a turn.
+def stop_ids(tokenizer: PreTrainedTokenizerBase, model_stops: int | list[int] | None) -> list[int]:
+    """Return the ids of the tokens that end an answer: the end of text and, with a chat template, the end of a turn.
 
-    Template authors mark the end of a turn as they like, so it is read from a rendered conversation.
+    Args:
+        model_stops: `eos_token_id` of the model's generation config.
     """
     stops = model_stops if isinstance(model_stops, list) else [model_stops]
-    turn_end = None if raw or not has_template(tokenizer) else _end_of_turn(tokenizer)
-    return sorted({stop for stop in [*stops, tokenizer.eos_token_id, turn_end] if stop is not None})
+    template = template_of(tokenizer)
+    ends = [] if template is None else [cast(int, tokenizer.convert_tokens_to_ids(end)) for end in template.stops]
+    return sorted({stop for stop in [*stops, tokenizer.eos_token_id, *ends] if stop is not None})
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-    rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    rest = tokenizer(rendered.rpartition(_PROBE)[2], add_special_tokens=False)["input_ids"]
-    return int(rest[0]) if rest and rest[0] in tokenizer.all_special_ids else None
+def _chat_text(template: ChatTemplate, messages: Conversation, tools: Tools, at: int) -> str:
+    try:
+        return template.text(fitted(template, messages, tools), tools, generation=True)
+    except ChatError as error:
+        raise UserError([Problem(f"prompts[{at}]", str(error))]) from error
 
 
-def _encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Conversation) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _chat_only(prompts: Sequence[Prompt], system: str | None, raw: bool) -> list[Problem]:
-    why = "raw continues plain text" if raw else "the tokenizer has no chat template"
-    problems = [Problem("system", f"needs a chat, but {why}")] if system else []
-    conversations = (index for index, prompt in enumerate(prompts) if not isinstance(prompt, str))
-    return problems + [Problem(f"prompts[{index}]", f"is a conversation, but {why}") for index in conversations]
+def _chat_only(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    chats: Sequence[bool],
+    system: str | None,
+    raw: bool | None,
+) -> list[Problem]:
+    why = "the tokenizer has no chat template"
+    if has_template(tokenizer):
+        why = "raw continues plain text" if raw else "the model was trained on plain text (--chat asks in chats)"
+    problems = [Problem("system", f"needs a chat, but {why}")] if system and not all(chats) else []
+    wrong = (index for index, chat in enumerate(chats) if not chat and not isinstance(prompts[index], str))
+    return problems + [Problem(f"prompts[{index}]", f"is a conversation, but {why}") for index in wrong]

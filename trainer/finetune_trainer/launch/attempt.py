@@ -9,12 +9,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from finetune_api.exit_codes import ExitCode
 from finetune_api.redact import redact
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.errors import GateNotPassed, Interrupted, TrainingFailed, UserError, exit_code_of
+from finetune_trainer.errors import GateNotPassed, Interrupted, Outage, TrainingFailed, UserError, exit_code_of
 from finetune_trainer.progress.attempt import AttemptReporter, termination_message
 from finetune_trainer.progress.multi import Reporters
 from finetune_trainer.progress.plain import PlainReporter
@@ -55,13 +56,14 @@ def drive(config: Path, *, linger: bool = False) -> ExitCode:
 
 def say_last_word(reporter: AttemptReporter, work: Callable[[], None]) -> ExitCode:
     """Do the work; how it ended goes to the log, to the report and to the pod's termination message."""
+    node = None
     try:
         work()
         code, message = ExitCode.OK, ""
     except BaseException as error:
-        code, message = exit_code_of(error), _words(error)
+        code, message, node = exit_code_of(error), _words(error), getattr(error, "node", None)
         print(redact(message), file=sys.stderr, flush=True)
-    reporter.ended(code, message)
+    reporter.ended(code, message, node)
     try:
         TERMINATION_LOG.write_text(termination_message(reporter.report()))
     except OSError as error:
@@ -70,8 +72,13 @@ def say_last_word(reporter: AttemptReporter, work: Callable[[], None]) -> ExitCo
 
 
 def _train(run: RunConfig, reporter: AttemptReporter, stop: threading.Event) -> None:
-    from finetune_trainer.launch.driver import Pipeline  # takes seconds to import: the report is served before
+    from finetune_trainer.preflight.gpu_node import require_fit_node
 
+    with ThreadPoolExecutor(1) as beside:
+        fit = beside.submit(require_fit_node, run)
+        from finetune_trainer.launch.driver import Pipeline  # takes seconds to import: the report is served before
+
+        fit.result()
     pipeline = Pipeline(run, Reporters([PlainReporter(sys.stdout), reporter]), stop)
     reporter.finished_before(pipeline.finished_stages())
     pipeline.execute(resume=True, checked=run.job.spec.kubernetes.preflight)
@@ -81,7 +88,7 @@ def _words(error: BaseException) -> str:
     """What people need: the faults of a bad job, else the last lines of the traceback."""
     if isinstance(error, UserError):
         return "\n".join(str(problem) for problem in error.problems)
-    if isinstance(error, (GateNotPassed, Interrupted, TrainingFailed)):
+    if isinstance(error, (GateNotPassed, Interrupted, Outage, TrainingFailed)):
         return _last_lines(str(error))
     return _last_lines("".join(traceback.format_exception(error)))
 

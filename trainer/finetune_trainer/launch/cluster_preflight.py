@@ -7,7 +7,7 @@ looks at the model.
 from __future__ import annotations
 
 import sys
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch.attempt import say_last_word
 from finetune_trainer.launch.cluster import Workers, plan_workers
 from finetune_trainer.launch.slots import workers_per_node
+from finetune_trainer.preflight.gpu_node import image_problems
 from finetune_trainer.progress.attempt import AttemptReporter, Json
 from finetune_trainer.runtime import apply_environment, quiet_environment
 
@@ -29,7 +30,10 @@ _UNKNOWN_BYTES = 1 << 50
 
 
 def run_preflight(config: Path) -> ExitCode:
-    """Check a job's model, data, storage and memory; the plan, or its faults, go into the termination message."""
+    """Check a job's model, data, storage, memory and, for GPUs, this image.
+
+    The plan, or the job's faults, go into the termination message.
+    """
     run = RunConfig.model_validate_json(config.read_text())
     apply_environment(quiet_environment(accelerator=False))
     reporter = AttemptReporter([stage.title for stage in run.job.spec.stages])
@@ -40,9 +44,10 @@ def _check(run: RunConfig, reporter: AttemptReporter) -> None:
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    with ProcessPoolExecutor(1, get_context("fork")) as beside:
-        of_rows = beside.submit(_row_problems, run)
-        reporter.planned(_told(_plan(run, of_rows)))
+    with ProcessPoolExecutor(1, get_context("fork")) as beside, ThreadPoolExecutor(1) as waiting:
+        of_rows = beside.submit(_row_problems, run)  # first: a process with threads is not to be forked
+        of_image = waiting.submit(image_problems, run)
+        reporter.planned(_told(_plan(run, [of_image, of_rows])))
     print(f"{run.job.metadata.name}: can work", file=sys.stdout, flush=True)
 
 
@@ -52,11 +57,12 @@ def _row_problems(run: RunConfig) -> list[Problem]:
     return row_problems(run)
 
 
-def _plan(run: RunConfig, of_rows: Future[list[Problem]]) -> JobPlan:
+def _plan(run: RunConfig, others: list[Future[list[Problem]]]) -> JobPlan:
     from finetune_trainer.preflight.job import plan_of_faultless
 
     workers = plan_workers(run.job.spec.resources)
-    return plan_of_faultless(run, workers, _device(run, workers), of_rows.result)
+    found = (problem for other in others for problem in other.result())
+    return plan_of_faultless(run, workers, _device(run, workers), lambda: found)
 
 
 def _device(run: RunConfig, workers: Workers) -> Device:

@@ -144,7 +144,7 @@ class Pipeline:
             zero, rows, shards = plan.zero, plan.steps.rows_per_step, self.workers.most
         else:
             zero, rows, shards = newest.zero, newest.rows_per_step, newest.shards
-        return StageWork(layout.index, zero, plan.flops_per_token, self.peak, rows, shards)
+        return StageWork(layout.index, zero, plan.flops_per_token, self.peak, rows, plan.trainable, shards)
 
     def _hear(self, event: Event) -> None:
         if isinstance(event, Progress):
@@ -177,7 +177,7 @@ class Pipeline:
         if self.stop.is_set():
             raise Interrupted("stopped; the last complete checkpoint is kept")
         kind = OutOfMemory if failure.kind is Kind.OUT_OF_MEMORY else TrainingFailed
-        raise kind(failure.text) from failure.error
+        raise kind(failure.text, failure.advice, failure.node) from failure.error
 
     def _store(self, layout: StageLayout) -> CheckpointStore:
         return CheckpointStore(self.storage, layout, Path(self.run.cache_dir, "scratch"))

@@ -20,7 +20,7 @@ from ray.train.v2._internal.execution.callback import RayTrainCallback
 
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch.cluster import Workers
-from finetune_trainer.launch.failures import Failure, classify
+from finetune_trainer.launch.failures import Failure, classify, place_of
 from finetune_trainer.launch.slots import asked
 from finetune_trainer.launch.worker import train_loop
 from finetune_trainer.progress.channel import Event, open_channel
@@ -124,17 +124,22 @@ def keep_trying(
 ) -> Failure | None:
     """Attempt until done, until a failure that no retry mends, or until `limit` retries without progress.
 
+    The same error at the same step in two attempts in a row is one that no retry mends.
+
     Args:
         restarting: is told why another attempt begins.
         missing: what stands in the way of another attempt and won't go away; empty where nothing does.
         progressed: whether a checkpoint or a stage was completed since it was last asked; sets the count back.
         wait: waits so many seconds; true where it was asked to stop meanwhile.
     """
-    retries = 0
+    retries, before = 0, None
     while True:
         failure = attempt()
         if failure is None or not failure.retryable:
             return failure
+        if failure.signature is not None and failure.signature == before:
+            return replace(failure, text=f"{failure.text.rstrip()}\n{_again(failure)}")
+        before = failure.signature
         retries = 0 if progressed() else retries + 1
         if retries > limit:
             return failure
@@ -143,6 +148,12 @@ def keep_trying(
             return failure
         if obstacle := missing():
             return replace(failure, text=f"{failure.text}\n{obstacle}")
+
+
+def _again(failure: Failure) -> str:
+    place = place_of(failure.error)
+    where = "" if place is None else f" after step {place[1]} of stage {place[0] + 1}"
+    return f"{_last_line(failure.text)} (the same error twice in a row{where}: not tried again)"
 
 
 def _last_line(text: str) -> str:

@@ -1,6 +1,7 @@
 """A pod of an Indexed Job: pod 0 starts the Ray head and drives; the others join it and leave with it.
 
-While Ray starts, a process beside it imports the libraries; the driver and Ray's workers are its forks (`forks`).
+While Ray starts, a process beside it imports the libraries; the driver and Ray's workers are its forks (`forks`), where
+the job uses no GPUs.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from finetune_api.cluster import Resources
 from finetune_api.exit_codes import ExitCode
 from finetune_api.report import PORT, STOP_PATH
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.forks.client import fork_server, run_fork
-from finetune_trainer.launch.preload import libraries, worker_modules
+from finetune_trainer.forks.client import run_fork
+from finetune_trainer.launch.preload import forks
 from finetune_trainer.launch.slots import offered
 from finetune_trainer.launch.threads import threads_per_worker
+from finetune_trainer.progress.attempt import AttemptReporter
 from finetune_trainer.runtime import apply_environment, quiet_environment
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
@@ -52,8 +54,8 @@ def run_node(config: Path) -> int:
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_worker(resources)))
     address, first = os.environ[HEAD_VARIABLE], int(os.environ.get(INDEX_VARIABLE, "0")) == 0
-    with fork_server(libraries(run), worker_modules(run)):
-        return _head(config, address, resources) if first else _worker(address, resources)
+    with forks(run, print):
+        return _head(config, address, resources) if first else _worker(run, address)
 
 
 def _head(config: Path, address: str, resources: Resources) -> int:
@@ -67,11 +69,15 @@ def _head(config: Path, address: str, resources: Resources) -> int:
     return int(drive(config)) if code is None else code
 
 
-def _worker(address: str, resources: Resources) -> int:
+def _worker(run: RunConfig, address: str) -> int:
     """Join, stay as long as the head does.
 
-    Returns FAILED where the head never came or left; the Job then ends, and this pod with it.
+    Returns FAILED where the head never came or left; the Job then ends, and this pod with it. A node that does not suit
+    the job says so in its termination message, and does not join.
     """
+    resources = run.job.spec.resources
+    if resources.gpus_per_node and (code := _unfit(run)):
+        return int(code)
     host, _, port = address.rpartition(":")
     if not _reachable(host, int(port)):
         print(f"no Ray head at {address} within {HEAD_SECONDS:.0f} s", file=sys.stderr)
@@ -80,6 +86,14 @@ def _worker(address: str, resources: Resources) -> int:
     signal.signal(signal.SIGTERM, lambda *_: _leave(host, ray))
     ray.wait()
     return ExitCode.FAILED
+
+
+def _unfit(run: RunConfig) -> ExitCode:
+    from finetune_trainer.launch.attempt import say_last_word
+    from finetune_trainer.preflight.gpu_node import require_fit_node
+
+    reporter = AttemptReporter([stage.title for stage in run.job.spec.stages])
+    return say_last_word(reporter, lambda: require_fit_node(run))
 
 
 def _leave(host: str, ray: subprocess.Popen[bytes]) -> None:

@@ -8,17 +8,20 @@ from pathlib import Path
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import EvaluateSpec
+from finetune_api.stages import EvaluateSpec, PretrainSpec
 from finetune_api.training import TrainingSpec
-from finetune_trainer.data import DataReport, prepare
+from finetune_trainer.checkpoint.store import CheckpointStore
+from finetune_trainer.data import DataReport, Prepared, prepare
 from finetune_trainer.data.summary import data_line
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.evaluation.rows import eval_rows
+from finetune_trainer.form import FORMS, main_form
 from finetune_trainer.launch.cluster import Workers
+from finetune_trainer.launch.same_data import compare_data
 from finetune_trainer.layout import StageLayout
 from finetune_trainer.model.config import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
-from finetune_trainer.pipeline import directories, place, spec_of, waits_for
+from finetune_trainer.pipeline import directories, layouts, place, spec_of, waits_for
 from finetune_trainer.plan.devices import local_device
 from finetune_trainer.plan.job import plan_job
 from finetune_trainer.plan.records import DataSize, JobPlan, PlanContext
@@ -90,7 +93,28 @@ class Preparation:
             on_progress=lambda line: self.log(f"{stage.title}: {line}"),
         )
         self.log(f"{stage.title}: {data_line(prepared.report)}")
+        if (note := self._form_note(spec, prepared.report)) is not None:
+            self.log(f"{stage.title}: {note}")
+        self._compare(index, prepared)
         return data_size(prepared.report)
+
+    def _compare(self, index: int, prepared: Prepared) -> None:
+        """Compare the data with what the stage's newest checkpoint was trained on, if it has one.
+
+        Raises:
+            UserError: the training rows differ.
+        """
+        layout = layouts(self.run)[index]
+        newest = CheckpointStore(self.storage, layout, Path(self.run.cache_dir, "scratch")).newest()
+        for note in compare_data(self.run, index, newest, prepared.key).notes if newest else ():
+            self.log(f"{layout.title}: {note}")
+
+    def _form_note(self, spec: TrainingSpec, report: DataReport) -> str | None:
+        """Return what to know of a stage that does not train in chats though the tokenizer has a chat template."""
+        form = main_form(report.forms)
+        if isinstance(spec, PretrainSpec) or form in (None, "chat") or not self.tokenizer.chat_template:
+            return None
+        return f"the rows are {FORMS[form]}: the chat template is not used, and `finetune chat` asks without it, too"
 
     def _rows(self, spec: EvaluateSpec, index: int) -> DataSize | None:
         """The rows of an evaluation, read as its workers will."""

@@ -10,6 +10,7 @@ from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.checkpoint.hold import attempt_of
 from finetune_trainer.errors import UserError
+from finetune_trainer.launch.same_data import renamed_data
 from finetune_trainer.layout import RUN_CONFIG
 from finetune_trainer.pipeline import layouts
 from finetune_trainer.storage import Storage
@@ -61,7 +62,8 @@ def _set_aside(storage: Storage) -> None:
 
 
 def _check_same(before: dict[str, Any], run: RunConfig, storage: Storage) -> None:
-    """What has been trained, or is being trained, must be what the job still says."""
+    """What has been trained, or is being trained, must be what the job still says, but for data that `--set` names:
+    whether that has other rows is seen once it is prepared (`same_data`)."""
     now = run.to_json()
     old, new = before["job"]["spec"], now["job"]["spec"]
     begun = sum(bool(storage.names(layout.root)) for layout in layouts(run))
@@ -69,8 +71,14 @@ def _check_same(before: dict[str, Any], run: RunConfig, storage: Storage) -> Non
     for index in range(begun):
         pair = (stages[index] if index < len(stages) else {} for stages in (old["stages"], new["stages"]))
         problems += _differences(f"stages[{index}]", *pair)
+    named = renamed_data(run)
+    problems = [problem for problem in problems if not any(_is_below(problem.path, field) for field in named)]
     if problems:
         raise UserError(problems)
+
+
+def _is_below(path: str, field: str) -> bool:
+    return path == field or path.startswith((f"{field}.", f"{field}["))
 
 
 def _differences(path: str, old: Any, new: Any) -> list[Problem]:

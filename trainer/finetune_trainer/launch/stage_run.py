@@ -25,12 +25,16 @@ from finetune_trainer.checkpoint.universal import SUFFIX, to_universal
 from finetune_trainer.data import Prepared, eval_prompts, prepare
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.gate import require_gate
+from finetune_trainer.launch.failures import placed
+from finetune_trainer.launch.same_data import compare_data
 from finetune_trainer.layout import METRICS
+from finetune_trainer.model.composite import frozen_note
 from finetune_trainer.model.config import context_length, load_config, load_tokenizer
+from finetune_trainer.model.notes import loading_notes
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.model.task import task_of
 from finetune_trainer.patience import listen
-from finetune_trainer.pipeline import directories, layouts, place, scratch, spec_of
+from finetune_trainer.pipeline import directories, layouts, place, scratch, spec_of, waits_for
 from finetune_trainer.plan.steps import rows_per_step
 from finetune_trainer.progress.channel import Event, StageBegun, StageDone, Waiting, WorkerEnd
 from finetune_trainer.progress.metrics_log import MetricsLog
@@ -47,9 +51,10 @@ from finetune_trainer.training.callbacks import (
 from finetune_trainer.training.context import Placement, ResumePoint, StageContext
 from finetune_trainer.training.deepspeed import join_process_group
 from finetune_trainer.training.expert_load import watch_routing
-from finetune_trainer.training.forget import forget_stage
+from finetune_trainer.training.forget import forget_stage, release
+from finetune_trainer.training.packing_check import PackingCheck
 from finetune_trainer.training.peers import Peers
-from finetune_trainer.training.results import save_result
+from finetune_trainer.training.results import adapter_note, save_result
 from finetune_trainer.training.samples import SamplesCallback
 from finetune_trainer.training.tools import StageTools
 from finetune_trainer.training.work import StageWork, WorkOrder
@@ -101,28 +106,37 @@ class StageRun:
         self.first = context.placement.rank == 0
         self.scratch = scratch(context.run, context.layout.index)
         self.store = CheckpointStore(storage, context.layout, self.scratch)
+        self.frozen: str | None = None
 
     def train(self) -> None:
         """Run the stage to its end, or to where it is asked to stop."""
         if not self.context.spec.trains:
-            self._perform()
+            with placed(self.context.layout.index):
+                self._perform()
             return
         started = time.monotonic()
+        self._tell_changes()
         resumed = self._resume_point()
         self.context = replace(self.context, resumed=resumed)
         trainer = make_trainer(self.context)
         trainer.args.eval_on_start = resumed is None and self.context.data.eval is not None
         callbacks = self._attach(trainer, resumed)
         self._log(f"model ready after {time.monotonic() - started:.1f} s")
-        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.directory))
-        self._tidy(resumed)
-        if callbacks.stop.stopped:
-            raise Interrupted(f"stopped at step {trainer.state.global_step}, checkpoint saved")
-        self._finish(trainer, callbacks)
+        self.frozen = frozen_note(trainer.model)
+        if self.frozen:
+            self._log(self.frozen)
+        with placed(self.context.layout.index, trainer):
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.directory))
+            self._tidy(resumed)
+            if callbacks.stop.stopped:
+                raise Interrupted(f"stopped at step {trainer.state.global_step}, checkpoint saved")
+            self._finish(trainer, callbacks)
+        release(trainer)
 
     def _perform(self) -> None:
         """A stage that takes no optimizer steps."""
         tools = StageTools(self.context, self.storage, self.peers, self.end, self.scratch)
+        self._tell_changes()
         metrics = perform(self.context, tools)
         if self.first:
             if self.context.prepared is not None:
@@ -130,8 +144,19 @@ class StageRun:
             self._write_done(0, time.monotonic() - tools.started, 0, metrics)
         self.peers.wait()
 
+    def _tell_changes(self) -> None:
+        """Log what is changed of the saved model that the stage starts from as it loads."""
+        context = self.context
+        if self.first:
+            for note in loading_notes(context.source, context.job_model, task_of(context.spec)):
+                self._log(note)
+
     def _resume_point(self) -> ResumePoint | None:
-        """The newest complete checkpoint, on this machine; what a killed run left half-written is deleted."""
+        """The newest complete checkpoint, on this machine; what a killed run left half-written is deleted.
+
+        Raises:
+            UserError: it was trained on other rows.
+        """
         newest = self.store.newest()
         self.peers.wait()
         if self.first:
@@ -141,8 +166,12 @@ class StageRun:
         self.peers.wait()
         if newest is None:
             return None
+        compared = compare_data(self.context.run, self.context.layout.index, newest, self.context.data.key)
         self._log(f"resumes at step {newest.step} from its last checkpoint")
-        return self._fetch(newest)
+        if list(waits_for(self.context.run, self.context.layout.index)):  # else the driver has told it
+            for note in compared.notes:
+                self._log(note)
+        return replace(self._fetch(newest), other_rows=compared.other_rows)
 
     def _fetch(self, newest: Manifest) -> ResumePoint:
         """The checkpoint in a form that as many workers as there are can read."""
@@ -169,9 +198,9 @@ class StageRun:
 
     def _attach(self, trainer: Any, resumed: ResumePoint | None) -> _Callbacks:
         progress = ProgressCallback(self.context, self.peers, self.end, self.work)
-        progress.trainer, trainer.paused = trainer, progress.paused
-        trainer.routing = watch_routing(trainer.model)
-        trainer.tools = StageTools(self.context, self.storage, self.peers, self.end, self.scratch)
+        progress.trainer, trainer.stage.paused = trainer, progress.paused
+        trainer.stage.routing = watch_routing(trainer.model)
+        trainer.stage.tools = StageTools(self.context, self.storage, self.peers, self.end, self.scratch)
         if self.first:
             self._fetch_metrics()
             progress.log_file = MetricsLog(self._metrics_path())
@@ -181,18 +210,21 @@ class StageRun:
                 trainer.add_callback(MendCallback(trainer))
         callbacks = _Callbacks(
             progress,
-            CheckpointCallback(self.context, self.store, self.peers, progress, trainer.feed),
+            CheckpointCallback(self.context, self.store, self.peers, progress, trainer.stage.feed),
             StopCallback(self.peers, self.end, self.context.placement.rank),
             SamplesCallback(self.context, self.storage, _prompts(self.context), self.peers),
         )
         for callback in (callbacks.samples, callbacks.stop, callbacks.checkpoint, callbacks.progress):
             trainer.add_callback(callback)
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, PackingCheck):
+                callback.say = self._log
         return callbacks
 
     def _finish(self, trainer: Any, callbacks: _Callbacks) -> None:
         """Save the last checkpoint, measure, save the result, and only then call the stage done."""
         step = trainer.state.global_step
-        if trainer.keeps_last and self.peers.any(self.first and self.store.manifest(step) is None):
+        if trainer.stage.keeps_last and self.peers.any(self.first and self.store.manifest(step) is None):
             trainer._save_checkpoint(trainer.model, None)
             callbacks.checkpoint.publish(step)
         metrics = {} if self.context.data.eval is None else evaluation_metrics(trainer.evaluate())
@@ -201,6 +233,8 @@ class StageRun:
         result = self._result()
         save_result(trainer, self.context, result)
         if self.first:
+            if (note := adapter_note(self.context, result)) is not None:
+                self._log(note)
             self._publish(result)
             losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
             metrics = ({"loss": losses[-1]} if losses else {}) | metrics
@@ -231,7 +265,7 @@ class StageRun:
             "world_size": self.context.placement.world_size,
             "zero": self.context.zero,
             "environment": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-        }
+        } | ({"frozen": self.frozen} if self.frozen else {})
         self.storage.write_text(self.context.layout.done, json.dumps(done, indent=1))
 
     def _fetch_metrics(self) -> None:
@@ -269,7 +303,9 @@ def stage_context(
     if rows < placement.world_size:
         message = f"{placement.world_size} workers can't share the {rows} rows of a step: use at most {rows} workers"
         raise UserError([Problem("resources", message)])
-    return StageContext(run, layout, source, tokenizer, config, data, placement, work.zero, output, rows, shards)
+    return StageContext(
+        run, layout, source, tokenizer, config, data, placement, work.zero, output, rows, shards, work.trained
+    )
 
 
 def _prepared(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from finetune_trainer.launch.fault_place import faults_with_node
 from finetune_trainer.training.work import WorkOrder
 
 
@@ -20,4 +21,5 @@ def train_loop(config: dict[str, WorkOrder]) -> None:
     """
     from finetune_trainer.launch.stage_run import run_stages
 
-    run_stages(config["order"])
+    with faults_with_node():
+        run_stages(config["order"])

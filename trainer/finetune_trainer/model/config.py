@@ -10,46 +10,75 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from finetune_api.problems import Problem, did_you_mean
 from finetune_trainer.errors import UserError
+from finetune_trainer.hub import hub_access
+from finetune_trainer.model.composite_families import is_composite
+from finetune_trainer.model.custom_code import CONFIG_FILE, TOKENIZER_FILE, custom_code_fault
 from finetune_trainer.model.saved import root_of
 from finetune_trainer.model.source import ModelSource
+from finetune_trainer.model.vocabulary import needed_rows
 
 
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
-    """The stage's tokenizer, with a padding token.
+def load_tokenizer(source: ModelSource, where: str = "model") -> PreTrainedTokenizerFast:
+    """Return the stage's tokenizer, with a padding token.
+
+    Args:
+        where: the field that names the model, for messages.
 
     Raises:
         UserError: there is none, or it can't be read.
+        Outage: the hub does not answer.
     """
     if not source.tokenizer:
         raise UserError([Problem("model.tokenizer", "the model has no tokenizer: set it, or add a tokenizer stage")])
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, revision=source.revision)
-    except (OSError, ValueError) as error:
-        raise UserError([Problem("model", f"no tokenizer at {source.tokenizer!r}: {_first_line(error)}")]) from error
+    revision = source.revision if source.tokenizer == source.name else None  # it is the model's, not another one's
+    tokenizer = _tokenizer(source.tokenizer, where, revision)
     if len(tokenizer) == len(tokenizer.all_special_ids):  # what transformers makes of a directory without its files
-        raise UserError([Problem("model", f"no tokenizer at {source.tokenizer!r}: set model.tokenizer")])
+        raise UserError([Problem(where, f"no tokenizer at {source.tokenizer!r}: set model.tokenizer")])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def _tokenizer(name: str, where: str, revision: str | None) -> PreTrainedTokenizerFast:
+    try:
+        with hub_access(name, where, revision):
+            return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = custom_code_fault(name, TOKENIZER_FILE, revision) or custom_code_fault(name, CONFIG_FILE, revision)
+        message = f"no tokenizer at {name!r}: {reason or _first_line(error)}"
+        raise UserError([Problem(where, message)]) from error
+
+
 def load_config(source: ModelSource, tokenizer: PreTrainedTokenizerFast | None) -> PretrainedConfig:
-    """The configuration of the stage's model.
+    """Return the configuration of the stage's model.
 
     Raises:
         UserError: unknown family or field, or nothing readable at the given place.
+        Outage: the hub does not answer.
     """
     if source.config is not None:
         return build_config(source.config, tokenizer)
     assert source.name is not None
-    name = root_of(source.name)
+    return read_config(root_of(source.name), source.revision)
+
+
+def read_config(name: str, revision: str | None = None, where: str = "model") -> PretrainedConfig:
+    """Return the configuration of a saved model, a directory or a hub id.
+
+    Raises:
+        UserError: there is none, it can't be read, or it needs code of its own.
+        Outage: the hub does not answer.
+    """
     try:
-        return AutoConfig.from_pretrained(name, revision=source.revision)
+        with hub_access(name, where, revision):
+            return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError([Problem("model", f"no model at {name!r}: {_first_line(error)}")]) from error
+        reason = custom_code_fault(name, CONFIG_FILE, revision) or _first_line(error)
+        raise UserError([Problem(where, f"no model at {name!r}: {reason}")]) from error
 
 
 def build_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None) -> PretrainedConfig:
@@ -64,6 +93,9 @@ def build_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast | No
         hint = did_you_mean(str(family), CONFIG_MAPPING_NAMES) if family else ""
         problem = f"unknown model_type {family!r}{hint}" if family else "model_type is required, such as `qwen3`"
         raise UserError([Problem("model.config", problem)])
+    if is_composite(CONFIG_MAPPING[family]()):
+        message = f"{family} joins a language model with other encoders: build the language model alone{_part(family)}"
+        raise UserError([Problem("model.config.model_type", message)])
     unknown = _unknown_fields(family, values)
     if unknown:
         raise UserError(unknown)
@@ -73,12 +105,18 @@ def build_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast | No
         raise UserError([Problem("model.config", " ".join(str(error).split()))]) from error
     except (TypeError, ValueError) as error:
         raise UserError([Problem("model.config", _first_line(error))]) from error
-    if tokenizer is not None and config.vocab_size < len(tokenizer):
-        raise UserError(
-            [Problem("model.config.vocab_size", f"{config.vocab_size} is less than the tokenizer's {len(tokenizer)}")]
-        )
+    if tokenizer is not None and config.vocab_size < (needed := needed_rows(tokenizer)):
+        message = f"{config.vocab_size} is less than the {needed} that the tokenizer's ids need"
+        raise UserError([Problem("model.config.vocab_size", message)])
     _check_heads(config)
     return config
+
+
+def _part(family: str) -> str:
+    """The name of a composite family's language model, as a hint; empty where it is no family of its own."""
+    text = CONFIG_MAPPING[family].sub_configs.get("text_config")
+    name = getattr(text, "model_type", None)
+    return f", such as {name}" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else ""
 
 
 def _check_heads(config: PretrainedConfig) -> None:
@@ -99,7 +137,7 @@ def _tokenizer_fields(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, An
     if tokenizer is None:
         return {}
     return {
-        "vocab_size": len(tokenizer),
+        "vocab_size": needed_rows(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -1,82 +1,197 @@
-"""Weights, loaded the same way by every stage."""
+"""Weights, loaded the same way everywhere: from safetensors alone, and only where the checkpoint has all of them."""
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from finetune_api.model import ModelSpec
+from finetune_api.problems import Problem
 from finetune_api.training import Quantization
+from finetune_trainer.errors import UserError
 from finetune_trainer.esft.adapter import apply_adapter
 from finetune_trainer.esft.adapter_files import is_expert_adapter
-from finetune_trainer.model.config import load_config
+from finetune_trainer.hub import hub_access
+from finetune_trainer.model.composite import composite_skips, shrink_frozen
+from finetune_trainer.model.config import load_config, read_config
+from finetune_trainer.model.generation import repair_generation
+from finetune_trainer.model.matching import Match, match_checkpoint, without_mapping
 from finetune_trainer.model.precision import Precision
+from finetune_trainer.model.prequantized import dequantized, method_of, training_fault
 from finetune_trainer.model.saved import base_of, expert_base_of
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.model.task import SCORE, Task, as_reward, auto_class
+from finetune_trainer.model.vocabulary import added_rows, resize_embeddings
+from finetune_trainer.model.weights import SHARD_SIZE as SHARD_SIZE
 
-SHARD_SIZE = "5GB"
+
+@dataclass(frozen=True)
+class JobModel:
+    """What a job's `model` asks of every saved model that its stages train: `dequantize` and `resizeEmbeddings`."""
+
+    spec: ModelSpec
+    tokenizer: PreTrainedTokenizerFast
+    cache_dir: str
+    """Dequantized copies lie below it."""
 
 
 def load_model(
     source: ModelSource,
-    spec: ModelSpec,
+    job: JobModel,
     precision: Precision,
-    tokenizer: PreTrainedTokenizerFast,
     *,
     task: Task = "causal",
+    trains: bool = True,
     quantization: Quantization | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """The stage's model with its weights, on the CPU or, under ZeRO-3, divided among the workers as it loads.
+    """Return the stage's model with its weights, on the CPU or, under ZeRO-3, divided among the workers as it loads.
 
     A LoRA result carried on as an adapter loads as its base model; the adapter is attached by the caller.
+
+    Args:
+        trains: whether the model is to be trained or quantized; weights that were saved quantized serve no more than
+            inference.
+
+    Raises:
+        UserError: as `load_whole`.
     """
     auto = auto_class(task)
     options: dict[str, Any] = {"dtype": precision.weights}
-    if spec.attn_implementation != "auto":
-        options["attn_implementation"] = spec.attn_implementation
-    config = load_config(source, tokenizer)
+    if job.spec.attn_implementation != "auto":
+        options["attn_implementation"] = job.spec.attn_implementation
+    config = load_config(source, job.tokenizer)
     if task == "reward":
-        as_reward(config, tokenizer.pad_token_id)
+        as_reward(config, job.tokenizer.pad_token_id)
     torch.manual_seed(seed)  # of weights that no file holds: all of them, or a reward model's head
     if source.config is not None:
-        model = auto.from_config(config, **options)
+        model = auto.from_config(config, trust_remote_code=False, **options)
+        _repair(model)
     else:
         assert source.name is not None
+        if trains or quantization is not None:
+            _require_trainable(source.name, config, job.spec)
         if quantization is not None:
-            options["quantization_config"] = quantization_config(quantization, precision.compute, task)
-        model = load_whole(base_of(source.name), auto, revision=source.revision, config=config, **options)
-        if quantization is not None and quantization.bits == 4:
-            keep_differentiable(model)
-    model.config.use_cache = False
+            skipped = composite_skips(config, auto)
+            options["quantization_config"] = quantization_config(quantization, precision.compute, task, skipped)
+        more = {"revision": source.revision, "config": config, "job": job, "new_head": task == "reward"}
+        model = load_whole(base_of(source.name), auto, **more, **options)
+    shrink_frozen(model, precision)
+    model.config.get_text_config().use_cache = False
     return model
 
 
-def load_whole(name: str, auto: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
-    """A saved model, or the base of an expert adapter with the adapter's experts in place, by safetensors alone.
+def load_whole(
+    name: str,
+    auto: Any = None,
+    *,
+    revision: str | None = None,
+    config: PretrainedConfig | None = None,
+    job: JobModel | None = None,
+    new_head: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """Return a saved model, or the base of an expert adapter with the adapter's experts in place.
 
     Args:
         name: directory or hub id.
+        auto: transformers' class that loads it. Default: of models that continue text.
+        config: in place of the saved one.
+        job: of the job that trains the model. Default: it is loaded as it was saved.
+        new_head: whether the checkpoint may lack the head of `auto`'s task.
         options: for `from_pretrained`.
 
     Raises:
-        UserError: the adapter does not fit its base.
+        UserError: the checkpoint lacks weights or holds others than the model's, or the adapter does not fit.
+        Outage: the hub does not answer.
     """
-    if not is_expert_adapter(name):
-        model: PreTrainedModel = auto.from_pretrained(name, use_safetensors=True, **options)
+    auto = auto or auto_class("causal")
+    if is_expert_adapter(name):
+        model = load_whole(expert_base_of(name), auto, config=config, job=job, new_head=new_head, **options)
+        apply_adapter(model, name)
+        model.name_or_path = name  # PEFT records it as the base of an adapter trained on top
         return model
-    model = load_whole(expert_base_of(name), auto, **options)
-    apply_adapter(model, name)
-    model.name_or_path = name  # PEFT records it as the base of an adapter trained on top
+    with hub_access(name, "model", revision):
+        config = config or read_config(name, revision)
+        place = name
+        if job is not None and job.spec.dequantize and method_of(config) is not None:
+            place, revision = dequantized(name, Path(job.cache_dir, "dequantized"), revision), None
+            config = _plain(config)
+        model = _checked(place, auto, revision, config, new_head, options)
+    _repair(model)
+    if getattr(model, "is_loaded_in_4bit", False):
+        keep_differentiable(model)
+    if job is not None and (rows := added_rows(job.spec, config, job.tokenizer)) is not None:
+        resize_embeddings(model, rows)
+    model.name_or_path = name
     return model
 
 
-def quantization_config(spec: Quantization, compute: torch.dtype, task: Task = "causal") -> BitsAndBytesConfig:
-    """bitsandbytes' configuration of a QLoRA base (arXiv 2305.14314). The output head is not quantized."""
-    skipped = [SCORE] if task == "reward" else None
+def _checked(
+    name: str, auto: Any, revision: str | None, config: PretrainedConfig, new_head: bool, options: dict[str, Any]
+) -> PreTrainedModel:
+    """Return a model whose checkpoint has all of its weights and no others."""
+    quantized = method_of(config) is not None
+    match = Match(config.model_type) if quantized else match_checkpoint(name, config, auto, revision, new_head)
+    if problems := list(match.problems()):
+        raise UserError([Problem("", f"{name}: {problem}") for problem in problems])
+    model, info = auto.from_pretrained(
+        name,
+        revision=revision,
+        config=config,
+        key_mapping=match.key_mapping or None,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **options,
+    )
+    # Of weights that were saved quantized, only their quantizer knows the names.
+    if lacking := sorted(set(info["missing_keys"]) - set(match.new)):
+        raise UserError(f"{name}: {Match(type(model).__name__, missing=tuple(lacking)).summary()}")
+    without_mapping(model, match)
+    return model
+
+
+def _repair(model: PreTrainedModel) -> None:
+    """Keep saving from failing once a trainer has changed the generation configuration."""
+    if model.can_generate():
+        repair_generation(model.generation_config)
+
+
+def _require_trainable(name: str, config: PretrainedConfig, spec: ModelSpec) -> None:
+    if fault := training_fault(config, spec.dequantize):
+        raise UserError([Problem("model", f"{name}: {fault}")])
+
+
+def _plain(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration of a dequantized copy."""
+    config = deepcopy(config)
+    for one in (config, config.get_text_config()):
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config
+    return config
+
+
+def on_device(model: Any, device: torch.device) -> Any:
+    """Return the model on a device; a quantized one stays where its quantizer has put it."""
+    return model if getattr(model, "is_quantized", False) else model.to(device)
+
+
+def quantization_config(
+    spec: Quantization, compute: torch.dtype, task: Task = "causal", skipped: list[str] | None = None
+) -> BitsAndBytesConfig:
+    """Return bitsandbytes' configuration of a QLoRA base (arXiv 2305.14314). The output head is not quantized.
+
+    Args:
+        skipped: modules that stay as they are; None: the output head alone.
+    """
+    if skipped is None and task == "reward":
+        skipped = [SCORE]
     if spec.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
@@ -89,7 +204,7 @@ def quantization_config(spec: Quantization, compute: torch.dtype, task: Task = "
 
 
 def keep_differentiable(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for inference, on CPUs with AVX512-BF16.
+    """Keep bitsandbytes from repacking 4-bit weights in the first evaluation, on CPUs with AVX512-BF16.
 
     Its first evaluation would repack them for a kernel that has no backward, computes in bfloat16 whatever the job
     asks for and fails on rows that 32 doesn't divide; training after it stays on that kernel (bitsandbytes 0.50.2),

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from finetune_api.model import Dtype
 
@@ -35,8 +40,40 @@ def model_dtype(dtype: Dtype, accelerator: bool) -> torch.dtype:
 def precision(dtype: torch.dtype, *, trains_base: bool, zero: int) -> Precision:
     """Formats for a stage.
 
-    Weights that AdamW trains in half precision lose small updates, so a full fine-tune keeps them in float32 and
-    computes under autocast. DeepSpeed keeps such a copy itself, divided among the workers; a frozen base needs none.
+    What AdamW trains is float32, or has a float32 copy: half precision loses small updates. A full fine-tune loads its
+    weights so and computes under autocast; what is trained on a frozen base follows by `train_in_float32`. DeepSpeed
+    keeps such copies itself, divided among the workers.
     """
     keeps_master = trains_base and zero == 0
     return Precision(torch.float32 if keeps_master else dtype, dtype, dtype)
+
+
+def autocast_mixed(model: nn.Module) -> AbstractContextManager[Any]:
+    """Compute in half precision where a model has weights in it and in float32; nothing for other models.
+
+    Training does so by accelerate, which wraps the forward pass of PEFT's model and not that of the model inside, which
+    generates: a float32 layer fails there on what a half-precision one gives it.
+    """
+    formats = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
+    half = next((dtype for dtype in formats if dtype in (torch.bfloat16, torch.float16)), None)
+    if half is None or torch.float32 not in formats:
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, half)
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """Make every trained weight of a model float32; frozen ones stay as they are.
+
+    PEFT does so for adapters but not for `modules_to_save` (a reward model's head is one). A bfloat16 weight of 0.02
+    has steps of 1e-4: updates of 1e-5 vanish.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+
+
+def round_weights(path: Path, dtype: torch.dtype) -> None:
+    """Rewrite a safetensors file with its floating-point tensors in that format."""
+    weights = load_file(path)
+    rounded = {name: one.to(dtype) if one.is_floating_point() else one for name, one in weights.items()}
+    save_file(rounded, path, metadata={"format": "pt"})

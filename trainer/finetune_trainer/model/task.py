@@ -5,15 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
 from finetune_api.stages import PretrainSpec, RewardSpec
+from finetune_trainer.model.composite import AutoLanguageModel, AutoScoringModel
 
 Task = Literal["causal", "masked", "reward"]
 """Continue a text, fill its masks, or score it with one number."""
@@ -21,14 +16,14 @@ SCORE = "score"
 """The head of a reward model, as transformers names it in causal families."""
 
 _CLASSES: dict[Task, Any] = {
-    "causal": AutoModelForCausalLM,
+    "causal": AutoLanguageModel,
     "masked": AutoModelForMaskedLM,
-    "reward": AutoModelForSequenceClassification,
+    "reward": AutoScoringModel,
 }
 
 
 def auto_class(task: Task) -> Any:
-    """transformers' class that builds and loads a model for a task."""
+    """Return the auto class that builds and loads a model for a task: transformers' own, or one over it."""
     return _CLASSES[task]
 
 

@@ -68,7 +68,12 @@ def _smaller_batch(
     """The largest smaller batch, of those that divide it, that fits; else a batch of one row."""
     rows, pairs = spec.per_device_train_batch_size, load.batch // spec.per_device_train_batch_size
     divisors = [count for count in range(rows - 1, 0, -1) if rows % count == 0]
-    loads = {count: replace(load, batch=count * pairs, drawn=load.drawn * count // rows) for count in divisors}
+    loads = {
+        count: replace(
+            load, batch=count * pairs, drawn=load.drawn * count // rows, accumulation=load.accumulation * rows // count
+        )
+        for count in divisors
+    }
     fitting = [count for count in divisors if estimate(size, loads[count]).total <= limit]
     count = next(iter([*fitting, *divisors[-1:]]), None)
     if count is None:

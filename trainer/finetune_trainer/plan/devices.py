@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
 import torch
 
-_UNLIMITED = 1 << 60  # cgroup v1 writes about 2^63 where there is no limit
+from finetune_trainer.host_memory import host_memory
 
 
 @dataclass(frozen=True)
@@ -95,30 +93,3 @@ def known_device(name: str) -> Device | None:
     folded = {known.lower(): known for known in MEMORIES}
     known = folded.get(name.lower())
     return None if known is None else Device(f"NVIDIA {known}", MEMORIES[known] << 30, "cuda")
-
-
-def host_memory() -> int:
-    """Bytes this process and its children may still use: the machine's free memory, or the cgroup's limit if less."""
-    return min([int(psutil.virtual_memory().available), *_cgroup_limits()])
-
-
-def _cgroup_limits() -> list[int]:
-    """Limits of this process's cgroup and all above it, v1 and v2."""
-    limits = []
-    for line in _read(Path("/proc/self/cgroup")).splitlines():
-        _, controllers, group = line.split(":", 2)
-        root, file = Path("/sys/fs/cgroup"), "memory.max"
-        if controllers:
-            if "memory" not in controllers.split(","):
-                continue
-            root, file = root / "memory", "memory.limit_in_bytes"
-        place = root / group.lstrip("/")
-        limits += [_read(directory / file) for directory in (place, *place.parents) if directory.is_relative_to(root)]
-    return [int(limit) for limit in limits if limit.strip().isdigit() and int(limit) < _UNLIMITED]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

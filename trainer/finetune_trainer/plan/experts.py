@@ -13,6 +13,7 @@ from finetune_trainer.errors import UserError
 from finetune_trainer.esft.families import ExpertLayer, expert_layers
 from finetune_trainer.esft.selection import ExpertConfig
 from finetune_trainer.esft.trainable import expert_size, shared_names, trained_whole
+from finetune_trainer.model.composite import language_names
 from finetune_trainer.model.given_experts import given_config
 from finetune_trainer.plan.memory import Workload, estimate, trainable
 from finetune_trainer.plan.model_size import AdapterSize, ModelSize
@@ -58,6 +59,7 @@ def expert_plan(spec: EsftSpec, model: PreTrainedModel, where: str, base_dir: st
             shared experts to train.
     """
     layers = expert_layers(model, where)
+    _check_language(model, layers, where)
     if spec.score_only:
         return ExpertPlan(0, 0, ("measures the experts' scores and trains nothing",))
     config, notes = _experts(spec, layers, where, base_dir)
@@ -69,6 +71,19 @@ def expert_plan(spec: EsftSpec, model: PreTrainedModel, where: str, base_dir: st
     active = sum(expert_size(layer) * int(layer.router.top_k) for layer in layers)  # type: ignore[call-overload]
     used = rows / sum(layer.num_experts * expert_size(layer) for layer in layers)
     return ExpertPlan(rows + others, round(active * max(spec.top_p, used)) + others, tuple(notes))
+
+
+def _check_language(model: PreTrainedModel, layers: list[ExpertLayer], where: str) -> None:
+    """Refuse a composite model whose frozen parts have experts: they would share the numbers of their layers.
+
+    Raises:
+        UserError: there are such experts.
+    """
+    inside = language_names(model)
+    other = next((layer.name for layer in layers if not inside(layer.name)), None)
+    if other is not None:
+        family = model.config.model_type
+        raise UserError([Problem(where, f"{family} has experts that text does not reach ({other}): use sft with lora")])
 
 
 def compare(size: ModelSize, load: Workload, adapter: AdapterSize) -> tuple[Alternative, ...]:

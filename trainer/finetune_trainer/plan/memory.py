@@ -11,7 +11,9 @@ MASTER = 4
 MOMENTS = 8
 """Bytes of AdamW's two float32 moments."""
 BUCKET = 500_000_000
-"""Elements of DeepSpeed's reduce and all-gather buckets, its defaults."""
+"""Most elements of DeepSpeed's reduce and all-gather buckets, its defaults."""
+BUCKET_UNIT = 1 << 16
+"""A bucket is a multiple of so many elements: DeepSpeed wants a multiple of its NCCL alignment, which is 2."""
 LIVE = 1_000_000_000
 """Elements that ZeRO-3 keeps gathered at most (`stage3_max_live_parameters`), its default."""
 LOSS_TOKENS, LOSS_VOCAB = 4096, 32768
@@ -36,8 +38,12 @@ class Workload:
     """None where weights of the model itself are trained."""
     tuned: int | None = None
     """Weights of the model that are trained while the others are frozen (ESFT); None: all of them, or an adapter."""
+    tuned_embeddings: bool = False
+    """Whether those include the embeddings and norms."""
     quantized_bits: int | None = None
     double_quant: bool = True
+    accumulation: int = 1
+    """Forward and backward passes of a worker per optimizer step."""
     checkpointing: bool = False
     eager: bool = False
     """Attention that materialises its scores."""
@@ -120,11 +126,13 @@ def trainable(size: ModelSize, load: Workload) -> int:
     """Parameters with a gradient."""
     if load.adapter is not None:
         return load.adapter.parameters
-    return size.total if load.tuned is None else load.tuned
+    return size.total - size.frozen if load.tuned is None else load.tuned
 
 
 def weight_bytes(size: ModelSize, load: Workload) -> int:
     """Weights: float32 masters where torch alone trains them (ZeRO-0), else the dtype's; divided by ZeRO-3.
+
+    A composite model's frozen parts are always in the dtype.
 
     A quantized base has its linear layers in 4 or 8 bits and all else in the dtype; adapters, and weights trained while
     the others are frozen, are float32 at ZeRO-0.
@@ -134,7 +142,7 @@ def weight_bytes(size: ModelSize, load: Workload) -> int:
         return _share(size.total * load.dtype_bytes, load, 3) + masters
     if load.adapter is None:
         each = MASTER if load.zero == 0 else load.dtype_bytes
-        return _share(size.total * each, load, 3)
+        return _share((size.total - size.frozen) * each + size.frozen * load.dtype_bytes, load, 3)
     base = size.total * load.dtype_bytes
     if load.quantized_bits is not None:
         base -= round(size.linear * (load.dtype_bytes - quantized_weight(load.quantized_bits, load.double_quant)))
@@ -154,8 +162,9 @@ def quantized_weight(bits: int, double_quant: bool) -> float:
 
 
 def gradient_bytes(size: ModelSize, load: Workload) -> int:
-    """Gradients: float32 at ZeRO-0, else the dtype's; divided by ZeRO-2 and 3."""
-    each = MASTER if load.zero == 0 else load.dtype_bytes
+    """Gradients: float32 at ZeRO-0, else the dtype's; divided by ZeRO-2 and 3, which add up several in float32."""
+    summed = load.zero >= 2 and load.accumulation > 1
+    each = MASTER if load.zero == 0 or summed else load.dtype_bytes
     return _share(trainable(size, load) * each, load, 2)
 
 
@@ -169,8 +178,9 @@ def optimizer_bytes(size: ModelSize, load: Workload) -> int:
 
 
 def reference_bytes(size: ModelSize, load: Workload) -> int:
-    """The reference's own model, in the dtype, divided by ZeRO-3."""
-    return _share(size.total * load.dtype_bytes, load, 3) if load.reference else 0
+    """The reference's own model, in the format that the model in training is loaded in, divided by ZeRO-3."""
+    each = MASTER if load.zero == 0 and not load.frozen else load.dtype_bytes
+    return _share(size.total * each, load, 3) if load.reference else 0
 
 
 def drawing_bytes(size: ModelSize, load: Workload) -> int:
@@ -233,9 +243,23 @@ def buffer_bytes(size: ModelSize, load: Workload) -> int:
         autocast = load.dtype_bytes * count if load.dtype_bytes < MASTER else 0
         return autocast + (MASTER * count if load.workers > 1 else 0)
     gradient_slice = _share(MASTER * count, load, 1) if load.dtype_bytes < MASTER else 0
-    buckets = 2 * min(count, BUCKET) * load.dtype_bytes
+    buffers = 2 if load.kind == "cuda" and load.zero < 3 else 1  # two where communication overlaps with computation
+    buckets = buffers * bucket_size(count) * load.dtype_bytes
     gathered = min(size.total, LIVE) * load.dtype_bytes if load.zero == 3 and load.quantized_bits is None else 0
     return gradient_slice + buckets + gathered
+
+
+def bucket_size(trained: int | None) -> int:
+    """Return the elements of a communication bucket: no more than there are gradients.
+
+    DeepSpeed allocates a bucket in full, whatever is trained (`stage_1_and_2.py`, `setup_buckets`).
+
+    Args:
+        trained: parameters with a gradient; None where unknown.
+    """
+    if trained is None:
+        return BUCKET
+    return min(-(-max(trained, 1) // BUCKET_UNIT) * BUCKET_UNIT, BUCKET)
 
 
 def with_zero(load: Workload, zero: int) -> Workload:
@@ -249,8 +273,12 @@ def _share(count: int, load: Workload, least_zero: int) -> int:
 
 
 def _mixed(load: Workload) -> bool:
-    """Whether float32 weights compute under autocast, so that the residual stream is float32 too."""
-    return load.zero == 0 and not load.frozen and load.dtype_bytes < MASTER
+    """Whether float32 weights compute under autocast, so that the residual stream is float32 too.
+
+    Modules that are trained in full beside adapters give their output in the base's format.
+    """
+    trained = load.tuned_embeddings or not load.frozen
+    return load.zero == 0 and trained and load.dtype_bytes < MASTER
 
 
 def _residual(load: Workload) -> int:

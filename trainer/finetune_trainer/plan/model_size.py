@@ -15,6 +15,7 @@ from finetune_api.problems import Problem
 from finetune_api.training import Lora
 from finetune_trainer.adapters import find_targets, lora_config
 from finetune_trainer.errors import UserError
+from finetune_trainer.model.composite import language_names
 from finetune_trainer.model.task import Task, as_reward, auto_class
 
 
@@ -67,13 +68,16 @@ class ModelSize:
     vocab: int
     attention_dropout: bool
     hidden_dropout: bool
+    frozen: int = 0
+    """Parameters of a composite model's parts that text does not pass through, in `total`; they are never trained."""
 
     @property
     def active(self) -> int:
         """Parameters that one token passes through."""
+        language = self.total - self.frozen
         if not self.experts:
-            return self.total
-        return self.total - self.expert + self.expert * self.experts_per_token // self.experts
+            return language
+        return language - self.expert + self.expert * self.experts_per_token // self.experts
 
     @property
     def matmul(self) -> int:
@@ -91,7 +95,7 @@ def meta_model(config: PretrainedConfig, task: Task = "causal") -> PreTrainedMod
         config = as_reward(deepcopy(config), None)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto_class(task).from_config(config)
+            model: PreTrainedModel = auto_class(task).from_config(config, trust_remote_code=False)
             return model
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0][:300]
@@ -99,22 +103,24 @@ def meta_model(config: PretrainedConfig, task: Task = "causal") -> PreTrainedMod
 
 
 def model_size(model: PreTrainedModel) -> ModelSize:
-    """Sizes of a model, which may be on the meta device."""
-    config = model.config.get_text_config()
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    """Sizes of a model, which may be on the meta device; of a composite one, the shape of its language model."""
+    config, inside = model.config.get_text_config(), language_names(model)
+    named = [(name, module) for name, module in model.named_modules() if inside(name)]
+    embeddings = [module for _, module in named if isinstance(module, nn.Embedding)]
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     head_weight = getattr(head, "weight", None)
     targets = find_targets(model)
-    weights = dict(model.named_parameters())
-    layers = _layer_lists(model)
+    every = dict(model.named_parameters())
+    weights = {name: weight for name, weight in every.items() if inside(name)}
+    layers = _layer_lists([module for _, module in named])
     expert_names = [name for name in weights if ".experts." in name]
     heads = _first(config, "num_attention_heads", default=1)
     hidden = _first(config, "hidden_size", "n_embd", default=1)
     intermediate = _first(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
-    modules = [name for name, _ in model.named_modules()]
+    modules = [name for name, _ in named]
     return ModelSize(
         family=model.config.model_type,
-        total=sum(weight.numel() for weight in weights.values()),
+        total=sum(weight.numel() for weight in every.values()),
         embedding=sum(module.weight.numel() for module in embeddings),
         head=0 if head_weight is None else head_weight.numel(),
         tied=any(module.weight is head_weight for module in embeddings),
@@ -133,10 +139,11 @@ def model_size(model: PreTrainedModel) -> ModelSize:
         expert_intermediate=_first(config, "moe_intermediate_size", default=intermediate),
         gated=any(name.endswith(("gate_proj", "gate_up_proj", "mlp.Wi")) for name in (*modules, *weights)),
         query_key_norm=any(name.endswith(("q_norm", "query_layernorm")) for name in modules),
-        layer_norm=any(isinstance(module, nn.LayerNorm) for module in model.modules()),
+        layer_norm=any(isinstance(module, nn.LayerNorm) for _, module in named),
         vocab=config.vocab_size,
         attention_dropout=_positive(config, "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"),
         hidden_dropout=_positive(config, "hidden_dropout_prob", "hidden_dropout", "resid_pdrop"),
+        frozen=sum(weight.numel() for name, weight in every.items() if not inside(name)),
     )
 
 
@@ -160,9 +167,9 @@ def adapter_size(model: PreTrainedModel, spec: Lora, path: str = "lora") -> Adap
     )
 
 
-def _layer_lists(model: PreTrainedModel) -> list[nn.Module]:
+def _layer_lists(modules: list[nn.Module]) -> list[nn.Module]:
     """The repeated layers: the longest list of modules by parameters."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in modules if isinstance(module, nn.ModuleList)]
     return [*max(lists, key=lambda modules: _count(modules), default=nn.ModuleList())]
 
 

@@ -28,6 +28,7 @@ from finetune_api.stages import (
 )
 from finetune_api.training import Lora
 from finetune_trainer.errors import UserError
+from finetune_trainer.model.composite import frozen_note
 from finetune_trainer.model.config import context_length
 from finetune_trainer.model.task import task_of
 from finetune_trainer.pipeline import place
@@ -73,13 +74,15 @@ class StagePlanner:
         data = rows(self.index) if rows is not None else None
         known = None if data is None else DataSize(*data)
         length, notes = self.length(known)
+        notes = [*filter(None, [frozen_note(model)]), *notes]
         load = self.load(length, adapter, eager=self._eager(model))
         if isinstance(spec, PromptSpec):
             load, more = answering(load, spec, self.run, self.config)
             notes = [*notes, *more]
         experts = expert_plan(spec, model, self.path, self.run.base_dir) if isinstance(spec, EsftSpec) else None
         if experts is not None:
-            load, notes = replace(load, tuned=experts.tuned), [*notes, *experts.notes]
+            whole = isinstance(spec, EsftSpec) and spec.train_non_experts
+            load, notes = replace(load, tuned=experts.tuned, tuned_embeddings=whole), [*notes, *experts.notes]
         return self.assemble(size, load, known, [*notes, *sharding_warnings(sharding, self.bits)], experts)
 
     def evaluation(self, spec: EvaluateSpec, rows: Rows | None) -> StagePlan:
@@ -171,6 +174,7 @@ class StagePlanner:
             adapter=adapter,
             quantized_bits=self.bits,
             double_quant=quantization is None or quantization.double_quant,
+            accumulation=spec.gradient_accumulation_steps,
             checkpointing=spec.gradient_checkpointing,
             eager=eager,
             full_logits=_is_masked(spec),

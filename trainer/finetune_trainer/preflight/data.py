@@ -1,4 +1,4 @@
-"""Faults of what a job reads and where it writes: storage, data, rewards, evaluations, teachers."""
+"""Faults of what a job reads and where it writes, and notes on how its rows are read."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import DATA_FIELDS, EvaluateSpec, PromptSpec, SynthesizeSpec
-from finetune_trainer.data import inspect
+from finetune_api.stages import DATA_FIELDS, EvaluateSpec, PromptSpec, StageSpec, SynthesizeSpec
+from finetune_trainer.data import inspect, reading_notes
 from finetune_trainer.errors import UserError
 from finetune_trainer.evaluation.queries import open_database
 from finetune_trainer.evaluation.tasks import task_problems
@@ -53,15 +54,26 @@ def _refusal(run: RunConfig) -> Iterator[Problem]:
 
 
 def _data(run: RunConfig) -> Iterator[Problem]:
-    base = Path(run.base_dir)
     for index, stage in enumerate(run.job.spec.stages):
-        for field in DATA_FIELDS:
-            data = getattr(stage.spec, field, None)
-            if data is not None and all(source.stage is None for source in data.sources):
-                alias = type(stage.spec).model_fields[field].alias
-                referenced = isinstance(stage.spec, EvaluateSpec) and stage.spec.generates
-                where = f"{place(run, index)}.{alias}"
-                yield from inspect(data, stage.spec.row_kind, where, base, referenced=referenced)
+        referenced = isinstance(stage.spec, EvaluateSpec) and stage.spec.generates
+        for field, data in _sources(stage.spec):
+            where = f"{place(run, index)}.{field}"
+            yield from inspect(data, stage.spec.row_kind, where, Path(run.base_dir), referenced=referenced)
+
+
+def _sources(spec: StageSpec) -> Iterator[tuple[str, DataSpec]]:
+    """The stage's data by the names of its fields, without what another stage is yet to make."""
+    for field in DATA_FIELDS:
+        data = getattr(spec, field, None)
+        if data is not None and all(source.stage is None for source in data.sources):
+            yield str(type(spec).model_fields[field].alias), data
+
+
+def data_notes(run: RunConfig) -> Iterator[str]:
+    """Yield one line per source of rows in a form that the job does not name."""
+    for index, stage in enumerate(run.job.spec.stages):
+        for field, data in _sources(stage.spec):
+            yield from reading_notes(data, stage.spec.row_kind, f"{place(run, index)}.{field}", Path(run.base_dir))
 
 
 def _evaluations(run: RunConfig) -> Iterator[Problem]:

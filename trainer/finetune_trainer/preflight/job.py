@@ -16,6 +16,7 @@ from finetune_trainer.pipeline import place
 from finetune_trainer.plan.devices import Device, local_device
 from finetune_trainer.plan.records import JobPlan
 from finetune_trainer.preflight.data import data_problems
+from finetune_trainer.preflight.gpu_node import machine_problems
 from finetune_trainer.preflight.model import model_plan
 from finetune_trainer.preflight.settings import setting_problems
 
@@ -27,7 +28,7 @@ def preflight(run: RunConfig, workers: Workers | None = None) -> JobPlan:
         UserError: one problem per fault.
     """
     workers = workers or plan_workers(run.job.spec.resources)
-    others = [*_resources(workers), *data_problems(run)]
+    others = [*_resources(run, workers), *data_problems(run)]
     return plan_of_faultless(run, workers, local_device(workers.most), lambda: others)
 
 
@@ -58,10 +59,10 @@ def _model(run: RunConfig, workers: Workers, device: Device) -> tuple[JobPlan | 
         return None, error.problems
 
 
-def _resources(workers: Workers) -> Iterator[Problem]:
-    here = torch.cuda.device_count()
-    if workers.accelerator and not os.environ.get("RAY_ADDRESS") and workers.least > here:
-        yield Problem("resources.gpusPerNode", f"{workers.least} GPUs are asked for and this machine has {here}")
+def _resources(run: RunConfig, workers: Workers) -> Iterator[Problem]:
+    """What this machine lacks of a GPU node; on a cluster the nodes are looked at instead."""
+    if workers.accelerator and not os.environ.get("RAY_ADDRESS"):
+        yield from machine_problems(run, workers.least, torch.cuda.device_count())
 
 
 def _is_told(problem: Problem, told: list[Problem], run: RunConfig) -> bool:

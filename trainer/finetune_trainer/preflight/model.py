@@ -14,20 +14,36 @@ from finetune_trainer.model.saved import is_result, root_of
 from finetune_trainer.model.source import local_path
 from finetune_trainer.model.weights import weight_faults
 from finetune_trainer.plan.devices import Device
-from finetune_trainer.plan.job import plan_job
+from finetune_trainer.plan.job import job_config, plan_job
 from finetune_trainer.plan.records import JobPlan, PlanContext
+from finetune_trainer.preflight.checkpoints import checkpoint_problems
+from finetune_trainer.preflight.packing import packing_problems
 
 
 def model_plan(run: RunConfig, workers: Workers, device: Device) -> JobPlan:
-    """The model can be built, adapters find their modules, lengths fit its context, kernels are installed."""
+    """Return the plan of a job whose saved models can be loaded, trained, packed and saved on the given device.
+
+    Raises:
+        UserError: every fault: of the model's files, its build, adapters that find no modules, missing kernels.
+        Outage: the hub does not answer.
+    """
     spec = run.job.spec.model
-    missing = [problem for problem in _paths(run) if problem]
+    missing = list(_paths(run))
     kernel = "flash_attn" if spec.attn_implementation == "flash_attention_2" else "flash_attn_interface"
     if spec.attn_implementation.startswith("flash") and find_spec(kernel) is None:
         missing.append(Problem("model.attnImplementation", f"{spec.attn_implementation} needs the package {kernel}"))
     if missing:
         raise UserError(missing)
-    return plan_job(run, PlanContext(device, workers.most))
+    problems = list(checkpoint_problems(run))
+    try:
+        config = job_config(run)
+        plan = plan_job(run, PlanContext(device, workers.most, config))
+        problems += packing_problems(run, config, workers.accelerator)
+    except UserError as error:
+        raise UserError([*problems, *error.problems]) from error
+    if problems:
+        raise UserError(problems)
+    return plan
 
 
 def _paths(run: RunConfig) -> Iterator[Problem]:

@@ -29,7 +29,15 @@ def row_problems(run: RunConfig) -> list[Problem]:
     """Faults of the store; else of the data; else of its first rows, each of which would follow from the one before."""
     try:
         _writable(run)
-        return list(data_problems(run)) or list(_sample(run))
+        return list(data_problems(run)) or first_row_problems(run)
+    except UserError as error:
+        return error.problems
+
+
+def first_row_problems(run: RunConfig) -> list[Problem]:
+    """Return the faults of the first rows of each stage whose data is there, as the tokenizer shows them."""
+    try:
+        return list(_sample(run))
     except UserError as error:
         return error.problems
 

@@ -100,10 +100,12 @@ class AttemptReporter:
         with self._lock:
             self._rest["plan"] = plan
 
-    def ended(self, exit_code: int, message: str) -> None:
-        """How it ended, secrets removed."""
+    def ended(self, exit_code: int, message: str, node: str | None = None) -> None:
+        """How it ended, secrets removed, and on which node where a GPU fault ended it."""
         with self._lock:
             self._rest |= {"exitCode": exit_code, "message": _tail(redact(message), 4096)}
+            if node is not None:
+                self._rest["node"] = node[:253]
 
     def close(self) -> None:
         """Nothing is held open."""

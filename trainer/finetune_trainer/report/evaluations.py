@@ -12,7 +12,7 @@ from finetune_trainer.gate import Verdict, verdicts
 from finetune_trainer.progress.format import clean, number
 from finetune_trainer.report.bars import Bars
 from finetune_trainer.report.collect import StageRecord, is_number
-from finetune_trainer.report.texts import Excerpt, excerpt
+from finetune_trainer.report.texts import Excerpt, Turn, excerpt, turns
 
 LESS_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
@@ -45,7 +45,7 @@ class Answer:
 class Question:
     """One prompt with its reference and every model's answer."""
 
-    prompt: Excerpt | None
+    prompt: list[Turn]
     reference: Excerpt | None
     answers: list[Answer]
 
@@ -64,6 +64,7 @@ class Evaluation:
     questions: list[Question]
     facts: list[tuple[str, str]]
     bars: list[Bars]
+    notes: list[str]
 
     @property
     def passed(self) -> bool:
@@ -91,6 +92,7 @@ def evaluation(stage: StageRecord, gates: Any) -> Evaluation | None:
         [_question(sample, names) for sample in _rows(given.get("samples"))],
         _facts(given),
         _bars(metrics, models, names),
+        [clean(str(note)) for note in notes] if isinstance(notes := given.get("notes"), list) else [],
     )
 
 
@@ -119,7 +121,7 @@ def _cell(metric: str, models: dict[str, dict[str, float]], model: str, name: st
 def _question(sample: dict[str, Any], names: list[str]) -> Question:
     answers = _object(sample.get("answers"))
     found = [_answer(name, _object(answers[name])) for name in names if name in answers]
-    return Question(excerpt(sample.get("prompt")), excerpt(sample.get("reference")), found)
+    return Question(turns(sample.get("prompt")), excerpt(sample.get("reference")), found)
 
 
 def _answer(name: str, given: dict[str, Any]) -> Answer:

@@ -10,7 +10,7 @@ from typing import Any
 from finetune_trainer.progress.format import clean, count, duration, number, percent, size
 from finetune_trainer.report.collect import Points, RunRecord, StageRecord, is_number
 from finetune_trainer.report.plots import Panel
-from finetune_trainer.report.texts import Excerpt, as_text, excerpt
+from finetune_trainer.report.texts import Excerpt, Turn, as_text, excerpt, turns
 
 METRIC_PANELS = 6
 KEY_METRICS = 3
@@ -33,6 +33,7 @@ _DATA_LABELS = {
     "truncated_tokens": "Tokens cut off",
     "dropped": "Rows dropped",
     "dropped_tokens": "Tokens dropped",
+    "forms": "Rows by form",
     "longest": "Longest example (tokens)",
     "max_length": "Limit (tokens)",
     "packed_rows": "Rows after packing",
@@ -51,7 +52,7 @@ _DATA_LABELS = {
 class Sample:
     """One prompt with what the model wrote before and after the stage; None: not there."""
 
-    prompt: Excerpt
+    prompt: list[Turn]
     before: Excerpt | None
     after: Excerpt | None
     reference: Excerpt | None
@@ -186,7 +187,7 @@ def data_facts(data: dict[str, Any]) -> list[tuple[str, str]]:
 def samples(given: dict[str, Any]) -> list[Sample]:
     """Generations before and after, side by side where their prompts are the same."""
     before, after = _rows(given.get("before")), _rows(given.get("after"))
-    if [row.get("prompt") for row in before] == [row.get("prompt") for row in after]:
+    if list(map(_asked, before)) == list(map(_asked, after)):
         pairs: Iterable[tuple[Any, Any]] = zip(before, after, strict=True)
     else:
         pairs = [*zip_longest(before, []), *zip_longest([], after)]
@@ -271,8 +272,11 @@ def _object(value: Any) -> dict[Any, Any]:
 
 
 def _sample(old: dict[str, Any], new: dict[str, Any]) -> Sample:
-    prompt = new.get("prompt", old.get("prompt"))
     reference = new.get("reference", old.get("reference"))
-    return Sample(
-        excerpt(prompt) or Excerpt(""), excerpt(old.get("output")), excerpt(new.get("output")), excerpt(reference)
-    )
+    prompt = turns(_asked(new or old))
+    return Sample(prompt, excerpt(old.get("output")), excerpt(new.get("output")), excerpt(reference))
+
+
+def _asked(row: dict[str, Any]) -> Any:
+    """Return a sample's prompt: the messages of a conversation, or a plain text."""
+    return row["messages"] if row.get("messages") else row.get("prompt")

@@ -6,15 +6,17 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from finetune_api.problems import Problem
 from finetune_trainer.data.encode import Encoder, Encoding
+from finetune_trainer.data.template import Tools
 from finetune_trainer.errors import UserError
 from finetune_trainer.esft.zero3 import undivided_loading
-from finetune_trainer.model.config import context_length, load_tokenizer
+from finetune_trainer.model.config import context_length, load_tokenizer, read_config
+from finetune_trainer.model.load import load_whole, on_device
 from finetune_trainer.model.source import ModelSource
-from finetune_trainer.model.task import as_reward
+from finetune_trainer.model.task import as_reward, auto_class
 
 BATCH = 16
 
@@ -32,8 +34,11 @@ class RewardModel:
         self.limit = context_length(model.config)
         self.encoder = Encoder(tokenizer, Encoding("preference", None))
 
-    def __call__(self, prompts: list[Any], completions: list[Any], **_: Any) -> list[float | None]:
-        ids = [self.encoder.whole(*pair)[: self.limit] for pair in zip(prompts, completions, strict=True)]
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], tools: list[Tools] | None = None, **_: Any
+    ) -> list[float | None]:
+        pairs = zip(prompts, completions, tools or [None] * len(prompts), strict=True)
+        ids = [self.encoder.whole(*pair)[: self.limit] for pair in pairs]
         scores: list[float | None] = []
         for start in range(0, len(ids), BATCH):
             scores += self._scores(ids[start : start + BATCH])
@@ -57,17 +62,21 @@ def load_reward_model(place: str, name: str, dtype: torch.dtype, device: torch.d
         where: the field that names it.
 
     Raises:
-        UserError: there is none, or it gives another number of scores than one.
+        UserError: there is none, it gives another number of scores than one, or its checkpoint lacks weights.
+        Outage: the hub does not answer.
     """
-    tokenizer = load_tokenizer(ModelSource(place, None, None, place))
+    tokenizer = load_tokenizer(ModelSource(place, None, None, place), where)
+    config = read_config(place, where=where)
+    if config.num_labels != 1:
+        message = f"{place!r} gives {config.num_labels} scores, expected one: it is no reward model"
+        raise UserError([Problem(where, message)])
     try:
         with undivided_loading():
-            model = AutoModelForSequenceClassification.from_pretrained(place, use_safetensors=True, dtype=dtype)
+            model = load_whole(place, auto_class("reward"), config=config, dtype=dtype)
+    except UserError as error:
+        raise UserError([Problem(where, problem.message) for problem in error.problems]) from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError([Problem(where, f"no reward model at {place!r}: {reason}")]) from error
-    if model.config.num_labels != 1:
-        message = f"{place!r} gives {model.config.num_labels} scores, expected one: it is no reward model"
-        raise UserError([Problem(where, message)])
     as_reward(model.config, tokenizer.pad_token_id)
-    return RewardModel(model.to(device).eval(), tokenizer, name)
+    return RewardModel(on_device(model, device).eval(), tokenizer, name)

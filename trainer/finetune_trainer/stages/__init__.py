@@ -34,7 +34,7 @@ def perform(context: StageContext, tools: StageTools) -> dict[str, float]:
 def make_trainer(context: StageContext) -> Any:
     """The trainer of the context's stage."""
     trainer = _module(context).make_trainer(context)
-    trainer.feed = context.feed()
+    trainer.stage.feed = context.feed()
     if context.data.report.streaming:
         trainer.train_dataset = context.data.train
     return trainer

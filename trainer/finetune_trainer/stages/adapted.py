@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from finetune_api.stages import AdapterSpec
 from finetune_trainer.adapters import lora_config
+from finetune_trainer.model.adapter import attach_adapter
 from finetune_trainer.model.load import load_model
+from finetune_trainer.model.precision import train_in_float32
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.model.task import task_of
 from finetune_trainer.training.context import StageContext
@@ -26,7 +30,9 @@ def adapted_model(context: StageContext) -> tuple[PreTrainedModel | PeftModel, L
     model = _base(context)
     if context.carries_adapter:
         assert context.source.name is not None
-        return PeftModel.from_pretrained(model, context.source.name, is_trainable=True), None
+        # ZeRO-3 takes weights of one format only (trl#6089); TRL gives new adapters the base's there, too.
+        one_format = context.zero == 3 and spec.quantization is None
+        return attach_adapter(model, context.source.name, trainable=True, float32=not one_format), None
     return model, _new_adapter(context, spec, model)
 
 
@@ -44,7 +50,9 @@ def starting_model(context: StageContext) -> PreTrainedModel:
     if not context.carries_adapter:
         return model
     assert context.source.name is not None
-    return PeftModel.from_pretrained(model, context.source.name).merge_and_unload()
+    adapted: Any = attach_adapter(model, context.source.name)
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    return merged
 
 
 def adapted_trainer(
@@ -65,15 +73,29 @@ def adapted_trainer(
 
 
 def _finish_adapters(model: Any, context: StageContext) -> None:
-    """Adapters in float32 on a quantized base: TRL casts them to bfloat16, in which AdamW's small updates vanish."""
+    """Keep what is trained in float32. TRL casts adapters on a quantized base to bfloat16; DeepSpeed keeps float32
+    copies itself.
+
+    `modules_to_save` give their output in the base's format all the same. So activations take no more memory, and the
+    model in training starts as equal to the reference, which runs without its trained modules.
+    """
     spec = context.spec
     assert isinstance(spec, AdapterSpec)
-    if spec.quantization is None:
-        return
     # transformers divides no quantized base as it loads, so the adapters are whole here under ZeRO-3 too.
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
+    if context.zero and spec.quantization is None:
+        return
+    train_in_float32(model)
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            for module in wrapper.modules_to_save.values():
+                module.register_forward_hook(partial(_in_format, context.precision.compute))
+
+
+def _in_format(dtype: torch.dtype, module: Any, args: Any, output: Any) -> Any:
+    """A forward hook: a module's output in that format."""
+    if isinstance(output, tuple):
+        return tuple(_in_format(dtype, module, args, one) for one in output)
+    return output.to(dtype) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
 
 
 def _new_adapter(context: StageContext, spec: AdapterSpec, model: PreTrainedModel) -> LoraConfig:
@@ -86,9 +108,8 @@ def _base(context: StageContext, source: ModelSource | None = None) -> PreTraine
     spec = context.spec
     return load_model(
         source or context.source,
-        context.run.job.spec.model,
+        context.job_model,
         context.precision,
-        context.tokenizer,
         task=task_of(spec),
         quantization=getattr(spec, "quantization", None),
         seed=spec.seed,

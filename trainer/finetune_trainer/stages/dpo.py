@@ -11,11 +11,33 @@ from finetune_trainer.data import PreferenceCollator
 from finetune_trainer.stages.adapted import adapted_model, adapted_trainer, starting_model
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.context import StageContext
-from finetune_trainer.training.stage_trainer import StageTrainer
+from finetune_trainer.training.held_out import Sums, alone, preference_loss, preference_sums
+from finetune_trainer.training.pair_trainer import PairTrainer
 
 
-class DpoTrainer(StageTrainer, trl.DPOTrainer):
+class DpoTrainer(PairTrainer, trl.DPOTrainer):
     """TRL's DPOTrainer on pairs whose user turns after the prompt are masked; TRL's own collator counts them."""
+
+    def measure(self, model: Any, inputs: dict[str, Any]) -> Sums:
+        """TRL's metrics of held-out pairs, without a mixture of experts' balance loss.
+
+        The loss types `aot` and `aot_unpaired` compare the pairs of a batch by rank, so they depend on the batch size.
+        """
+        balanced, self.aux_loss_enabled = self.aux_loss_enabled, False
+        try:
+            with alone(self):
+                loss = self.compute_loss(model, inputs)
+        finally:
+            self.aux_loss_enabled = balanced
+        means = {name: values[-1] for name, values in self._metrics["eval"].items() if name != "num_tokens"}
+        self._metrics["eval"].clear()
+        kinds = zip(self.loss_types, self.loss_weights, strict=True)
+        sft_weight = sum(weight for kind, weight in kinds if kind == "sft")
+        return preference_sums(loss, means, inputs["completion_mask"], sft_weight)
+
+    def finish_means(self, means: dict[str, float]) -> dict[str, float]:
+        """See `training.held_out.preference_loss`."""
+        return preference_loss(means)
 
 
 def make_trainer(context: StageContext) -> Any:

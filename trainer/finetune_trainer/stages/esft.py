@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from finetune_api.problems import Problem
 from finetune_api.stages import EsftSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.esft.selection import ExpertConfig
-from finetune_trainer.esft.trainable import keep_masters, prepare, require_input_gradients
+from finetune_trainer.esft.trainable import prepare, require_input_gradients
+from finetune_trainer.model.precision import train_in_float32
 from finetune_trainer.stages.adapted import starting_model
 from finetune_trainer.stages.expert_choice import ExpertChoice
-from finetune_trainer.stages.sft import supervised_collator
+from finetune_trainer.stages.sft import supervised_batches
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.expert_results import save_scores
+from finetune_trainer.training.parts import StageParts
 from finetune_trainer.training.stage_trainer import StageTrainer
 from finetune_trainer.training.tools import StageTools
 
@@ -27,11 +30,25 @@ TRAINED = "trained.safetensors"
 """In a checkpoint: the trained weights under their names in the split model. The frozen ones are the base's."""
 
 
+@dataclass
+class EsftParts(StageParts):
+    """What an `esft` stage adds to its trainer."""
+
+    choice: ExpertChoice = field(init=False)
+    """How the experts are used, before and after."""
+    experts: ExpertConfig = field(init=False)
+    """The experts that are trained."""
+
+
 class EsftTrainer(StageTrainer, trl.SFTTrainer):
     """TRL's SFTTrainer on a model in split storage."""
 
-    choice: ExpertChoice
-    expert_config: ExpertConfig
+    stage: EsftParts
+
+    @staticmethod
+    def new_parts() -> EsftParts:
+        """What `stage` holds."""
+        return EsftParts()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The trained weights alone; DeepSpeed's shards hold them already."""
@@ -53,7 +70,7 @@ class EsftTrainer(StageTrainer, trl.SFTTrainer):
 
     def final_metrics(self) -> dict[str, float]:
         """The experts' use by the trained model; every worker calls it."""
-        return self.choice.measure_after(self._whole(), self.expert_config)
+        return self.stage.choice.measure_after(self._whole(), self.stage.experts)
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         return {name: weight for name, weight in self._whole().named_parameters() if weight.requires_grad}
@@ -72,17 +89,17 @@ def make_trainer(context: StageContext) -> Any:
     config = choice.choose(model)
     layers = prepare(model, config)
     if context.zero == 0:
-        keep_masters(model)
+        train_in_float32(model)
     require_input_gradients(model, layers)
     trainer = EsftTrainer(
         model=model,
         args=args,
         train_dataset=context.sample,
         eval_dataset=context.data.eval,
-        data_collator=supervised_collator(context, spec),
         processing_class=context.tokenizer,
+        **supervised_batches(context, spec),
     )
-    trainer.choice, trainer.expert_config = choice, config
+    trainer.stage.choice, trainer.stage.experts = choice, config
     return trainer
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune_api.stages import EvaluateSpec
 from finetune_api.stages.evaluation import PERPLEXITY
-from finetune_trainer.evaluation.contenders import Contender, contenders, open_model
+from finetune_trainer.evaluation.contenders import Contender, contenders, form_note, open_model
 from finetune_trainer.evaluation.journal import Journal
 from finetune_trainer.evaluation.likelihood import likelihoods
 from finetune_trainer.evaluation.queries import open_database
@@ -55,12 +55,16 @@ class Evaluation:
         self.options = GenerationOptions.of(spec.generation)
         self.model: Any = None
         cut = sum(row.cut for row in self.rows)
+        forms = [row.form for row in self.rows]
+        self.notes = [note for one in self.models if (note := form_note(one, forms)) is not None]
+        for note in self.notes:
+            tools.log(note)
         if cut:
             tools.log(f"the beginning of {cut} of {len(self.rows)} prompts is left out, to leave room for an answer")
 
     def measure(self, number: int, contender: Contender) -> dict[str, float]:
         """A model's metrics, as an attempt before or this one measured them. Every worker gets the same."""
-        journal = Journal(self.tools.storage, self.context.layout, contender.name)
+        journal = self._journal(contender)
         if self.rows and not journal.complete:
             self._measure_rows(number, contender, journal)
         metrics: dict[str, float] = {}
@@ -92,8 +96,12 @@ class Evaluation:
             journal.finish([known[row.number] for row in self.rows])
         self.tools.peers.wait()
 
+    def _journal(self, contender: Contender) -> Journal:
+        keys = {row.number: row.key for row in self.rows}
+        return Journal(self.tools.storage, self.context.layout, contender.name, keys)
+
     def _batch(self, model: Any, batch: list[EvalRow]) -> list[Row]:
-        found: list[Row] = [{"row": row.number} for row in batch]
+        found: list[Row] = [{"row": row.number, "key": row.key} for row in batch]
         if PERPLEXITY in self.spec.metrics:
             pad = self.context.tokenizer.pad_token_id or 0
             for one, (nll, tokens) in zip(found, likelihoods(model, batch, pad), strict=True):
@@ -131,6 +139,7 @@ class Evaluation:
             "models": measured,
             "rows": len(self.rows),
             "cut_prompts": sum(row.cut for row in self.rows),
+            "notes": self.notes,
             "samples": self._samples(),
         }
         self.tools.storage.write_text(self.context.layout.evaluation, json.dumps(evaluation, indent=1))
@@ -144,7 +153,7 @@ class Evaluation:
     def _samples(self) -> list[dict[str, Any]]:
         if not self.spec.generates:
             return []
-        journals = {one.name: Journal(self.tools.storage, self.context.layout, one.name).known() for one in self.models}
+        journals = {one.name: self._journal(one).known() for one in self.models}
         return [
             {
                 "prompt": row.shown,

@@ -39,15 +39,23 @@ class ExpertChoice:
             UserError: experts given by hand don't fit the model.
         """
         layout = self.context.layout
-        if self.storage.exists(layout.expert_config) and self.storage.exists(layout.expert_scores):
+        if self._chosen_before():
             # An attempt before has chosen: its checkpoints hold these experts.
-            self.before = json.loads(self.storage.read_text(layout.expert_scores))
             return config_from(json.loads(self.storage.read_text(layout.expert_config)), layout.expert_config)
         scores = self.measure(model)
         config = self._given() or self._selected(scores)
-        self.before = load_report(scores, config)
+        self.before = load_report(scores, config) | {"data": self.context.data.key.train}
         self._write(config)
         return config
+
+    def _chosen_before(self) -> bool:
+        """Read what an attempt before has chosen; a choice by other data counts only if a checkpoint holds it."""
+        layout = self.context.layout
+        if not (self.storage.exists(layout.expert_config) and self.storage.exists(layout.expert_scores)):
+            return False
+        self.before = json.loads(self.storage.read_text(layout.expert_scores))
+        same = self.before.get("data") in (None, self.context.data.key.train)
+        return same or self.context.resumed is not None
 
     def measure(self, model: PreTrainedModel) -> ExpertScores:
         """The experts' scores on the stage's sample."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from finetune_trainer.rewards.combined import NamedReward, columns_of, weighted
 from finetune_trainer.training.answers import SEEDS, PromptRow, draw, options_of, prompt_row
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.kl_bound import KlBound
+from finetune_trainer.training.parts import StageParts
 from finetune_trainer.training.prompt_feed import PromptFeed
 from finetune_trainer.training.stage_trainer import StageTrainer
 
@@ -25,6 +27,21 @@ HELD_OUT = SEEDS - 1
 """The occasion whose seed draws answers to held-out prompts."""
 
 
+@dataclass
+class PolicyParts(StageParts):
+    """What an `rlhf` stage adds to its trainer."""
+
+    feed: PromptFeed = field(init=False)
+    context: StageContext = field(init=False)
+    spec: RlhfSpec = field(init=False)
+    rewards: list[NamedReward] = field(init=False)
+    bound: KlBound | None = None
+    answered: list[Batch] | None = None
+    """Batches of the answers at hand, one for each forward pass."""
+    asked: tuple[list[PromptRow], list[int]] = field(init=False)
+    """This worker's prompts of the present step, and a number of each one's own."""
+
+
 class PolicyTrainer(StageTrainer):
     """Mixin over TRL's RLOOTrainer and GRPOTrainer.
 
@@ -33,39 +50,36 @@ class PolicyTrainer(StageTrainer):
     draw the same. TRL scores the answers and has the loss.
     """
 
-    context: StageContext
-    stage: RlhfSpec
-    rewards: list[NamedReward]
-    bound: KlBound | None = None
-    feed: PromptFeed
-    answered: list[Batch] | None = None
-    """Batches of the answers at hand, one for each forward pass."""
-    asked: tuple[list[PromptRow], list[int]]
-    """This worker's prompts of the present step, and a number of each one's own."""
+    stage: PolicyParts
 
-    def begin(self, context: StageContext, stage: RlhfSpec, rewards: list[NamedReward], stops: list[int]) -> None:
+    @staticmethod
+    def new_parts() -> PolicyParts:
+        """What `stage` holds."""
+        return PolicyParts()
+
+    def begin(self, context: StageContext, spec: RlhfSpec, rewards: list[NamedReward], stops: list[int]) -> None:
         """Take on what TRL's constructor has no place for."""
-        self.context, self.stage, self.rewards = context, stage, rewards
+        self.stage.context, self.stage.spec, self.stage.rewards = context, spec, rewards
         self.eos_token_ids = stops
         self.reward_func_names = [reward.name for reward in rewards]
-        if stage.max_kl is not None:
-            self.bound = KlBound(self, stage.max_kl)
-            self.add_callback(self.bound)
+        if spec.max_kl is not None:
+            self.stage.bound = KlBound(self, spec.max_kl)
+            self.add_callback(self.stage.bound)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """transformers' hook around each optimizer step's batches: the feed's indices, answered."""
         indices, _ = transformers.Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
         self._take_up()
-        counted = self.feed.even.counted(self.feed.division.rows)
+        counted = self.stage.feed.even.counted(self.stage.feed.division.rows)
         drawn = [prompt_row(self.train_dataset[index]) for batch in indices for index in batch]
-        self.asked = drawn, [int(key) for part, _ in counted for key in part]
-        if self.state.global_step % self.num_iterations == 0 or self.answered is None:
-            self.answered = self._cut(self._scored(), counted)
-            if self.bound is not None:
-                self.bound.remember()
-        self.feed.keep = self._keep
-        self.count([_counted(batch) for batch in self.answered])
-        return self.answered, None
+        self.stage.asked = drawn, [int(key) for part, _ in counted for key in part]
+        if self.state.global_step % self.num_iterations == 0 or self.stage.answered is None:
+            self.stage.answered = self._cut(self._scored(), counted)
+            if self.stage.bound is not None:
+                self.stage.bound.remember()
+        self.stage.feed.keep = self._keep
+        self.count([_counted(batch) for batch in self.stage.answered])
+        return self.stage.answered, None
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         """TRL's hook, which would answer prompts here."""
@@ -73,18 +87,18 @@ class PolicyTrainer(StageTrainer):
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         """TRL's hook: the prompts are tokenised already."""
-        return [row.ids for row in self.asked[0] for _ in range(self.num_generations)], None, {}
+        return [row.ids for row in self.stage.asked[0] for _ in range(self.num_generations)], None, {}
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, fields: Any, *rest: Any) -> Any:
         """TRL's hook: answers to prompts, each of which is there `num_generations` times. TRL's own draws depend on
         which answers share a batch."""
         if self.use_vllm:
             return super()._generate_single_turn(prompt_ids, images, fields, *rest)
-        rows, keys = self.asked
-        seed = self.stage.seed * SEEDS + self.state.global_step // self.num_iterations
-        at = self.stage.per_device_train_batch_size
+        rows, keys = self.stage.asked
+        seed = self.stage.spec.seed * SEEDS + self.state.global_step // self.num_iterations
+        at = self.stage.spec.per_device_train_batch_size
         ids = [row.ids for row in rows]
-        found = draw(self, ids, keys, seed, options_of(self.stage.generation), self.num_generations, at)
+        found = draw(self, ids, keys, seed, options_of(self.stage.spec.generation), self.num_generations, at)
         tokens = [completion.tokens for completion in found]
         return (tokens, None) if rest else tokens
 
@@ -92,7 +106,7 @@ class PolicyTrainer(StageTrainer):
         """TRL's hook: a number of each reward for each answer of all workers, [answers, rewards], NaN where none."""
         columns = columns_of([{name: one[name] for name in one if name != "prompt"} for one in inputs])
         own = {"trainer_state": self.state, "log_extra": self._log_completion_extra, "log_metric": self._log_metric}
-        values = [reward(prompts, completions, completion_ids=ids, **columns | own) for reward in self.rewards]
+        values = [reward(prompts, completions, completion_ids=ids, **columns | own) for reward in self.stage.rewards]
         answers = zip(*values, strict=True)
         table = torch.tensor([[torch.nan if one is None else one for one in answer] for answer in answers])
         return self.accelerator.gather(table.to(self.accelerator.device))
@@ -102,10 +116,10 @@ class PolicyTrainer(StageTrainer):
         other's."""
         self.model.train()
         whole: Batch = self._generate_and_score_completions(
-            [{"prompt": row.prompt, **row.columns} for row in self.asked[0] for _ in range(self.num_generations)]
+            [{"prompt": row.prompt, **row.fields} for row in self.stage.asked[0] for _ in range(self.num_generations)]
         )
         length = float(self._metrics["train"]["completions/mean_length"][-1])
-        if self.stage.algorithm == "rloo":
+        if self.stage.spec.algorithm == "rloo":
             self._per_answer(length)
         return whole | {"length": torch.tensor(length)}
 
@@ -114,12 +128,12 @@ class PolicyTrainer(StageTrainer):
         workers and in however many passes, and repeated ones not at all."""
         each, passes, device = self.num_generations, len(counted), self.accelerator.device
         real = torch.cat([real for _, real in counted]).repeat_interleave(each).to(device)
-        if self.stage.algorithm == "grpo":  # its loss is a mean over tokens
+        if self.stage.spec.algorithm == "grpo":  # its loss is a mean over tokens
             whole["completion_mask"] = whole["completion_mask"] * real[:, None]
             tokens = self.accelerator.gather(whole["completion_mask"].sum()).sum()
             whole["num_items_in_batch"] = tokens * self.args.steps_per_generation / passes
         else:  # and RLOO's over answers; it grows with the advantages
-            rows, workers = self.feed.division.rows, self.accelerator.num_processes
+            rows, workers = self.stage.feed.division.rows, self.accelerator.num_processes
             weights = [workers * passes * len(part) / rows for part, _ in counted]
             lengths = torch.tensor([len(part) * each for part, _ in counted])
             spread = torch.tensor(weights).repeat_interleave(lengths).to(device)
@@ -130,7 +144,7 @@ class PolicyTrainer(StageTrainer):
     def _compute_loss(self, model: Any, inputs: Batch) -> torch.Tensor:
         """TRL's loss; GRPO's measures the KL."""
         loss: torch.Tensor = super()._compute_loss(model, inputs)
-        if self.stage.algorithm == "grpo":
+        if self.stage.spec.algorithm == "grpo":
             self._per_answer(float(inputs["length"]))
         return loss
 
@@ -146,7 +160,8 @@ class PolicyTrainer(StageTrainer):
         answers and so measured none."""
         if self.state.global_step % self.num_iterations != 1 % self.num_iterations:
             return None
-        recent = self._metrics["train"]["kl"][-(len(self.answered or ()) if self.stage.algorithm == "grpo" else 1) :]
+        passes = len(self.stage.answered or ()) if self.stage.spec.algorithm == "grpo" else 1
+        recent = self._metrics["train"]["kl"][-passes:]
         return sum(recent) / len(recent)
 
     def kl_now(self) -> float:
@@ -154,7 +169,7 @@ class PolicyTrainer(StageTrainer):
         logged = {name: list(values) for name, values in self._metrics["train"].items()}
         seen = self.state.num_input_tokens_seen
         whole = self._scored()
-        if self.stage.algorithm == "grpo":
+        if self.stage.spec.algorithm == "grpo":
             with torch.no_grad():
                 self._compute_loss(self.model, whole)
         kl = float(self._metrics["train"]["kl"][-1])
@@ -170,10 +185,10 @@ class PolicyTrainer(StageTrainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Rewards of one drawn answer to each held-out prompt; every worker calls it and gets the same."""
-        with self.paused():
+        with self.stage.paused():
             sums = self.accelerator.reduce(self._held_out(), reduction="sum").tolist()
         self.model.eval()
-        names = ["reward", *(f"rewards/{reward.name}" for reward in self.rewards), "length"]
+        names = ["reward", *(f"rewards/{reward.name}" for reward in self.stage.rewards), "length"]
         means = {f"eval_{name}": sums[2 * at] / max(sums[2 * at + 1], 1) for at, name in enumerate(names)}
         self.log(means)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
@@ -186,47 +201,48 @@ class PolicyTrainer(StageTrainer):
         keys = [(rank + at) % len(data) for at in range(0, len(data), workers)]
         real = [rank + at < len(data) for at in range(0, len(data), workers)]
         rows = [prompt_row(data[key]) for key in keys]
-        seed, at = self.stage.seed * SEEDS + HELD_OUT, self.stage.per_device_eval_batch_size
-        found = draw(self, [row.ids for row in rows], keys, seed, options_of(self.stage.generation), 1, at)
+        seed, at = self.stage.spec.seed * SEEDS + HELD_OUT, self.stage.spec.per_device_eval_batch_size
+        found = draw(self, [row.ids for row in rows], keys, seed, options_of(self.stage.spec.generation), 1, at)
         tokens = [completion.tokens for completion in found]
         values = self._worth(rows, [completion.text for completion in found], tokens)
-        columns = [weighted(values, [reward.weight for reward in self.rewards]), *values, [len(one) for one in tokens]]
+        total = weighted(values, [reward.weight for reward in self.stage.rewards])
+        columns = [total, *values, [len(one) for one in tokens]]
         totals = [number for column in columns for number in _sum_and_count(column, real)]
         return torch.tensor(totals, dtype=torch.float32, device=self.accelerator.device)
 
     def _worth(self, rows: list[PromptRow], texts: list[str], ids: list[list[int]]) -> list[list[float | None]]:
         prompts = [row.prompt for row in rows]
         completions = [row.completion(text) for row, text in zip(rows, texts, strict=True)]
-        columns = columns_of([row.columns for row in rows])
+        columns = columns_of([row.fields for row in rows])
         own = {"trainer_state": self.state, "log_extra": _ignore, "log_metric": _ignore}
-        return [reward(prompts, completions, completion_ids=ids, **columns | own) for reward in self.rewards]
+        return [reward(prompts, completions, completion_ids=ids, **columns | own) for reward in self.stage.rewards]
 
     def _keep(self, step: int, directory: Path) -> None:
         """What a checkpoint needs beside the weights."""
-        rank = self.context.placement.rank
-        if self.bound is not None:
-            self.bound.save(directory, rank)
-        if step % self.num_iterations and self.answered is not None:
-            save_file(_flat(self.answered), directory / ANSWERS.format(rank))
+        rank = self.stage.context.placement.rank
+        if self.stage.bound is not None:
+            self.stage.bound.save(directory, rank)
+        if step % self.num_iterations and self.stage.answered is not None:
+            save_file(_flat(self.stage.answered), directory / ANSWERS.format(rank))
 
     def _take_up(self) -> None:
         """Go on where a checkpoint left off; once, before the first step."""
-        directory, self.feed.checkpoint = self.feed.checkpoint, None
+        directory, self.stage.feed.checkpoint = self.stage.feed.checkpoint, None
         if directory is None:
             return
-        if self.bound is not None:
-            self.bound.load(directory, self.context.placement.rank)
-        place = self.context.placement
+        if self.stage.bound is not None:
+            self.stage.bound.load(directory, self.stage.context.placement.rank)
+        place = self.stage.context.placement
         there = [(directory / ANSWERS.format(rank)).is_file() for rank in range(place.world_size + 1)]
         if all(there[:-1]) and not there[-1]:  # else other workers wrote them, and new ones are drawn
             path = directory / ANSWERS.format(place.rank)
-            self.answered = _batches(load_file(path), self.accelerator.device)
+            self.stage.answered = _batches(load_file(path), self.accelerator.device)
 
     def final_metrics(self) -> dict[str, float]:
         """Where the bound was passed, at which step, and the KL there."""
-        if self.bound is None or self.bound.passed is None:
+        if self.stage.bound is None or self.stage.bound.passed is None:
             return {}
-        step, kl = self.bound.passed
+        step, kl = self.stage.bound.passed
         return {"kl_passed_at_step": float(step), "kl_passed": kl}
 
 

@@ -16,6 +16,7 @@ from finetune_trainer.stages.masking import MaskingCollator
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.callbacks import EpochCallback
 from finetune_trainer.training.context import StageContext
+from finetune_trainer.training.held_out import Sums, masked_sums
 from finetune_trainer.training.stage_trainer import StageTrainer
 
 
@@ -25,6 +26,10 @@ class CausalTrainer(StageTrainer, trl.SFTTrainer):
 
 class MaskedTrainer(StageTrainer, transformers.Trainer):
     """transformers' Trainer on masked blocks."""
+
+    def measure(self, model: Any, inputs: dict[str, Any]) -> Sums:
+        """The loss of what is hidden in held-out blocks."""
+        return masked_sums(model, inputs)
 
 
 def make_trainer(context: StageContext) -> Any:
@@ -69,9 +74,8 @@ def _masked_once(rows: Dataset | None, collator: MaskingCollator) -> Dataset | N
 def _model(context: StageContext, spec: PretrainSpec) -> transformers.PreTrainedModel:
     return load_model(
         context.source,
-        context.run.job.spec.model,
+        context.job_model,
         context.precision,
-        context.tokenizer,
         task=task_of(spec),
         seed=spec.seed,
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -29,16 +32,34 @@ def make_trainer(context: StageContext) -> Any:
     spec = context.spec
     assert isinstance(spec, RlhfSpec)
     # The arguments come first: with ZeRO-3 they divide the model among the workers while it loads.
-    config, kind = (trl.RLOOConfig, RlooTrainer) if spec.algorithm == "rloo" else (trl.GRPOConfig, GrpoTrainer)
+    rloo = spec.algorithm == "rloo"
+    config, kind = (trl.RLOOConfig, RlooTrainer) if rloo else (trl.GRPOConfig, GrpoTrainer)
     args = config(**_arguments(context, spec))
-    # A reference beside the policy is loaded by the policy's name, so that must be of a whole model.
     model, peft_config = fresh_adapter(context) if spec.lora is None else adapted_model(context)
     stops = stop_ids(context.tokenizer, model.generation_config.eos_token_id)
     where = f"{context.where}.rewards"
     rewards = load_rewards(spec.rewards, context.run, where, context.precision.compute, args.device)
-    trainer = adapted_trainer(kind, context, model, peft_config, args, reward_funcs=[*rewards])
+    trl_kind = trl.RLOOTrainer if rloo else trl.GRPOTrainer
+    with _reference_from(trl_kind, lambda: fresh_adapter(context)[0]):
+        trainer = adapted_trainer(kind, context, model, peft_config, args, reward_funcs=[*rewards])
     trainer.begin(context, spec, rewards, stops)
     return trainer
+
+
+@contextmanager
+def _reference_from(trainer: type, load: Callable[[], Any]) -> Iterator[None]:
+    """Inside, TRL's trainer takes its reference from `load`.
+
+    TRL loads it by the policy's name through `from_pretrained`, which checks no weights, and knows neither added
+    embedding rows nor a dequantized copy; its constructors have no argument for a reference.
+    """
+    module: Any = import_module(trainer.__module__)
+    own = module.create_model_from_path
+    module.create_model_from_path = lambda *_, **__: load()
+    try:
+        yield
+    finally:
+        module.create_model_from_path = own
 
 
 def _arguments(context: StageContext, spec: RlhfSpec) -> dict[str, Any]:

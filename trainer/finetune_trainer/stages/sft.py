@@ -12,6 +12,7 @@ from finetune_trainer.data import PackedCollator
 from finetune_trainer.stages.adapted import adapted_model, adapted_trainer
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.context import StageContext
+from finetune_trainer.training.packing_check import PackingCheck
 from finetune_trainer.training.stage_trainer import StageTrainer
 
 
@@ -25,14 +26,14 @@ def make_trainer(context: StageContext) -> Any:
     assert isinstance(spec, SftSpec)
     # The arguments come first: with ZeRO-3 they divide the model among the workers while it loads.
     args = trl.SFTConfig(**training_arguments(context), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-    collator = supervised_collator(context, spec)
-    return adapted_trainer(SftTrainer, context, *adapted_model(context), args, data_collator=collator)
+    return adapted_trainer(SftTrainer, context, *adapted_model(context), args, **supervised_batches(context, spec))
 
 
-def supervised_collator(context: StageContext, spec: SupervisedSpec) -> Any:
-    """Batches of dialogues, packed or padded."""
+def supervised_batches(context: StageContext, spec: SupervisedSpec) -> dict[str, Any]:
+    """Return the arguments of a trainer that make its batches of dialogues: packed, and checked, or padded."""
     pad = context.tokenizer.pad_token_id
-    if spec.packing:
-        assert spec.max_length is not None
-        return PackedCollator(pad, spec.max_length)
-    return DataCollatorForLanguageModeling(pad_token_id=pad)
+    if not spec.packing:
+        return {"data_collator": DataCollatorForLanguageModeling(pad_token_id=pad)}
+    assert spec.max_length is not None
+    collator = PackedCollator(pad, spec.max_length)
+    return {"data_collator": collator, "callbacks": [PackingCheck(context, collator)]}

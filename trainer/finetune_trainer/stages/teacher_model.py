@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from finetune_api.model import ModelSpec
 from finetune_api.stages import SynthesizeSpec, TeacherModel
 from finetune_trainer.endpoint.chat import ChatAnswer, ChatRequest
@@ -14,6 +16,7 @@ from finetune_trainer.generation.load import Loaded, load, read_whole
 from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.generation.prompts import encode, has_template
 from finetune_trainer.model.config import load_tokenizer
+from finetune_trainer.model.load import on_device
 from finetune_trainer.model.source import ModelSource, model_name, stage_result
 from finetune_trainer.pipeline import stage_named
 from finetune_trainer.queries.sandbox import Sandbox
@@ -148,4 +151,4 @@ def _load(context: StageContext, spec: SynthesizeSpec, device: str) -> Loaded:
         return load(name, device)
     model, kind = read_whole(name, given.revision)
     tokenizer = load_tokenizer(ModelSource(name, None, given.revision, tokenizer=name))
-    return Loaded(model.to(device).eval(), tokenizer, kind)
+    return Loaded(on_device(model, torch.device(device)).eval(), tokenizer, kind)

@@ -26,6 +26,13 @@ class PromptRow:
     """A string or a list of messages."""
     columns: dict[str, Any]
     """What reward functions may ask for."""
+    tools: list[dict[str, Any]] | None = None
+    """JSON schemas of the tools that the prompt offers."""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What reward functions get of the row: its columns, and its tools as the column `tools`."""
+        return {**self.columns, "tools": self.tools} if self.tools else self.columns
 
     def completion(self, text: str) -> Any:
         """An answer in the form of the prompt: a string, or a list of one message."""

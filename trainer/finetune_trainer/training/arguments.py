@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from finetune_api.training import TrainingSpec
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.deepspeed import deepspeed_config
@@ -31,6 +33,8 @@ def training_arguments(context: StageContext) -> dict[str, Any]:
             context.run.job.spec.sharding,
             context.zero,
             context.placement.accelerator,
+            trained=context.trained,
+            accumulates=context.division.accumulation > 1 and context.precision.compute == torch.bfloat16,
             universal=context.resumed is not None and context.resumed.universal,
         ),
         "remove_unused_columns": False,

@@ -105,7 +105,7 @@ class StreamSteps(IterableDataset[list[Row]]):
 
     Args:
         first: the step to begin after.
-        states: reads a shard's state after step `first`; not called for 0.
+        states: reads a shard's state after step `first`; not called for 0. None begins with the stream's first row.
     """
 
     def __init__(
@@ -120,9 +120,9 @@ class StreamSteps(IterableDataset[list[Row]]):
         self.shards, self.division, self.most = shards, division, division.most
         self.share = [positions.tolist() for positions in division.share(division.rows)]
         self.readers = {shard: stream.shard(shard, shards) for shard in self._touched()}
-        if first and states is not None:
-            for shard, reader in self.readers.items():
-                reader.load_state_dict(states(shard))
+        for shard, reader in self.readers.items() if first else ():
+            anew = reader.state_dict() | {"rows": first * self._rows_per_shard}
+            reader.load_state_dict(anew if states is None else states(shard))
 
     def states(self, step: int) -> dict[int, dict[str, Any]]:
         """The state after a step of each shard that this worker answers for."""
@@ -184,7 +184,7 @@ class Feed:
     Args:
         shards: workers when the stage began: in so many shards a stream is read.
         step: the step after which the stage goes on.
-        checkpoint: the directory it goes on from; None at the beginning.
+        checkpoint: the directory it goes on from; None at the beginning, and where a stream is read anew.
     """
 
     def __init__(
@@ -198,7 +198,8 @@ class Feed:
         if not isinstance(rows, StreamedRows):
             sampler = StepSampler(len(rows), self.division, self.seed)
             return StepLoader(rows, batch_sampler=sampler, collate_fn=collator, **options)
-        self.stream = StreamSteps(rows, self.shards, self.division, self.step, self._state)
+        states = None if self.checkpoint is None else self._state
+        self.stream = StreamSteps(rows, self.shards, self.division, self.step, states)
         # A generator of its own: a DataLoader draws a seed from the global one whenever it begins, and a resumed run
         # begins where an undisturbed one does not.
         own = torch.Generator()

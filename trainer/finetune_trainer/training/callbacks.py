@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -89,8 +89,8 @@ class ProgressCallback(TrainerCallback):
         assert self.trainer is not None
         tokens, samples = self.peers.sum(self.trainer.take_counts())
         self.tokens, self.samples = self.tokens + tokens, self.samples + samples
-        if self.trainer.routing is not None:
-            self.loads = expert_loads(self.trainer.routing, self.peers)
+        if self.trainer.stage.routing is not None:
+            self.loads = expert_loads(self.trainer.stage.routing, self.peers)
         self.rates = self.meter.update(time.monotonic(), step, self.tokens, self.samples)
 
     def _tell(self, state: TrainerState, logs: dict[str, float], trains: bool) -> None:
@@ -168,6 +168,7 @@ class CheckpointCallback(TrainerCallback):
                 zero=self.context.zero,
                 rows_per_step=self.context.rows_per_step,
                 shards=self.context.shards,
+                data=asdict(self.context.data.key),
             )
             self.progress.end.send(CheckpointSaved(self.context.layout.index, step))
             self.store.prune(self.context.spec.save_total_limit)
@@ -216,7 +217,7 @@ class MendCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        mend_universal(self.trainer.optimizer, self.trainer.weight_decays)
+        mend_universal(self.trainer.optimizer, self.trainer.stage.weight_decays)
 
 
 class EpochCallback(TrainerCallback):

@@ -14,6 +14,7 @@ from finetune_api.runconfig import RunConfig
 from finetune_api.stages import PretrainSpec, PromptSpec, TokenizerSpec, TrainedSpec
 from finetune_trainer.data import Prepared, StreamedRows
 from finetune_trainer.layout import StageLayout
+from finetune_trainer.model.load import JobModel
 from finetune_trainer.model.precision import Precision, model_dtype, precision
 from finetune_trainer.model.saved import is_adapter
 from finetune_trainer.model.source import ModelSource
@@ -40,6 +41,8 @@ class ResumePoint:
     directory: Path
     universal: bool = False
     """Whether DeepSpeed's shards in it were converted for another number of workers."""
+    other_rows: bool = False
+    """Whether the stage goes on with other training rows than the checkpoint was trained on, as the user asked."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class StageContext:
     """The global batch, whatever the number of workers."""
     shards: int
     """In so many shards a stream is read."""
+    trained: int | None = None
+    """Parameters with a gradient, as planned; None: unknown."""
     resumed: ResumePoint | None = None
 
     @cached_property
@@ -68,6 +73,11 @@ class StageContext:
         spec = spec_of(self.run, self.layout.index)
         assert not isinstance(spec, TokenizerSpec), "a tokenizer stage has no worker"
         return cast(TrainedSpec, spec)  # a stage that trains nothing asks for its spec itself
+
+    @property
+    def job_model(self) -> JobModel:
+        """What the job asks of the saved models that its stages train."""
+        return JobModel(self.run.job.spec.model, self.tokenizer, self.run.cache_dir)
 
     @property
     def where(self) -> str:
@@ -103,7 +113,8 @@ class StageContext:
             return PromptFeed(even, seed, repeats, self.resumed.directory if self.resumed else None)
         if self.resumed is None:
             return Feed(self.division, self.shards, seed)
-        return Feed(self.division, self.shards, seed, self.resumed.step, self.resumed.directory)
+        place = None if self.resumed.other_rows else self.resumed.directory
+        return Feed(self.division, self.shards, seed, self.resumed.step, place)
 
     @cached_property
     def precision(self) -> Precision:

@@ -7,15 +7,25 @@ from typing import Any
 import torch
 
 from finetune_api.cluster import Sharding
+from finetune_trainer.plan.memory import bucket_size
 
 
 def deepspeed_config(
-    sharding: Sharding, zero: int, accelerator: bool, universal: bool = False
+    sharding: Sharding,
+    zero: int,
+    accelerator: bool,
+    *,
+    trained: int | None = None,
+    accumulates: bool = False,
+    universal: bool = False,
 ) -> dict[str, Any] | None:
-    """What `TrainingArguments.deepspeed` takes; None for ZeRO-0, which is torch's own data parallelism.
+    """Return what `TrainingArguments.deepspeed` takes; None for ZeRO-0, which is torch's own data parallelism.
 
     Args:
-        universal: the checkpoint to go on from is a universal one.
+        trained: parameters with a gradient, which bound the communication buckets; None where unknown.
+        accumulates: whether a step adds up several bfloat16 gradients. Under ZeRO-2 and 3 they are then added in
+            float32: a bfloat16 sum of 8 bits loses small contributions.
+        universal: the checkpoint to resume from is a universal one.
     """
     if zero == 0:
         return None
@@ -25,7 +35,8 @@ def deepspeed_config(
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto"},
-        "zero_optimization": _zero_optimization(sharding, zero, accelerator),
+        "zero_optimization": _zero_optimization(sharding, zero, accelerator, bucket_size(trained)),
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if accumulates and zero >= 2 else {}),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
@@ -34,8 +45,14 @@ def deepspeed_config(
     }
 
 
-def _zero_optimization(sharding: Sharding, zero: int, accelerator: bool) -> dict[str, Any]:
-    config: dict[str, Any] = {"stage": zero, "overlap_comm": accelerator, "contiguous_gradients": True}
+def _zero_optimization(sharding: Sharding, zero: int, accelerator: bool, bucket: int) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "stage": zero,
+        "overlap_comm": accelerator,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
     if sharding.offload_optimizer:
         config["offload_optimizer"] = {"device": "cpu", "pin_memory": accelerator}
     if sharding.offload_param:

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from finetune_api.stages import EsftSpec
@@ -20,7 +19,7 @@ from finetune_trainer.training.context import StageContext
 
 def save_experts(trainer: Any, context: StageContext, spec: EsftSpec, directory: Path) -> None:
     """Write the result and the tokenizer to `directory` on rank 0; every worker calls it (ZeRO-3 gathers)."""
-    first, config = context.placement.rank == 0, trainer.expert_config
+    first, config = context.placement.rank == 0, trainer.stage.experts
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     tensors = trained_tensors(model, config, context.precision.result, keep=first)
     if not first:
@@ -28,7 +27,7 @@ def save_experts(trainer: Any, context: StageContext, spec: EsftSpec, directory:
     shutil.rmtree(directory, ignore_errors=True)
     assert context.source.name is not None
     if spec.merge:
-        _write_whole(context.source.name, context.precision.result, config, tensors, directory)
+        _write_whole(context, context.source.name, config, tensors, directory)
     else:
         write_adapter(directory, tensors, config, context.source.name)
     context.tokenizer.save_pretrained(directory)
@@ -47,10 +46,12 @@ def save_scores(context: StageContext, directory: Path) -> Path:
 
 
 def _write_whole(
-    base: str, dtype: torch.dtype, config: ExpertConfig, tensors: dict[str, Tensor], directory: Path
+    context: StageContext, base: str, config: ExpertConfig, tensors: dict[str, Tensor], directory: Path
 ) -> None:
-    """The base as it is on disk with the trained tensors in place: what was frozen stays the same to the bit."""
+    """Write the base as it is on disk with the trained tensors in place: what was frozen is the same to the bit."""
     with undivided_loading():
-        model = load_whole(base, dtype=dtype)
+        model = load_whole(
+            base, revision=context.source.revision, job=context.job_model, dtype=context.precision.result
+        )
     apply_tensors(model, config, tensors)
     model.save_pretrained(directory, max_shard_size=SHARD_SIZE)

@@ -61,7 +61,7 @@ class KlBound(TrainerCallback):
         if self.within is not None:
             for name, weight in self._trained():
                 _held(weight).data.copy_(self.within[name])
-        self.trainer.keeps_last = False
+        self.trainer.stage.keeps_last = False
         control.should_save = False
         control.should_training_stop = True
 

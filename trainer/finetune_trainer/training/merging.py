@@ -9,45 +9,46 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from finetune_trainer.data.keys import digest
 from finetune_trainer.esft.adapter_files import is_expert_adapter
 from finetune_trainer.esft.zero3 import undivided_loading
-from finetune_trainer.model.load import SHARD_SIZE, load_whole
-from finetune_trainer.model.saved import base_of, is_adapter
+from finetune_trainer.model.adapter import attach_adapter
+from finetune_trainer.model.config import read_config
+from finetune_trainer.model.load import SHARD_SIZE, JobModel, load_whole
+from finetune_trainer.model.saved import base_of, is_adapter, root_of
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.model.task import Task, as_reward, auto_class
 from finetune_trainer.training.context import StageContext
 
 
-def merge_adapter(
-    base: str, revision: str | None, adapter: Path, directory: Path, task: Task = "causal", pad: int | None = None
-) -> None:
-    """Merge an adapter into its base, on the CPU, in the precision that the base was saved in.
+def merge_adapter(context: StageContext, source: ModelSource, adapter: Path, directory: Path, task: Task) -> None:
+    """Merge an adapter into the base of `source`, on the CPU, in the precision that the base was saved in.
 
     The base is loaded anew, and is neither what QLoRA quantized it to (unsloth#1089) nor in the precision that the
     stage computed in. The sum is formed in float32 and rounded once.
 
-    Args:
-        pad: the padding token of a reward model, which is scored at the last other token.
+    Raises:
+        UserError: the base or the adapter lacks weights.
     """
-    model = _load(base, revision, task)
+    assert source.name is not None
+    model = _load(base_of(source.name), source.revision, task, context.job_model)
     whole, saved = model.dtype, {name: weight.dtype for name, weight in model.state_dict().items()}
-    merged = PeftModel.from_pretrained(model.float(), str(adapter)).merge_and_unload(safe_merge=True)
+    merged: Any = attach_adapter(model.float(), adapter)
+    merged = merged.merge_and_unload(safe_merge=True)
     for name, weight in chain(merged.named_parameters(), merged.named_buffers()):
         if weight.is_floating_point():
             weight.data = weight.data.to(saved.get(name, whole))
     if task == "reward":
-        as_reward(merged.config, pad)
+        as_reward(merged.config, context.tokenizer.pad_token_id)
     _write(merged, directory)
 
 
 def whole_source(context: StageContext) -> ModelSource:
-    """The stage's source as a whole model: an adapter that the stage before carried on, of PEFT's or of
+    """Return the stage's source as a whole model: an adapter that the stage before carried on, of PEFT's or of
     experts, is merged on this machine."""
-    name, revision = context.source.name, context.source.revision
+    name = context.source.name
     if name is None or not (is_adapter(name) or is_expert_adapter(name)):
         return context.source
     directory = Path(context.run.cache_dir, "merged", _key(name))
@@ -57,19 +58,22 @@ def whole_source(context: StageContext) -> ModelSource:
             part = directory.with_name(f".{directory.name}")
             shutil.rmtree(part, ignore_errors=True)
             if is_adapter(name):
-                merge_adapter(base_of(name), revision, Path(name), part)
+                merge_adapter(context, context.source, Path(name), part, "causal")
             else:
-                _write(_load(name, None, "causal"), part)
+                _write(_load(name, None, "causal", context.job_model), part)
             context.tokenizer.save_pretrained(part)
             part.rename(directory)
     return replace(context.source, name=str(directory), revision=None)
 
 
-def _load(name: str, revision: str | None, task: Task) -> PreTrainedModel:
-    """A whole model or an expert adapter on its base, in the precision that it was saved in."""
-    options: dict[str, Any] = {"num_labels": 1} if task == "reward" else {}
+def _load(name: str, revision: str | None, task: Task, job: JobModel) -> PreTrainedModel:
+    """Return a whole model or an expert adapter on its base, in the precision that it was saved in."""
+    reward = task == "reward"
+    config = as_reward(read_config(root_of(name), revision), None) if reward else None
     with undivided_loading():
-        return load_whole(name, auto_class(task), revision=revision, dtype="auto", **options)
+        return load_whole(
+            name, auto_class(task), revision=revision, config=config, job=job, new_head=reward, dtype="auto"
+        )
 
 
 def _write(model: Any, directory: Path) -> None:

@@ -19,6 +19,18 @@ class RoundFiles:
     def __init__(self, storage: Storage, layout: StageLayout) -> None:
         self.storage, self.layout = storage, layout
 
+    def begin(self, data: str) -> None:
+        """Note which prompts the rounds are drawn from, and delete what was drawn from others.
+
+        Args:
+            data: hash of the prompts.
+        """
+        path = self.layout.round_data
+        if self.storage.exists(path) and self.storage.read_text(path) != data:
+            for drawn in (path.rpartition("/")[0], self.layout.rounds):
+                self.storage.delete(drawn)
+        self.storage.write_text(path, data)
+
     def parts(self, number: int) -> set[int]:
         """The parts of a round's samples that are there."""
         names = (name for name in self.storage.names(self.layout.round(number)) if name.startswith(PART))

@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finetune_trainer.generation.batches import generate_batch
 from finetune_trainer.generation.options import GenerationOptions
+from finetune_trainer.generation.prompts import encode, has_template
 from finetune_trainer.model.config import context_length
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.context import StageContext
@@ -62,8 +63,7 @@ class SamplesCallback(TrainerCallback):
 
 
 def _prompt_ids(tokenizer: Any, prompt: dict[str, Any], room: int) -> list[int]:
-    if "messages" in prompt:
-        text = tokenizer.apply_chat_template(prompt["messages"], tokenize=False, add_generation_prompt=True)
-    else:
-        text = prompt["prompt"]
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"][-room:])
+    if "messages" in prompt and has_template(tokenizer):
+        return encode(tokenizer, [prompt["messages"]], tools=prompt.get("tools"))[0][-room:]
+    text = prompt.get("prompt") or "\n\n".join(message["content"] for message in prompt["messages"])
+    return encode(tokenizer, [text], raw=True)[0][-room:]

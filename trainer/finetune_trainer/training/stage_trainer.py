@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers.trainer_utils import EvalLoopOutput
 
 from finetune_trainer.checkpoint.space import full_disk_named
+from finetune_trainer.model.router_logits import fit_for_balance_loss, no_router_logits
+from finetune_trainer.training.held_out import HeldOutLoader, Means, Sums, share, token_sums
+from finetune_trainer.training.parts import StageParts
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
-
-    from finetune_trainer.esft.routing import RoutingCounter
-    from finetune_trainer.training.batches import Feed
-    from finetune_trainer.training.tools import StageTools
 
 _Base: Any = transformers.Trainer if TYPE_CHECKING else object
 
 
 class StageTrainer(_Base):
-    """Mixin: prepared data as it is, counted tokens, no empty optimizer groups, and nothing but our checkpoints.
+    """Mixin: prepared data as it is, counted tokens, no empty optimizer groups, means over all held-out tokens or
+    pairs, and nothing but our checkpoints.
 
-    Subclasses put it first: `class Sft(StageTrainer, trl.SFTTrainer)`.
+    Subclasses put it first: `class Sft(StageTrainer, trl.SFTTrainer)`. They keep attributes of their own in `stage`,
+    and say in `measure` what an evaluation measures.
     """
 
-    feed: Feed
-    """Which rows are trained on when."""
-    weight_decays: list[float]
-    """Of the optimizer's groups."""
-    tokens_since_log: torch.Tensor | int = 0
-    """Tokens this worker has trained on since they were last taken; a tensor, so that counting needs no sync."""
-    samples_since_log: int = 0
-    routing: RoutingCounter | None = None
-    """Counts what the routers choose while training; None in a dense model."""
-    tools: StageTools | None = None
-    """Storage, the other workers and the driver, for a trainer that works beside its steps too."""
-    keeps_last: bool = True
-    """Whether the state after the last step gets a checkpoint."""
-    paused: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """Stops the training clock while it is entered."""
+    stage: StageParts
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.stage = self.new_parts()
+        super().__init__(*args, **kwargs)
+        fit_for_balance_loss(self.model)
+
+    @staticmethod
+    def new_parts() -> StageParts:
+        """What `stage` holds."""
+        return StageParts()
+
+    def measure(self, model: Any, inputs: dict[str, Any]) -> Sums:
+        """The sums that a batch of held-out rows adds to an evaluation."""
+        return token_sums(model, inputs)
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         """TRL's hook: the data is tokenised already."""
@@ -53,7 +55,7 @@ class StageTrainer(_Base):
 
         The batches stay on the CPU until transformers moves each to the device, so that counting them needs no sync.
         """
-        return self.feed.loader(
+        return self.stage.feed.loader(
             self.train_dataset,
             self.data_collator,
             num_workers=self.args.dataloader_num_workers,
@@ -69,8 +71,8 @@ class StageTrainer(_Base):
     def count(self, batches: list[dict[str, Any]]) -> None:
         """Count what is in batches that are trained on."""
         for batch in batches:
-            self.tokens_since_log = self.tokens_since_log + count_tokens(batch)
-            self.samples_since_log += len(batch["input_ids"])
+            self.stage.tokens = self.stage.tokens + count_tokens(batch)
+            self.stage.samples += len(batch["input_ids"])
 
     def final_metrics(self) -> dict[str, float]:
         """What a stage measures at its end beside the evaluation; every worker calls it."""
@@ -78,8 +80,8 @@ class StageTrainer(_Base):
 
     def take_counts(self) -> tuple[int, int]:
         """Tokens and rows of this worker since the last call."""
-        counts = int(self.tokens_since_log), self.samples_since_log
-        self.tokens_since_log, self.samples_since_log = 0, 0
+        counts = int(self.stage.tokens), self.stage.samples
+        self.stage.tokens, self.stage.samples = 0, 0
         return counts
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -90,7 +92,7 @@ class StageTrainer(_Base):
         """
         optimizer = super().create_optimizer(model)
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        self.weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
+        self.stage.weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
         return optimizer
 
     def _run_epoch(self, **kwargs: Any) -> None:
@@ -106,18 +108,72 @@ class StageTrainer(_Base):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """transformers' evaluation, whose time does not count as training."""
-        with self.paused():
+        with self.stage.paused():
             return super().evaluate(*args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """transformers' hook: each row on one worker, in place of accelerate's division, which repeats some."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        workers, rank = self.accelerator.num_processes, self.accelerator.process_index
+        batches, counts = share(len(rows), self.args.per_device_eval_batch_size, workers, rank)
+        return HeldOutLoader(
+            rows,
+            batches,
+            counts,
+            self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """transformers' loop over held-out rows; the means are ours, see `training.held_out`."""
+        self.stage.held_out = Means(getattr(dataloader, "counts", None))
+        with no_router_logits(self.model):
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self.finish_means(self.stage.held_out.over_all(self.accelerator))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def finish_means(self, means: dict[str, float]) -> dict[str, float]:
+        """The metrics of an evaluation, given the means of what `measure` sums up."""
+        return means
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
+        """transformers' hook for each batch of held-out rows; nothing is left for transformers to average."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            sums = self.measure(model, inputs)
+        self.stage.held_out.add(sums, self.accelerator.device)
+        return None, None, None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """transformers' checkpoint, without the model card that TRL writes into each."""
-        with self.paused(), full_disk_named(Path(self.args.output_dir)):
+        with self.stage.paused(), full_disk_named(Path(self.args.output_dir)):
             transformers.Trainer._save_checkpoint(self, model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Weights as transformers saves them; not in a DeepSpeed checkpoint, whose shards hold them already."""
-        if not (_internal_call and self.is_deepspeed_enabled):
+        """Save the weights for a resumed run; not in a DeepSpeed checkpoint, whose shards hold them already.
+
+        They have the names that they have in the model: transformers would save them under the names of the model's
+        own checkpoint, and find nothing by those names when it resumes (composite models, stacked experts).
+        """
+        if _internal_call and self.is_deepspeed_enabled:
+            return
+        with own_names(self.accelerator.unwrap_model(self.model)):
             super().save_model(output_dir, _internal_call)
+
+
+@contextmanager
+def own_names(model: Any) -> Iterator[None]:
+    """Inside, `save_pretrained` keeps the names that the weights have in the model."""
+    conversions = getattr(model, "_weight_conversions", None)
+    model._weight_conversions = []
+    try:
+        yield
+    finally:
+        model._weight_conversions = conversions
 
 
 def count_tokens(batch: dict[str, Any]) -> torch.Tensor | int:

@@ -18,6 +18,8 @@ class StageWork:
     """FLOP/s of one worker's device; None where unknown."""
     rows_per_step: int | None = None
     """The global batch. None: the job's rows per forward pass and accumulation, times the workers at hand."""
+    trained: int | None = None
+    """Parameters with a gradient, as planned; None: unknown."""
     shards: int | None = None
     """In so many shards a stream is read. None: as many as there are workers."""
 

@@ -1,0 +1,35 @@
+"""Build Triton's launcher whole, as on a GPU node, and load it: `python triton_launcher.py DIRECTORY`.
+
+Only the driver's library is a stand-in, made of the functions that the launcher calls: without a GPU there is none to
+link with. Runs inside the image's root, and imports nothing of the project's.
+"""
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def main(directory: Path) -> None:
+    """Raise what Triton raises on a node whose image can't compile."""
+    os.environ |= {"TRITON_CACHE_DIR": str(directory / "cache"), "TRITON_LIBCUDA_PATH": str(directory)}
+    from triton.backends.nvidia import driver
+    from triton.runtime.build import _build
+
+    library = _build(
+        "cuda_utils", str(Path(driver.dirname, "driver.c")), str(directory), [], driver.include_dirs, [], []
+    )
+    names = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+    called = [line.split()[-1] for line in names.splitlines() if line.split()[-1].startswith("cu")]
+    source = directory / "stand_in.c"
+    source.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in called))
+    stand_in = str(directory / "libcuda.so.1")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", stand_in, str(source)], check=True)
+    ctypes.CDLL(stand_in, ctypes.RTLD_GLOBAL)  # the loader finds the driver's own by ldconfig
+    utils = driver.CudaUtils()
+    print(len(called), callable(utils.launch))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,175 @@
+"""Whatever a stage trains is float32 while it trains, and what it saves is in the job's dtype.
+
+bfloat16 has 8 bits of precision: of a weight of 0.02 an update of 1e-5 is lost in most cases.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from expert_models import build
+from in_process import open_stage, trained
+from safetensors.torch import load_file
+from tiny_rows import dialogue
+from torch import distributed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from finetune_api.runconfig import RunConfig
+from finetune_trainer.generation.batches import generate_batch
+from finetune_trainer.generation.options import GenerationOptions
+from finetune_trainer.plan import PlanContext, plan_job
+from finetune_trainer.plan.devices import Device
+from finetune_trainer.training.deepspeed import join_process_group
+from finetune_trainer.training.results import save_result
+
+Job = dict[str, Any]
+ROWS = [dialogue(f"{n} plus {n}", f"makes {n + n}") for n in range(8)]
+PAIRS = [{"prompt": f"{n} plus 1", "chosen": f" makes {n + 1}", "rejected": f" says {n}"} for n in range(8)]
+STAGES: dict[str, Job] = {
+    "full": {"sft": {}},
+    "dora": {"sft": {"lora": {"useDora": True}}},
+    "modules": {"sft": {"lora": {"modulesToSave": ["embed_tokens", "norm", "input_layernorm"]}}},
+    "modules, packed": {"sft": {"packing": True, "lora": {"modulesToSave": ["lm_head"]}}},
+    "modules, quantized": {"sft": {"quantization": {"bits": 4}, "lora": {"modulesToSave": ["embed_tokens"]}}},
+    "modules of pairs": {"dpo": {"lora": {"modulesToSave": ["embed_tokens"]}}},
+    "head": {"reward": {"lora": {}}},
+    "adapter alone": {"sft": {"lora": {"merge": False, "modulesToSave": ["embed_tokens"]}}},
+    "experts": {"esft": {"trainNonExperts": True, "sampleTokens": 200}},
+}
+
+
+class _Moves(TrainerCallback):
+    """Trained weights at the beginning, and where any of their gradients was not 0."""
+
+    def __init__(self) -> None:
+        self.start: dict[str, torch.Tensor] = {}
+        self.touched: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.start = {name: weight.detach().clone() for name, weight in _trained(model).items()}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        for name, weight in _trained(model).items():
+            seen = weight.grad != 0 if weight.grad is not None else torch.zeros_like(weight, dtype=torch.bool)
+            self.touched[name] = self.touched.get(name, torch.zeros_like(seen)) | seen
+
+
+def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def stage(one: Job) -> Job:
+    ((kind, fields),) = one.items()
+    data = {"sources": [{"inline": PAIRS if kind in ("dpo", "reward") else ROWS}]}
+    steps = {"maxSteps": 3, "learningRate": 1e-5, "lrSchedulerType": "constant", "warmupSteps": 0, "weightDecay": 0.0}
+    return {kind: {"data": data, "maxLength": 64, **steps, **fields}}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_update_counts(name: str, base_job: Job, tiny_model: Path, tmp_path: Path) -> None:
+    _save_base(tiny_model, tmp_path / "half", experts=name == "experts")
+    base_job["spec"] |= {
+        "model": {"path": str(tmp_path / "half"), "dtype": "bfloat16"},
+        "stages": [stage(STAGES[name])],
+    }
+    moves, context = _Moves(), open_stage(base_job, tmp_path)
+    with trained(context, callbacks=[moves]) as trainer:
+        weights = _trained(trainer.model)
+        assert {weight.dtype for weight in weights.values()} == {torch.float32}
+        moved = sum(int((weight != moves.start[at])[moves.touched[at]].sum()) for at, weight in weights.items())
+        touched = sum(int(one.sum()) for one in moves.touched.values())
+        assert moved > 0.99 * touched and touched > 1000
+        if "reward" not in STAGES[name]:
+            options = GenerationOptions(max_new_tokens=4)
+            assert len(generate_batch(trainer.model, context.tokenizer, ["1 plus 1", "2"], options)) == 2
+        if name not in ("experts", "modules, quantized"):  # of which a plan knows less
+            _as_planned(trainer, context.run)
+        if "dpo" in STAGES[name]:  # before the first step the model is its own reference, to the last bit
+            assert trainer.state.log_history[0]["rewards/margins"] == 0.0
+        save_result(trainer, context, tmp_path / "result")
+    saved = [weight for path in (tmp_path / "result").glob("*.safetensors") for weight in load_file(path).values()]
+    assert {weight.dtype for weight in saved} == {torch.bfloat16}
+
+
+def _as_planned(trainer: Any, run: RunConfig) -> None:
+    """Weights and optimizer states take as much memory as the plan says."""
+    memory = plan_job(run, PlanContext(Device("CPU", 8 << 30, "cpu"))).stages[0].memory
+    states = (state[name] for state in trainer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+    assert memory.weights == sum(weight.nbytes for weight in trainer.model.parameters())
+    assert memory.optimizer == sum(state.nbytes for state in states)
+
+
+@pytest.fixture(scope="module")
+def one_worker() -> Iterator[None]:
+    """A process group of this process alone, which DeepSpeed needs and then holds on to."""
+    monkeypatch = pytest.MonkeyPatch()
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(_free_port()))
+    distributed.init_process_group("gloo", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_deepspeed_keeps_float32_copies(
+    zero: int, base_job: Job, tiny_model: Path, tmp_path: Path, one_worker: None
+) -> None:
+    """Of all that is trained, an adapter that another stage has begun included; the weights are bfloat16."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    _save_base(tiny_model, tmp_path / "half", experts=False)
+    begun = stage({"sft": {"lora": {"merge": False, "modulesToSave": ["embed_tokens"]}}})
+    base_job["spec"] |= {"model": {"path": str(tmp_path / "half"), "dtype": "bfloat16"}, "stages": [begun]}
+    with trained(context := open_stage(base_job, tmp_path)) as trainer:
+        save_result(trainer, context, tmp_path / "begun")
+    base_job["spec"]["model"]["path"] = str(tmp_path / "begun")
+    join_process_group(zero, accelerator=False)
+    start: dict[str, torch.Tensor] = {}
+    with trained(open_stage(base_job, tmp_path, zero), callbacks=[_Copies(start)]) as trainer:
+        for name, weight in _trained(trainer.model).items():
+            copy = safe_get_full_fp32_param(weight)
+            assert (weight.dtype, copy.dtype) == (torch.bfloat16, torch.float32)
+            if "lora_" in name:  # each has a gradient
+                assert (copy != start[name]).float().mean() > 0.99, name
+        assert "base_model.model.model.embed_tokens.modules_to_save.default.weight" in start
+    with trained(open_stage(base_job, tmp_path)) as trainer:
+        assert not trainer.is_deepspeed_enabled  # a stage without sharding after one with it, in the same process
+
+
+class _Copies(TrainerCallback):
+    """DeepSpeed's float32 copies at the beginning."""
+
+    def __init__(self, start: dict[str, torch.Tensor]) -> None:
+        self.start = start
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        self.start |= {name: safe_get_full_fp32_param(weight).clone() for name, weight in _trained(model).items()}
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _save_base(tiny_model: Path, directory: Path, experts: bool) -> None:
+    """The model that the stage starts from, saved in bfloat16."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.save_pretrained(directory)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    model = build("qwen3_moe", vocab_size=len(tokenizer), **ids) if experts else _load(tiny_model)
+    model.to(torch.bfloat16).save_pretrained(directory)
+
+
+def _load(directory: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory)

@@ -1,0 +1,20 @@
+"""Saved tiny models that the tests copy and change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from saved_models import make_model, save
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model with a head of its own."""
+    return save(make_model(), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def moe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with four experts in each layer, which the checkpoint holds one by one."""
+    return save(make_model("qwen3_moe"), tmp_path_factory.mktemp("moe"))

@@ -1,0 +1,55 @@
+"""Checks of packages beside torch (pure)."""
+
+from __future__ import annotations
+
+from finetune_trainer.doctor.facts import Facts
+from finetune_trainer.doctor.finding import Finding, Scope, State
+from finetune_trainer.doctor.needs import Needs
+
+KERNELS = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+"""Package that transformers imports for each `model.attnImplementation`."""
+
+
+def bitsandbytes(facts: Facts, needs: Needs) -> Finding:
+    """bitsandbytes' library for torch's CUDA, by its own rule: of the same major version (`cextension.py`)."""
+    name, package, cuda = "bitsandbytes for CUDA", facts.packages.get("bitsandbytes"), facts.torch.cuda
+    found = (
+        f"{package.version}, for CUDA {' '.join(facts.bitsandbytes_cudas) or 'none'}" if package else "not installed"
+    )
+    field = f"{needs.quantized}.quantization"
+    if not needs.gpus or not needs.quantized:
+        return Finding(name, State.NOT_NEEDED, found, "quantization on GPUs", field=field, scope=Scope.IMAGE)
+    major = (cuda or "").partition(".")[0]
+    needed = f"a library for CUDA {major or 'of torch'}.x"
+    if major and any(version[:2] == major for version in facts.bitsandbytes_cudas):
+        return Finding(name, State.OK, found, needed, field=field, scope=Scope.IMAGE)
+    remedy = "Install a bitsandbytes that has a library for torch's CUDA, or leave quantization out"
+    return Finding(name, State.MISSING, found, needed, remedy, field, Scope.IMAGE)
+
+
+def flash_attention(facts: Facts, needs: Needs) -> Finding:
+    """The package of the attention kernel that the job names, and that it can be imported."""
+    field, wanted = "model.attnImplementation", KERNELS.get(needs.attention)
+    if wanted is None:
+        have = [f"{name} {facts.packages[name].version}" for name in KERNELS.values() if name in facts.packages]
+        needed = "model.attnImplementation flash_attention_2 or flash_attention_3"
+        return Finding("flash-attn", State.NOT_NEEDED, ", ".join(have) or "not installed", needed, field=field,
+                       scope=Scope.IMAGE)  # fmt: skip
+    package = facts.packages.get(wanted)
+    if package is not None and not package.error:
+        return Finding("flash-attn", State.OK, f"{wanted} {package.version}", wanted, field=field, scope=Scope.IMAGE)
+    found = "not installed" if package is None else f"{package.version}, whose import fails: {package.error}"
+    remedy = f"Install {wanted} for this torch and CUDA in the image, or set model.attnImplementation to sdpa"
+    return Finding("flash-attn", State.MISSING, found, wanted, remedy, field, Scope.IMAGE)
+
+
+def vllm(facts: Facts, needs: Needs) -> Finding:
+    """vLLM generates the answers of RLHF where it is installed; transformers does elsewhere."""
+    package, field = facts.packages.get("vllm"), f"{needs.vllm}.vllm"
+    found = package.version if package else "not installed"
+    if not needs.gpus or not needs.vllm:
+        return Finding("vLLM", State.NOT_NEEDED, found, "rlhf stages on GPUs", field=field, scope=Scope.IMAGE)
+    if package is not None:
+        return Finding("vLLM", State.OK, found, "vLLM", field=field, scope=Scope.IMAGE)
+    remedy = "Install vLLM in the image, or set vllm to off: transformers generates the answers, several times slower"
+    return Finding("vLLM", State.WARNING, found, "vLLM", remedy, field, Scope.IMAGE)

@@ -1,0 +1,97 @@
+"""What a job needs of a node (pure)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.data import DataSpec
+from finetune_api.job import FineTuneJob
+from finetune_api.stages import PretrainSpec, RewardSpec, RlhfSpec, Stage
+
+_RDMA = re.compile(r"rdma|infiniband|\bhca\b|/(?:ib|roce)\b|/efa\b", re.IGNORECASE)
+"""Names of extended resources that device plugins for RDMA offer: `rdma/hca`, `nvidia.com/hostdev_rdma`, AWS' `efa`."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What to hold a node against. Paths are fields of the job, empty where no field asks for it."""
+
+    gpus: int
+    """GPUs of a node; 0 for a job on CPUs."""
+    nodes: int = 1
+    compiled: str = ""
+    """Path of a stage whose loss is a Triton kernel on GPUs."""
+    quantized: str = ""
+    """Path of a quantization."""
+    attention: str = "auto"
+    dtype: str = "auto"
+    vllm: str = ""
+    """Path of a stage that generates with vLLM where it is installed."""
+    hub: str = ""
+    """Path of a model or a data set on the Hugging Face hub."""
+    rdma: bool = False
+    """Whether the pod template asks for an RDMA device."""
+    memory: str | None = None
+    """`resources.memoryPerNode`."""
+
+
+def gpu_node() -> Needs:
+    """Return what any GPU node should have: one that trains a quantized model by itself."""
+    return Needs(gpus=1, compiled="stages", quantized="stages")
+
+
+def job_needs(job: FineTuneJob, gpus_here: int) -> Needs:
+    """Return what a job needs of each of its nodes.
+
+    Args:
+        gpus_here: GPUs of this machine, which a job takes where it does not say how many.
+    """
+    resources, stages = job.spec.resources, job.spec.stages
+    gpus = resources.gpus_per_node if resources.gpus_per_node is not None else gpus_here
+    return Needs(
+        gpus=gpus,
+        nodes=resources.max_nodes or resources.nodes or 1,
+        compiled=_first(stages, _is_compiled),
+        quantized=_first(stages, lambda stage: getattr(stage.spec, "quantization", None) is not None),
+        attention=job.spec.model.attn_implementation,
+        dtype=job.spec.model.dtype,
+        vllm=_first(stages, lambda stage: isinstance(stage.spec, RlhfSpec) and stage.spec.vllm == "auto"),
+        hub=_hub(job),
+        rdma=any(_RDMA.search(name) for name in _extended_resources(resources.pod_template)),
+        memory=resources.memory_per_node,
+    )
+
+
+def _is_compiled(stage: Stage) -> bool:
+    """TRL's language-model losses and log-probabilities are Triton kernels on CUDA (`trl/kernels`)."""
+    spec = stage.spec
+    masked = isinstance(spec, PretrainSpec) and spec.objective == "masked"
+    return spec.trains and not masked and not isinstance(spec, RewardSpec)
+
+
+def _first(stages: list[Stage], wanted: Any) -> str:
+    return next((f"stages[{index}].{stage.kind}" for index, stage in enumerate(stages) if wanted(stage)), "")
+
+
+def _hub(job: FineTuneJob) -> str:
+    if job.spec.model.hub is not None:
+        return "model.hub"
+    return _first(job.spec.stages, lambda stage: any(source.hub for data in _data(stage) for source in data.sources))
+
+
+def _data(stage: Stage) -> Iterator[DataSpec]:
+    values = (getattr(stage.spec, name) for name in type(stage.spec).model_fields)
+    return (value for value in values if isinstance(value, DataSpec))
+
+
+def _extended_resources(template: dict[str, Any] | None) -> Iterator[str]:
+    """Names of the limits of a pod template's containers; what is of another type than it should be is left out."""
+    spec = (template or {}).get("spec")
+    containers = spec.get("containers") if isinstance(spec, dict) else None
+    for container in containers if isinstance(containers, list) else []:
+        resources = container.get("resources") if isinstance(container, dict) else None
+        limits = resources.get("limits") if isinstance(resources, dict) else None
+        yield from map(str, limits if isinstance(limits, dict) else {})

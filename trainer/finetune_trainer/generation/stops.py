@@ -1,0 +1,56 @@
+"""Where a saved model's answers end, written where plain transformers reads it: `generation_config.json`.
+
+`generate`, pipelines and vLLM stop at the tokens that this file names. They read no chat template, so a model that was
+trained on chats would talk on after its turn.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from finetune_trainer.generation.prompts import stop_ids
+
+Settings = dict[str, Any]
+
+
+def write_stops(directory: Path, tokenizer: PreTrainedTokenizerBase, settings: Settings | None = None) -> None:
+    """Add the stop tokens and the padding token to the directory's `generation_config.json`.
+
+    A directory without that file holds a model that continues no text, and is left alone. The file is changed as JSON,
+    because transformers refuses to write some files that other versions of it have written.
+
+    Args:
+        settings: of a file that is not there yet: an adapter is saved without one.
+    """
+    path = directory / GENERATION_CONFIG_NAME
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
+    if known is None:
+        return
+    stops = stop_ids(tokenizer, known.get("eos_token_id"))
+    added: Settings = {"eos_token_id": stops} if stops else {}
+    if tokenizer.pad_token_id is not None:
+        added["pad_token_id"] = tokenizer.pad_token_id
+    path.write_text(json.dumps(known | added, indent=2) + "\n", encoding="utf-8")
+
+
+def unstopped(base: str, revision: str | None, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the stop tokens of a saved adapter that its base does not stop at.
+
+    transformers takes the generation config of the base, and not the one beside the adapter.
+    """
+    try:
+        own: Any = GenerationConfig.from_pretrained(base, revision=revision)
+    except OSError:  # without the file, transformers reads the model's configuration
+        own = AutoConfig.from_pretrained(base, revision=revision).get_text_config()
+    wanted = GenerationConfig.from_pretrained(adapter).eos_token_id
+    missing = set(_listed(wanted)) - set(_listed(getattr(own, "eos_token_id", None)))
+    return [str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(missing)]
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]

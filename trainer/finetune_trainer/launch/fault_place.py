@@ -1,0 +1,39 @@
+"""On which node a GPU fault happened: a note that the worker adds to its exception and the driver reads."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from finetune_api.device_faults import Retry, device_fault
+from finetune_api.report import NODE_VARIABLE
+
+_NOTE = "GPU fault on node "
+
+
+@contextmanager
+def faults_with_node() -> Iterator[None]:
+    """Add the name of this node to an exception that tells of a broken GPU.
+
+    Other exceptions stay as they are: Ray groups the workers' errors by their text, and shows equal ones once.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = device_fault(f"{type(error).__name__}: {error}")
+        if found is not None and found.fault.retry is Retry.ELSEWHERE:
+            error.add_note(f"{_NOTE}{node_name()}")
+        raise
+
+
+def node_name() -> str:
+    """Return the name of this node: Kubernetes' in a pod of the operator's, else the machine's own."""
+    return os.environ.get(NODE_VARIABLE) or socket.gethostname()
+
+
+def node_of(error: BaseException) -> str | None:
+    """Return the name of the node on which the exception was raised, or None where it has no such note."""
+    notes = getattr(error, "__notes__", ())
+    return next((note.removeprefix(_NOTE) for note in notes if note.startswith(_NOTE)), None)

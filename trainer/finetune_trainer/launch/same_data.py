@@ -1,0 +1,71 @@
+"""Whether a stage that goes on from a checkpoint has the training rows that the checkpoint was trained on."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from finetune_api.data import DataSpec
+from finetune_api.problems import Problem
+from finetune_api.runconfig import RunConfig
+from finetune_api.stages import OnlineSpec
+from finetune_trainer.checkpoint.store import Manifest
+from finetune_trainer.data.identity import DataKey, changes
+from finetune_trainer.errors import UserError
+from finetune_trainer.pipeline import place
+
+_DATA_FIELD = re.compile(r"(stages\[\d+\]\.\w+\.(?:data|evalData))(?:[.\[]|$)")
+_KINDS = ("file", "directory", "uri", "hub", "stage")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison of a checkpoint's data with the stage's has found."""
+
+    other_rows: bool
+    """Whether the training rows differ, as the user asked for."""
+    notes: list[str]
+    """What the user has to know."""
+
+
+def renamed_data(run: RunConfig) -> set[str]:
+    """Return the data fields that `--set` names, such as `stages[0].sft.data`: there a resumed run may differ."""
+    found = (_DATA_FIELD.match(path) for path in run.overrides)
+    return {match.group(1) for match in found if match}
+
+
+def compare_data(run: RunConfig, index: int, checkpoint: Manifest, now: DataKey) -> Comparison:
+    """Compare what a checkpoint was trained on with what stage `index` is about to train on.
+
+    Raises:
+        UserError: the training rows differ, and no `--set` names the stage's data.
+    """
+    before, field = checkpoint.data, f"{place(run, index)}.data"
+    if before is None:
+        return Comparison(False, [f"the checkpoint of step {checkpoint.step} does not say what it was trained on"])
+    notes = [] if before.get("eval") == now.eval else [_other_eval(checkpoint)]
+    found = changes(before, now)
+    if not found:
+        return Comparison(False, notes)
+    what = f"{' and '.join(found)} than at step {checkpoint.step}, where this stage goes on"
+    if field not in renamed_data(run) or isinstance(run.job.spec.stages[index].spec, OnlineSpec):
+        raise UserError([Problem(field, f"{what}: {_remedy(run, index, field)}")])
+    return Comparison(True, [*notes, f"{what}: training goes on with them, because --set names {field}"])
+
+
+def _other_eval(checkpoint: Manifest) -> str:
+    return f"other held-out rows than at step {checkpoint.step}: losses before and after it can't be compared"
+
+
+def _remedy(run: RunConfig, index: int, field: str) -> str:
+    spec = run.job.spec.stages[index].spec
+    back = "put the data back, or start over with --fresh"
+    if isinstance(spec, OnlineSpec):
+        return f"{back}; the answers of its rounds are to the prompts that were there before"
+    return f"{back}; to go on with other rows, name the data, such as --set {field}.{_example(spec.data)}"
+
+
+def _example(data: DataSpec) -> str:
+    source = data.sources[0]
+    named = ((kind, getattr(source, kind)) for kind in _KINDS)
+    return next((f"sources[0].{kind}={value}" for kind, value in named if value is not None), "seed=" + str(data.seed))

@@ -1,0 +1,254 @@
+"""Does a model keep the documents of a packed row apart? Measured, because no configuration tells."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from finetune_api.problems import Problem
+from finetune_api.stages import SupervisedSpec
+from finetune_trainer.data import PackedCollator
+from finetune_trainer.model.document_masks import documents_separated
+
+FIRST, OTHER, MEASURED, ROW = 11, 17, 13, 40
+"""Tokens in the document before the measured one (two lengths), in the measured one, and in a packed row."""
+EARLY = 4
+"""Tokens at the start of a document that even a short convolution reaches from the document before."""
+ROUNDING = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest effect of rounding, as a share of the outputs' standard deviation. The leaks that are known change 1e-2 and
+more (tests/packing), those of trained models far more."""
+MIXED = "one document changes the next"
+SHIFTED = "positions count from the start of the row, not of the document"
+
+Batch = dict[str, Any]
+Take = Callable[[str, Tensor, Tensor], None]
+Call = Callable[[Any, Batch], Tensor]
+"""Calls a model with a batch, `labels` included; returns a vector for each token, [B, T, width]."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How packed rows are given to a model, besides positions that start again at 0 with each document."""
+
+    masks: bool = False
+    """The decoder gets attention masks made from the positions (`separate_documents`)."""
+    lengths: bool = False
+    """Batches hold the documents' bounds (`PackedCollator.lengths`)."""
+
+
+PLAIN, BOUNDS = Form(), Form(lengths=True)
+FORMS = (PLAIN, Form(masks=True), BOUNDS, Form(masks=True, lengths=True))
+"""All forms, in the order in which they are tried."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of a probe: the form that keeps documents apart, or the reason why no form does."""
+
+    form: Form | None
+    reason: str = ""
+    needs: str = ""
+    """What would help, in the words of transformers or of a kernel."""
+
+
+class NotMeasurable(Exception):
+    """The model gives numbers that are not finite, so nothing can be compared."""
+
+
+def logits(model: Any, batch: Batch) -> Tensor:
+    """Call a model as transformers' Trainer does, without its loss; returns its logits [B, T, vocabulary]."""
+    given = {name: value for name, value in batch.items() if name != "labels"}
+    found: Tensor = model(**given, use_cache=False).logits
+    return found
+
+
+def log_probs(model: Any, batch: Batch) -> Tensor:
+    """Call a model as TRL's SFTTrainer does; returns log-probabilities [B, T - 1, 1] of the labels after each token."""
+    found: Tensor = model(**batch, use_cache=False, fused_lm_head=True).log_probs
+    return found[..., None]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Compare a document's outputs in packed rows, made by the training rows' own collator, with those of it alone.
+
+    Args:
+        model: a causal language model. It may be a PEFT model, or divided by ZeRO-3: then every worker must probe.
+        rows: packed rows in a batch. Some kernels take only 1.
+        compute: the dtype that the model computes in.
+        call: `logits` or `log_probs`.
+    """
+
+    model: Any
+    rows: int
+    compute: torch.dtype
+    call: Call = logits
+
+    def find(self) -> Finding:
+        """Return the plainest form in which the model keeps documents apart, or the reason why there is none.
+
+        Raises:
+            NotMeasurable: the outputs for a document alone are not finite.
+            Exception: whatever the model raises for packed rows in the plainest form.
+        """
+        reason, needs = "", ""
+        with _evaluating(self.model):
+            alone = self._alone()
+            for form in FORMS:
+                try:
+                    fault = self._fault(form, alone)
+                except Exception as error:  # a family's code may refuse a form in any way
+                    if form == PLAIN:
+                        raise
+                    fault = _first_line(error)
+                    if form == BOUNDS and type(error) is ValueError:  # of other types are faults of the code
+                        needs = fault
+                if fault is None:
+                    return Finding(form)
+                if form == PLAIN:
+                    reason = self._mixing() if fault == MIXED else fault
+        return Finding(None, reason, needs)
+
+    def _fault(self, form: Form, alone: Tensor) -> str | None:
+        """Return what is wrong with packed rows in a form; None where nothing is."""
+        packed, changed = self._packed(form, FIRST, 0), self._packed(form, FIRST, 1)
+        if not distance(packed, changed, alone) <= ROUNDING[self.compute]:  # true of NaN too
+            return MIXED
+        moved = self._packed(form, OTHER, 1)
+        near = all(distance(one, alone, alone) <= 3 * ROUNDING[self.compute] for one in (packed, moved))
+        return None if near else SHIFTED
+
+    def _alone(self) -> Tensor:
+        """Return the outputs for the measured document in rows of its own."""
+        ids = self._ids(MEASURED, 2).expand(self.rows, -1)
+        outputs = self._outputs({"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}, 0)
+        if not bool(outputs.isfinite().all()):
+            raise NotMeasurable("the model's outputs are not finite")
+        return outputs
+
+    def _packed(self, form: Form, before: int, seed: int) -> Tensor:
+        """Return the outputs for the measured document behind one of `before` tokens."""
+        ids = torch.cat([self._ids(before, seed), self._ids(MEASURED, 2)]).tolist()
+        row = {"input_ids": ids, "labels": ids, "seq_lengths": [before, MEASURED]}
+        batch = PackedCollator(0, ROW, padding_mask=True, lengths=form.lengths)([row] * self.rows)
+        with documents_separated(self.model, masks=form.masks):
+            return self._outputs(batch, before)
+
+    def _ids(self, length: int, seed: int) -> Tensor:
+        """Return random tokens from the middle of the vocabulary, where families have no special tokens."""
+        size = self.model.config.get_text_config().vocab_size
+        return torch.randint(size // 4, size // 2, (length,), generator=torch.Generator().manual_seed(seed))
+
+    def _outputs(self, batch: Batch, start: int) -> Tensor:
+        """Return the outputs [B, MEASURED - 1, width] of the measured document's tokens but the last, which the fused
+        head gives none for."""
+        device = self.model.device
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        return self.call(self.model, moved)[:, start : start + MEASURED - 1].float()
+
+    def _mixing(self) -> str:
+        """Name the first module whose output for a document changes with the document before it, but not its input."""
+        seen: dict[str, deque[tuple[Tensor, Tensor]]] = defaultdict(deque)  # a module may be called several times
+        found: list[str] = []
+
+        def remember(name: str, given: Tensor, output: Tensor) -> None:
+            seen[name].append((given, output))
+
+        def compare(name: str, given: Tensor, output: Tensor) -> None:
+            before, after = seen[name].popleft() if seen[name] else (given, output)
+            if _close(given, before, self.compute) and not _close(output, after, self.compute):
+                found.append(name)
+
+        for seed, take in enumerate((remember, compare)):
+            with _watched(self.model, take):
+                self._packed(PLAIN, FIRST, seed)
+        if not found:
+            return MIXED
+        return f"{type(self.model.get_submodule(found[0])).__name__} ({found[0]}) carries one document into the next"
+
+
+def packed_rows(spec: SupervisedSpec) -> int:
+    """Return the rows of a probe's batch: 2 where a batch of the stage can hold several packed rows, else 1."""
+    return min(2, max(spec.per_device_train_batch_size, spec.per_device_eval_batch_size))
+
+
+def packing_problem(where: str, config: PretrainedConfig, finding: Finding) -> Problem:
+    """Return the problem of a stage whose model mixes packed documents.
+
+    Args:
+        where: the stage's path in the job.
+    """
+    message = f"is true, but {config.model_type} does not keep the documents of a packed row apart: {finding.reason}"
+    remedy = f"{finding.needs.removesuffix('.')}, or set packing: false" if finding.needs else "Set packing: false"
+    return Problem(f"{where}.packing", f"{message}. {remedy}")
+
+
+def distance(one: Tensor, other: Tensor, scale: Tensor) -> float:
+    """Return how far outputs [B, T, width] lie apart, as a share of the standard deviation of `scale`.
+
+    The root mean square over the width is averaged over the first tokens and over all: the larger one counts.
+    """
+    apart = (one - other).square().mean(-1).sqrt()
+    return float(torch.maximum(apart[:, :EARLY].mean(), apart.mean()) / scale.std())
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _watched(model: nn.Module, take: Take) -> Iterator[None]:
+    """Give `take` each module's name, input and output [B, MEASURED, width], in the order in which modules end.
+
+    torch's own modules are left out: the family's module around them says more.
+    """
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given, got = (_per_token(values) for values in ((*args, *kwargs.values()), (output,)))
+            if given is not None and got is not None:
+                take(name, given, got)
+
+        return see
+
+    own = [(name, module) for name, module in model.named_modules() if name and not _is_torchs(module)]
+    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in own]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
+
+
+def _per_token(values: tuple[Any, ...]) -> Tensor | None:
+    """Return the first tensor with one vector for each token of a row, cut to the measured document."""
+    flat = [one for value in values for one in (value if isinstance(value, tuple) else (value,))]
+    found = (one for one in flat if isinstance(one, Tensor) and one.ndim == 3 and one.shape[1] == ROW)
+    first = next(found, None)
+    return None if first is None else first[:, FIRST : FIRST + MEASURED].float().cpu()
+
+
+def _close(one: Tensor, other: Tensor, compute: torch.dtype) -> bool:
+    return float((one - other).abs().max()) <= ROUNDING[compute] * float(other.abs().max())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
