@@ -31,6 +31,7 @@ from finetune_trainer.layout import METRICS
 from finetune_trainer.model.composite import frozen_note
 from finetune_trainer.model.config import context_length, load_config, load_tokenizer
 from finetune_trainer.model.notes import loading_notes
+from finetune_trainer.model.score import pad_apart
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.model.task import task_of
 from finetune_trainer.patience import listen
@@ -297,6 +298,8 @@ def stage_context(
     tokenizer = load_tokenizer(source)
     config = load_config(source, tokenizer)
     data = _prepared(run, index, spec, tokenizer, context_length(config), threads)
+    if task_of(spec) == "reward":  # after the data, whose place in the cache depends on the tokenizer's tokens
+        pad_apart(tokenizer, config.get_text_config().vocab_size)
     output = storage.local(layout.checkpoints) or scratch(run, index)
     rows = work.rows_per_step or _rows_per_step(spec, placement.world_size)
     shards = work.shards or placement.world_size

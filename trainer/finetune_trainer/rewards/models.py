@@ -15,14 +15,19 @@ from finetune_trainer.errors import UserError
 from finetune_trainer.esft.zero3 import undivided_loading
 from finetune_trainer.model.config import context_length, load_tokenizer, read_config
 from finetune_trainer.model.load import load_whole, on_device
+from finetune_trainer.model.score import read_at_last_token, written_ids
 from finetune_trainer.model.source import ModelSource
-from finetune_trainer.model.task import as_reward, auto_class
+from finetune_trainer.model.task import auto_class
 
 BATCH = 16
 
 
 class RewardModel:
     """A model with one score as its output, whole on this worker.
+
+    The score is read at the last token of prompt and answer, as the `reward` stage's is. A model from elsewhere whose
+    padding token is one that its texts end with has learned to be read where transformers reads it, at the token
+    before, and is read there.
 
     Args:
         model: in evaluation mode, on its device.
@@ -32,6 +37,10 @@ class RewardModel:
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
         self.model, self.tokenizer, self.__name__ = model, tokenizer, name
         self.limit = context_length(model.config)
+        pad = model.config.get_text_config().pad_token_id
+        if pad is None or pad not in written_ids(tokenizer):
+            read_at_last_token(model)
+        self.pad = 0 if pad is None else int(pad)
         self.encoder = Encoder(tokenizer, Encoding("preference", None))
 
     def __call__(
@@ -48,7 +57,7 @@ class RewardModel:
     def _scores(self, rows: list[list[int]]) -> list[float]:
         device = self.model.device
         lengths = torch.tensor([len(row) for row in rows])
-        ids = pad_sequence([torch.tensor(row) for row in rows], True, self.tokenizer.pad_token_id)
+        ids = pad_sequence([torch.tensor(row) for row in rows], True, self.pad)
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         output = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
         found: list[float] = output.logits[:, 0].float().tolist()
@@ -78,5 +87,4 @@ def load_reward_model(place: str, name: str, dtype: torch.dtype, device: torch.d
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError([Problem(where, f"no reward model at {place!r}: {reason}")]) from error
-    as_reward(model.config, tokenizer.pad_token_id)
     return RewardModel(on_device(model, device).eval(), tokenizer, name)

@@ -9,6 +9,7 @@ import trl
 
 from finetune_api.stages import RewardSpec
 from finetune_trainer.data import RewardCollator
+from finetune_trainer.model.score import read_at_last_token
 from finetune_trainer.stages.adapted import adapted_trainer, fresh_adapter
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.context import StageContext
@@ -36,4 +37,6 @@ def make_trainer(context: StageContext) -> Any:
         **training_arguments(context), center_rewards_coefficient=spec.center_rewards_coefficient, max_length=None
     )
     collator = RewardCollator(context.tokenizer.pad_token_id)
-    return adapted_trainer(RewardTrainer, context, *fresh_adapter(context), args, data_collator=collator)
+    model, peft_config = fresh_adapter(context)
+    read_at_last_token(model)
+    return adapted_trainer(RewardTrainer, context, model, peft_config, args, data_collator=collator)

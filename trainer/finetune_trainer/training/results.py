@@ -17,6 +17,7 @@ from finetune_trainer.model.composite_families import is_composite
 from finetune_trainer.model.load import SHARD_SIZE
 from finetune_trainer.model.precision import round_weights
 from finetune_trainer.model.saved import is_adapter, root_of
+from finetune_trainer.model.score import score_pad
 from finetune_trainer.model.task import as_reward, auto_class, task_of
 from finetune_trainer.model.write_back import complete_result, in_base
 from finetune_trainer.training.context import StageContext
@@ -81,6 +82,8 @@ def _save_whole(trainer: Any, context: StageContext, directory: Path) -> None:
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     model.config.dtype = dtype
     model.config.get_text_config().use_cache = True
+    if task_of(context.spec) == "reward":
+        as_reward(model.config, score_pad(context.tokenizer))
     if is_composite(model.config):
         model, state = _in_base(model, state, context), None
     model.save_pretrained(directory, state_dict=state, max_shard_size=SHARD_SIZE)
@@ -94,7 +97,7 @@ def _in_base(model: PreTrainedModel, state: dict[str, Tensor], context: StageCon
     options = {"num_labels": 1} if task == "reward" else {}
     whole = in_base(source.name, source.revision, model, state, auto_class(task), **options)
     if task == "reward":
-        as_reward(whole.config, context.tokenizer.pad_token_id)
+        as_reward(whole.config, score_pad(context.tokenizer))
     return whole
 
 
