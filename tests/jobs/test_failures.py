@@ -49,7 +49,7 @@ def fault_of(*errors: BaseException) -> Failure:
 
 
 KINDS = {
-    None: Kind.LOST,
+    None: Kind.ERROR,
     FaultKind.GPU: Kind.GPU,
     FaultKind.TOOLCHAIN: Kind.USER,
     FaultKind.DRIVER: Kind.USER,
@@ -68,7 +68,7 @@ KINDS = {
 @pytest.mark.parametrize("case", TEXTS, ids=lambda case: case.name)
 def test_class_and_retry_of_a_worker_s_error(case: DeviceText) -> None:
     failure = fault_of(raised(case))
-    assert failure.kind is KINDS[case.kind] and failure.retryable is (failure.kind is Kind.LOST)
+    assert failure.kind is KINDS[case.kind] and failure.retryable is (failure.kind in (Kind.ERROR, Kind.LOST))
     assert case.advises in failure.advice
     found = device_fault(failure.text)
     assert (found.fault.kind if found else None) is case.kind, (

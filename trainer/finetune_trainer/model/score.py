@@ -14,7 +14,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from finetune_trainer.model.task import SCORE, score_head
@@ -74,6 +74,11 @@ def score_pad(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """
     pad = tokenizer.pad_token_id
     return None if pad is None or int(pad) in written_ids(tokenizer) else int(pad)
+
+
+def set_score_pad(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Set a reward model's padding token to `score_pad`: plain transformers then reads the score at the last token."""
+    config.get_text_config().pad_token_id = score_pad(tokenizer)
 
 
 def written_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:

@@ -42,5 +42,6 @@ def score_head(model: PreTrainedModel) -> nn.Module | None:
 def as_reward(config: PretrainedConfig, pad_token_id: int | None) -> PretrainedConfig:
     """The configuration with one score as its output, read at the last token that is no padding; it is changed."""
     config.num_labels = 1
-    config.get_text_config().pad_token_id = pad_token_id
+    if pad_token_id is not None:
+        config.get_text_config().pad_token_id = pad_token_id
     return config

@@ -18,7 +18,7 @@ from finetune_trainer.model.adapter import attach_adapter
 from finetune_trainer.model.config import read_config
 from finetune_trainer.model.load import SHARD_SIZE, JobModel, load_whole
 from finetune_trainer.model.saved import base_of, is_adapter, root_of
-from finetune_trainer.model.score import score_pad
+from finetune_trainer.model.score import set_score_pad
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.model.task import Task, as_reward, auto_class
 from finetune_trainer.training.context import StageContext
@@ -42,7 +42,7 @@ def merge_adapter(context: StageContext, source: ModelSource, adapter: Path, dir
         if weight.is_floating_point():
             weight.data = weight.data.to(saved.get(name, whole))
     if task == "reward":
-        as_reward(merged.config, score_pad(context.tokenizer))
+        set_score_pad(merged.config, context.tokenizer)
     _write(merged, directory)
 
 

@@ -17,8 +17,8 @@ from finetune_trainer.model.composite_families import is_composite
 from finetune_trainer.model.load import SHARD_SIZE
 from finetune_trainer.model.precision import round_weights
 from finetune_trainer.model.saved import is_adapter, root_of
-from finetune_trainer.model.score import score_pad
-from finetune_trainer.model.task import as_reward, auto_class, task_of
+from finetune_trainer.model.score import set_score_pad
+from finetune_trainer.model.task import auto_class, task_of
 from finetune_trainer.model.write_back import complete_result, in_base
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.expert_results import save_experts
@@ -83,7 +83,7 @@ def _save_whole(trainer: Any, context: StageContext, directory: Path) -> None:
     model.config.dtype = dtype
     model.config.get_text_config().use_cache = True
     if task_of(context.spec) == "reward":
-        as_reward(model.config, score_pad(context.tokenizer))
+        set_score_pad(model.config, context.tokenizer)
     if is_composite(model.config):
         model, state = _in_base(model, state, context), None
     model.save_pretrained(directory, state_dict=state, max_shard_size=SHARD_SIZE)
@@ -97,7 +97,7 @@ def _in_base(model: PreTrainedModel, state: dict[str, Tensor], context: StageCon
     options = {"num_labels": 1} if task == "reward" else {}
     whole = in_base(source.name, source.revision, model, state, auto_class(task), **options)
     if task == "reward":
-        as_reward(whole.config, score_pad(context.tokenizer))
+        set_score_pad(whole.config, context.tokenizer)
     return whole
 
 
