@@ -31,10 +31,14 @@ class Precision:
 
 
 def model_dtype(dtype: Dtype, accelerator: bool) -> torch.dtype:
-    """The dtype a job's `model.dtype` means on this machine."""
+    """Return the dtype that a job's `model.dtype` means on this machine.
+
+    `auto` is bfloat16 where the GPU computes in it, else float32. A T4 or V100 only emulates bfloat16, at a fraction of
+    its speed; `dtype: float16` trains there with loss scaling.
+    """
     if dtype != "auto":
         return _DTYPES[dtype]
-    return torch.bfloat16 if accelerator and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if accelerator and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
 def precision(dtype: torch.dtype, *, trains_base: bool, zero: int) -> Precision:
