@@ -102,7 +102,7 @@ class StreamedRows(IterableDataset[Columns]):
         Raises:
             UserError: they can't be read.
         """
-        rows = islice(self._table(self.located(), Cursor()), FIRST_ROWS)
+        rows = islice(table_rows(self.located(), self.spec, self.encoding.kind, self.where), FIRST_ROWS)
         return dict(Counter(form_of(row, bool(self.tokenizer.chat_template)) for row, _ in rows))
 
     def state_dict(self) -> State:
