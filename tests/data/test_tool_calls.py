@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,7 +133,7 @@ def test_a_reward_model_reads_the_tools_of_a_row() -> None:
     tokenizer, seen = tokenizer_for(TOOL_TEMPLATES["objects"]), list[list[int]]()
 
     class Model:
-        config = type("Config", (), {"max_position_embeddings": 4096, "get_text_config": lambda self: self})()
+        config = SimpleNamespace(max_position_embeddings=4096, pad_token_id=None, get_text_config=lambda: Model.config)
 
     reward = RewardModel(Model(), tokenizer, "reward")
     reward._scores = lambda rows: seen.extend(rows) or [0.0] * len(rows)  # type: ignore[method-assign, func-returns-value]

@@ -46,7 +46,7 @@ def unstopped(base: str, revision: str | None, adapter: Path, tokenizer: PreTrai
     try:
         own: Any = GenerationConfig.from_pretrained(base, revision=revision)
     except OSError:  # without the file, transformers reads the model's configuration
-        own = AutoConfig.from_pretrained(base, revision=revision).get_text_config()
+        own = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False).get_text_config()
     wanted = GenerationConfig.from_pretrained(adapter).eos_token_id
     missing = set(_listed(wanted)) - set(_listed(getattr(own, "eos_token_id", None)))
     return [str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(missing)]

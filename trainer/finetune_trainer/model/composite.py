@@ -56,26 +56,28 @@ class AutoLanguageModel:
     _composite: Any = AutoModelForMultimodalLM
 
     @classmethod
-    def from_config(cls, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-        """As transformers' `from_config`.
+    def from_config(cls, config: PretrainedConfig, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+        """As transformers' `from_config`, which never runs code of the model's own.
 
         Raises:
             UserError: a composite family that can't be used with text alone.
         """
-        model: PreTrainedModel = cls._class_for(config).from_config(config, **options)
+        assert not trust_remote_code
+        model: PreTrainedModel = cls._class_for(config).from_config(config, trust_remote_code=False, **options)
         return for_text(model)
 
     @classmethod
-    def from_pretrained(cls, name: str, **options: Any) -> Any:
-        """As transformers' `from_pretrained`, also with `output_loading_info`.
+    def from_pretrained(cls, name: str, trust_remote_code: bool = False, **options: Any) -> Any:
+        """As transformers' `from_pretrained`, also with `output_loading_info`; it never runs code of the model's own.
 
         Raises:
             UserError: a composite family that can't be used with text alone.
         """
+        assert not trust_remote_code
         config = options.get("config") or AutoConfig.from_pretrained(
             name, revision=options.get("revision"), trust_remote_code=False
         )
-        loaded = cls._class_for(config).from_pretrained(name, **options)
+        loaded = cls._class_for(config).from_pretrained(name, trust_remote_code=False, **options)
         for_text(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
@@ -178,7 +180,7 @@ def composite_skips(config: PretrainedConfig, auto: Any) -> list[str] | None:
     if not is_composite(config):
         return None
     with torch.device("meta"):
-        model = auto.from_config(deepcopy(config))
+        model = auto.from_config(deepcopy(config), trust_remote_code=False)
     kept: list[str] = get_keys_to_not_convert(model)  # type: ignore[no-untyped-call]
     return sorted({*kept, *frozen_roots(model)})
 

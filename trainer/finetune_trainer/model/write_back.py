@@ -46,7 +46,12 @@ def in_base(
     """
     with undivided_loading():
         model: PreTrainedModel = auto.from_pretrained(
-            root_of(base), revision=revision, dtype="auto", use_safetensors=True, **options
+            root_of(base),
+            revision=revision,
+            dtype="auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
         )
     inside = language_names(model)
     places = model.state_dict(keep_vars=True)
@@ -86,7 +91,7 @@ def _restore_frozen(directory: Path, base: str, revision: str | None, auto: Any)
     Returns the names of the frozen parts' tensors in the files.
     """
     with undivided_loading():
-        names = _frozen_in_files(auto.from_pretrained(str(directory), device_map="meta"))
+        names = _frozen_in_files(auto.from_pretrained(str(directory), device_map="meta", trust_remote_code=False))
     files = _files(base, revision)
     for path in sorted(directory.glob(_PATTERN)):
         tensors = load_file(path)
