@@ -13,12 +13,13 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import SupervisedSpec
+from finetune_trainer.model.task import auto_class
 from finetune_trainer.model.tiny import small_configs
 from finetune_trainer.pipeline import place
 from finetune_trainer.plan.model_size import meta_model
@@ -113,7 +114,9 @@ class Trial:
     def _built(self, config: PretrainedConfig) -> PreTrainedModel:
         options = {} if self.attention == "auto" else {"attn_implementation": self.attention}
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+        model: PreTrainedModel = auto_class("causal").from_config(
+            config, dtype=torch.float32, trust_remote_code=False, **options
+        )
         for weight in model.parameters():
             if weight.ndim >= 2:
                 weight.data.normal_(0, SPREAD * weight.shape[-1] ** -0.5)
