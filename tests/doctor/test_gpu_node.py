@@ -14,8 +14,8 @@ from typing import Any
 import fake_driver
 import pytest
 import yaml
-from test_checks import GOOD, NEEDS, OLD, TORCH, V100, with_parts
 from test_doctor_command import JOB
+from test_node_checks import GOOD, NEEDS, OLD, TORCH, V100, with_parts
 
 from finetune_api.device_faults import FaultKind, device_fault
 from finetune_api.runconfig import RunConfig

@@ -21,7 +21,7 @@ from finetune_trainer.generation.generate import generate
 from finetune_trainer.generation.load import Loaded, load
 from finetune_trainer.generation.merge import merge
 from finetune_trainer.generation.options import GenerationOptions
-from finetune_trainer.generation.prompts import encode, encode_text
+from finetune_trainer.generation.prompts import encode
 
 SHORT = GenerationOptions(max_new_tokens=6)
 PROMPT = "Return"
@@ -105,9 +105,9 @@ def test_a_text_begins_as_in_training_and_does_not_end(llama_dir: Path) -> None:
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=ends)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert tokenizer(PROMPT)["input_ids"][-1] == eos
-    ids = encode_text(tokenizer, PROMPT)
+    (ids,) = encode(tokenizer, [PROMPT], raw=True)
     assert ids[0] == bos and ids[1] != bos and ids[-1] != eos
-    assert encode(tokenizer, [PROMPT], raw=True) == [encode_text(tokenizer, "<|im_start|>Return")] == [ids]
+    assert encode(tokenizer, ["<|im_start|>Return"], raw=True) == [ids]
 
 
 def test_the_form_of_rows() -> None:

@@ -15,7 +15,7 @@ from finetune_trainer.generation.fill import fill
 from finetune_trainer.generation.generate import generate, stream
 from finetune_trainer.generation.load import Loaded, load
 from finetune_trainer.generation.options import GenerationOptions
-from finetune_trainer.generation.prompts import encode, end_of_turn, stop_ids
+from finetune_trainer.generation.prompts import encode, stop_ids
 
 PROMPTS = ["Return", "What does the absolute value of the argument do?", "Join two", "a"]
 SHORT = GenerationOptions(max_new_tokens=12)
@@ -98,7 +98,8 @@ PARTS = TURN.replace("{{ m.content }}", "{% for part in m.content %}{{ part['tex
 def test_the_end_of_a_turn_is_read_from_the_template(template: str, end: str | None, llama_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama_dir)
     tokenizer.chat_template = template
-    assert end_of_turn(tokenizer) == (None if end is None else tokenizer.convert_tokens_to_ids(end))
+    ends = [] if end is None else [tokenizer.convert_tokens_to_ids(end)]
+    assert stop_ids(tokenizer, None) == sorted({tokenizer.eos_token_id, *ends})
 
 
 def test_a_token_that_is_not_named_special_ends_a_turn_too(llama_dir: Path) -> None:

@@ -125,7 +125,11 @@ class ChatTemplate:
         """The tokens with which generation has to stop: those of `turn_end`, and a user's marker right after answers.
 
         A few templates end an answer before another message by nothing but that, and the last one by another token.
+        Where text of the template comes before the first token, it is that token.
         """
+        if not self.turn_end:
+            later = self._next.search(self._answered())
+            return [] if later is None else [later.group(1)]
         marker = self._next.findall((self.attempt([_OTHER]) or "").partition(OTHER_PROBE)[0])[-1:]
         inner = self._run(self._answered(_OTHER))[:1]
         return list(dict.fromkeys([*self.turn_end, *(inner if inner == marker else [])]))
