@@ -139,8 +139,7 @@ def test_attempts_without_progress_are_counted_and_progress_sets_the_count_back(
     jobs: Jobs, kubelet: KubeletStandIn, namespace: str
 ) -> None:
     made = jobs.create(job(runPolicy={"backoffLimit": 1}))
-    crash = ended(1, "RuntimeError: a crash")
-    for attempt, step in ((1, None), (2, 5), (3, 5)):
+    for attempt, step, word in ((1, None, "first"), (2, 5, "second"), (3, 5, "third")):
         (pod,) = pods_of(kubelet, namespace, attempt)
         with driver(made["metadata"]["uid"], attempt) as trainer:
             kubelet.running(namespace, pod)
@@ -148,7 +147,7 @@ def test_attempts_without_progress_are_counted_and_progress_sets_the_count_back(
             if step:
                 trainer.reporter.checkpoint_saved(1, step, f"/pvc/c-{step}")
                 jobs.until(lambda status, n=step: status.get("lastCheckpoint", {}).get("step") == n)  # type: ignore[misc]
-        crash(kubelet, namespace, pod)
+        ended(1, f"RuntimeError: the {word} crash")(kubelet, namespace, pod)  # the same one twice would be final
     failed = jobs.until_phase("Failed")
     assert len(failed["status"]["attempts"]) == 3
     assert "2 attempts without progress (backoffLimit 1)" in condition(failed, "Failed")["message"]
