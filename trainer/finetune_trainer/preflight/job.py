@@ -28,8 +28,14 @@ def preflight(run: RunConfig, workers: Workers | None = None) -> JobPlan:
         UserError: one problem per fault.
     """
     workers = workers or plan_workers(run.job.spec.resources)
-    others = [*_resources(run, workers), *data_problems(run)]
-    return plan_of_faultless(run, workers, local_device(workers.most), lambda: others)
+    unusable = list(_resources(run, workers))
+    others = [*unusable, *data_problems(run)]
+    try:
+        return plan_of_faultless(run, workers, local_device(workers.most), lambda: others)
+    except RuntimeError:
+        if unusable:  # torch fails in its own words on GPUs that have been found unusable
+            raise UserError(others) from None
+        raise
 
 
 def plan_of_faultless(
