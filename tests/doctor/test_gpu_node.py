@@ -42,7 +42,7 @@ BROKEN = "AcceleratorError: CUDA error: uncorrectable ECC error encountered"
     ids=["an old driver", "an old driver without a version", "no compiler", "an old GPU", "two things"],
 )  # fmt: skip
 def test_a_node_that_is_set_up_wrong_is_a_user_error(facts: Facts, told: list[str]) -> None:
-    """Each cause once: without a driver there is no CUDA, and that is not told beside it."""
+    """Each cause once: without a driver there is no CUDA, and only the driver is reported."""
     fault = fault_of(examine(facts, NEEDS), "gpu-7")
     assert isinstance(fault, UserError) and len(fault.problems) == len(told)
     for problem, words in zip(fault.problems, told, strict=True):

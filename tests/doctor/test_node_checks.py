@@ -65,7 +65,7 @@ CASES: dict[str, tuple[Facts, Needs, str, State, str, str]] = {
         with_parts(torch={"version": "2.13.0+cpu", "cuda": None}), NEEDS, "torch with CUDA", State.MISSING,
         "built without CUDA", "CUDA index"),
     "an old driver": (OLD, NEEDS, "NVIDIA driver", State.MISSING, "550.90.07", "580 or newer"),
-    "an old driver whose version nobody tells": (
+    "an old driver whose version is unknown": (
         replace(OLD, driver=Driver()), NEEDS, "NVIDIA driver", State.MISSING, "one for CUDA 12.4", "580 or newer"),
     "an old driver with CUDA's compatibility package": (
         with_parts(driver={"version": "550.90.07"}), NEEDS, "NVIDIA driver", State.OK, "forward compatibility", ""),

@@ -1,4 +1,4 @@
-"""An outage of the hub is told apart from a model that is not there, at once and in one line."""
+"""An outage of the hub is distinguished from a missing model, at once and in one line."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def test_a_shard_that_is_not_there_is_named(llama_dir: Path, tmp_path: Path) -> 
 
 
 def test_a_single_file_counts_before_an_index(llama_dir: Path, tmp_path: Path) -> None:
-    """transformers reads the single file and no index, so an old index beside it is no fault."""
+    """transformers reads the single file and no index, so an old index in the same folder is no fault."""
     from finetune_trainer.model.weights import weight_faults
 
     directory = shutil.copytree(llama_dir, tmp_path / "both")

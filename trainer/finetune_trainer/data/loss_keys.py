@@ -48,7 +48,7 @@ def carries_loss(message: dict[str, Any], role: str, where: str) -> bool:
 
 def _flag(key: str, value: Any, where: str) -> bool:
     if key not in HONOURED:
-        raise FormError(f"{where}.{key} bears on the loss and is not known: {REMEDY}, and remove or rename `{key}`")
+        raise FormError(f"{where}.{key} affects the loss and is not known: {REMEDY}, and remove or rename `{key}`")
     if not isinstance(value, bool | int | float) or value not in (0, 1):
         shown = repr(value) if isinstance(value, str | int | float) else kind_name(value)
         raise FormError(f"{where}.{key} is {shown}, expected 0 or 1 (or false, true): {REMEDY}, and 1 on any other")
