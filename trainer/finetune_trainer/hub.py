@@ -154,7 +154,7 @@ def _refusal(error: Exception, name: str, revision: str | None, kind: Kind) -> s
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status == 401 and "Invalid credentials" in str(error):
         return f"the hub does not accept the token: {_TOKEN}"
-    if isinstance(error, RepositoryNotFoundError) or status == 401:  # which it answers where nobody is logged in
+    if isinstance(error, RepositoryNotFoundError) or status == 401:  # the hub's answer without a login
         return f"the hub has no {kind} {name}, or it is private: check the name; for a private one {_TOKEN}"
     if isinstance(error, RevisionNotFoundError):
         return f"{kind} {name} has no revision {revision!r}: expected a branch, a tag or a commit"

@@ -158,7 +158,7 @@ def _check_loader(stage: TrainedSpec, where: str) -> None:
 
 
 def open_table(spec: DataSpec, kind: Kind, where: str, cache_dir: Path, base_dir: Path, log: Log) -> RowStore:
-    """The spec's table, from the cache or read into it. `log` is told what is read without settings that name it.
+    """The spec's table, from the cache or read into it. `log` gets what is read without settings that name it.
 
     Raises:
         UserError: sources are missing, or rows are not in the form that `kind` needs.

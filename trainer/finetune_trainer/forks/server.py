@@ -5,7 +5,7 @@ are alike in that, so they are imported when the first one is asked for.
 
 A fork copies only the thread that calls it, so nothing here starts threads. A process that has opened a GPU can't be
 forked: the server is for jobs on CPUs (`launch.preload`), hides the GPUs from what it imports, and ends where an import
-has opened one all the same. Whoever asks then does without it.
+has opened one all the same. The caller then does without it.
 
 A fork ends with the server, and the server with whoever started it: a killed driver leaves no worker behind that would
 train on beside the next attempt's. Ray's own look for its raylet lets workers live for seconds.

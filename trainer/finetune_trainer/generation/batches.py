@@ -169,7 +169,7 @@ def _until_stop(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: Seq
 @contextmanager
 def _answering(model: Any) -> Iterator[None]:
     """Inside, the model is in evaluation mode, computes no router logits, and in half precision where only some of its
-    weights are (a frozen base, with modules in training beside it); then it is as it was."""
+    weights are (a frozen base, with modules in training); then it is as it was."""
     training = model.training
     model.eval()
     try:

@@ -44,7 +44,7 @@ def forks(run: RunConfig, log: Callable[[str], None]) -> AbstractContextManager[
     """Return the fork server for the job's processes, or a context that does nothing where the job uses GPUs.
 
     Args:
-        log: is told why there is no server.
+        log: called with the reason why there is no server.
     """
     if not uses_gpus(run):
         return fork_server(libraries(run), worker_modules(run))
