@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from finetune_api.cluster import Sharding
 from finetune_api.training import Lora
 from finetune_trainer.adapters import lora_config
-from finetune_trainer.plan import memory
+from finetune_trainer.plan import activations, communication
 from finetune_trainer.plan.memory import Memory, Workload, estimate
 from finetune_trainer.plan.model_size import AdapterSize, adapter_size, meta_model, model_size
 from finetune_trainer.plan.sharding_choice import choose_zero, sharding_problems, sharding_warnings
@@ -151,9 +151,9 @@ def test_constants_are_the_libraries() -> None:
     from trl.trainer import utils
 
     zero = DeepSpeedZeroConfig()
-    assert (zero.reduce_bucket_size, zero.max_live_parameters) == (memory.BUCKET, memory.LIVE)
-    assert chunked_logprob.TOKEN_CHUNK_SIZE == memory.LOSS_TOKENS
-    assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == memory.LOSS_VOCAB
+    assert (zero.reduce_bucket_size, zero.max_live_parameters) == (communication.BUCKET, communication.LIVE)
+    assert chunked_logprob.TOKEN_CHUNK_SIZE == activations.LOSS_TOKENS
+    assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == activations.LOSS_VOCAB
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
