@@ -120,8 +120,12 @@ def _experts(size: ModelSize, load: Workload) -> float:
 
 
 def _adapter(size: ModelSize, load: Workload) -> float:
-    """Inputs of adapted layers, which each adapter casts to its own dtype, and the low-rank middles."""
+    """Inputs of adapted layers, which each adapter casts to its own dtype, and the low-rank middles.
+
+    In float32 the inputs are shared: those of a layer's attention and of its dense MLP.
+    """
     if load.adapter is None or not size.layers:
         return 0
-    inputs = load.adapter.input_features if load.dtype_bytes < MASTER else 2 * size.hidden * size.layers
+    shared = size.hidden * (2 * size.layers - size.expert_layers)
+    inputs = load.adapter.input_features if load.dtype_bytes < MASTER else shared
     return load.dtype_bytes * (inputs + load.adapter.rank_features) / size.layers

@@ -39,6 +39,13 @@ class AdapterSize:
     stack_weights: int = 0
     """Elements of the adapted stacks."""
 
+    def active(self, size: ModelSize) -> int:
+        """Return the trainable parameters that one token is multiplied by."""
+        if not self.stack_parameters:
+            return self.parameters
+        used = self.stack_parameters * size.experts_per_token // size.experts
+        return self.parameters - self.stack_parameters + used
+
 
 @dataclass(frozen=True)
 class ModelSize:

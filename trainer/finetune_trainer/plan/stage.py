@@ -145,7 +145,8 @@ class StagePlanner:
         adapter_parameters = load.adapter.parameters if load.adapter else None
         has_reference = _has_reference(spec)
         if experts is None:
-            flops = flops_per_token(size, load.length, adapter_parameters, reference=has_reference)
+            active = load.adapter and load.adapter.active(size)
+            flops = flops_per_token(size, load.length, active, reference=has_reference)
         else:
             flops = flops_per_token(size, load.length, 0) + 2 * experts.active
         return StagePlan(
