@@ -1,7 +1,7 @@
 """Estimated against measured memory of a training step on the CPU: `python benchmarks/memory_plan.py`.
 
 Each case runs in a process of its own: peak resident memory of three AdamW steps in float32 over what the process had
-with its libraries loaded and warm, against the plan's parts without `runtime`.
+with its libraries loaded and warm, against the plan's parts without `context`.
 glibc's heap fragments; `MALLOC_MMAP_THRESHOLD_=1048576` in the environment shows what is in use.
 """
 
@@ -76,7 +76,7 @@ def planned(*, fields: dict[str, int], family: str = "llama", **case: Any) -> di
         kind="cpu",
     )
     parts = estimate(model_size(meta_model(config, "masked" if case.get("masked") else "causal")), load).parts()
-    return {name: count for name, count in parts.items() if name != "runtime"}
+    return {name: count for name, count in parts.items() if name != "context"}
 
 
 def measure(*, fields: dict[str, int], family: str = "llama", **case: Any) -> int:

@@ -135,13 +135,16 @@ def _validate(config: Callable[[], RunConfig], schema_only: bool) -> None:
         from finetune_trainer.preflight.job import preflight
         from finetune_trainer.preflight.rows import first_row_problems
 
-        preflight(run)
+        plan = preflight(run)
         if problems := first_row_problems(run):
             raise UserError(problems)
         for note in data_notes(run):
             print(note)
         for note in checkpoint_notes(run):
             print(f"model: {note}")
+        for stage in plan.stages:
+            for warning in stage.warnings:
+                print(f"warning: stages[{stage.index}]: {warning}")
     stages = ", ".join(stage.title for stage in run.job.spec.stages)
     print(f"{run.job.metadata.name}: valid ({stages})")
 

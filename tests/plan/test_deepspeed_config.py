@@ -8,8 +8,10 @@ import pytest
 from transformers import AutoConfig
 
 from finetune_api.cluster import Sharding
-from finetune_trainer.plan.memory import BUCKET, Workload, bucket_size, buffer_bytes, gradient_bytes
+from finetune_trainer.plan.communication import BUCKET, bucket_size, buffer_bytes
+from finetune_trainer.plan.memory import Workload
 from finetune_trainer.plan.model_size import AdapterSize, ModelSize, meta_model, model_size
+from finetune_trainer.plan.states import gradient_bytes
 from finetune_trainer.training.deepspeed import deepspeed_config
 
 ADAPTER = AdapterSize(parameters=41_943_040, input_features=1, rank_features=1)

@@ -16,7 +16,7 @@ from finetune_api.cluster import Resources
 from finetune_trainer.forks.start import lean
 from finetune_trainer.launch.slots import workers_per_node
 from finetune_trainer.launch.threads import threads_per_worker
-from finetune_trainer.runtime import quiet_environment
+from finetune_trainer.runtime import allocator_environment, quiet_environment
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def start_ray(workers: Workers, temp_dir: Path | None = None) -> None:
     import ray
 
     lean()
-    env = quiet_environment(workers.accelerator)
+    env = quiet_environment(workers.accelerator) | allocator_environment(workers.accelerator, os.environ)
     runtime = {"env_vars": env | {"OMP_NUM_THREADS": str(workers.cpus)}}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env=runtime, logging_level=logging.ERROR, log_to_driver=False)

@@ -53,6 +53,7 @@ from finetune_trainer.training.context import Placement, ResumePoint, StageConte
 from finetune_trainer.training.deepspeed import join_process_group
 from finetune_trainer.training.expert_load import watch_routing
 from finetune_trainer.training.forget import forget_stage, release
+from finetune_trainer.training.memory import context_bytes, reset_peaks
 from finetune_trainer.training.packing_check import PackingCheck
 from finetune_trainer.training.peers import Peers
 from finetune_trainer.training.results import adapter_note, save_result
@@ -80,6 +81,7 @@ def run_stages(order: WorkOrder) -> None:
         join_process_group(work.zero, placement.accelerator)
         tell = end.send if placement.rank == 0 else _nobody
         tell(StageBegun(work.index, placement.world_size))
+        reset_peaks(placement.accelerator)
         context = stage_context(run, work, order.threads, placement, storage)
         StageRun(context, storage, end, peers, work).train()
         tell(StageDone(work.index))
@@ -265,6 +267,7 @@ class StageRun:
             "metrics": metrics,
             "world_size": self.context.placement.world_size,
             "zero": self.context.zero,
+            "memory": self.context.placement.usage().to_json(),
             "environment": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
         } | ({"frozen": self.frozen} if self.frozen else {})
         self.storage.write_text(self.context.layout.done, json.dumps(done, indent=1))
@@ -285,7 +288,8 @@ class StageRun:
 
 def _placement(accelerator: bool) -> Placement:
     place = ray.train.get_context()
-    return Placement(place.get_world_rank(), place.get_local_rank(), place.get_world_size(), accelerator)
+    ranks = place.get_world_rank(), place.get_local_rank(), place.get_world_size()
+    return Placement(*ranks, accelerator, context_bytes(accelerator))
 
 
 def stage_context(

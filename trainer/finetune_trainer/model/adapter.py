@@ -10,6 +10,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from finetune_trainer.errors import UserError
+from finetune_trainer.model.expert_products import factor_adapters
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _NAME = "default"
@@ -46,6 +47,7 @@ def attach_adapter(
     # Of embeddings that are trained in full and got more rows, PEFT 0.21 saves a second copy under such names.
     foreign = [name for name in result.unexpected_keys if not name.endswith(".modules_to_save.weight")]
     _refuse(path, "does not fit the base model, which has no place for", foreign)
+    factor_adapters(adapted)
     return adapted
 
 

@@ -19,6 +19,7 @@ from finetune_trainer.esft.adapter_files import is_expert_adapter
 from finetune_trainer.hub import hub_access
 from finetune_trainer.model.composite import composite_skips, shrink_frozen
 from finetune_trainer.model.config import load_config, read_config
+from finetune_trainer.model.expert_products import compute_by_autocast
 from finetune_trainer.model.generation import repair_generation
 from finetune_trainer.model.matching import Match, match_checkpoint, without_mapping
 from finetune_trainer.model.precision import Precision
@@ -82,6 +83,7 @@ def load_model(
         more = {"revision": source.revision, "config": config, "job": job, "new_head": task == "reward"}
         model = load_whole(base_of(source.name), auto, **more, **options)
     shrink_frozen(model, precision)
+    compute_by_autocast(model)
     model.config.get_text_config().use_cache = False
     return model
 

@@ -15,15 +15,22 @@ Change = Callable[[Workload], tuple[str, Workload] | None]
 
 
 def advise(
-    size: ModelSize, load: Workload, spec: TrainedSpec, path: str, limit: int, adapter: Callable[[], AdapterSize]
+    size: ModelSize,
+    load: Workload,
+    spec: TrainedSpec,
+    path: str,
+    limit: int,
+    adapter: Callable[[], AdapterSize],
+    lean: Callable[[], tuple[AdapterSize, list[str]]],
 ) -> list[str]:
-    """The cheapest single change that makes the work fit in `limit` bytes, else the changes that do together.
+    """Return the cheapest single change that makes the work fit in `limit` bytes, else the changes that do together.
 
     Args:
         path: the stage's place in the job, such as `stages[1].sft`.
-        adapter: the size of a default adapter, worked out only where it is asked for.
+        adapter: the size of a default adapter, worked out only where it is needed.
+        lean: the size of the stage's adapter without stacked experts, and the layers that it then adapts; likewise.
     """
-    changes = list(_changes(size, spec, path, limit, adapter))
+    changes = list(_changes(size, spec, path, limit, adapter, lean))
     for change in changes:
         changed = change(load)
         if changed is not None and estimate(size, changed[1]).total <= limit:
@@ -46,13 +53,19 @@ def _together(size: ModelSize, load: Workload, changes: list[Change], limit: int
 
 
 def _changes(
-    size: ModelSize, spec: TrainedSpec, path: str, limit: int, adapter: Callable[[], AdapterSize]
+    size: ModelSize,
+    spec: TrainedSpec,
+    path: str,
+    limit: int,
+    adapter: Callable[[], AdapterSize],
+    lean: Callable[[], tuple[AdapterSize, list[str]]],
 ) -> Iterator[Change]:
     yield lambda load: _checkpointing(load, path)
     yield lambda load: _smaller_batch(size, load, spec, path, limit)
     yield lambda load: _more_sharding(size, load, limit)
     if isinstance(spec, AdapterSpec):
         yield lambda load: _lora(load, path, adapter)
+        yield lambda load: _no_experts(load, path, lean)
         yield lambda load: _quantization(load, path)
 
 
@@ -98,6 +111,16 @@ def _lora(load: Workload, path: str, adapter: Callable[[], AdapterSize]) -> tupl
     if load.adapter is not None:
         return None
     return f"set {path}.lora to {{}} (adapters of rank 16)", replace(load, adapter=adapter(), reference=False)
+
+
+def _no_experts(
+    load: Workload, path: str, lean: Callable[[], tuple[AdapterSize, list[str]]]
+) -> tuple[str, Workload] | None:
+    """Adapters on the layers beside the stacked experts alone."""
+    if load.adapter is None or not load.adapter.stack_weights:
+        return None
+    adapter, names = lean()
+    return f"set {path}.lora.targetModules to [{', '.join(names)}]", replace(load, adapter=adapter)
 
 
 def _quantization(load: Workload, path: str) -> tuple[str, Workload] | None:

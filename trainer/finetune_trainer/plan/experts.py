@@ -15,8 +15,9 @@ from finetune_trainer.esft.selection import ExpertConfig
 from finetune_trainer.esft.trainable import expert_size, shared_names, trained_whole
 from finetune_trainer.model.composite import language_names
 from finetune_trainer.model.given_experts import given_config
-from finetune_trainer.plan.memory import Workload, estimate, trainable
+from finetune_trainer.plan.memory import Workload, estimate
 from finetune_trainer.plan.model_size import AdapterSize, ModelSize
+from finetune_trainer.plan.states import trainable
 
 COARSE = 16
 """With so few experts a layer, choosing the least number of them still trains a large part of the model."""

@@ -17,9 +17,11 @@ from finetune_api.stages.evaluation import PERPLEXITY
 from finetune_api.training import Quantization
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.config import context_length
-from finetune_trainer.plan.memory import MASTER, RUNTIME, Memory, Workload, layer_activations, weight_bytes
+from finetune_trainer.plan.activations import layer_activations
+from finetune_trainer.plan.memory import CONTEXT, Memory, Workload
 from finetune_trainer.plan.model_size import AdapterSize, ModelSize
 from finetune_trainer.plan.quantities import human_bytes
+from finetune_trainer.plan.states import MASTER, weight_bytes
 
 MOST_TOKENS = 8192
 """Of one forward pass over texts, padding included, unless one text has more: all their logits are held at once."""
@@ -55,7 +57,7 @@ def inference_memory(size: ModelSize, load: Reading) -> Memory:
         loss=_logits(size, load, read),
         reference=0,
         buffers=key_value_bytes(size, load) if load.generates else 0,
-        runtime=RUNTIME[load.kind],
+        context=CONTEXT[load.kind],
     )
 
 

@@ -16,12 +16,13 @@ from finetune_api.training import Lora
 from finetune_trainer.adapters import find_targets, lora_config
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.composite import language_names
+from finetune_trainer.model.expert_products import padded_rank
 from finetune_trainer.model.task import Task, as_reward, auto_class
 
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """What an adapter adds; `input_features` and `rank_features` are summed over adapted layers."""
+    """What an adapter adds, summed over all adapted layers. A stack is one tensor with the weights of all experts."""
 
     parameters: int
     """Trainable parameters, modules trained in full included."""
@@ -29,6 +30,21 @@ class AdapterSize:
     """Input features of all adapted linear layers."""
     rank_features: int
     """Ranks of all adapted linear layers."""
+    stack_parameters: int = 0
+    """Trainable parameters on stacks."""
+    stack_factors: int = 0
+    """Elements of their factors as they are computed with, the rank padded."""
+    stack_ranks: int = 0
+    """Padded ranks of all adapted stacks."""
+    stack_weights: int = 0
+    """Elements of the adapted stacks."""
+
+    def active(self, size: ModelSize) -> int:
+        """Return the trainable parameters that one token is multiplied by."""
+        if not self.stack_parameters:
+            return self.parameters
+        used = self.stack_parameters * size.experts_per_token // size.experts
+        return self.parameters - self.stack_parameters + used
 
 
 @dataclass(frozen=True)
@@ -154,16 +170,25 @@ def adapter_size(model: PreTrainedModel, spec: Lora, path: str = "lora") -> Adap
         UserError: as `lora_config`.
     """
     from peft import get_peft_model  # takes seconds to import, and only adapters need it
+    from peft.tuners.lora.layer import ParamWrapper
 
     with warnings.catch_warnings(), torch.device("meta"):  # else PEFT draws every weight on the CPU first
         warnings.simplefilter("ignore")
         adapted = get_peft_model(model, lora_config(spec, model, path))
     trained = [(name, weight) for name, weight in adapted.named_parameters() if weight.requires_grad]
-    down = [weight for name, weight in trained if ".lora_A." in name]
+    stacks = [one for one in adapted.modules() if isinstance(one, ParamWrapper) and one.num_experts > 1]
+    on_stacks = {id(pair.weight) for one in stacks for pairs in (one.lora_A, one.lora_B) for pair in pairs.values()}
+    down = [weight for name, weight in trained if ".lora_A." in name and id(weight) not in on_stacks]
+    stacked = sum(weight.numel() for _, weight in trained if id(weight) in on_stacks)
+    padded = padded_rank(spec.r)
     return AdapterSize(
         parameters=sum(weight.numel() for _, weight in trained),
         input_features=sum(weight.shape[1] for weight in down),
         rank_features=sum(weight.shape[0] for weight in down),
+        stack_parameters=stacked,
+        stack_factors=stacked * padded // spec.r,
+        stack_ranks=padded * len(stacks),
+        stack_weights=sum(one.get_param().numel() for one in stacks),
     )
 
 

@@ -68,9 +68,11 @@ class StagePlan:
     advice: tuple[str, ...]
     """What to change where it does not fit."""
     notes: tuple[str, ...]
-    """Warnings, and why something is not known."""
+    """What is remarkable, and why something is not known."""
     comparison: tuple[Alternative, ...] = ()
     """What other ways to train the same would need (ESFT)."""
+    warnings: tuple[str, ...] = ()
+    """What costs memory or time and need not. `finetune validate` prints them too."""
 
 
 @dataclass(frozen=True)

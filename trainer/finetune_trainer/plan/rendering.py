@@ -65,6 +65,7 @@ def _stage(stage: StagePlan, device: Device) -> RenderableType:
     ]
     lines += [Text(f"  → {line}", style="yellow") for line in stage.advice]
     lines += [_comparison(stage)] if stage.comparison else []
+    lines += [Text(f"warning: {line}", style="yellow") for line in stage.warnings]
     lines += [Text(f"note: {line}", style="dim") for line in stage.notes]
     title = escape(f"stages[{stage.index}] {stage.title} ({stage.kind})")
     return Panel(Group(*lines), title=title, title_align="left", border_style="green" if stage.fits else "red")

@@ -17,17 +17,30 @@ Estimate = Callable[[int], Memory]
 
 
 def choose_zero(
-    spec: Sharding, estimate: Estimate, workers: int, device_memory: int, quantized_bits: int | None = None
+    spec: Sharding,
+    estimate: Estimate,
+    workers: int,
+    device_memory: int,
+    quantized_bits: int | None = None,
+    *,
+    casts_experts: bool = False,
 ) -> tuple[int, str]:
-    """The ZeRO stage, and one sentence that says why, with the figures.
+    """Return the ZeRO stage, and one sentence that says why, with the figures.
 
-    `auto` is the least that fits in `HEADROOM` of the device's memory, or the highest there is where none does;
+    `auto` is the least that fits in `HEADROOM` of the device's memory, or the one that needs least where none does;
     quantized bases stop at 2, since ZeRO-3 doesn't divide them.
+
+    Args:
+        casts_experts: whether ZeRO-0 would keep all experts in float32 and cast them in each forward pass. Then `auto`
+            takes ZeRO-0 only where no other stage fits.
     """
     if spec.zero != "auto":
         need = human_bytes(estimate(spec.zero).total)
         return spec.zero, f"ZeRO-{spec.zero} as the job says; needs {need} of {human_bytes(device_memory)} per worker"
     candidates = _candidates(spec, workers, quantized_bits)
+    if casts_experts and 0 in candidates:
+        zero, why = _least([*(candidates[1:] or [1]), 0], estimate, device_memory)
+        return zero, f"{why}; ZeRO-0 casts the experts from float32 in each forward pass"
     if len(candidates) == 1:
         return candidates[0], _only(candidates[0], estimate, workers)
     return _least(candidates, estimate, device_memory)

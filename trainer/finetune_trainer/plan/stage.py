@@ -27,13 +27,16 @@ from finetune_api.stages import (
     TrainedSpec,
 )
 from finetune_api.training import Lora
+from finetune_trainer.adapters import find_targets
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.composite import frozen_note
 from finetune_trainer.model.config import context_length
+from finetune_trainer.model.expert_products import is_grouped
 from finetune_trainer.model.task import task_of
 from finetune_trainer.pipeline import place
 from finetune_trainer.plan.advice import advise
 from finetune_trainer.plan.answering import answering, trained_per_prompt
+from finetune_trainer.plan.expert_copies import cast_elements, expert_warnings
 from finetune_trainer.plan.experts import ExpertPlan, compare, expert_plan
 from finetune_trainer.plan.inference import (
     check_reading,
@@ -42,10 +45,11 @@ from finetune_trainer.plan.inference import (
     reading_advice,
     reading_length,
 )
-from finetune_trainer.plan.memory import Workload, estimate, trainable, with_zero
+from finetune_trainer.plan.memory import Workload, estimate, with_zero
 from finetune_trainer.plan.model_size import AdapterSize, ModelSize, adapter_size, meta_model, model_size
 from finetune_trainer.plan.records import DataSize, PlanContext, Rows, StagePlan
 from finetune_trainer.plan.sharding_choice import HEADROOM, choose_zero, sharding_problems, sharding_warnings
+from finetune_trainer.plan.states import trainable
 from finetune_trainer.plan.steps import Steps, count_steps, flops_per_token
 
 
@@ -75,7 +79,8 @@ class StagePlanner:
         known = None if data is None else DataSize(*data)
         length, notes = self.length(known)
         notes = [*filter(None, [frozen_note(model)]), *notes]
-        load = self.load(length, adapter, eager=self._eager(model))
+        summed = not any(is_grouped(module) for module in model.modules())
+        load = self.load(length, adapter, eager=self._eager(model), summed=summed)
         if isinstance(spec, PromptSpec):
             load, more = answering(load, spec, self.run, self.config)
             notes = [*notes, *more]
@@ -129,16 +134,19 @@ class StagePlanner:
             load.workers,
             device.memory_bytes,
             self.bits,
+            casts_experts=device.kind == "cuda" and load.tuned is None and cast_elements(size, with_zero(load, 0)) > 0,
         )
         load = with_zero(load, zero)
         memory = estimate(size, load)
         spare = round(HEADROOM * device.memory_bytes) - memory.total
         steps = count_steps(spec, data.rows if data else None, load.workers)
-        fix = partial(advise, size, load, spec, self.path, round(HEADROOM * device.memory_bytes), self._spare_adapter)
+        limit = round(HEADROOM * device.memory_bytes)
+        fix = partial(advise, size, load, spec, self.path, limit, self._spare_adapter, self._lean_adapter)
         adapter_parameters = load.adapter.parameters if load.adapter else None
         has_reference = _has_reference(spec)
         if experts is None:
-            flops = flops_per_token(size, load.length, adapter_parameters, reference=has_reference)
+            active = load.adapter and load.adapter.active(size)
+            flops = flops_per_token(size, load.length, active, reference=has_reference)
         else:
             flops = flops_per_token(size, load.length, 0) + 2 * experts.active
         return StagePlan(
@@ -160,10 +168,11 @@ class StagePlanner:
             spare=spare,
             advice=() if spare >= 0 else tuple(fix()),
             notes=(*notes, *_unknown(steps, data)),
+            warnings=tuple(expert_warnings(size, load, self.path)),
             comparison=() if experts is None or not experts.tuned else compare(size, load, self._spare_adapter()),
         )
 
-    def load(self, length: int, adapter: AdapterSize | None, eager: bool) -> Workload:
+    def load(self, length: int, adapter: AdapterSize | None, eager: bool, summed: bool) -> Workload:
         spec, sharding = self.spec, self.run.job.spec.sharding
         quantization = getattr(spec, "quantization", None)
         return Workload(
@@ -177,6 +186,7 @@ class StagePlanner:
             accumulation=spec.gradient_accumulation_steps,
             checkpointing=spec.gradient_checkpointing,
             eager=eager,
+            summed_stacks=summed,
             full_logits=_is_masked(spec),
             no_logits=isinstance(spec, RewardSpec),
             reference=_second_model(spec),
@@ -219,6 +229,13 @@ class StagePlanner:
     def _spare_adapter(self) -> AdapterSize:
         """The size of a default adapter, for advice."""
         return adapter_size(meta_model(self.config, task_of(self.spec)), Lora())
+
+    def _lean_adapter(self) -> tuple[AdapterSize, list[str]]:
+        """Return the size of the stage's adapter without stacked experts, and the layers that it then adapts."""
+        lora, model = _lora(self.spec), meta_model(self.config, task_of(self.spec))
+        assert lora is not None
+        names = sorted({name.rpartition(".")[2] for name in find_targets(model).linears})
+        return adapter_size(model, lora.model_copy(update={"target_modules": names})), names
 
     def _eager(self, model: Any) -> bool:
         asked = self.run.job.spec.model.attn_implementation

@@ -37,7 +37,13 @@ class Progress:
     mfu: float | None = None
     """Model FLOPs utilisation, 0 to 1; None where the device's peak is unknown."""
     memory: int | None = None
-    """Peak bytes: of the device on an accelerator, else resident of the worker's process."""
+    """Peak bytes since the stage began: of tensors on an accelerator, else resident of the worker's process."""
+    memory_reserved: int | None = None
+    """Peak bytes that torch's allocator held on the accelerator, what it keeps for later included."""
+    memory_context: int | None = None
+    """Bytes of the CUDA context, which torch does not count."""
+    memory_nccl: int | None = None
+    """Bytes that were allocated on the device outside torch since: NCCL's buffers, and kernels loaded later."""
     seconds: float | None = None
     """Seconds this stage has trained, earlier attempts included."""
     eta: float | None = None

@@ -66,6 +66,7 @@ def _section(stage: StageRecord, gates: object) -> dict[str, object]:
         "record": stage,
         "overview": views.overview(stage),
         "metrics": [] if measured or made else views.final_metrics(stage),
+        "memory": views.memory_facts(stage),
         "figures": _figures(stage),
         "data_summary": views.data_summary(stage.data),
         "data": views.data_facts(stage.data),

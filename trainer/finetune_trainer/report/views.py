@@ -17,13 +17,23 @@ KEY_METRICS = 3
 
 _COMMON = {
     "step", "stage", "stages", "title", "total", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "samples",
-    "tokens_per_second", "samples_per_second", "mfu", "memory", "seconds", "eta",
+    "tokens_per_second", "samples_per_second", "mfu", "memory", "memory_reserved", "memory_context", "memory_nccl",
+    "seconds", "eta",
 }  # fmt: skip
 _TIMING = ("_runtime", "_per_second", "_num_tokens", "_flos", "_preparation_time")
 _PREFERRED = (
     "win_rate", "reward", "kl", "bytes_per_token", "accuracies", "accuracy", "perplexity", "margins", "exactMatch",
     "executionAccuracy", "rougeL",
 )  # fmt: skip
+_MEMORY_COLUMNS = {
+    "peak": "memory", "reserved": "memory_reserved", "context": "memory_context", "nccl": "memory_nccl",
+}  # fmt: skip
+_MEMORY_LABELS = {
+    "peak": "Peak of tensors on the device",
+    "reserved": "Peak reserved by torch",
+    "context": "CUDA context",
+    "nccl": "NCCL and later kernels",
+}
 _DATA_LABELS = {
     "rows": "Rows read",
     "kept": "Rows kept",
@@ -144,13 +154,29 @@ def panels(stage: StageRecord) -> list[Panel]:
         Panel("Gradient norm", {"gradient norm": stage.points("grad_norm")}, may_be_log=True),
         Panel("Throughput (tokens/s)", {"tokens/s": stage.points("tokens_per_second")}, unit="count"),
         Panel("MFU", {"MFU": stage.points("mfu")}, unit="share"),
-        Panel("Peak memory", {"memory": stage.points("memory")}, unit="bytes", is_noisy=False),
+        Panel("Peak memory", _memory_lines(stage), unit="bytes", is_noisy=False),
     ]
     own = [
         Panel(clean(name), {"train": stage.points(name), "held-out": stage.points(f"eval_{name}")})
         for name in _own_metrics(stage)
     ]
     return [panel for panel in common + own[:METRIC_PANELS] if panel.shown]
+
+
+def _memory_lines(stage: StageRecord) -> dict[str, Points]:
+    reserved = stage.points("memory_reserved")
+    if not reserved:
+        return {"memory": stage.points("memory")}
+    return {"tensors": stage.points("memory"), "reserved by torch": reserved}
+
+
+def memory_facts(stage: StageRecord) -> list[tuple[str, str]]:
+    """Return a worker's memory by who holds it, measured at the stage's end, else at its last logged step."""
+    measured = _object(stage.done.get("memory"))
+    logged = {name: _last(stage.points(column)) for name, column in _MEMORY_COLUMNS.items()}
+    known = {name: measured.get(name, logged[name]) for name in _MEMORY_COLUMNS}
+    labels = _MEMORY_LABELS if is_number(known["reserved"]) else {"peak": "Peak memory of the process"}
+    return [(label, size(known[name])) for name, label in labels.items() if is_number(known[name])]
 
 
 def round_panels(stage: StageRecord) -> list[Panel]:

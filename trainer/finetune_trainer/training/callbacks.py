@@ -25,7 +25,6 @@ from finetune_trainer.training.batches import Feed
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.deepspeed import mend_universal
 from finetune_trainer.training.expert_load import expert_loads
-from finetune_trainer.training.memory import peak_memory
 from finetune_trainer.training.peers import Peers
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ class ProgressCallback(TrainerCallback):
         return replace(base, metrics=(base.metrics or {}) | metrics)
 
     def _progress(self, state: TrainerState, logs: dict[str, float]) -> Progress:
-        rates = self.rates
+        rates, used = self.rates, self.context.placement.usage()
         return Progress(
             stage=self.context.layout.index,
             stages=len(self.context.run.job.spec.stages),
@@ -122,7 +121,10 @@ class ProgressCallback(TrainerCallback):
             tokens_per_second=rates.tokens_per_second,
             samples_per_second=rates.samples_per_second,
             mfu=self._mfu(rates.tokens_per_second or 0.0),
-            memory=peak_memory(self.context.placement.accelerator),
+            memory=used.peak,
+            memory_reserved=used.reserved,
+            memory_context=used.context,
+            memory_nccl=used.nccl,
             seconds=rates.seconds,
             eta=rates.eta(state.max_steps - state.global_step),
             metrics=self._metrics(logs) or None,

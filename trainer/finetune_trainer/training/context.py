@@ -20,6 +20,7 @@ from finetune_trainer.model.saved import is_adapter
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.pipeline import place, spec_of
 from finetune_trainer.training.batches import Division, Feed
+from finetune_trainer.training.memory import Usage, usage
 from finetune_trainer.training.prompt_feed import EvenDivision, PromptFeed
 
 
@@ -31,6 +32,12 @@ class Placement:
     local_rank: int
     world_size: int
     accelerator: bool
+    context_bytes: int = 0
+    """Of the device, before the workers' first exchange: `training.memory.context_bytes`."""
+
+    def usage(self) -> Usage:
+        """Return the memory that this process has used in the stage."""
+        return usage(self.accelerator, self.context_bytes)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from finetune_api.cluster import Sharding
-from finetune_trainer.plan.memory import bucket_size
+from finetune_trainer.plan.communication import bucket_size
 
 
 def deepspeed_config(

@@ -12,6 +12,7 @@ import transformers
 from transformers.trainer_utils import EvalLoopOutput
 
 from finetune_trainer.checkpoint.space import full_disk_named
+from finetune_trainer.model.expert_products import factor_adapters
 from finetune_trainer.model.router_logits import fit_for_balance_loss, no_router_logits
 from finetune_trainer.training.held_out import HeldOutLoader, Means, Sums, share, token_sums
 from finetune_trainer.training.parts import StageParts
@@ -36,6 +37,7 @@ class StageTrainer(_Base):
         self.stage = self.new_parts()
         super().__init__(*args, **kwargs)
         fit_for_balance_loss(self.model)
+        factor_adapters(self.model)
 
     @staticmethod
     def new_parts() -> StageParts:

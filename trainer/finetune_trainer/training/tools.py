@@ -11,7 +11,6 @@ from finetune_trainer.progress.channel import WorkerEnd
 from finetune_trainer.progress.reporter import Progress
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.context import StageContext
-from finetune_trainer.training.memory import peak_memory
 from finetune_trainer.training.peers import Peers
 
 TELL_SECONDS = 0.5
@@ -71,14 +70,17 @@ class StageTools:
 
     def _progress(self, step: int, total: int, metrics: dict[str, float] | None) -> Progress:
         seconds = time.monotonic() - self.started
-        since = step - (self.first_step or 0)
+        since, used = step - (self.first_step or 0), self.context.placement.usage()
         return Progress(
             stage=self.context.layout.index,
             stages=len(self.context.run.job.spec.stages),
             title=self.context.layout.title,
             step=step,
             total=total,
-            memory=peak_memory(self.context.placement.accelerator),
+            memory=used.peak,
+            memory_reserved=used.reserved,
+            memory_context=used.context,
+            memory_nccl=used.nccl,
             seconds=seconds,
             eta=seconds / since * (total - step) if since else None,
             metrics=metrics,

@@ -1,0 +1,65 @@
+"""In which number format the stages of a job multiply by stacked experts, and what LoRA on them computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from expert_models import build
+from in_process import open_stage, trained
+from tiny_rows import dialogue
+from transformers import AutoTokenizer
+
+from finetune_trainer.model.expert_products import FactoredStack
+
+Job = dict[str, Any]
+ROWS = [dialogue(f"{n} plus {n}", f"makes {n + n}") for n in range(8)]
+PAIRS = [{"prompt": f"{n} plus 1", "chosen": f" makes {n + 1}", "rejected": f" says {n}"} for n in range(8)]
+STAGES: dict[str, Job] = {
+    "full": {"sft": {}},
+    "full, reference": {"dpo": {}},
+    "esft": {"esft": {"sampleTokens": 200}},
+    "esft, others": {"esft": {"sampleTokens": 200, "trainNonExperts": True}},
+    "lora": {"sft": {"lora": {"r": 2}}},
+    "lora, checkpointing": {"sft": {"lora": {"r": 2}, "gradientCheckpointing": True}},
+}
+Operand = tuple[torch.dtype, type]
+
+
+@pytest.fixture
+def operands(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Operand]]:
+    """Formats and kinds of the stacks that reach torch's grouped product, which computes as ever."""
+    seen: list[Operand] = []
+    library = torch.nn.functional.grouped_mm
+
+    def recorded(inputs: torch.Tensor, stack: Any, **more: Any) -> torch.Tensor:
+        assert inputs.dtype == stack.dtype
+        seen.append((stack.dtype, type(stack)))
+        return library(inputs, stack, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", recorded)
+    yield seen
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_experts_are_multiplied_in_bfloat16(
+    name: str, operands: list[Operand], base_job: Job, tiny_model: Path, tmp_path: Path
+) -> None:
+    """At ZeRO-0, whose masters are float32: a GPU has no fast grouped product in that format."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    build("qwen3_moe", vocab_size=len(tokenizer)).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    tokenizer.save_pretrained(tmp_path / "half")
+    ((kind, fields),) = STAGES[name].items()
+    data = {"sources": [{"inline": PAIRS if kind == "dpo" else ROWS}]}
+    stage = {kind: {"data": data, "maxLength": 64, "maxSteps": 1, "perDeviceTrainBatchSize": 2, **fields}}
+    base_job["spec"] |= {"model": {"path": str(tmp_path / "half"), "dtype": "bfloat16"}, "stages": [stage]}
+    with trained(open_stage(base_job, tmp_path)) as trainer:
+        weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+        assert {weight.dtype for weight in weights} == {torch.float32}
+        assert trainer.state.global_step == 1
+    assert operands and {dtype for dtype, _ in operands} == {torch.bfloat16}
+    factored = {kind is FactoredStack for _, kind in operands}
+    assert factored == {"lora" in name}

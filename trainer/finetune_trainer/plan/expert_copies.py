@@ -1,0 +1,69 @@
+"""Memory of copies of stacked experts that a forward pass makes and autograd keeps, and what to say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from finetune_trainer.plan.model_size import AdapterSize, ModelSize
+from finetune_trainer.plan.quantities import human_bytes, human_count
+from finetune_trainer.plan.states import MASTER
+
+if TYPE_CHECKING:
+    from finetune_trainer.plan.memory import Workload
+
+
+def expert_copy_bytes(size: ModelSize, load: Workload) -> int:
+    """Return the bytes of copies of stacked experts, and of the gradients of one layer's copies.
+
+    Autograd keeps the copies of all layers until the backward pass; with checkpointing those of one layer at a time.
+    """
+    if not size.expert_layers:
+        return 0
+    layers = 1 if load.checkpointing else size.expert_layers
+    return round(copied_elements(size, load) * load.dtype_bytes * (layers + 1) / size.expert_layers)
+
+
+def copied_elements(size: ModelSize, load: Workload) -> int:
+    """Return the elements of all layers' copies, in the format that the stage computes in.
+
+    LoRA on stacks: its factors (`model.expert_products`), or the sums `W + scaling * B @ A` where the family does not
+    compute experts by a grouped product (PEFT 0.21, `ParamWrapper`). Trained experts in float32: their casts.
+    """
+    if load.adapter is not None:
+        return load.adapter.stack_weights if load.summed_stacks else load.adapter.stack_factors
+    return cast_elements(size, load)
+
+
+def cast_elements(size: ModelSize, load: Workload) -> int:
+    """Return the trained expert weights that are float32 and cast in each forward pass (ZeRO-0 in half precision)."""
+    if load.zero or load.dtype_bytes >= MASTER or load.adapter is not None:
+        return 0
+    return size.expert if load.tuned is None else min(load.tuned, size.expert)
+
+
+def expert_warnings(size: ModelSize, load: Workload, path: str) -> Iterator[str]:
+    """Yield what costs memory or time with stacked experts, and what to set instead.
+
+    Args:
+        path: the stage's place in the job, such as `stages[1].sft`.
+    """
+    if load.adapter is not None and load.adapter.stack_weights:
+        yield from _adapted(size, load, load.adapter, f"{path}.lora.targetModules")
+    casts = cast_elements(size, load)
+    if casts and load.tuned is None and load.kind == "cuda":
+        copies = human_bytes(casts * load.dtype_bytes)
+        yield (
+            f"at ZeRO-0 the experts are float32, and each forward pass casts {copies} of them: "
+            "set sharding.zero to 1, which keeps them in half precision"
+        )
+
+
+def _adapted(size: ModelSize, load: Workload, adapter: AdapterSize, field: str) -> Iterator[str]:
+    instead = "name layers of the attention such as q_proj, or use an esft stage"
+    if load.summed_stacks:
+        copies = human_bytes(expert_copy_bytes(size, load))
+        yield f"{field} adapts stacked experts, for which PEFT computes W + BA here: {copies} of copies; {instead}"
+    elif 2 * adapter.stack_parameters > adapter.parameters:
+        share = f"{human_count(adapter.stack_parameters)} of {human_count(adapter.parameters)} trained weights"
+        yield f"{field} adapts all experts, with {share}: to train fewer, {instead}"
