@@ -99,14 +99,14 @@ def _window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
     Under `sdpa` transformers puts the window into the mask. A family that has one and does not pass it on is refused.
     """
     window: int | None = kwargs.get("sliding_window")
-    kind = _kind(module)
+    kind = attention_kind(module)
     if kind == CHUNKED or (kind == SLIDING and window is None):
         raise NotImplementedError(f"{type(module).__name__} does not pass the bounds of its {kind} on")
     return window
 
 
-def _kind(module: nn.Module) -> str | None:
-    """Return the kind of a layer's attention, as the configuration names it."""
+def attention_kind(module: nn.Module) -> str | None:
+    """Return the kind of a layer's attention as configurations name it, such as `sliding_attention`, if one does."""
     config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
     kinds = getattr(config, "layer_types", None)
     if kinds and index is not None and index < len(kinds):

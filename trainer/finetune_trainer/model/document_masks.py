@@ -32,7 +32,8 @@ class Form(StrEnum):
 
 def forms(model: Any) -> tuple[Form, ...]:
     """Return all forms in the order in which a model should be tried with them: those without masks first."""
-    if takes_bounds(decoder_of(model)):
+    decoder = decoder_of(model)
+    if takes_bounds(decoder, decoder.config._attn_implementation):
         return Form.BOUNDS, Form.POSITIONS, Form.MASKS
     return Form.POSITIONS, Form.MASKS, Form.BOUNDS
 

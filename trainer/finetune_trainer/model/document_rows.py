@@ -20,7 +20,7 @@ from finetune_trainer.model.document_attention import as_mask, register
 Keywords = dict[str, Any]
 
 
-def takes_bounds(decoder: Any) -> bool:
+def takes_bounds(decoder: Any, attention: str) -> bool:
     """Return whether a decoder's attention is expected to keep documents apart by their bounds, without a mask.
 
     These are families for which transformers has flash attention, and so pass all that it needs: the window, the
@@ -28,11 +28,12 @@ def takes_bounds(decoder: Any) -> bool:
 
     Args:
         decoder: a transformers model, which may be on the meta device.
+        attention: its attention implementation.
     """
-    config = decoder.config
-    if getattr(config, "attention_chunk_size", None):
+    if getattr(decoder.config, "attention_chunk_size", None):
         return False
-    return is_flash_attention_requested(config) or (config._attn_implementation == "sdpa" and decoder._supports_flash_attn)
+    flash = is_flash_attention_requested(requested_attention_implementation=attention)
+    return flash or (attention == "sdpa" and bool(decoder._supports_flash_attn))
 
 
 class OneRow:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from finetune_trainer.plan.attention_masks import MaskedLayers, mask_bytes
 from finetune_trainer.plan.model_size import AdapterSize, ModelSize
 
 MASTER = 4
@@ -47,6 +48,8 @@ class Workload:
     checkpointing: bool = False
     eager: bool = False
     """Attention that materialises its scores."""
+    masked: MaskedLayers = MaskedLayers()
+    """Attention layers under `sdpa` that get a mask."""
     full_logits: bool = False
     """Logits of the whole batch at once (masked language modelling); else TRL's tiles."""
     no_logits: bool = False
@@ -85,6 +88,8 @@ class Memory:
     """What drawing answers needs beyond the activations and the loss, which are not there at the same time."""
     scorers: int = 0
     """Reward models."""
+    attention_masks: int = 0
+    """Masks under `sdpa`, and the bias that torch makes of them for each layer."""
     host: int = 0
     """On the host, beside the device."""
 
@@ -118,6 +123,7 @@ def estimate(size: ModelSize, load: Workload) -> Memory:
         runtime=RUNTIME[load.kind],
         drawing=max(drawing_bytes(size, load) - activations - loss, 0),
         scorers=load.scorers * load.dtype_bytes,
+        attention_masks=mask_bytes(load.masked, load.batch, load.length, load.dtype_bytes, load.checkpointing),
         host=host,
     )
 

@@ -34,6 +34,7 @@ from finetune_trainer.model.task import task_of
 from finetune_trainer.pipeline import place
 from finetune_trainer.plan.advice import advise
 from finetune_trainer.plan.answering import answering, trained_per_prompt
+from finetune_trainer.plan.attention_masks import has_kernel, masked_layers
 from finetune_trainer.plan.experts import ExpertPlan, compare, expert_plan
 from finetune_trainer.plan.inference import (
     check_reading,
@@ -75,7 +76,9 @@ class StagePlanner:
         known = None if data is None else DataSize(*data)
         length, notes = self.length(known)
         notes = [*filter(None, [frozen_note(model)]), *notes]
-        load = self.load(length, adapter, eager=self._eager(model))
+        load = self.load(length, adapter, eager=self._attention(model) == "eager")
+        kernel = has_kernel(load.kind, load.dtype_bytes, size.attention_dropout)
+        load = replace(load, masked=masked_layers(model, spec, self._attention(model), load.batch, length, kernel))
         if isinstance(spec, PromptSpec):
             load, more = answering(load, spec, self.run, self.config)
             notes = [*notes, *more]
@@ -220,9 +223,10 @@ class StagePlanner:
         """The size of a default adapter, for advice."""
         return adapter_size(meta_model(self.config, task_of(self.spec)), Lora())
 
-    def _eager(self, model: Any) -> bool:
+    def _attention(self, model: Any) -> str:
+        """Return the implementation that the job asks for, or transformers picks."""
         asked = self.run.job.spec.model.attn_implementation
-        return asked == "eager" or (asked == "auto" and model.config._attn_implementation == "eager")
+        return asked if asked != "auto" else str(model.config._attn_implementation)
 
     @property
     def spec(self) -> TrainedSpec:
