@@ -11,8 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from finetune_trainer.data import PackedCollator
-from finetune_trainer.model.document_masks import documents_separated
-from finetune_trainer.training.packing_probe import Form
+from finetune_trainer.model.document_masks import Form, documents_separated
 
 VOCAB = 128
 Fields = dict[str, Any]
@@ -168,9 +167,9 @@ def loss_packed(model: Any, form: Form | None) -> Tensor:
     first, second, third = documents()
     packed = ((first + third, [len(first), len(third)]), (second, [len(second)]))
     rows = [{"input_ids": ids, "labels": ids, "seq_lengths": lengths} for ids, lengths in packed]
-    batch = PackedCollator(0, 48, padding_mask=form is not None, lengths=form is not None and form.lengths)(rows)
+    batch = PackedCollator(0, 48, padding_mask=form is not None)(rows)
     labels = batch.pop("labels")
-    with nullcontext() if form is None else documents_separated(model, masks=form.masks):
+    with nullcontext() if form is None else documents_separated(model, form):
         logits = model(**batch, use_cache=False).logits
     return _summed(logits, labels) / (labels[:, 1:] != -100).sum()
 

@@ -12,8 +12,9 @@ import torch
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from finetune_trainer.model.document_masks import Form
 from finetune_trainer.preflight.packing import Trial
-from finetune_trainer.training.packing_probe import Finding, Form, Probe
+from finetune_trainer.training.packing_probe import Finding, Probe
 
 DOCS = (Path(__file__).parents[2] / "docs" / "packing.md").read_text()
 EXACT, MIXED = 1e-5, 1e-4
@@ -22,7 +23,7 @@ EXACT, MIXED = 1e-5, 1e-4
 
 def documented() -> dict[str, Form | None]:
     """Return each family's row in the table: the form in which it is packed, or None."""
-    forms = {"positions": Form(), "positions and masks": Form(masks=True), "refused": None}
+    forms = {**{str(form): form for form in Form}, "refused": None}
     rows = {name: re.search(rf"^\| {name} \| (.*) \|$", DOCS, re.MULTILINE) for name in forms}
     assert all(rows.values())
     return {family: forms[name] for name, row in rows.items() if row for family in re.findall(r"`([^`]+)`", row[1])}

@@ -25,17 +25,11 @@ class PackedCollator:
     Args:
         padding_mask: whether batches hold an int64 `attention_mask` [B, max_length], 0 for padding. Only for a model
             that `model.document_masks.separate_documents` has prepared: others would read no documents off positions.
-        lengths: whether batches hold the documents' bounds too, as flash attention and the kernels of recurrent layers
-            take them: int32 `seq_idx` [B, max_length], the number of each token's document in its row; int32
-            `cu_seq_lens_q` and `cu_seq_lens_k` [documents + 1], where documents start in the rows laid end to end; the
-            ints `max_length_q` and `max_length_k`, the longest document. These are the names of transformers'
-            `FlashAttentionKwargs` and of TRL's collator.
     """
 
     pad_token_id: int
     max_length: int
     padding_mask: bool = False
-    lengths: bool = False
 
     def __call__(self, rows: Rows) -> dict[str, Any]:
         documents = [self._documents(row["seq_lengths"]) for row in rows]
@@ -48,7 +42,7 @@ class PackedCollator:
         }
         if self.padding_mask:
             batch["attention_mask"] = self._pad([[1] * sum(row["seq_lengths"]) for row in rows], 0)
-        return batch | (_bounds(documents) if self.lengths else {})
+        return batch
 
     def _pad(self, values: list[list[int]], filler: int) -> Tensor:
         return torch.tensor([[*value, *[filler] * (self.max_length - len(value))] for value in values])
@@ -57,20 +51,6 @@ class PackedCollator:
         """The lengths of a row's documents, with its padding as the last one."""
         padding = self.max_length - sum(lengths)
         return [*lengths, padding] if padding else list(lengths)
-
-
-def _bounds(documents: list[list[int]]) -> dict[str, Any]:
-    """Where documents begin and end, as `PackedCollator` describes it."""
-    numbers = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in documents]
-    lengths = torch.tensor([0, *(length for row in documents for length in row)])
-    ends, longest = lengths.cumsum(0).to(torch.int32), int(lengths.max())
-    return {
-        "seq_idx": torch.stack(numbers).to(torch.int32),
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
 
 
 @dataclass

@@ -54,7 +54,8 @@ class RoutingCounter:
     def attach(self) -> Self:
         """Begin to count."""
         base = self.model.base_model
-        self._handles.append(base.register_forward_pre_hook(self._see_mask, with_kwargs=True))
+        # Before the hooks that take the mask away (`model.right_padding`, `model.document_masks`).
+        self._handles.append(base.register_forward_pre_hook(self._see_mask, with_kwargs=True, prepend=True))
         for index, router in routers(self.model).items():
             hook = _RouterHook(self, index, self.model.config.model_type)
             self._handles.append(router.register_forward_hook(hook))

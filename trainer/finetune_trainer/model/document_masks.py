@@ -1,9 +1,10 @@
-"""Attention masks between packed documents."""
+"""Ways to keep the documents of packed rows apart in a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,43 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import create_masks_for_generate
 
+from finetune_trainer.model.document_rows import OneRow, takes_bounds
+
 Keywords = dict[str, Any]
 
 
-def separate_documents(model: Any, *, masks: bool) -> RemovableHandle:
+class Form(StrEnum):
+    """How packed rows are given to a decoder, besides positions that start again at 0 with each document."""
+
+    POSITIONS = "positions"
+    """Without a mask of the padding: transformers makes attention masks from the positions."""
+    MASKS = "positions and masks"
+    """With attention masks made from the positions, for families whose own code makes none from them (gpt_oss and
+    others in transformers 5.23)."""
+    BOUNDS = "bounds"
+    """As one row with the documents' bounds (`document_rows.OneRow`)."""
+
+
+def forms(model: Any) -> tuple[Form, ...]:
+    """Return all forms in the order in which a model should be tried with them: those without masks first."""
+    decoder = decoder_of(model)
+    if takes_bounds(decoder, decoder.config._attn_implementation):
+        return Form.BOUNDS, Form.POSITIONS, Form.MASKS
+    return Form.POSITIONS, Form.MASKS, Form.BOUNDS
+
+
+class Hooks:
+    """What `separate_documents` has registered."""
+
+    def __init__(self, *handles: RemovableHandle) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def separate_documents(model: Any, form: Form) -> Hooks:
     """Let a model take packed rows together with a mask of their padding.
 
     The auxiliary loss of a mixture of experts and the counts of tokens need the mask [B, L] of the padding. But where a
@@ -25,38 +59,48 @@ def separate_documents(model: Any, *, masks: bool) -> RemovableHandle:
 
     Args:
         model: a transformers model, or a PEFT model around one.
-        masks: whether the decoder gets attention masks made from the positions in place of the padding's. The code of
-            some families (gpt_oss, opt and others in transformers 5.23) does not pass the positions on to the function
-            that makes them.
 
     Returns:
-        what removes the hook.
+        what removes the hooks.
     """
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder: nn.Module = whole.get_decoder()
-    return decoder.register_forward_pre_hook(partial(_without_padding_mask, masks), with_kwargs=True)
+    decoder = decoder_of(model)
+    rows = OneRow(decoder) if form == Form.BOUNDS else None
+    before = decoder.register_forward_pre_hook(partial(_without_padding_mask, form, rows), with_kwargs=True)
+    return Hooks(before) if rows is None else Hooks(before, decoder.register_forward_hook(rows.put_back))
 
 
 @contextmanager
-def documents_separated(model: Any, *, masks: bool) -> Iterator[None]:
+def documents_separated(model: Any, form: Form) -> Iterator[None]:
     """Apply `separate_documents` for the time of a `with` block."""
-    handle = separate_documents(model, masks=masks)
+    hooks = separate_documents(model, form)
     try:
         yield
     finally:
-        handle.remove()
+        hooks.remove()
 
 
-def _without_padding_mask(masks: bool, decoder: Any, args: Any, kwargs: Keywords) -> tuple[Any, Keywords]:
-    padding, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if not isinstance(padding, Tensor) or padding.ndim != 2 or positions is None or _is_generating(kwargs):
-        return args, kwargs
-    return args, kwargs | {"attention_mask": _between_documents(decoder, positions) if masks else None}
+def decoder_of(model: Any) -> Any:
+    """Return the decoder of a transformers model, or of a PEFT model around one."""
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return whole.get_decoder()
 
 
-def _is_generating(kwargs: Keywords) -> bool:
-    """Whether the call is one of `generate`, whose left-padded prompts are no packed rows."""
+def is_generating(kwargs: Keywords) -> bool:
+    """Return whether a call is one of `generate`, whose left-padded prompts are no packed rows."""
     return kwargs.get("past_key_values") is not None or bool(kwargs.get("use_cache"))
+
+
+def _without_padding_mask(
+    form: Form, rows: OneRow | None, decoder: nn.Module, args: Any, kwargs: Keywords
+) -> tuple[Any, Keywords]:
+    if rows is not None:
+        rows.forget()
+    padding, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if not isinstance(padding, Tensor) or padding.ndim != 2 or positions is None or is_generating(kwargs):
+        return args, kwargs
+    if rows is not None:
+        return rows.lay_out(args, kwargs)
+    return args, kwargs | {"attention_mask": _between_documents(decoder, positions) if form == Form.MASKS else None}
 
 
 def _between_documents(decoder: Any, positions: Tensor) -> Any:

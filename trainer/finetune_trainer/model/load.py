@@ -24,6 +24,7 @@ from finetune_trainer.model.generation import repair_generation
 from finetune_trainer.model.matching import Match, match_checkpoint, without_mapping
 from finetune_trainer.model.precision import Precision
 from finetune_trainer.model.prequantized import dequantized, method_of, training_fault
+from finetune_trainer.model.right_padding import drop_right_padding
 from finetune_trainer.model.saved import base_of, expert_base_of
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.model.task import SCORE, Task, as_reward, auto_class
@@ -84,6 +85,7 @@ def load_model(
         model = load_whole(base_of(source.name), auto, **more, **options)
     shrink_frozen(model, precision)
     compute_by_autocast(model)
+    drop_right_padding(model)
     model.config.get_text_config().use_cache = False
     return model
 

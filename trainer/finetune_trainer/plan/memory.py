@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from finetune_trainer.plan.activations import activation_bytes, drawing_bytes, loss_bytes
+from finetune_trainer.plan.attention_masks import MaskedLayers, mask_bytes
 from finetune_trainer.plan.communication import buffer_bytes, nccl_bytes
 from finetune_trainer.plan.expert_copies import expert_copy_bytes
 from finetune_trainer.plan.model_size import AdapterSize, ModelSize
@@ -42,6 +43,8 @@ class Workload:
     """Attention that materialises its scores."""
     summed_stacks: bool = False
     """LoRA on stacked experts by sums `W + BA`; else by its factors."""
+    masked: MaskedLayers = MaskedLayers()
+    """Attention layers under `sdpa` that get a mask."""
     full_logits: bool = False
     """Logits of the whole batch at once (masked language modelling); else TRL's tiles."""
     no_logits: bool = False
@@ -85,6 +88,8 @@ class Memory:
     """What drawing answers needs beyond the activations and the loss, which are not there at the same time."""
     scorers: int = 0
     """Reward models."""
+    attention_masks: int = 0
+    """Masks under `sdpa`, and the bias that torch makes of them for each layer."""
     host: int = 0
     """On the host, beside the device."""
 
@@ -120,6 +125,7 @@ def estimate(size: ModelSize, load: Workload) -> Memory:
         experts=expert_copy_bytes(size, load),
         drawing=max(drawing_bytes(size, load) - activations - loss, 0),
         scorers=load.scorers * load.dtype_bytes,
+        attention_masks=mask_bytes(load.masked, load.batch, load.length, load.dtype_bytes, load.checkpointing),
         host=host,
     )
 

@@ -36,6 +36,7 @@ from finetune_trainer.model.task import task_of
 from finetune_trainer.pipeline import place
 from finetune_trainer.plan.advice import advise
 from finetune_trainer.plan.answering import answering, trained_per_prompt
+from finetune_trainer.plan.attention_masks import has_kernel, masked_layers
 from finetune_trainer.plan.expert_copies import cast_elements, expert_warnings
 from finetune_trainer.plan.experts import ExpertPlan, compare, expert_plan
 from finetune_trainer.plan.inference import (
@@ -79,8 +80,10 @@ class StagePlanner:
         known = None if data is None else DataSize(*data)
         length, notes = self.length(known)
         notes = [*filter(None, [frozen_note(model)]), *notes]
-        summed = not any(is_grouped(module) for module in model.modules())
-        load = self.load(length, adapter, eager=self._eager(model), summed=summed)
+        eager, summed = self._attention(model) == "eager", not any(is_grouped(module) for module in model.modules())
+        load = self.load(length, adapter, eager=eager, summed=summed)
+        kernel = has_kernel(load.kind, load.dtype_bytes, size.attention_dropout)
+        load = replace(load, masked=masked_layers(model, spec, self._attention(model), load.batch, length, kernel))
         if isinstance(spec, PromptSpec):
             load, more = answering(load, spec, self.run, self.config)
             notes = [*notes, *more]
@@ -237,9 +240,10 @@ class StagePlanner:
         names = sorted({name.rpartition(".")[2] for name in find_targets(model).linears})
         return adapter_size(model, lora.model_copy(update={"target_modules": names})), names
 
-    def _eager(self, model: Any) -> bool:
+    def _attention(self, model: Any) -> str:
+        """Return the implementation that the job asks for, or transformers picks."""
         asked = self.run.job.spec.model.attn_implementation
-        return asked == "eager" or (asked == "auto" and model.config._attn_implementation == "eager")
+        return asked if asked != "auto" else str(model.config._attn_implementation)
 
     @property
     def spec(self) -> TrainedSpec:

@@ -19,17 +19,18 @@ from transformers.utils import logging
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import SupervisedSpec
+from finetune_trainer.model.document_masks import Form
 from finetune_trainer.model.task import auto_class
 from finetune_trainer.model.tiny import small_configs
 from finetune_trainer.pipeline import place
 from finetune_trainer.plan.model_size import meta_model
-from finetune_trainer.training.packing_probe import Finding, Form, Probe, packed_rows, packing_problem
+from finetune_trainer.training.packing_probe import Finding, Probe, packed_rows, packing_problem
 
 MOST_PARAMETERS = 200_000_000
 """Of a model that is built to be probed: 800 MB, a few seconds."""
 SPREAD = 0.6
 """Standard deviation of the small model's weights, in units of 1/sqrt(input width): documents that mix show clearly."""
-VERSION = 1
+VERSION = 2
 """Raised when the probe changes, so that no older finding is read from the cache."""
 LIBRARIES = ("torch", "transformers", "kernels", "flash-attn", "causal-conv1d", "mamba-ssm", "flash-linear-attention")
 """What decides how packed rows are treated, besides the configuration. The kernels need not be installed."""
@@ -74,7 +75,7 @@ class Trial:
         path = directory / f"{self._key()}.json"
         if path.exists():
             known = json.loads(path.read_text())
-            return Finding(**known | {"form": known["form"] and Form(**known["form"])})
+            return Finding(**known | {"form": known["form"] and Form(known["form"])})
         finding = self.find()
         if finding is not None:
             _write(path, json.dumps(asdict(finding)))

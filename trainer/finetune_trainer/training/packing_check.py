@@ -11,15 +11,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune_api.stages import SupervisedSpec
 from finetune_trainer.data import PackedCollator
 from finetune_trainer.errors import UserError
-from finetune_trainer.model.document_masks import separate_documents
+from finetune_trainer.model.document_masks import Form, separate_documents
 from finetune_trainer.training.context import StageContext
-from finetune_trainer.training.packing_probe import Form, NotMeasurable, Probe, log_probs, packed_rows, packing_problem
+from finetune_trainer.training.packing_probe import NotMeasurable, Probe, log_probs, packed_rows, packing_problem
 
 _MEANS = {
-    Form(): "positions",
-    Form(masks=True): "positions and attention masks",
-    Form(lengths=True): "positions and sequence bounds",
-    Form(masks=True, lengths=True): "positions, attention masks and sequence bounds",
+    Form.POSITIONS: "positions",
+    Form.MASKS: "positions and attention masks",
+    Form.BOUNDS: "their bounds, without an attention mask of the row",
 }
 
 
@@ -30,7 +29,7 @@ class PackingCheck(TrainerCallback):
     kernels: it costs a few forward passes over two short rows. Under ZeRO-3 every worker takes part.
 
     Args:
-        collator: of the stage's rows. It is changed where the model needs the documents' bounds.
+        collator: of the stage's rows. Its batches hold a mask of the padding once the model takes it.
     """
 
     say: Callable[[str], None] | None = None
@@ -57,8 +56,8 @@ class PackingCheck(TrainerCallback):
         self._tell(f"packed documents are kept apart by {means} (checked in {seconds:.1f} s)")
 
     def _apply(self, form: Form, model: Any) -> None:
-        separate_documents(model, masks=form.masks)
-        self.collator.padding_mask, self.collator.lengths = True, form.lengths
+        separate_documents(model, form)
+        self.collator.padding_mask = True
 
     def _tell(self, line: str) -> None:
         if self.say is not None:

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from finetune_api.problems import Problem
 from finetune_api.stages import SupervisedSpec
 from finetune_trainer.data import PackedCollator
-from finetune_trainer.model.document_masks import documents_separated
+from finetune_trainer.model.document_masks import Form, documents_separated, forms
 
 FIRST, OTHER, MEASURED, ROW = 11, 17, 13, 40
 """Tokens in the document before the measured one (two lengths), in the measured one, and in a packed row."""
@@ -31,21 +31,6 @@ Batch = dict[str, Any]
 Take = Callable[[str, Tensor, Tensor], None]
 Call = Callable[[Any, Batch], Tensor]
 """Calls a model with a batch, `labels` included; returns a vector for each token, [B, T, width]."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """How packed rows are given to a model, besides positions that start again at 0 with each document."""
-
-    masks: bool = False
-    """The decoder gets attention masks made from the positions (`separate_documents`)."""
-    lengths: bool = False
-    """Batches hold the documents' bounds (`PackedCollator.lengths`)."""
-
-
-PLAIN, BOUNDS = Form(), Form(lengths=True)
-FORMS = (PLAIN, Form(masks=True), BOUNDS, Form(masks=True, lengths=True))
-"""All forms, in the order in which they are tried."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +66,7 @@ class Probe:
 
     Args:
         model: a causal language model. It may be a PEFT model, or divided by ZeRO-3: then every worker must probe.
-        rows: packed rows in a batch. Some kernels take only 1.
+        rows: packed rows in a batch.
         compute: the dtype that the model computes in.
         call: `logits` or `log_probs`.
     """
@@ -92,27 +77,27 @@ class Probe:
     call: Call = logits
 
     def find(self) -> Finding:
-        """Return the plainest form in which the model keeps documents apart, or the reason why there is none.
+        """Return the first form in which the model keeps documents apart, or the reason why there is none.
 
         Raises:
             NotMeasurable: the outputs for a document alone are not finite.
-            Exception: whatever the model raises for packed rows in the plainest form.
+            Exception: whatever the model raises for packed rows with positions alone.
         """
         reason, needs = "", ""
         with _evaluating(self.model):
             alone = self._alone()
-            for form in FORMS:
+            for form in forms(self.model):
                 try:
                     fault = self._fault(form, alone)
                 except Exception as error:  # a family's code may refuse a form in any way
-                    if form == PLAIN:
+                    if form == Form.POSITIONS:
                         raise
                     fault = _first_line(error)
-                    if form == BOUNDS and type(error) is ValueError:  # of other types are faults of the code
+                    if form == Form.BOUNDS and _tells_what_packing_needs(error):
                         needs = fault
                 if fault is None:
                     return Finding(form)
-                if form == PLAIN:
+                if form == Form.POSITIONS:
                     reason = self._mixing() if fault == MIXED else fault
         return Finding(None, reason, needs)
 
@@ -137,8 +122,8 @@ class Probe:
         """Return the outputs for the measured document behind one of `before` tokens."""
         ids = torch.cat([self._ids(before, seed), self._ids(MEASURED, 2)]).tolist()
         row = {"input_ids": ids, "labels": ids, "seq_lengths": [before, MEASURED]}
-        batch = PackedCollator(0, ROW, padding_mask=True, lengths=form.lengths)([row] * self.rows)
-        with documents_separated(self.model, masks=form.masks):
+        batch = PackedCollator(0, ROW, padding_mask=True)([row] * self.rows)
+        with documents_separated(self.model, form):
             return self._outputs(batch, before)
 
     def _ids(self, length: int, seed: int) -> Tensor:
@@ -168,7 +153,7 @@ class Probe:
 
         for seed, take in enumerate((remember, compare)):
             with _watched(self.model, take):
-                self._packed(PLAIN, FIRST, seed)
+                self._packed(Form.POSITIONS, FIRST, seed)
         if not found:
             return MIXED
         return f"{type(self.model.get_submodule(found[0])).__name__} ({found[0]}) carries one document into the next"
@@ -248,6 +233,11 @@ def _per_token(values: tuple[Any, ...]) -> Tensor | None:
 
 def _close(one: Tensor, other: Tensor, compute: torch.dtype) -> bool:
     return float((one - other).abs().max()) <= ROUNDING[compute] * float(other.abs().max())
+
+
+def _tells_what_packing_needs(error: Exception) -> bool:
+    """Return whether an error is transformers' refusal of packed rows without a kernel, and no fault of the code."""
+    return type(error) is ValueError and "packed" in str(error)
 
 
 def _first_line(error: Exception) -> str:
