@@ -60,6 +60,8 @@ class Workload:
     offload_optimizer: bool = False
     offload_param: bool = False
     kind: str = "cuda"
+    engine: int = 0
+    """Bytes that an inference engine holds all the time beside the training (vLLM); 0: transformers draws."""
 
     @property
     def frozen(self) -> bool:
@@ -82,7 +84,8 @@ class Memory:
     """Communication buckets, gathered weights, copies in another dtype."""
     runtime: int
     drawing: int = 0
-    """What drawing answers needs beyond the activations and the loss, which are not there at the same time."""
+    """What drawing answers needs beyond the activations and the loss, which are not there at the same time; or all that
+    an inference engine (vLLM) holds."""
     scorers: int = 0
     """Reward models."""
     host: int = 0
@@ -116,7 +119,7 @@ def estimate(size: ModelSize, load: Workload) -> Memory:
         reference=reference_bytes(size, load),
         buffers=buffer_bytes(size, load),
         runtime=RUNTIME[load.kind],
-        drawing=max(drawing_bytes(size, load) - activations - loss, 0),
+        drawing=load.engine or max(drawing_bytes(size, load) - activations - loss, 0),
         scorers=load.scorers * load.dtype_bytes,
         host=host,
     )
@@ -188,10 +191,15 @@ def drawing_bytes(size: ModelSize, load: Workload) -> int:
     whole model, which is gathered meanwhile."""
     if not load.drawn:
         return 0
-    cache = 2 * size.layers * size.key_value_heads * size.head_dim * load.dtype_bytes * load.length
+    cache = key_value_bytes(size, load)
     logits = size.vocab * (load.dtype_bytes + 2 * MASTER)
     whole = size.total * load.dtype_bytes if load.zero == 3 and load.quantized_bits is None else 0
     return load.drawn * (cache + logits) + whole
+
+
+def key_value_bytes(size: ModelSize, load: Workload) -> int:
+    """Return the bytes of one sequence's keys and values in all layers, at its full length."""
+    return 2 * size.layers * size.key_value_heads * size.head_dim * load.dtype_bytes * load.length
 
 
 def activation_bytes(size: ModelSize, load: Workload) -> int:
