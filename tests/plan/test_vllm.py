@@ -90,7 +90,8 @@ def test_a_job_on_cpus_does_not_ask_for_it(install: Any) -> None:
 
 
 def test_what_to_install_is_said(install: Any) -> None:
-    assert engine(plan()) == f"transformers generates the answers: vLLM is not installed (`pip install '{REQUIREMENT}'`)"
+    why = f"vLLM is not installed (`pip install '{REQUIREMENT}'`)"
+    assert engine(plan()) == f"transformers generates the answers: {why}"
 
 
 @pytest.mark.parametrize("release", ["0.29.1", "0.31.0", "0.33.0", "0.3.0", "0.300"])
@@ -105,9 +106,12 @@ def test_another_version_is_refused(install: Any, release: str) -> None:
 
 
 def test_its_memory_by_hand() -> None:
-    """Qwen3-8B, 32 answers of 1,024 tokens in bfloat16: weights 16.4 GB; keys and values 36 layers x 2 x 8 heads x 128 x
-    2 bytes = 147,456 bytes a token, 4.83 GB; profiling 4,096 tokens x (4 x 4,096 + 3 x 12,288) x 2 bytes = 0.44 GB, and
-    logits of 32 answers x 151,936 x 12 bytes = 0.06 GB; 1.07 GB of CUDA's context. Together 22.8 GB of 150.3 GB."""
+    """Qwen3-8B, 32 answers of 1,024 tokens in bfloat16.
+
+    Weights: 16.4 GB. Keys and values: 36 layers x 2 x 8 heads x 128 x 2 bytes = 147,456 bytes a token, 4.83 GB.
+    Profiling: 4,096 tokens x (4 x 4,096 + 3 x 12,288) x 2 bytes = 0.44 GB, and logits of 32 answers x 151,936 x 12
+    bytes = 0.06 GB. CUDA's context: 1.07 GB. Together 22.8 GB of 150.3 GB.
+    """
     config = Qwen3Config(
         hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
         head_dim=128, vocab_size=151936, tie_word_embeddings=False,
