@@ -6,7 +6,7 @@ BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export UV_COMPILE_BYTECODE = 1
 
-.PHONY: install quickstart test e2e assets lint check clean
+.PHONY: install quickstart test e2e assets lint check gpu-check clean
 
 install: $(UV)
 	$(UV) sync --frozen --extra operator --extra trainer --quiet
@@ -32,6 +32,11 @@ assets: install
 # the reason elsewhere. `FINETUNE_E2E=kind make e2e` takes kind and Docker instead.
 e2e: install assets
 	$(BIN)/pytest tests/e2e -rs
+
+# What only a GPU can prove (docs/gpu.md): ten minutes at most. `make gpu-check GPU_CHECK=--tiny` runs the same code on
+# the CPU, `GPU_CHECK='--part 1'` the first six minutes.
+gpu-check: install
+	$(BIN)/python benchmarks/gpu.py $(GPU_CHECK)
 
 lint: install
 	$(BIN)/ruff check .

@@ -120,7 +120,13 @@ CASES: dict[str, tuple[Facts, Needs, str, State, str, str]] = {
         replace(GOOD, packages={"flash_attn_interface": Package("3.0", "ImportError: undefined symbol: _ZN3c104cuda")}),
         replace(NEEDS, attention="flash_attention_3"), "flash-attn", State.MISSING, "undefined symbol", "sdpa"),
     "RLHF without vLLM": (
-        GOOD, replace(NEEDS, vllm="stages[1].rlhf"), "vLLM", State.WARNING, "not installed", "several times slower"),
+        GOOD, replace(NEEDS, vllm="stages[1].rlhf"), "vLLM", State.WARNING, "not installed", "vllm to off"),
+    "vLLM for another torch": (
+        replace(GOOD, packages={"vllm": Package("0.33.0")}), replace(NEEDS, vllm="stages[1].rlhf"), "vLLM",
+        State.MISSING, "0.33.0", "vllm==0.30.*"),
+    "vLLM for this torch": (
+        replace(GOOD, packages={"vllm": Package("0.30.1")}), replace(NEEDS, vllm="stages[1].rlhf"), "vLLM", State.OK,
+        "0.30.1", ""),
     "docker's /dev/shm": (
         with_parts(host={"shm_bytes": 64 << 20}), NEEDS, "/dev/shm", State.WARNING, "64 MiB",
         "kubernetes.sharedMemory"),

@@ -106,3 +106,22 @@ def test_a_jobs_generation_becomes_options() -> None:
 def test_contradictions_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Generation.model_validate(fields)
+
+
+@pytest.mark.parametrize(("variable", "enabled"), [(None, False), ("0", True), ("1", True)])
+def test_cudnn_attention_is_disabled_while_answers_grow(
+    chat: Loaded, monkeypatch: pytest.MonkeyPatch, variable: str | None, enabled: bool
+) -> None:
+    """cuDNN builds a plan for each new length, so every token of an answer would cost one. Where the user has set
+    torch's variable, torch decides."""
+    monkeypatch.delenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", variable)
+    seen: list[bool] = []
+    hook = chat.model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    try:
+        generate_batch(chat.model, chat.tokenizer, PROMPTS[:2], GenerationOptions(max_new_tokens=3))
+    finally:
+        hook.remove()
+    assert seen and set(seen) == {enabled}
+    assert torch.backends.cuda.cudnn_sdp_enabled()

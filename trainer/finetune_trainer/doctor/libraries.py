@@ -5,6 +5,7 @@ from __future__ import annotations
 from finetune_trainer.doctor.facts import Facts
 from finetune_trainer.doctor.finding import Finding, Scope, State
 from finetune_trainer.doctor.needs import Needs
+from finetune_trainer.plan.vllm_version import REQUIREMENT, TORCH, VERSION, fits_version
 
 KERNELS = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 """Package that transformers imports for each `model.attnImplementation`."""
@@ -44,12 +45,16 @@ def flash_attention(facts: Facts, needs: Needs) -> Finding:
 
 
 def vllm(facts: Facts, needs: Needs) -> Finding:
-    """vLLM generates the answers of RLHF where it is installed; transformers does elsewhere."""
+    """Check vLLM, which generates the answers of RLHF where it is installed; transformers does elsewhere."""
     package, field = facts.packages.get("vllm"), f"{needs.vllm}.vllm"
     found = package.version if package else "not installed"
     if not needs.gpus or not needs.vllm:
         return Finding("vLLM", State.NOT_NEEDED, found, "rlhf stages on GPUs", field=field, scope=Scope.IMAGE)
-    if package is not None:
-        return Finding("vLLM", State.OK, found, "vLLM", field=field, scope=Scope.IMAGE)
-    remedy = "Install vLLM in the image, or set vllm to off: transformers generates the answers, several times slower"
-    return Finding("vLLM", State.WARNING, found, "vLLM", remedy, field, Scope.IMAGE)
+    needed = f"vLLM {VERSION}.*, built for torch {TORCH}"
+    if package is None:
+        remedy = f"Install '{REQUIREMENT}' in the image, or set vllm to off: transformers generates the answers, slower"
+        return Finding("vLLM", State.WARNING, found, needed, remedy, field, Scope.IMAGE)
+    if fits_version(package.version):
+        return Finding("vLLM", State.OK, found, needed, field=field, scope=Scope.IMAGE)
+    remedy = f"Install '{REQUIREMENT}' in the image, or set vllm to off"
+    return Finding("vLLM", State.MISSING, found, needed, remedy, field, Scope.IMAGE)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
+from finetune_trainer.generation.attention import without_cudnn_attention
 from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.generation.prompts import Prompt, encode, stop_ids
 from finetune_trainer.generation.sampling import SeededSampling, draws
@@ -168,12 +169,15 @@ def _until_stop(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: Seq
 
 @contextmanager
 def _answering(model: Any) -> Iterator[None]:
-    """Inside, the model is in evaluation mode, computes no router logits, and in half precision where only some of its
-    weights are (a frozen base, with modules in training); then it is as it was."""
+    """Prepare the model for generation, and restore it afterwards.
+
+    Inside, the model is in evaluation mode, attends without cuDNN, computes no router logits, and computes in half
+    precision where only some of its weights are (a frozen base, with modules in training).
+    """
     training = model.training
     model.eval()
     try:
-        with no_router_logits(model), autocast_mixed(model):
+        with without_cudnn_attention(), no_router_logits(model), autocast_mixed(model):
             yield
     finally:
         model.train(training)

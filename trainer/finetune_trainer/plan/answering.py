@@ -13,7 +13,9 @@ from finetune_trainer.errors import UserError
 from finetune_trainer.model.config import load_config
 from finetune_trainer.model.source import ModelSource, local_path
 from finetune_trainer.plan.memory import Workload
-from finetune_trainer.plan.model_size import meta_model
+from finetune_trainer.plan.model_size import ModelSize, meta_model
+from finetune_trainer.plan.vllm import choose_engine, vllm_bytes
+from finetune_trainer.plan.vllm_version import installed_vllm
 
 
 def answers_per_prompt(spec: PromptSpec) -> int:
@@ -26,14 +28,38 @@ def trained_per_prompt(spec: PromptSpec) -> int:
     return 2 if isinstance(spec, OnlineSpec) else answers_per_prompt(spec)
 
 
-def answering(load: Workload, spec: PromptSpec, run: RunConfig, config: PretrainedConfig) -> tuple[Workload, list[str]]:
-    """The work with what drawing and scoring answers adds, and notes on what that is."""
+def answered_length(spec: PromptSpec, longest: int | None, context: int | None) -> int | None:
+    """Return the tokens of the longest prompt with the longest answer, or None where no prompt's length is known.
+
+    Args:
+        longest: tokens of the longest prompt, or None.
+        context: of the model, or None.
+    """
+    prompts = [limit for limit in (spec.max_prompt_length, longest) if limit]
+    if not prompts:
+        return None
+    return min([min(prompts) + spec.generation.max_new_tokens, *([context] if context else [])])
+
+
+def answering(
+    size: ModelSize, load: Workload, spec: PromptSpec, run: RunConfig, index: int, config: PretrainedConfig
+) -> tuple[Workload, list[str]]:
+    """Return the work with what drawing and scoring answers adds, and notes on what that is.
+
+    Raises:
+        UserError: vLLM is installed in a version that does not fit.
+    """
     scorers, notes = 0, []
     for reward in _rewards(spec):
-        size, note = _scorer(reward, run, config)
-        scorers, notes = scorers + size, notes + note
+        parameters, note = _scorer(reward, run, config)
+        scorers, notes = scorers + parameters, notes + note
     drawn = spec.per_device_train_batch_size * answers_per_prompt(spec)
-    return replace(load, drawn=drawn, scorers=scorers), [*_counts(spec, load.workers), *notes]
+    load, notes = replace(load, drawn=drawn, scorers=scorers), [*_counts(spec, load.workers), *notes]
+    if not isinstance(spec, RlhfSpec):
+        return load, notes
+    engine = choose_engine(run, index, load.kind, installed_vllm())
+    notes = [*notes, engine.why] if load.kind == "cuda" else notes
+    return replace(load, engine=vllm_bytes(size, load)) if engine.vllm else load, notes
 
 
 def _rewards(spec: PromptSpec) -> list[Reward | Judge]:

@@ -58,6 +58,8 @@ class Workload:
     offload_optimizer: bool = False
     offload_param: bool = False
     kind: str = "cuda"
+    engine: int = 0
+    """Bytes that an inference engine holds all the time beside the training (vLLM); 0: transformers draws."""
 
     @property
     def frozen(self) -> bool:
@@ -85,7 +87,8 @@ class Memory:
     experts: int = 0
     """Copies of stacked experts: casts of float32 weights, LoRA's factors, or its sums with the weights."""
     drawing: int = 0
-    """What drawing answers needs beyond the activations and the loss, which are not there at the same time."""
+    """What drawing answers needs beyond the activations and the loss, which are not there at the same time; or all that
+    an inference engine (vLLM) holds."""
     scorers: int = 0
     """Reward models."""
     attention_masks: int = 0
@@ -123,7 +126,7 @@ def estimate(size: ModelSize, load: Workload) -> Memory:
         context=CONTEXT[load.kind],
         nccl=nccl_bytes(load),
         experts=expert_copy_bytes(size, load),
-        drawing=max(drawing_bytes(size, load) - activations - loss, 0),
+        drawing=load.engine or max(drawing_bytes(size, load) - activations - loss, 0),
         scorers=load.scorers * load.dtype_bytes,
         attention_masks=mask_bytes(load.masked, load.batch, load.length, load.dtype_bytes, load.checkpointing),
         host=host,

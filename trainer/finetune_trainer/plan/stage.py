@@ -35,7 +35,7 @@ from finetune_trainer.model.expert_products import is_grouped
 from finetune_trainer.model.task import task_of
 from finetune_trainer.pipeline import place
 from finetune_trainer.plan.advice import advise
-from finetune_trainer.plan.answering import answering, trained_per_prompt
+from finetune_trainer.plan.answering import answered_length, answering, trained_per_prompt
 from finetune_trainer.plan.attention_masks import has_kernel, masked_layers
 from finetune_trainer.plan.expert_copies import cast_elements, expert_warnings
 from finetune_trainer.plan.experts import ExpertPlan, compare, expert_plan
@@ -85,7 +85,7 @@ class StagePlanner:
         kernel = has_kernel(load.kind, load.dtype_bytes, size.attention_dropout)
         load = replace(load, masked=masked_layers(model, spec, self._attention(model), load.batch, length, kernel))
         if isinstance(spec, PromptSpec):
-            load, more = answering(load, spec, self.run, self.config)
+            load, more = answering(size, load, spec, self.run, self.index, self.config)
             notes = [*notes, *more]
         experts = expert_plan(spec, model, self.path, self.run.base_dir) if isinstance(spec, EsftSpec) else None
         if experts is not None:
@@ -217,10 +217,10 @@ class StagePlanner:
 
     def _answered_length(self, spec: PromptSpec, data: DataSize | None) -> tuple[int, list[str]]:
         """Tokens of the longest prompt with the longest answer."""
-        answer, context = spec.generation.max_new_tokens, context_length(self.config)
-        prompts = [limit for limit in (spec.max_prompt_length, data.longest if data else None) if limit]
-        if prompts:
-            return min([min(prompts) + answer, *([context] if context else [])]), []
+        context = context_length(self.config)
+        length = answered_length(spec, data.longest if data else None, context)
+        if length is not None:
+            return length, []
         length = context or 1024
         return length, [f"the longest prompt is not known: memory is for the model's context, {length} tokens"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,8 @@ _EXPLAINS = {
     devices.CUDA: {devices.GPUS},
 }
 """What fails because of what."""
-_KERNEL_FIELD = "model.attnImplementation"
-"""`preflight.model` tells of a kernel that is not installed, for jobs on CPUs too."""
+_OF_THE_PLAN = re.compile(r"model\.attnImplementation|.*\.rlhf\.vllm")
+"""Fields whose faults the plan finds (`preflight.model`, `plan.vllm`), on machines without a GPU too."""
 
 
 def image_problems(run: RunConfig) -> list[Problem]:
@@ -89,4 +90,4 @@ def causes(lacks: Iterable[Finding]) -> list[Finding]:
 
 
 def _problems(findings: list[Finding]) -> list[Problem]:
-    return [one.problem for one in causes(missing(findings)) if one.field != _KERNEL_FIELD]
+    return [one.problem for one in causes(missing(findings)) if not _OF_THE_PLAN.fullmatch(one.field)]

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import trl
 
 from finetune_api.stages import RlhfSpec
 from finetune_trainer.generation.prompts import stop_ids
+from finetune_trainer.model.config import context_length
+from finetune_trainer.plan.answering import answered_length, answers_per_prompt
+from finetune_trainer.plan.devices import local_device
+from finetune_trainer.plan.memory import Workload
+from finetune_trainer.plan.model_size import meta_model, model_size
+from finetune_trainer.plan.vllm import choose_engine, utilization, vllm_bytes
+from finetune_trainer.plan.vllm_version import installed_vllm
 from finetune_trainer.rewards.of_job import load_rewards
 from finetune_trainer.stages.adapted import adapted_model, adapted_trainer, fresh_adapter
 from finetune_trainer.stages.policy import PolicyTrainer
@@ -37,6 +43,8 @@ def make_trainer(context: StageContext) -> Any:
     args = config(**_arguments(context, spec))
     model, peft_config = fresh_adapter(context) if spec.lora is None else adapted_model(context)
     stops = stop_ids(context.tokenizer, model.generation_config.eos_token_id)
+    if args.use_vllm:
+        args.generation_kwargs = {"stop_token_ids": stops}  # vLLM knows the end of text alone
     where = f"{context.where}.rewards"
     rewards = load_rewards(spec.rewards, context.run, where, context.precision.compute, args.device)
     trl_kind = trl.RLOOTrainer if rloo else trl.GRPOTrainer
@@ -82,11 +90,26 @@ def _arguments(context: StageContext, spec: RlhfSpec) -> dict[str, Any]:
         "epsilon": spec.epsilon,
         "reward_weights": [reward.weight for reward in spec.rewards],
         "disable_dropout": True,
-        "use_vllm": uses_vllm(spec, context.placement.accelerator),
-        "vllm_mode": "colocate",
+        **engine_arguments(context, spec),
     }
 
 
-def uses_vllm(spec: RlhfSpec, accelerator: bool) -> bool:
-    """Whether vLLM draws the answers."""
-    return spec.vllm == "auto" and accelerator and find_spec("vllm") is not None
+def engine_arguments(context: StageContext, spec: RlhfSpec) -> dict[str, Any]:
+    """Return TRL's arguments of what generates the answers; vLLM gets the share of the GPU that the plan counts.
+
+    Raises:
+        UserError: vLLM is installed in a version that does not fit.
+    """
+    kind = "cuda" if context.placement.accelerator else "cpu"
+    if not choose_engine(context.run, context.layout.index, kind, installed_vllm()).vllm:
+        return {"use_vllm": False}
+    length = answered_length(spec, context.data.report.longest, context_length(context.config))
+    drawn = spec.per_device_train_batch_size * answers_per_prompt(spec)
+    load = Workload(drawn, length or 1024, context.precision.compute.itemsize, drawn=drawn)
+    bytes_ = vllm_bytes(model_size(meta_model(context.config)), load)
+    return {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": utilization(bytes_, local_device().memory_bytes),
+        "vllm_max_model_length": length,
+    }
