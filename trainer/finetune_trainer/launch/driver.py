@@ -15,9 +15,10 @@ from finetune_trainer.gate import require_gate
 from finetune_trainer.launch.cluster import Workers, keep_signal_handlers, plan_workers, start_ray, stop_ray
 from finetune_trainer.launch.failures import Failure, Kind
 from finetune_trainer.launch.group_fit import GroupFit, keep_trying
-from finetune_trainer.launch.nodes import Nodes
+from finetune_trainer.launch.nodes import Nodes, may_have_several_nodes
 from finetune_trainer.launch.preparation import Preparation
 from finetune_trainer.launch.resume import finished, open_run
+from finetune_trainer.launch.sharing.offer import Offers, fetch_weights
 from finetune_trainer.launch.tokenizer_run import run_tokenizer_stage
 from finetune_trainer.layout import REPORT, StageLayout
 from finetune_trainer.patience import listen
@@ -115,6 +116,8 @@ class Pipeline:
         preparation = Preparation(self.run, self.workers, self.storage, self.reporter.log)
         plan = preparation.run_all(self._todo(), self.stop)
         self.plans, self.peak = {stage.index: stage for stage in plan.stages}, plan.peak
+        if may_have_several_nodes(self.run.job.spec.resources):
+            fetch_weights(self.run, self._todo(), self.reporter.log)
 
     def _train(self, ray_started: Future[None]) -> None:
         if not self._todo():
@@ -122,8 +125,22 @@ class Pipeline:
         ray_started.result()
         keep_signal_handlers()
         self._check_stop()
-        fit = GroupFit(self.run, self.workers, self._hear, self.stop)
-        failure = keep_trying(
+        failure = self._train_stages()
+        if failure is not None:
+            self._raise(failure)
+
+    def _train_stages(self) -> Failure | None:
+        """Let the workers train until nothing is left to do, or a failure is final."""
+        offers = Offers(self.run, self.storage, self.reporter.log)
+        try:
+            return self._keep_trying(offers)
+        finally:
+            offers.close(done=not self._todo())
+
+    def _keep_trying(self, offers: Offers) -> Failure | None:
+        offer = offers.make() if may_have_several_nodes(self.run.job.spec.resources) else None
+        fit = GroupFit(self.run, self.workers, self._hear, self.stop, offer)
+        return keep_trying(
             lambda: fit.attempt([self._work(layout) for layout in self._todo()]),
             _Progressed(self._progress_mark),
             self.stop.wait,
@@ -131,8 +148,6 @@ class Pipeline:
             self.reporter.restarting,
             Nodes(self.run.job.spec.resources, self.stop).missing,
         )
-        if failure is not None:
-            self._raise(failure)
 
     def _work(self, layout: StageLayout) -> StageWork:
         """As planned; a stage that has a checkpoint goes on with the sharding and the global batch that wrote it."""

@@ -26,7 +26,9 @@ from finetune_trainer.data import Prepared, eval_prompts, prepare
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.gate import require_gate
 from finetune_trainer.launch.failures import placed
+from finetune_trainer.launch.fault_place import node_name
 from finetune_trainer.launch.same_data import compare_data
+from finetune_trainer.launch.sharing.node_files import NodeFiles, count_nodes
 from finetune_trainer.layout import METRICS
 from finetune_trainer.model.composite import frozen_note
 from finetune_trainer.model.config import context_length, load_config, load_tokenizer
@@ -50,7 +52,7 @@ from finetune_trainer.training.callbacks import (
     evaluation_metrics,
 )
 from finetune_trainer.training.context import Placement, ResumePoint, StageContext
-from finetune_trainer.training.deepspeed import join_process_group
+from finetune_trainer.training.deepspeed import join_process_group, set_group_timeout
 from finetune_trainer.training.expert_load import watch_routing
 from finetune_trainer.training.forget import forget_stage, release
 from finetune_trainer.training.packing_check import PackingCheck
@@ -72,7 +74,11 @@ def run_stages(order: WorkOrder) -> None:
         os.chdir(run.work_dir)  # Ray starts workers in its own directory, where relative paths lead nowhere
     storage, end, placement = Storage(run.root), WorkerEnd(order.channel), _placement(order.accelerator)
     listen(lambda text: end.send(Waiting(text)))
-    peers = Peers()
+    set_group_timeout(run.job.spec.run_policy.ddp_timeout)
+    peers = Peers(node_name(), run.job.spec.run_policy.loading_timeout_seconds)
+    files = NodeFiles(run, storage, placement, peers, count_nodes(peers), end.send)
+    files.receive(order.offer)
+    peers.meet("its node has the prepared data and the weights")
     for work in order.stages:
         if storage.exists(layouts(run)[work.index].done):
             require_gate(run, storage, work.index)
@@ -80,7 +86,8 @@ def run_stages(order: WorkOrder) -> None:
         join_process_group(work.zero, placement.accelerator)
         tell = end.send if placement.rank == 0 else _nobody
         tell(StageBegun(work.index, placement.world_size))
-        context = stage_context(run, work, order.threads, placement, storage)
+        context = stage_context(run, work, order.threads, placement, storage, files)
+        peers.meet("its data is loaded")
         StageRun(context, storage, end, peers, work).train()
         tell(StageDone(work.index))
         forget_stage()
@@ -120,6 +127,7 @@ class StageRun:
         resumed = self._resume_point()
         self.context = replace(self.context, resumed=resumed)
         trainer = make_trainer(self.context)
+        self.peers.meet("its model is loaded")
         trainer.args.eval_on_start = resumed is None and self.context.data.eval is not None
         callbacks = self._attach(trainer, resumed)
         self._log(f"model ready after {time.monotonic() - started:.1f} s")
@@ -289,15 +297,25 @@ def _placement(accelerator: bool) -> Placement:
 
 
 def stage_context(
-    run: RunConfig, work: StageWork, threads: int, placement: Placement, storage: Storage
+    run: RunConfig,
+    work: StageWork,
+    threads: int,
+    placement: Placement,
+    storage: Storage,
+    files: NodeFiles | None = None,
 ) -> StageContext:
-    """All that a stage's trainer is built from, its data prepared or found prepared."""
+    """Return all that a stage's trainer is built from, its data prepared or found prepared.
+
+    Args:
+        files: of the nodes, where the stage runs in a worker group.
+    """
     index = work.index
     layout, spec = layouts(run)[index], spec_of(run, index)
-    source = stage_source(run, index, storage)
+    files = files or NodeFiles(run, storage, placement, Peers(), 1, _nobody)
+    source = files.once_per_node(lambda: stage_source(run, index, storage))
     tokenizer = load_tokenizer(source)
     config = load_config(source, tokenizer)
-    data = _prepared(run, index, spec, tokenizer, context_length(config), threads)
+    data = _prepared(run, index, spec, tokenizer, context_length(config), threads, files)
     if task_of(spec) == "reward":  # after the data, whose place in the cache depends on the tokenizer's tokens
         pad_apart(tokenizer, config.get_text_config().vocab_size)
     output = storage.local(layout.checkpoints) or scratch(run, index)
@@ -312,12 +330,23 @@ def stage_context(
 
 
 def _prepared(
-    run: RunConfig, index: int, spec: StageSpec, tokenizer: Any, context: int | None, threads: int
+    run: RunConfig,
+    index: int,
+    spec: StageSpec,
+    tokenizer: Any,
+    context: int | None,
+    threads: int,
+    files: NodeFiles,
 ) -> Prepared | None:
-    """The stage's data, found prepared or, where another stage made it, prepared now."""
+    """Return the stage's data, found prepared or, where another stage made it, prepared now by the first worker."""
     if not isinstance(spec, TrainingSpec):
         return None
-    return prepare(spec, tokenizer, context, where=place(run, index), num_proc=threads, **directories(run))
+
+    def work() -> Prepared:
+        return prepare(spec, tokenizer, context, where=place(run, index), num_proc=threads, **directories(run))
+
+    made_in_this_run = any(True for _ in waits_for(run, index))
+    return files.prepare_once(work) if made_in_this_run else work()
 
 
 def _rows_per_step(spec: StageSpec, workers: int) -> int:
