@@ -84,6 +84,19 @@ class PlanReport(ApiModel):
     """Optimizer steps of all stages, where the data's size is known."""
 
 
+class TransportReport(ApiModel):
+    """How the GPUs of a job of several nodes reach each other, by NCCL's log."""
+
+    network: Annotated[str, Field(max_length=64)]
+    """NCCL's name of the network between nodes: `IB` (InfiniBand and RoCE), `Socket` (TCP), or a plugin's."""
+    gpu_direct: bool = False
+    """Whether adapters read GPU memory themselves (GPUDirect RDMA)."""
+    words: Annotated[str, Field(max_length=256)]
+    """The same for people, with the transports within a node."""
+    warning: Annotated[str, Field(max_length=1024)] | None = None
+    """What makes it slow, and the remedy."""
+
+
 class AttemptReport(ApiModel):
     """All that an attempt tells. Later reports replace earlier ones."""
 
@@ -101,6 +114,8 @@ class AttemptReport(ApiModel):
     """What it waits for: a store that doesn't answer."""
     restarting: Text | None = None
     """Why its workers have been started again, until they train on."""
+    transport: TransportReport | None = None
+    """How the GPUs of several nodes reach each other."""
     plan: PlanReport | None = None
     """Preflight's plan."""
     exit_code: int | None = None

@@ -58,8 +58,8 @@ class TwoNodes:
         command = [*_NODE, "sh", "-c", script, "sh", str(cache), str(mount), *program]
         own = {"HF_HOME": str(mount / "huggingface"), "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled",
                "FINETUNE_NODE_NAME": name}  # fmt: skip
-        log = open(self.directory / f"{role}.log", "w")
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=os.environ | own)
+        with open(self.directory / f"{role}.log", "w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=os.environ | own)
         return Node(cache, process)
 
     @property

@@ -277,6 +277,14 @@ def test_an_attempt_whose_workers_start_again_says_why() -> None:
     assert running["message"] == f"starts again from the last checkpoint: {report['restarting']}"
 
 
+def test_a_slow_transport_between_nodes_is_in_the_condition_and_the_status() -> None:
+    transport = {"network": "Socket", "gpuDirect": False, "words": "NET/Socket (TCP) between nodes", "warning": "slow"}
+    decision = decide(seen(RUNNING, run(), report={"stages": [], "transport": transport}), SETTINGS, NOW)
+    assert decision.status["transport"] == transport
+    running = _running(decision)
+    assert running["status"] == "True" and running["message"] == "slow"
+
+
 def _running(decision: Decision) -> dict[str, Any]:
     return next(item for item in decision.status["conditions"] if item["type"] == "Running")
 

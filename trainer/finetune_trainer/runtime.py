@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
+from tempfile import gettempdir
 
 QUIET_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -36,6 +38,20 @@ def quiet_environment(accelerator: bool) -> dict[str, str]:
         accelerator: whether the run uses GPUs; DeepSpeed otherwise picks one where it finds CUDA's libraries.
     """
     return QUIET_ENVIRONMENT | ({} if accelerator else {"DS_ACCELERATOR": "cpu"})
+
+
+NCCL_LOG_LEVEL, NCCL_LOG_FILE = "NCCL_DEBUG", "NCCL_DEBUG_FILE"
+
+
+def nccl_log_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that make NCCL write its log to a file for each process (`%h`: host, `%p`: process).
+
+    Empty where the user has set NCCL_DEBUG.
+    """
+    if NCCL_LOG_LEVEL in environment:
+        return {}
+    path = os.path.join(gettempdir(), "finetune-nccl.%h.%p.log")
+    return {NCCL_LOG_LEVEL: "INFO", "NCCL_DEBUG_SUBSYS": "INIT,ENV,NET", NCCL_LOG_FILE: path}
 
 
 def apply_environment(variables: dict[str, str]) -> None:

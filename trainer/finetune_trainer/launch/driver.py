@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +26,9 @@ from finetune_trainer.patience import listen
 from finetune_trainer.pipeline import layouts
 from finetune_trainer.plan.records import StagePlan
 from finetune_trainer.preflight.job import preflight
-from finetune_trainer.progress.channel import CheckpointSaved, Event, StageBegun, StageDone, Waiting
+from finetune_trainer.progress.channel import CheckpointSaved, Event, StageBegun, StageDone, TransportFound, Waiting
 from finetune_trainer.progress.reporter import Progress, Reporter
+from finetune_trainer.runtime import nccl_log_variables
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.work import StageWork
 
@@ -87,7 +89,7 @@ class Pipeline:
         # Ray starts while data is prepared. Its processes die with the thread that started them (PR_SET_PDEATHSIG), so
         # that thread must live as long as the pipeline: an executor's does.
         with ThreadPoolExecutor(max_workers=1) as background:
-            ray_started = background.submit(start_ray, self.workers)
+            ray_started = background.submit(start_ray, self.workers, variables=self._worker_variables())
             try:
                 self._tokenizer()
                 self._prepare()
@@ -99,6 +101,11 @@ class Pipeline:
                 self._report()
             finally:
                 stop_ray(ray_started)
+
+    def _worker_variables(self) -> dict[str, str]:
+        """Return what workers of several nodes with GPUs need: NCCL tells in its log alone that it uses TCP."""
+        several = self.workers.accelerator and may_have_several_nodes(self.run.job.spec.resources)
+        return nccl_log_variables(os.environ) if several else {}
 
     def _todo(self, done: bool = False) -> list[StageLayout]:
         states = finished(self.run, self.storage)
@@ -172,6 +179,8 @@ class Pipeline:
             self.reporter.stage_started(event.index, layout.title, len(self.layouts), message)
         elif isinstance(event, Waiting):
             self.reporter.waiting(event.text)
+        elif isinstance(event, TransportFound):
+            self.reporter.transport(event.network, event.gpu_direct, event.words, event.warning)
         elif isinstance(event, CheckpointSaved):
             place = self.storage.path(self.layouts[event.index].checkpoint(event.step))
             self.reporter.checkpoint_saved(event.index, event.step, place)

@@ -23,6 +23,7 @@ from finetune_trainer.checkpoint.hold import Hold
 from finetune_trainer.checkpoint.store import CheckpointStore, Manifest
 from finetune_trainer.checkpoint.universal import SUFFIX, to_universal
 from finetune_trainer.data import Prepared, eval_prompts, prepare
+from finetune_trainer.doctor.nccl_log import Transport
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.gate import require_gate
 from finetune_trainer.launch.failures import placed
@@ -39,7 +40,7 @@ from finetune_trainer.model.task import task_of
 from finetune_trainer.patience import listen
 from finetune_trainer.pipeline import directories, layouts, place, scratch, spec_of, waits_for
 from finetune_trainer.plan.steps import rows_per_step
-from finetune_trainer.progress.channel import Event, StageBegun, StageDone, Waiting, WorkerEnd
+from finetune_trainer.progress.channel import Event, StageBegun, StageDone, TransportFound, Waiting, WorkerEnd
 from finetune_trainer.progress.metrics_log import MetricsLog
 from finetune_trainer.stages import make_trainer, perform
 from finetune_trainer.storage import Storage
@@ -60,6 +61,7 @@ from finetune_trainer.training.peers import Peers
 from finetune_trainer.training.results import adapter_note, save_result
 from finetune_trainer.training.samples import SamplesCallback
 from finetune_trainer.training.tools import StageTools
+from finetune_trainer.training.transport import TransportCallback
 from finetune_trainer.training.work import StageWork, WorkOrder
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "datasets", "bitsandbytes")
@@ -88,7 +90,7 @@ def run_stages(order: WorkOrder) -> None:
         tell(StageBegun(work.index, placement.world_size))
         context = stage_context(run, work, order.threads, placement, storage, files)
         peers.meet("its data is loaded")
-        StageRun(context, storage, end, peers, work).train()
+        StageRun(context, storage, end, peers, work, several_nodes=files.nodes > 1).train()
         tell(StageDone(work.index))
         forget_stage()
         require_gate(run, storage, work.index)
@@ -109,12 +111,22 @@ class _Callbacks:
 class StageRun:
     """Ties a stage's trainer to storage, to the other workers and to the driver."""
 
-    def __init__(self, context: StageContext, storage: Storage, end: WorkerEnd, peers: Peers, work: StageWork) -> None:
+    def __init__(
+        self,
+        context: StageContext,
+        storage: Storage,
+        end: WorkerEnd,
+        peers: Peers,
+        work: StageWork,
+        several_nodes: bool = False,
+    ) -> None:
         self.context, self.storage, self.end, self.peers, self.work = context, storage, end, peers, work
         self.first = context.placement.rank == 0
         self.scratch = scratch(context.run, context.layout.index)
         self.store = CheckpointStore(storage, context.layout, self.scratch)
         self.frozen: str | None = None
+        self.several_nodes = several_nodes
+        self.transport: dict[str, str] = {}
 
     def train(self) -> None:
         """Run the stage to its end, or to where it is asked to stop."""
@@ -223,6 +235,8 @@ class StageRun:
             StopCallback(self.peers, self.end, self.context.placement.rank),
             SamplesCallback(self.context, self.storage, _prompts(self.context), self.peers),
         )
+        if self.context.placement.accelerator and self.several_nodes:
+            trainer.add_callback(TransportCallback(self.peers, self.context.run.job, self._tell_transport))
         for callback in (callbacks.samples, callbacks.stop, callbacks.checkpoint, callbacks.progress):
             trainer.add_callback(callback)
         for callback in trainer.callback_handler.callbacks:
@@ -274,7 +288,9 @@ class StageRun:
             "world_size": self.context.placement.world_size,
             "zero": self.context.zero,
             "environment": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-        } | ({"frozen": self.frozen} if self.frozen else {})
+        }
+        done |= {"frozen": self.frozen} if self.frozen else {}
+        done |= {"transport": self.transport} if self.transport else {}
         self.storage.write_text(self.context.layout.done, json.dumps(done, indent=1))
 
     def _fetch_metrics(self) -> None:
@@ -285,6 +301,11 @@ class StageRun:
 
     def _metrics_path(self) -> Path:
         return self.storage.local(self.context.layout.metrics) or self.scratch / METRICS
+
+    def _tell_transport(self, found: Transport, warning: str) -> None:
+        if self.first:
+            self.transport = {"words": found.words, "warning": warning}
+            self.end.send(TransportFound(found.network, found.gpu_direct, found.words, warning))
 
     def _log(self, line: str) -> None:
         if self.first:
