@@ -82,6 +82,12 @@ class PlanReport(ApiModel):
     """The largest ZeRO stage that a stage of the job uses."""
     steps: int | None = None
     """Optimizer steps of all stages, where the data's size is known."""
+    checkpoint_bytes: int | None = None
+    """Size of the largest checkpoint."""
+    save_seconds: int | None = None
+    """Seconds that saving it takes, by the measured speed of the job's storage."""
+    warnings: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=8)] = Field(default=[])
+    """What the job can work with, and should be changed."""
 
 
 class TransportReport(ApiModel):

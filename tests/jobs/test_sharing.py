@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import time
@@ -12,8 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from sample_job import JOB
 from servers import free_port
+from transformers import AutoTokenizer
 
+from finetune_api.runconfig import RunConfig
+from finetune_trainer.data import Prepared, prepare
 from finetune_trainer.launch.failures import Kind, _kind
 from finetune_trainer.launch.sharing.carriers import (
     IN_FLIGHT_BYTES,
@@ -23,8 +28,11 @@ from finetune_trainer.launch.sharing.carriers import (
     chunk_bytes,
 )
 from finetune_trainer.launch.sharing.files import Entry, Roots, entries_of, read_chunk
+from finetune_trainer.launch.sharing.node_files import NodeFiles
 from finetune_trainer.launch.sharing.receiver import Receiver
+from finetune_trainer.pipeline import directories
 from finetune_trainer.storage import Storage
+from finetune_trainer.training.context import Placement
 from finetune_trainer.training.deepspeed import set_group_timeout
 from finetune_trainer.training.offer import Place
 from finetune_trainer.training.peers import Peers, missing_ranks
@@ -117,6 +125,12 @@ def test_a_hub_repository_gets_what_it_lacks_with_its_links(tmp_path: Path) -> N
     assert link.is_symlink() and link.read_bytes() == b"weights" * 100
 
 
+def run_of(**storage: str) -> RunConfig:
+    job = copy.deepcopy(JOB)
+    job["spec"]["storage"] = storage
+    return RunConfig.model_validate({"job": job, "root": "/x", "baseDir": "/", "cacheDir": "/cache"})
+
+
 def test_storage_carries_what_every_node_can_see(tmp_path: Path) -> None:
     first, second = nodes(tmp_path)
     storage = Storage("memory://sharing/job")
@@ -124,8 +138,9 @@ def test_storage_carries_what_every_node_can_see(tmp_path: Path) -> None:
     carrier = StorageCarrier(storage)
     assert Receiver(second, carrier.read, CHUNK, 2).receive(DATA, lambda: carrier.entries(DATA)) == 10_500
     assert same(first.of(DATA), second.of(DATA))
-    assert by_storage("memory://sharing/job", storage)
-    assert by_storage("pvc://claim/x", Storage(str(tmp_path))) and not by_storage("/x", Storage(str(tmp_path)))
+    local = Storage(str(tmp_path))  # of a pod: a claim is mounted there
+    assert by_storage(run_of(path="/x"), storage) and by_storage(run_of(uri="pvc://claim/x"), local)
+    assert not by_storage(run_of(path="/x"), local)
 
 
 def test_paths_do_not_leave_the_directory(tmp_path: Path) -> None:
@@ -201,6 +216,44 @@ def test_missing_workers_are_named_with_their_nodes() -> None:
 def test_the_others_name_the_first_worker() -> None:
     found = meet({0: 600.0}, loading=2)
     assert all("worker 0 (node node-0) of 3" in found[rank] for rank in (1, 2)), found
+
+
+def _node(rank: int, port: int, job: dict[str, Any], directory: Path, end: Any) -> None:
+    """A worker of a node of its own, which prepares data that no driver could prepare."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    run = RunConfig.model_validate(
+        {"job": job, "root": "/pvc/x", "baseDir": str(directory), "cacheDir": str(directory / f"node-{rank}")}
+    )
+    said: list[str] = []
+    storage, place = Storage(str(directory / "claim")), Placement(rank, 0, 2, accelerator=False)
+    files = NodeFiles(run, storage, place, Peers(f"node-{rank}"), 2, said.append)
+    tokenizer = AutoTokenizer.from_pretrained(job["spec"]["model"]["path"])
+
+    def work() -> Prepared:
+        if rank:
+            (directory / "rows.jsonl").unlink()  # the second node has no way to the sources
+        spec: Any = run.job.spec.stages[0].spec
+        return prepare(spec, tokenizer, None, where="stages[0].sft", num_proc=1, **directories(run))
+
+    prepared = files.prepare_once(work)
+    end.send((prepared.train[0]["input_ids"], prepared.report.seconds, prepared.key, said))
+    os._exit(0)
+
+
+def test_data_that_the_run_itself_makes_is_prepared_by_one_node(base_job: dict[str, Any], tmp_path: Path) -> None:
+    base_job["spec"]["storage"] = {"uri": "pvc://claim/x"}
+    context, port = multiprocessing.get_context("fork"), free_port()
+    ends = [context.Pipe(duplex=False) for _ in range(2)]
+    workers = [context.Process(target=_node, args=(rank, port, base_job, tmp_path, ends[rank][1])) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    assert all(end.poll(60) for end, _ in ends)
+    first, second = (end.recv() for end, _ in ends)
+    for worker in workers:
+        worker.join(30)
+    assert first[:3] == second[:3], "the second node has prepared other data, or by itself"
+    assert first[3] == [] and len(second[3]) == 2 and all("got" in line for line in second[3])
 
 
 def test_ranks_in_torchs_words() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.checkpoint.store import CheckpointStore
-from finetune_trainer.errors import GateNotPassed, Interrupted, OutOfMemory, TrainingFailed
+from finetune_trainer.errors import GateNotPassed, Interrupted, OutOfMemory, TrainingFailed, UserError
 from finetune_trainer.gate import require_gate
 from finetune_trainer.launch.cluster import Workers, keep_signal_handlers, plan_workers, start_ray, stop_ray
 from finetune_trainer.launch.failures import Failure, Kind
@@ -26,6 +26,7 @@ from finetune_trainer.patience import listen
 from finetune_trainer.pipeline import layouts
 from finetune_trainer.plan.records import StagePlan
 from finetune_trainer.preflight.job import preflight
+from finetune_trainer.preflight.saving import room_problems
 from finetune_trainer.progress.channel import CheckpointSaved, Event, StageBegun, StageDone, TransportFound, Waiting
 from finetune_trainer.progress.reporter import Progress, Reporter
 from finetune_trainer.runtime import nccl_log_variables
@@ -122,6 +123,8 @@ class Pipeline:
     def _prepare(self) -> None:
         preparation = Preparation(self.run, self.workers, self.storage, self.reporter.log)
         plan = preparation.run_all(self._todo(), self.stop)
+        if problems := list(room_problems(self.run, plan, on_node=True)):
+            raise UserError(problems)
         self.plans, self.peak = {stage.index: stage for stage in plan.stages}, plan.peak
         if may_have_several_nodes(self.run.job.spec.resources):
             fetch_weights(self.run, self._todo(), self.reporter.log)

@@ -69,6 +69,8 @@ class StagePlan:
     """What to change where it does not fit."""
     notes: tuple[str, ...]
     """Warnings, and why something is not known."""
+    checkpoint: int = 0
+    """Bytes of a checkpoint; 0 where the stage saves none."""
     comparison: tuple[Alternative, ...] = ()
     """What other ways to train the same would need (ESFT)."""
 

@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch.sharing.files import Entry, Roots, entries_of, read_chunk
 from finetune_trainer.layout import SHARED
 from finetune_trainer.storage import Storage
@@ -141,6 +142,6 @@ def _at(place: Place) -> str:
     return f"{SHARED}/{place.root}/{place.path}"
 
 
-def by_storage(root: str, storage: Storage) -> bool:
+def by_storage(run: RunConfig, storage: Storage) -> bool:
     """Whether every node sees the job's storage: a remote store or a claim. A plain path may be each node's own."""
-    return not storage.is_local or root.startswith("pvc://")
+    return not storage.is_local or (run.job.spec.storage.uri or "").startswith("pvc://")

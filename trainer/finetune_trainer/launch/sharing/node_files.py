@@ -72,7 +72,8 @@ class NodeFiles:
         if not self.peers.many:
             return work()
         found = work() if self.leads else None
-        return next(one for one in self.peers.collect(found) if one is not None)
+        made: T = next(one for one in self.peers.collect(found) if one is not None)
+        return made
 
     def prepare_once(self, work: Callable[[], T]) -> T:
         """Prepare data that the driver could not: on the first worker alone, whose node the others fetch it from."""
@@ -96,7 +97,7 @@ class NodeFiles:
         fresh = tuple(name for name in now.prepared if name not in before.prepared)
         tables = {name: place for name, place in now.tables.items() if before.tables.get(name) != place}
         new, roots = Places(tables, fresh), roots_here(self.run.cache_dir)
-        if not by_storage(self.run.root, self.storage):
+        if not by_storage(self.run, self.storage):
             return open_shelf(roots), new
         carrier = StorageCarrier(self.storage)
         for path in new.paths:

@@ -38,7 +38,7 @@ class Offers:
         places = [Place("cache", path) for path in used.paths] + hub_places(self.run, roots.hub)
         here = tuple(place for place in places if roots.of(place).is_dir())
         self._mark({roots.root_of(place) for place in here})
-        if not by_storage(self.run.root, self.storage):
+        if not by_storage(self.run, self.storage):
             self._shelf = self._shelf or open_shelf(roots)
             return Offer(here, used.tables, self._shelf.name, self._marker)
         carrier = StorageCarrier(self.storage)
@@ -56,7 +56,7 @@ class Offers:
         """Take the marks away, and what is in storage where the job is done: a later attempt needs it until then."""
         for path in self._marked:
             path.unlink(missing_ok=True)
-        if done and by_storage(self.run.root, self.storage):
+        if done and by_storage(self.run, self.storage):
             with suppress(OSError):  # the job is done all the same
                 self.storage.delete(SHARED)
 
