@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -17,8 +18,12 @@ from sample_job import JOB
 from servers import free_port
 from transformers import AutoTokenizer
 
+from finetune_api.cluster import RunPolicy
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.data import Prepared, prepare
+from finetune_trainer.data.places import note_prepared
+from finetune_trainer.launch import group_fit
+from finetune_trainer.launch.cluster import Workers
 from finetune_trainer.launch.failures import Kind, _kind
 from finetune_trainer.launch.sharing.carriers import (
     IN_FLIGHT_BYTES,
@@ -29,6 +34,7 @@ from finetune_trainer.launch.sharing.carriers import (
 )
 from finetune_trainer.launch.sharing.files import Entry, Roots, entries_of, read_chunk
 from finetune_trainer.launch.sharing.node_files import NodeFiles
+from finetune_trainer.launch.sharing.offer import Offers
 from finetune_trainer.launch.sharing.receiver import Receiver
 from finetune_trainer.pipeline import directories
 from finetune_trainer.storage import Storage
@@ -141,6 +147,28 @@ def test_storage_carries_what_every_node_can_see(tmp_path: Path) -> None:
     local = Storage(str(tmp_path))  # of a pod: a claim is mounted there
     assert by_storage(run_of(path="/x"), storage) and by_storage(run_of(uri="pvc://claim/x"), local)
     assert not by_storage(run_of(path="/x"), local)
+
+
+def test_the_driver_offers_by_storage_and_cleans_up_unless_nodes_share_a_cache(tmp_path: Path) -> None:
+    job = copy.deepcopy(JOB)
+    job["spec"]["storage"] = {"uri": "memory://offers"}
+    note_prepared("0123")
+    for claim in (None, "cache"):
+        job["spec"]["kubernetes"] = {"modelCacheClaim": claim} if claim else {}
+        places = {"root": "memory://offers/job", "baseDir": "/", "cacheDir": str(tmp_path)}
+        run, storage = RunConfig.model_validate({"job": job, **places}), Storage("memory://offers/job")
+        data = tmp_path / "prepared/0123"
+        data.mkdir(parents=True, exist_ok=True)
+        (data / "report.json").write_text("{}")
+        offers = Offers(run, storage, print)
+        offer = offers.make()
+        offered = [place for place in offer.places if place.path == "prepared/0123"]
+        assert bool(offered) is (claim is None) and storage.exists("shared") is (claim is None)
+        assert claim or (tmp_path / offer.marker).exists()
+        offers.close(done=False)
+        assert storage.exists("shared") is (claim is None), "a later attempt has it from there"
+        offers.close(done=True)
+        assert not storage.exists("shared") and not list(tmp_path.glob(".driver-*"))
 
 
 def test_paths_do_not_leave_the_directory(tmp_path: Path) -> None:
@@ -273,3 +301,14 @@ def test_an_entry_says_where_a_link_leads(tmp_path: Path) -> None:
     (tmp_path / "b").symlink_to("a")
     assert [entry.path for entry in entries_of(tmp_path)] == ["a", "b"]
     assert entries_of(tmp_path)[1] == Entry("b", 0, link="a")
+
+
+def test_the_time_limit_of_collectives_goes_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_fit, "asked", dict)  # what a running cluster would say
+    job = copy.deepcopy(JOB)
+    job["spec"]["runPolicy"] = {"ddpTimeout": 77}
+    places = {"root": str(tmp_path), "baseDir": "/", "cacheDir": str(tmp_path)}
+    run = RunConfig.model_validate({"job": job, **places})
+    fit = group_fit.GroupFit(run, Workers(2, 2, False, 1), print, threading.Event())
+    assert fit._trainer([], None).backend_config.timeout_s == 77
+    assert RunPolicy().ddp_timeout == 1800 and RunPolicy().loading_timeout_seconds == 7200

@@ -89,9 +89,9 @@ def grace_warning(found: Saving, grace: int) -> str:
 
 
 def saving_words(found: Saving) -> str:
-    """Return the checkpoint in one line."""
+    """Return the checkpoint in one line, with the time that one node needs for all of it."""
     how = "measured" if found.measured else "assumed"
     return (
-        f"{human_bytes(found.size)}, about {found.seconds:.0f} s to save at "
+        f"{human_bytes(found.size)}, which one node writes in about {found.seconds:.0f} s at "
         f"{found.bytes_per_second / 1e6:.0f} MB/s ({how})"
     )

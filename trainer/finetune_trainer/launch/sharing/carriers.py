@@ -142,6 +142,11 @@ def _at(place: Place) -> str:
     return f"{SHARED}/{place.root}/{place.path}"
 
 
+def shares_cache(run: RunConfig) -> bool:
+    """Whether all nodes have one cache, in which they find what one of them has put there."""
+    return run.job.spec.kubernetes.model_cache_claim is not None
+
+
 def by_storage(run: RunConfig, storage: Storage) -> bool:
     """Whether every node sees the job's storage: a remote store or a claim. A plain path may be each node's own."""
     return not storage.is_local or (run.job.spec.storage.uri or "").startswith("pvc://")

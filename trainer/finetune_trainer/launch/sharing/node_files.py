@@ -19,6 +19,7 @@ from finetune_trainer.launch.sharing.carriers import (
     StorageCarrier,
     by_storage,
     open_shelf,
+    shares_cache,
 )
 from finetune_trainer.launch.sharing.files import roots_here
 from finetune_trainer.launch.sharing.receiver import Receiver
@@ -58,7 +59,7 @@ class NodeFiles:
         Raises:
             OSError: the node or the store that has it went away, or a file came damaged.
         """
-        if self.leads and self.nodes > 1:
+        if self.leads and self.nodes > 1 and offer.places:
             carrier = RayCarrier(offer.shelf, self.nodes) if offer.shelf else StorageCarrier(self.storage)
             roots = roots_here(self.run.cache_dir)
             self._fetch(carrier, [one for one in offer.places if not (roots.root_of(one) / offer.marker).exists()])
@@ -84,7 +85,7 @@ class NodeFiles:
         made = work() if first else None
         shelf, new = self._offered(before) if first else (None, Places())
         name, found = self.peers.collect((shelf.name if shelf else "", new))[0]
-        if self.leads and not first:
+        if self.leads and not first and not shares_cache(self.run):
             carrier = RayCarrier(name, self.nodes) if name else StorageCarrier(self.storage)
             self._fetch(carrier, [Place("cache", path) for path in found.paths])
         use_tables(found.tables)
@@ -97,6 +98,8 @@ class NodeFiles:
         fresh = tuple(name for name in now.prepared if name not in before.prepared)
         tables = {name: place for name, place in now.tables.items() if before.tables.get(name) != place}
         new, roots = Places(tables, fresh), roots_here(self.run.cache_dir)
+        if shares_cache(self.run):
+            return None, Places(tables)
         if not by_storage(self.run, self.storage):
             return open_shelf(roots), new
         carrier = StorageCarrier(self.storage)

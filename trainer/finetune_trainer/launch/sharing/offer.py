@@ -10,7 +10,7 @@ from uuid import uuid4
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.data.places import places_used
 from finetune_trainer.hub import hub_access
-from finetune_trainer.launch.sharing.carriers import OpenShelf, StorageCarrier, by_storage, open_shelf
+from finetune_trainer.launch.sharing.carriers import OpenShelf, StorageCarrier, by_storage, open_shelf, shares_cache
 from finetune_trainer.launch.sharing.files import roots_here
 from finetune_trainer.layout import SHARED, StageLayout
 from finetune_trainer.model.weights import weight_files
@@ -35,6 +35,8 @@ class Offers:
     def make(self) -> Offer:
         """Return what the other nodes are to fetch. Directories go to storage where every node sees that."""
         used, roots = places_used(), roots_here(self.run.cache_dir)
+        if shares_cache(self.run):
+            return Offer(tables=used.tables)
         places = [Place("cache", path) for path in used.paths] + hub_places(self.run, roots.hub)
         here = tuple(place for place in places if roots.of(place).is_dir())
         self._mark({roots.root_of(place) for place in here})
