@@ -1,4 +1,4 @@
-"""Sizes of checkpoints, beside hand calculations and beside real checkpoints; time, room and the grace period."""
+"""Sizes of checkpoints against hand calculations and real checkpoints; time, room and the grace period."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from tiny_models import tiny
 
+from finetune_api.report import PlanReport
 from finetune_api.runconfig import RunConfig
+from finetune_trainer.launch.cluster_preflight import _saving
 from finetune_trainer.plan.devices import Device
 from finetune_trainer.plan.job import plan_job
 from finetune_trainer.plan.memory import Workload
@@ -143,6 +145,16 @@ def test_a_nodes_cache_must_hold_its_part(monkeypatch: pytest.MonkeyPatch) -> No
     assert list(room_problems(none, plan, on_node=False)) == [], "a preflight pod has another cache"
     (problem,) = room_problems(none, plan, on_node=True)
     assert problem.path == "kubernetes.cacheSizeLimit" and "98.6 GiB" in problem.message
+
+
+def test_preflight_reports_the_checkpoint_and_warns_of_the_grace_period(tmp_path: Path) -> None:
+    run = run_of(str(tmp_path), checkpointGraceSeconds=1)
+    told = PlanReport.model_validate({"parameters": 1} | _saving(run, planned(run)))
+    assert told.checkpoint_bytes == WEIGHTS_70B * 12 and told.save_seconds is not None
+    (warning,) = told.warnings
+    assert warning.startswith("kubernetes.checkpointGraceSeconds: is 1") and "(measured)" in warning
+    patient = run_of(str(tmp_path), checkpointGraceSeconds=86400)
+    assert "warnings" not in _saving(patient, planned(patient))
 
 
 def test_the_stores_speed_is_measured_and_nothing_is_left() -> None:

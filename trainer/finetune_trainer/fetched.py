@@ -17,7 +17,7 @@ def state_of(info: dict[str, Any]) -> str:
 
 
 class Fetched:
-    """The record of a directory. It lies beside the directory, and is written after each file."""
+    """The record of a directory. It lies next to the directory and is written after each file."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

@@ -1,6 +1,6 @@
 """Which directories of the cache this process has used for a job's data, and which tables another process has named.
 
-A node that gets prepared data from another node does not read the sources again: the other node tells it the names of
+A node that gets prepared data from another node does not read the sources again: the other node gives it the names of
 the directories, and `preparation.open_table` looks here first.
 """
 

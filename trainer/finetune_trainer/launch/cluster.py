@@ -53,7 +53,7 @@ def start_ray(workers: Workers, temp_dir: Path | None = None, variables: dict[st
     """Connect to the cluster that RAY_ADDRESS names, or start one on this machine.
 
     Args:
-        variables: of the workers' environment, beside those that every process has.
+        variables: of the workers' environment, in addition to those that every process has.
     """
     import ray
 

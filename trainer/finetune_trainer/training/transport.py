@@ -1,4 +1,4 @@
-"""NCCL's transport between the nodes of a job: its log is asked for, read after the first step, and told."""
+"""NCCL's transport between the nodes of a job: read its log after the first step, and report what it says."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def entries_of(directory: Path) -> list[Entry]:
 
 
 def _travels(path: Path) -> bool:
-    """`datasets` keeps caches of its own (`cache-*.arrow`) beside the files that it reads."""
+    """`datasets` keeps caches of its own (`cache-*.arrow`) next to the files that it reads."""
     if path.is_symlink():
         return True
     passing = path.suffix in _PASSING or path.name.startswith((".", "cache-", "tmp"))
