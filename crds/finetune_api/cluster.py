@@ -118,6 +118,12 @@ class RunPolicy(ApiModel):
     counts as failed. Progress sets the count back."""
     active_deadline_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     """Seconds after which a running job is stopped, its last checkpoint kept. Default: none."""
+    ddp_timeout: Annotated[int, Field(ge=1, le=2**31 - 1)] = 1800
+    """Seconds after which a collective operation that does not end fails (NCCL, gloo): transformers' `ddp_timeout`. The
+    time in which workers load data and weights does not count."""
+    loading_timeout_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] = 7200
+    """Seconds that workers wait for each other while data and weights are fetched and loaded. The error then names the
+    workers that are missing, and their nodes."""
     suspend: bool = False
     """Save a checkpoint and stop; false goes on from it."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None

@@ -38,7 +38,11 @@ class Kubernetes(ApiModel):
     """What a cluster needs to know beside the job itself. Ignored by `finetune run`."""
 
     model_config = rules(
-        cel("!has(self.modelCacheClaim) || !has(self.modelCacheHostPath)", "set modelCacheClaim or modelCacheHostPath")
+        cel("!has(self.modelCacheClaim) || !has(self.modelCacheHostPath)", "set modelCacheClaim or modelCacheHostPath"),
+        cel(
+            "!has(self.cacheSizeLimit) || (!has(self.modelCacheClaim) && !has(self.modelCacheHostPath))",
+            "cacheSizeLimit is for a cache of the attempt's own, without modelCacheClaim and modelCacheHostPath",
+        ),
     )
 
     engine: Literal["auto", "job", "kuberay"] = "auto"
@@ -58,9 +62,16 @@ class Kubernetes(ApiModel):
     model_cache_host_path: AbsolutePath | None = None
     """Directory of each node that keeps them instead, where the operator allows host paths. It is there already, and
     writable for the pod's user (1000): one that Kubernetes made would be root's."""
+    cache_size_limit: Quantity | None = None
+    """Size limit of the volume of downloads and prepared data where each attempt has its own (`emptyDir.sizeLimit`),
+    which checkpoints pass through on their way to a remote store. It is also requested as `ephemeral-storage`, so that
+    a node with that much room is chosen. Default: no limit and no request."""
     checkpoint_grace_seconds: Annotated[int, Field(ge=1, le=86400)] = 120
-    """How long a node that is to stop may take to save a checkpoint; also its pod's termination grace period."""
+    """How long a node that is to stop may take to save a checkpoint; also its pod's termination grace period. Preflight
+    says how long a save takes, and warns where this is less."""
 
     def faults(self) -> Iterator[str]:
         if self.model_cache_claim is not None and self.model_cache_host_path is not None:
             yield "set modelCacheClaim or modelCacheHostPath"
+        if self.cache_size_limit is not None and (self.model_cache_claim or self.model_cache_host_path):
+            yield "cacheSizeLimit is for a cache of the attempt's own, without modelCacheClaim and modelCacheHostPath"

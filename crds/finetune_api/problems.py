@@ -50,6 +50,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "maxseqlength": ("maxLength", "blockSize", "modelMaxLength"),
     "modelname": ("hub",),
     "modelnameorpath": ("hub",),
+    "nccltimeout": ("ddpTimeout",),
     "numepochs": ("numTrainEpochs",),
     "outputdir": ("storage", "path"),
     "peft": ("lora",),

@@ -82,6 +82,25 @@ class PlanReport(ApiModel):
     """The largest ZeRO stage that a stage of the job uses."""
     steps: int | None = None
     """Optimizer steps of all stages, where the data's size is known."""
+    checkpoint_bytes: int | None = None
+    """Size of the largest checkpoint."""
+    save_seconds: int | None = None
+    """Seconds that saving it takes, by the measured speed of the job's storage."""
+    warnings: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=8)] = Field(default=[])
+    """What the job can work with, and should be changed."""
+
+
+class TransportReport(ApiModel):
+    """How the GPUs of a job of several nodes reach each other, by NCCL's log."""
+
+    network: Annotated[str, Field(max_length=64)]
+    """NCCL's name of the network between nodes: `IB` (InfiniBand and RoCE), `Socket` (TCP), or a plugin's."""
+    gpu_direct: bool = False
+    """Whether adapters read GPU memory themselves (GPUDirect RDMA)."""
+    words: Annotated[str, Field(max_length=256)]
+    """The same for people, with the transports within a node."""
+    warning: Annotated[str, Field(max_length=1024)] | None = None
+    """What makes it slow, and the remedy."""
 
 
 class AttemptReport(ApiModel):
@@ -101,6 +120,8 @@ class AttemptReport(ApiModel):
     """What it waits for: a store that doesn't answer."""
     restarting: Text | None = None
     """Why its workers have been started again, until they train on."""
+    transport: TransportReport | None = None
+    """How the GPUs of several nodes reach each other."""
     plan: PlanReport | None = None
     """Preflight's plan."""
     exit_code: int | None = None

@@ -219,7 +219,8 @@ def _trains_but(draft: Draft, run: RunView) -> str:
     report = draft.seen.report or AttemptReport()
     waits = f"waits for storage: {clean(report.waiting)}" if report.waiting else ""
     again = f"starts again from the last checkpoint: {clean(report.restarting)}" if report.restarting else ""
-    return _unready(draft, run) or waits or again
+    transport = report.transport.warning if report.transport else None
+    return _unready(draft, run) or waits or again or clean(transport or "")
 
 
 def _unready(draft: Draft, run: RunView) -> str:

@@ -80,4 +80,8 @@ def plan_words(plan: Json | None) -> str:
         parts.append(f"{plan['memoryBytes'] / 2**30:.1f} GiB per worker")
     if plan.get("zero") is not None:
         parts.append(f"ZeRO-{plan['zero']}")
-    return ", ".join(parts)
+    if plan.get("checkpointBytes"):
+        seconds = duration(plan["saveSeconds"]) if plan.get("saveSeconds") is not None else "?"
+        parts.append(f"{plan['checkpointBytes'] / 2**30:.1f} GiB per checkpoint, {seconds} to save")
+    warnings = "".join(f". Warning: {warning}" for warning in plan.get("warnings") or [])
+    return ", ".join(parts) + warnings

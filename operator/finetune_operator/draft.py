@@ -166,6 +166,7 @@ class Draft:
         self.status["attempts"] = [*attempts.records(self.status), {"number": number, "startTime": stamp(self.now)}]
         self.status["attempt"] = number
         attempts.trimmed(self.status)
+        self.status.pop("transport", None)  # of the attempt before
         self.set(Type.RUNNING, "False", Reason.STARTING)
         self.do(StartRun(number, attempts.avoided(self.status)))
 
@@ -259,6 +260,8 @@ class Draft:
             self.status["stages"] = said["stages"]
         if report.checkpoint is not None:
             self.status["lastCheckpoint"] = said["checkpoint"]
+        if report.transport is not None:
+            self.status["transport"] = said["transport"]
         if report.plan is not None:
             self.status["plan"] = said["plan"]
         if report.step is not None:

@@ -13,7 +13,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.launch.stage_run import stage_context
+from finetune_trainer.launch.stage_context import stage_context
 from finetune_trainer.stages import make_trainer
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.context import Placement, ResumePoint, StageContext

@@ -12,6 +12,7 @@ from worlds import NOW, VALID, ago, attempt, conditions, pod, run, said, seen
 from finetune_operator.actions import AbandonRun, Decision, DeleteJob, DeleteRun, StartRun, StopRun
 from finetune_operator.conditions import Reason
 from finetune_operator.decide import decide
+from finetune_operator.display import plan_words
 from finetune_operator.observed import Complaint, Observed, RunState, Trouble
 from finetune_operator.settings import Settings
 
@@ -275,6 +276,19 @@ def test_an_attempt_whose_workers_start_again_says_why() -> None:
     running = _running(decide(seen(RUNNING, run(), report=report), SETTINGS, NOW))
     assert running["status"] == "True"
     assert running["message"] == f"starts again from the last checkpoint: {report['restarting']}"
+
+
+def test_a_plan_says_how_long_a_checkpoint_takes_and_what_to_change() -> None:
+    plan = {"parameters": 70, "checkpointBytes": 788 << 30, "saveSeconds": 530, "warnings": ["set a to 900"]}
+    assert plan_words(plan) == "70 parameters, 788.0 GiB per checkpoint, 8m to save. Warning: set a to 900"
+
+
+def test_a_slow_transport_between_nodes_is_in_the_condition_and_the_status() -> None:
+    transport = {"network": "Socket", "gpuDirect": False, "words": "NET/Socket (TCP) between nodes", "warning": "slow"}
+    decision = decide(seen(RUNNING, run(), report={"stages": [], "transport": transport}), SETTINGS, NOW)
+    assert decision.status["transport"] == transport
+    running = _running(decision)
+    assert running["status"] == "True" and running["message"] == "slow"
 
 
 def _running(decision: Decision) -> dict[str, Any]:

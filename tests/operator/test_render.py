@@ -113,6 +113,22 @@ def test_pods_meet_the_restricted_standard() -> None:
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
 
 
+def test_a_capability_for_rdma_leaves_the_others_dropped() -> None:
+    own = {"name": "trainer", "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}}}
+    template = {
+        "metadata": {"annotations": {"k8s.v1.cni.cncf.io/networks": "rdma-net", "note": "b"}},
+        "spec": {"containers": [own | {"resources": {"limits": {"rdma/hca": "1"}}}]},
+    }
+    made = objects(resources={"podTemplate": template, "gpusPerNode": 1})["Job"]["spec"]["template"]
+    context = trainer(made["spec"])["securityContext"]
+    assert context["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
+    assert context["allowPrivilegeEscalation"] is False and context["readOnlyRootFilesystem"] is True
+    assert made["metadata"]["annotations"] == {"k8s.v1.cni.cncf.io/networks": "rdma-net", "note": "b"}
+    assert trainer(made["spec"])["resources"]["limits"]["rdma/hca"] == "1"
+    checked = objects(0, resources={"podTemplate": template, "gpusPerNode": 1})["Job"]["spec"]["template"]
+    assert checked["metadata"]["annotations"] == {"note": "b"}, "a preflight has no adapter"
+
+
 def test_secrets_come_by_reference_alone() -> None:
     made = objects(kubernetes={"envFromSecrets": ["hub", "s3"], "preflight": False})
     container = trainer(made["Job"]["spec"]["template"]["spec"])
@@ -134,6 +150,18 @@ def test_claims_are_mounted_where_the_run_config_says() -> None:
     assert config.root == "/pvc/results/a/b/team/tiny"
     mounts = {item["mountPath"] for item in trainer(made["Job"]["spec"]["template"]["spec"])["volumeMounts"]}
     assert {"/pvc/results", "/pvc/models", "/pvc/corpus"} <= mounts
+
+
+def test_a_cache_of_the_attempt_s_own_has_a_size_and_a_node_with_room() -> None:
+    pod = pod_spec(kubernetes={"cacheSizeLimit": "500Gi", "preflight": False})
+    cache = next(volume for volume in pod["volumes"] if volume["name"] == "finetune-cache")
+    assert cache["emptyDir"] == {"sizeLimit": "500Gi"}
+    assert trainer(pod)["resources"]["requests"]["ephemeral-storage"] == "500Gi"
+    own = {"name": "trainer", "resources": {"requests": {"ephemeral-storage": "9Gi"}}}
+    template = {"spec": {"containers": [own]}}
+    given = pod_spec(kubernetes={"cacheSizeLimit": "500Gi"}, resources={"podTemplate": template})
+    assert trainer(given)["resources"]["requests"]["ephemeral-storage"] == "9Gi"
+    assert "ephemeral-storage" not in trainer(pod_spec())["resources"]["requests"]
 
 
 def test_the_model_cache_is_shared_by_attempts() -> None:

@@ -134,6 +134,15 @@ def test_what_others_wrote_is_shown_and_not_run(html: str) -> None:
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f]", html)
 
 
+def test_the_transport_between_nodes_and_its_warning_are_shown(synthetic: ModuleType, tmp_path: Path) -> None:
+    synthetic.write_run(tmp_path)
+    done = tmp_path / synthetic.layouts()[2].done
+    transport = {"words": "NET/Socket (TCP) between nodes", "warning": "NCCL uses TCP <b>though</b>"}
+    done.write_text(json.dumps(json.loads(done.read_text()) | {"transport": transport}))
+    text = Page(report(synthetic, tmp_path)).text
+    assert "NCCL: NET/Socket (TCP) between nodes" in text and "NCCL uses TCP <b>though</b>" in text
+
+
 def test_a_long_sample_is_folded_and_capped(html: str) -> None:
     assert "show all (300,000 characters)" in html
     assert "The rest is in samples.json." in html

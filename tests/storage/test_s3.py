@@ -57,6 +57,22 @@ def test_files_as_on_a_disk(storage: Storage) -> None:
         storage.read_text("a/b.txt")
 
 
+def test_a_directory_is_downloaded_once_and_read_in_ranges(storage: Storage, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    (made / "inner").mkdir(parents=True)
+    for name in ("a.bin", "inner/b.bin", "left-out"):
+        (made / name).write_bytes(random.Random(name).randbytes(3000))
+    storage.upload(made, "model", ["a.bin", "inner/b.bin"])
+    assert storage.sizes("model") == {"a.bin": 3000, "inner/b.bin": 3000}
+    assert storage.read_range("model/a.bin", 1000, 9000) == (made / "a.bin").read_bytes()[1000:]
+    place = storage.download("model", tmp_path / "here")
+    before = {path: path.stat().st_mtime_ns for path in (place / "a.bin", place / "inner/b.bin")}
+    (place / "inner/b.bin").write_bytes(b"cut")
+    storage.download("model", tmp_path / "here")
+    assert (place / "a.bin").stat().st_mtime_ns == before[place / "a.bin"], "an unchanged file was fetched again"
+    assert (place / "inner/b.bin").read_bytes() == (made / "inner/b.bin").read_bytes(), "a damaged file was kept"
+
+
 def test_large_files_go_in_parts_and_come_back_the_same(store: CheckpointStore, tmp_path: Path, s3: S3Server) -> None:
     place = written(store, 7, 120 * MIB)
     content = (place / "model.safetensors").read_bytes()

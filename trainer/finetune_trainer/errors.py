@@ -55,6 +55,12 @@ class Outage(Exception):
     exit_code = ExitCode.FAILED
 
 
+class NotMet(Exception):
+    """Workers did not come to where the others waited for them: one of them is slow, or cut off."""
+
+    exit_code = ExitCode.FAILED
+
+
 class OutOfMemory(TrainingFailed):
     """A device or the host ran out of memory."""
 

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
+from tempfile import gettempdir
 
 QUIET_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -57,6 +58,20 @@ def allocator_environment(accelerator: bool, environment: Mapping[str, str]) -> 
     if not accelerator or chosen or find_spec("vllm") is not None:
         return {}
     return {ALLOCATOR_VARIABLES[0]: "expandable_segments:True"}
+
+
+NCCL_LOG_LEVEL, NCCL_LOG_FILE = "NCCL_DEBUG", "NCCL_DEBUG_FILE"
+
+
+def nccl_log_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that make NCCL write its log to a file for each process (`%h`: host, `%p`: process).
+
+    Empty where the user has set NCCL_DEBUG.
+    """
+    if NCCL_LOG_LEVEL in environment:
+        return {}
+    path = os.path.join(gettempdir(), "finetune-nccl.%h.%p.log")
+    return {NCCL_LOG_LEVEL: "INFO", "NCCL_DEBUG_SUBSYS": "INIT,ENV,NET", NCCL_LOG_FILE: path}
 
 
 def apply_environment(variables: dict[str, str]) -> None:

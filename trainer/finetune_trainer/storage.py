@@ -15,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from finetune_api.claims import mounted
 from finetune_trainer.errors import UserError
+from finetune_trainer.fetched import Fetched, state_of
 from finetune_trainer.patience import patiently
 
 OUTAGE_SECONDS = 600.0
@@ -64,6 +65,15 @@ class Storage:
     def read_bytes(self, relative: str) -> bytes:
         """Raises FileNotFoundError where there is no such file."""
         return self._patiently(lambda: bytes(self.fs.cat_file(self.path(relative))), f"reading {relative}")
+
+    def read_range(self, relative: str, start: int, end: int) -> bytes:
+        """Return the bytes from `start` up to `end` of a file, fewer where it ends before.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        path = self.path(relative)
+        return self._patiently(lambda: bytes(self.fs.cat_file(path, start=start, end=end)), f"reading {relative}")
 
     def write_text(self, relative: str, text: str) -> None:
         """Write a whole file at once: a reader sees the old one or the new one, never a part."""
@@ -128,33 +138,54 @@ class Storage:
             self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
         return len(found)
 
-    def upload(self, local: Path, relative: str) -> None:
-        """Copy a local directory's files into one in storage."""
-        if self.is_local:
+    def upload(self, local: Path, relative: str, names: list[str] | None = None) -> None:
+        """Copy a local directory's files into one in storage.
+
+        Args:
+            names: paths of the files in the directory. Default: all.
+        """
+        if self.is_local and names is None:
             shutil.copytree(local, self.path(relative), dirs_exist_ok=True)
             return
-        names = [path.relative_to(local).as_posix() for path in sorted(local.rglob("*")) if path.is_file()]
+        if names is None:
+            names = [path.relative_to(local).as_posix() for path in sorted(local.rglob("*")) if path.is_file()]
 
         def send(name: str) -> None:
             target = self.path(f"{relative}/{name}")
+            if self.is_local:
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
             self._patiently(lambda: self.fs.put_file(str(local / name), target), f"uploading {relative}/{name}")
 
         _all_of(send, names)
 
     def download(self, relative: str, local: Path) -> Path:
-        """A local directory with just the files of one in storage: itself where that is local already.
+        """Return a local directory with just the files of one in storage: itself where that is local already.
 
-        Several processes may do so at once: each file appears whole.
+        Several processes may do so at once: each file appears whole. Files that were fetched before, and are the same
+        in storage by all that it says of them (size, time of change, tag), are not fetched again.
         """
         if self.is_local:
             return Path(self.path(relative))
-        names = list(self.sizes(relative))
+        states = self._states(relative)
         for path in local.rglob("*") if local.exists() else ():
-            if path.is_file() and path.suffix != _PART and path.relative_to(local).as_posix() not in names:
+            if path.is_file() and path.suffix != _PART and path.relative_to(local).as_posix() not in states:
                 path.unlink(missing_ok=True)
         local.mkdir(parents=True, exist_ok=True)
-        _all_of(lambda name: self._receive(f"{relative}/{name}" if relative else name, local / name), names)
+        fetched = Fetched(local)
+        lacking = [name for name, state in states.items() if not fetched.has(name, state)]
+
+        def receive(name: str) -> None:
+            self._receive(f"{relative}/{name}" if relative else name, local / name)
+            fetched.add(name, states[name])
+
+        _all_of(receive, lacking)
         return local
+
+    def _states(self, relative: str) -> dict[str, str]:
+        """Return what the store says of each file below a directory, as a hash."""
+        base = self.path(relative)
+        found = self._patiently(lambda: self._fresh().find(base, detail=True), f"listing {relative}")
+        return {str(path)[len(base) + 1 :]: state_of(info) for path, info in found.items() if str(path) != base}
 
     def _receive(self, relative: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,9 @@ from finetune_operator.render.run import Run
 Json = dict[str, Any]
 USER = 1000
 GPU = "nvidia.com/gpu"
+DISK = "ephemeral-storage"
+NETWORKS = ("k8s.v1.cni.cncf.io/networks", "v1.multus-cni.io/default-network")
+"""Annotations by which Multus gives a pod more networks."""
 _AWAY_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 NODE_AWAY_SECONDS = 120
 """How long a node may not answer, from when Kubernetes has noticed (50 s), until its pods are given up. Kubernetes' own
@@ -57,6 +60,7 @@ def pod_template(run: Run, command: list[str], *, gpus: bool = True) -> Json:
     spec["containers"] = _containers(run, spec.get("containers") or [], command, gpus)
     if not gpus:
         _leave_accelerators(spec)
+        _leave_networks(metadata)
     elif run.avoid:
         spec["affinity"] = away_from(run.avoid, spec.get("affinity"))
     spec["tolerations"] = _tolerations(spec.get("tolerations") or [])
@@ -81,6 +85,13 @@ def _leave_accelerators(spec: Json) -> None:
         spec["nodeSelector"] = kept
 
 
+def _leave_networks(metadata: Json) -> None:
+    """A network attachment of RDMA adapters exists on GPU nodes alone, and takes a device there."""
+    annotations = metadata.get("annotations")
+    if isinstance(annotations, dict):
+        metadata["annotations"] = {name: text for name, text in annotations.items() if name not in NETWORKS}
+
+
 def _queue(labels: dict[str, str]) -> dict[str, str]:
     """Without the queue's label, which belongs on the run as a whole."""
     return {name: value for name, value in labels.items() if name != names.QUEUE_LABEL}
@@ -91,6 +102,12 @@ def _containers(run: Run, given: list[Json], command: list[str], gpus: bool) -> 
     trainer = _trainer(run, own, command, gpus)
     others = [item for item in given if item.get("name") != names.CONTAINER]
     return [trainer, *(map(_confined, others) if gpus else [])]
+
+
+def _security(given: Json) -> Json:
+    """The trainer's own; a capability that the user adds (IPC_LOCK) does not bring back those that are dropped."""
+    capabilities = _CONTAINER_SECURITY["capabilities"] | (given.get("capabilities") or {})
+    return {**_CONTAINER_SECURITY, **given, "capabilities": capabilities}
 
 
 def _confined(container: Json) -> Json:
@@ -115,7 +132,7 @@ def _trainer(run: Run, own: Json, command: list[str], gpus: bool) -> Json:
         ],
         "volumeMounts": [*(own.get("volumeMounts") or []), *_mounts(run)],
         "resources": _resources(run, own.get("resources") or {}, gpus),
-        "securityContext": _CONTAINER_SECURITY | (own.get("securityContext") or {}),
+        "securityContext": _security(own.get("securityContext") or {}),
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
     if run.is_attempt:
@@ -151,7 +168,8 @@ def _env(run: Run, given: list[Json]) -> list[Json]:
 
 def _volumes(run: Run) -> list[Json]:
     kubernetes = run.kubernetes
-    cache: Json = {"emptyDir": {}}
+    limit = kubernetes.cache_size_limit
+    cache: Json = {"emptyDir": {"sizeLimit": limit} if limit else {}}
     if kubernetes.model_cache_claim:
         cache = {"persistentVolumeClaim": {"claimName": kubernetes.model_cache_claim}}
     elif kubernetes.model_cache_host_path:
@@ -196,6 +214,8 @@ def _resources(run: Run, given: Json, gpus: bool) -> Json:
     if wanted.memory_per_node:
         amounts["memory"] = wanted.memory_per_node
     limits = {name: value for name, value in amounts.items() if name != "cpu"}  # a CPU limit only throttles
+    if run.kubernetes.cache_size_limit and DISK not in (given.get("requests") or {}):
+        amounts[DISK] = run.kubernetes.cache_size_limit
     if wanted.gpus_per_node:
         limits[GPU] = str(wanted.gpus_per_node)
     return {

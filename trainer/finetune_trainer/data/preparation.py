@@ -35,6 +35,7 @@ from finetune_trainer.data.keys import (
     tokenizer_parts,
 )
 from finetune_trainer.data.notes import notes_of, reading_notes
+from finetune_trainer.data.places import PREPARED, ROWS, named_table, note_prepared, note_table
 from finetune_trainer.data.report import DataReport, Prepared, Stats
 from finetune_trainer.data.rows import RowStore, order_rows, store_rows
 from finetune_trainer.data.shards import read_shards
@@ -101,7 +102,7 @@ def prepare(
     plan = Plan(where, encoding, packed, tokenizer, max(1, num_proc), log)
     started = time.monotonic()
     parts = _parts(stage, where, cache_dir, base_dir, log)
-    ready, report, hashes = _cached(plan, parts, cache_dir / "prepared", started) if parts else ({}, None, {})
+    ready, report, hashes = _cached(plan, parts, cache_dir / PREPARED, started) if parts else ({}, None, {})
     if report is not None and not stage.data.streaming:
         return Prepared(ready["train"], ready.get("eval"), report, _key(plan, hashes, report.rows))
     for note in reading_notes(stage.data, stage.row_kind, f"{where}.data", base_dir):
@@ -158,16 +159,23 @@ def _check_loader(stage: TrainedSpec, where: str) -> None:
 
 
 def open_table(spec: DataSpec, kind: Kind, where: str, cache_dir: Path, base_dir: Path, log: Log) -> RowStore:
-    """The spec's table, from the cache or read into it. `log` gets what is read without settings that name it.
+    """Return the spec's table, from the cache or read into it. A table that another node named needs no sources.
+
+    Args:
+        log: called with what is read without settings that name it.
 
     Raises:
         UserError: sources are missing, or rows are not in the form that `kind` needs.
     """
+    named = named_table(spec, kind)
+    if named is not None and (cache_dir / ROWS / named).is_dir():
+        return RowStore(cache_dir / ROWS / named)
     located, problems = locate(spec, where, base_dir)
     if problems:
         raise UserError(problems)
-    directory = cache_dir / "rows" / rows_key(located, spec, kind)
+    directory = cache_dir / ROWS / rows_key(located, spec, kind)
     directory.parent.mkdir(parents=True, exist_ok=True)
+    note_table(spec, kind, directory.name)
     for note in notes_of(located, spec, kind, where, streaming=False):
         log(note)
     return store_rows(directory, located, spec, kind, where, log)
@@ -194,6 +202,7 @@ def _cached(plan: Plan, parts: dict[str, Part], cache: Path, started: float) -> 
     drawn = {name: [part.store.directory.name, content_digest(part.indices)] for name, part in parts.items()}
     directory = cache / prepared_key(drawn, plan.encoding, plan.packed, tokenizer_key(plan.tokenizer))
     cache.mkdir(parents=True, exist_ok=True)
+    note_prepared(directory.name)
     with FileLock(f"{directory}.lock"):
         if cached := directory.is_dir():
             plan.log(f"found prepared data in {directory}")

@@ -49,13 +49,17 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def start_ray(workers: Workers, temp_dir: Path | None = None) -> None:
-    """Connect to the cluster that RAY_ADDRESS names, or start one on this machine."""
+def start_ray(workers: Workers, temp_dir: Path | None = None, variables: dict[str, str] | None = None) -> None:
+    """Connect to the cluster that RAY_ADDRESS names, or start one on this machine.
+
+    Args:
+        variables: of the workers' environment, in addition to those that every process has.
+    """
     import ray
 
     lean()
     env = quiet_environment(workers.accelerator) | allocator_environment(workers.accelerator, os.environ)
-    runtime = {"env_vars": env | {"OMP_NUM_THREADS": str(workers.cpus)}}
+    runtime = {"env_vars": env | (variables or {}) | {"OMP_NUM_THREADS": str(workers.cpus)}}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env=runtime, logging_level=logging.ERROR, log_to_driver=False)
         return

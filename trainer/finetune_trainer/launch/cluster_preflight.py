@@ -6,6 +6,7 @@ looks at the model.
 
 from __future__ import annotations
 
+import math
 import sys
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -47,7 +48,8 @@ def _check(run: RunConfig, reporter: AttemptReporter) -> None:
     with ProcessPoolExecutor(1, get_context("fork")) as beside, ThreadPoolExecutor(1) as waiting:
         of_rows = beside.submit(_row_problems, run)  # first: a process with threads is not to be forked
         of_image = waiting.submit(image_problems, run)
-        reporter.planned(_told(_plan(run, [of_image, of_rows])))
+        plan = _plan(run, [of_image, of_rows])
+        reporter.planned(_told(plan) | _saving(run, plan))
     print(f"{run.job.metadata.name}: can work", file=sys.stdout, flush=True)
 
 
@@ -62,7 +64,7 @@ def _plan(run: RunConfig, others: list[Future[list[Problem]]]) -> JobPlan:
 
     workers = plan_workers(run.job.spec.resources)
     found = (problem for other in others for problem in other.result())
-    return plan_of_faultless(run, workers, _device(run, workers), lambda: found)
+    return plan_of_faultless(run, workers, _device(run, workers), lambda: found, on_node=False)
 
 
 def _device(run: RunConfig, workers: Workers) -> Device:
@@ -75,6 +77,22 @@ def _device(run: RunConfig, workers: Workers) -> Device:
         return Device("unknown", _UNKNOWN_BYTES, "cuda" if workers.accelerator else "cpu")
     per_node = int(parse_quantity(resources.memory_per_node))
     return Device("CPU", per_node // workers_per_node(resources), "cpu")
+
+
+def _saving(run: RunConfig, plan: JobPlan) -> Json:
+    """Return what the report says of checkpoints: size, seconds, and a warning where the grace period is too short."""
+    from finetune_trainer.plan.saving import grace_warning
+    from finetune_trainer.preflight.saving import job_saving, measured_speed
+    from finetune_trainer.storage import Storage
+
+    found = job_saving(run, plan, measured_speed(Storage(run.root), plan))
+    if found is None:
+        return {}
+    warning = grace_warning(found, run.job.spec.kubernetes.checkpoint_grace_seconds)
+    if warning:
+        print(f"warning: {warning}", flush=True)
+    told: Json = {"checkpointBytes": found.size, "saveSeconds": math.ceil(found.seconds)}
+    return told | ({"warnings": [warning]} if warning else {})
 
 
 def _told(plan: JobPlan) -> Json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,22 +11,25 @@ from pathlib import Path
 
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.checkpoint.store import CheckpointStore
-from finetune_trainer.errors import GateNotPassed, Interrupted, OutOfMemory, TrainingFailed
+from finetune_trainer.errors import GateNotPassed, Interrupted, OutOfMemory, TrainingFailed, UserError
 from finetune_trainer.gate import require_gate
 from finetune_trainer.launch.cluster import Workers, keep_signal_handlers, plan_workers, start_ray, stop_ray
 from finetune_trainer.launch.failures import Failure, Kind
 from finetune_trainer.launch.group_fit import GroupFit, keep_trying
-from finetune_trainer.launch.nodes import Nodes
+from finetune_trainer.launch.nodes import Nodes, may_have_several_nodes
 from finetune_trainer.launch.preparation import Preparation
 from finetune_trainer.launch.resume import finished, open_run
+from finetune_trainer.launch.sharing.offer import Offers, fetch_weights
 from finetune_trainer.launch.tokenizer_run import run_tokenizer_stage
 from finetune_trainer.layout import REPORT, StageLayout
 from finetune_trainer.patience import listen
 from finetune_trainer.pipeline import layouts
 from finetune_trainer.plan.records import StagePlan
 from finetune_trainer.preflight.job import preflight
-from finetune_trainer.progress.channel import CheckpointSaved, Event, StageBegun, StageDone, Waiting
+from finetune_trainer.preflight.saving import room_problems
+from finetune_trainer.progress.channel import CheckpointSaved, Event, StageBegun, StageDone, TransportFound, Waiting
 from finetune_trainer.progress.reporter import Progress, Reporter
+from finetune_trainer.runtime import nccl_log_variables
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.work import StageWork
 
@@ -86,7 +90,7 @@ class Pipeline:
         # Ray starts while data is prepared. Its processes die with the thread that started them (PR_SET_PDEATHSIG), so
         # that thread must live as long as the pipeline: an executor's does.
         with ThreadPoolExecutor(max_workers=1) as background:
-            ray_started = background.submit(start_ray, self.workers)
+            ray_started = background.submit(start_ray, self.workers, variables=self._worker_variables())
             try:
                 self._tokenizer()
                 self._prepare()
@@ -98,6 +102,11 @@ class Pipeline:
                 self._report()
             finally:
                 stop_ray(ray_started)
+
+    def _worker_variables(self) -> dict[str, str]:
+        """Return what workers of several nodes with GPUs need: NCCL tells in its log alone that it uses TCP."""
+        several = self.workers.accelerator and may_have_several_nodes(self.run.job.spec.resources)
+        return nccl_log_variables(os.environ) if several else {}
 
     def _todo(self, done: bool = False) -> list[StageLayout]:
         states = finished(self.run, self.storage)
@@ -114,7 +123,11 @@ class Pipeline:
     def _prepare(self) -> None:
         preparation = Preparation(self.run, self.workers, self.storage, self.reporter.log)
         plan = preparation.run_all(self._todo(), self.stop)
+        if problems := list(room_problems(self.run, plan, on_node=True)):
+            raise UserError(problems)
         self.plans, self.peak = {stage.index: stage for stage in plan.stages}, plan.peak
+        if may_have_several_nodes(self.run.job.spec.resources):
+            fetch_weights(self.run, self._todo(), self.reporter.log)
 
     def _train(self, ray_started: Future[None]) -> None:
         if not self._todo():
@@ -122,8 +135,22 @@ class Pipeline:
         ray_started.result()
         keep_signal_handlers()
         self._check_stop()
-        fit = GroupFit(self.run, self.workers, self._hear, self.stop)
-        failure = keep_trying(
+        failure = self._train_stages()
+        if failure is not None:
+            self._raise(failure)
+
+    def _train_stages(self) -> Failure | None:
+        """Let the workers train until nothing is left to do, or a failure is final."""
+        offers = Offers(self.run, self.storage, self.reporter.log)
+        try:
+            return self._keep_trying(offers)
+        finally:
+            offers.close(done=not self._todo())
+
+    def _keep_trying(self, offers: Offers) -> Failure | None:
+        offer = offers.make() if may_have_several_nodes(self.run.job.spec.resources) else None
+        fit = GroupFit(self.run, self.workers, self._hear, self.stop, offer)
+        return keep_trying(
             lambda: fit.attempt([self._work(layout) for layout in self._todo()]),
             _Progressed(self._progress_mark),
             self.stop.wait,
@@ -131,8 +158,6 @@ class Pipeline:
             self.reporter.restarting,
             Nodes(self.run.job.spec.resources, self.stop).missing,
         )
-        if failure is not None:
-            self._raise(failure)
 
     def _work(self, layout: StageLayout) -> StageWork:
         """As planned; a stage that has a checkpoint goes on with the sharding and the global batch that wrote it."""
@@ -157,6 +182,8 @@ class Pipeline:
             self.reporter.stage_started(event.index, layout.title, len(self.layouts), message)
         elif isinstance(event, Waiting):
             self.reporter.waiting(event.text)
+        elif isinstance(event, TransportFound):
+            self.reporter.transport(event.network, event.gpu_direct, event.words, event.warning)
         elif isinstance(event, CheckpointSaved):
             place = self.storage.path(self.layouts[event.index].checkpoint(event.step))
             self.reporter.checkpoint_saved(event.index, event.step, place)

@@ -16,7 +16,7 @@ from torch.distributed import DistError
 
 from finetune_api.device_faults import FaultKind, Found, device_fault
 from finetune_api.problems import Problem
-from finetune_trainer.errors import GateNotPassed, Interrupted, UserError
+from finetune_trainer.errors import GateNotPassed, Interrupted, NotMet, UserError
 from finetune_trainer.launch.fault_place import node_of
 from finetune_trainer.patience import passing
 
@@ -142,6 +142,8 @@ def _kind(error: BaseException) -> Kind:
         return Kind.INTERRUPTED
     if isinstance(error, (DeviceOutOfMemoryError, HostOutOfMemoryError, MemoryError)):
         return Kind.OUT_OF_MEMORY
+    if isinstance(error, NotMet):
+        return Kind.LOST
     found = _device_fault(error)
     if found is not None:
         return _OF_FAULTS[found.fault.kind]

@@ -24,6 +24,7 @@ from finetune_trainer.launch.failures import Failure, classify, place_of
 from finetune_trainer.launch.slots import asked
 from finetune_trainer.launch.worker import train_loop
 from finetune_trainer.progress.channel import Event, open_channel
+from finetune_trainer.training.offer import Offer
 from finetune_trainer.training.work import StageWork, WorkOrder
 
 LISTEN_SECONDS = 0.2
@@ -33,12 +34,21 @@ class GroupFit:
     """Attempts at a job's remaining stages.
 
     Args:
-        hear: is told what the workers say, in order.
+        hear: called with what the workers say, in order.
         stop: once it is set, the workers are asked to save a checkpoint and stop.
+        offer: what the workers' nodes fetch first.
     """
 
-    def __init__(self, run: RunConfig, workers: Workers, hear: Callable[[Event], None], stop: threading.Event) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        workers: Workers,
+        hear: Callable[[Event], None],
+        stop: threading.Event,
+        offer: Offer | None = None,
+    ) -> None:
         self.run, self.workers, self.hear, self.stop = run, workers, hear, stop
+        self.offer = offer or Offer()
 
     def attempt(self, stages: list[StageWork]) -> Failure | None:
         """Train until the stages are done (None) or the workers fail.
@@ -68,14 +78,17 @@ class GroupFit:
 
     def _trainer(self, stages: list[StageWork], channel: Any) -> TorchTrainer:
         run = self.run.model_dump_json(by_alias=True, exclude_none=True)
-        order = WorkOrder(run, stages, self.workers.accelerator, self.workers.cpus, channel)
+        order = WorkOrder(run, stages, self.workers.accelerator, self.workers.cpus, channel, self.offer)
         scratch = Path(self.run.cache_dir, "ray", self.run.job.metadata.name)
         shutil.rmtree(scratch, ignore_errors=True)
         return _Trainer(
             train_loop,
             train_loop_config={"order": order},
             scaling_config=_scaling(self.workers),
-            torch_config=TorchConfig(backend="nccl" if self.workers.accelerator else "gloo"),
+            torch_config=TorchConfig(
+                backend="nccl" if self.workers.accelerator else "gloo",
+                timeout_s=self.run.job.spec.run_policy.ddp_timeout,
+            ),
             # Retries are ours: Ray's don't tell a lost worker from a wrong job.
             run_config=RayRunConfig(storage_path=str(scratch), failure_config=FailureConfig(max_failures=0)),
         )

@@ -35,5 +35,10 @@ class Nodes:
         return ""
 
 
+def may_have_several_nodes(resources: Resources) -> bool:
+    """Whether the job runs on a cluster and asks for more than one node."""
+    return bool(os.environ.get("RAY_ADDRESS")) and (resources.max_nodes or resources.nodes or 1) > 1
+
+
 def _alive() -> int:
     return sum(bool(node["Alive"]) for node in ray.nodes())

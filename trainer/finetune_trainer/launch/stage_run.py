@@ -15,29 +15,26 @@ from typing import Any
 import ray.train
 import torch
 
-from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import StageSpec
-from finetune_api.training import TrainingSpec
 from finetune_trainer.checkpoint.hold import Hold
 from finetune_trainer.checkpoint.store import CheckpointStore, Manifest
 from finetune_trainer.checkpoint.universal import SUFFIX, to_universal
-from finetune_trainer.data import Prepared, eval_prompts, prepare
-from finetune_trainer.errors import Interrupted, UserError
+from finetune_trainer.data import eval_prompts
+from finetune_trainer.doctor.nccl_log import Transport
+from finetune_trainer.errors import Interrupted
 from finetune_trainer.gate import require_gate
 from finetune_trainer.launch.failures import placed
+from finetune_trainer.launch.fault_place import node_name
 from finetune_trainer.launch.same_data import compare_data
+from finetune_trainer.launch.sharing.node_files import NodeFiles, count_nodes
+from finetune_trainer.launch.stage_context import stage_context
 from finetune_trainer.layout import METRICS
 from finetune_trainer.model.composite import frozen_note
-from finetune_trainer.model.config import context_length, load_config, load_tokenizer
 from finetune_trainer.model.notes import loading_notes
-from finetune_trainer.model.score import pad_apart
-from finetune_trainer.model.source import stage_source
 from finetune_trainer.model.task import task_of
 from finetune_trainer.patience import listen
-from finetune_trainer.pipeline import directories, layouts, place, scratch, spec_of, waits_for
-from finetune_trainer.plan.steps import rows_per_step
-from finetune_trainer.progress.channel import Event, StageBegun, StageDone, Waiting, WorkerEnd
+from finetune_trainer.pipeline import layouts, scratch, waits_for
+from finetune_trainer.progress.channel import Event, StageBegun, StageDone, TransportFound, Waiting, WorkerEnd
 from finetune_trainer.progress.metrics_log import MetricsLog
 from finetune_trainer.stages import make_trainer, perform
 from finetune_trainer.storage import Storage
@@ -50,7 +47,7 @@ from finetune_trainer.training.callbacks import (
     evaluation_metrics,
 )
 from finetune_trainer.training.context import Placement, ResumePoint, StageContext
-from finetune_trainer.training.deepspeed import join_process_group
+from finetune_trainer.training.deepspeed import join_process_group, set_group_timeout
 from finetune_trainer.training.expert_load import watch_routing
 from finetune_trainer.training.forget import forget_stage, release
 from finetune_trainer.training.memory import context_bytes, reset_peaks
@@ -59,6 +56,7 @@ from finetune_trainer.training.peers import Peers
 from finetune_trainer.training.results import adapter_note, save_result
 from finetune_trainer.training.samples import SamplesCallback
 from finetune_trainer.training.tools import StageTools
+from finetune_trainer.training.transport import TransportCallback
 from finetune_trainer.training.work import StageWork, WorkOrder
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "datasets", "bitsandbytes")
@@ -73,7 +71,11 @@ def run_stages(order: WorkOrder) -> None:
         os.chdir(run.work_dir)  # Ray starts workers in its own directory, where relative paths lead nowhere
     storage, end, placement = Storage(run.root), WorkerEnd(order.channel), _placement(order.accelerator)
     listen(lambda text: end.send(Waiting(text)))
-    peers = Peers()
+    set_group_timeout(run.job.spec.run_policy.ddp_timeout)
+    peers = Peers(node_name(), run.job.spec.run_policy.loading_timeout_seconds)
+    files = NodeFiles(run, storage, placement, peers, count_nodes(peers), end.send)
+    files.receive(order.offer)
+    peers.meet("its node has the prepared data and the weights")
     for work in order.stages:
         if storage.exists(layouts(run)[work.index].done):
             require_gate(run, storage, work.index)
@@ -82,8 +84,9 @@ def run_stages(order: WorkOrder) -> None:
         tell = end.send if placement.rank == 0 else _nobody
         tell(StageBegun(work.index, placement.world_size))
         reset_peaks(placement.accelerator)
-        context = stage_context(run, work, order.threads, placement, storage)
-        StageRun(context, storage, end, peers, work).train()
+        context = stage_context(run, work, order.threads, placement, storage, files)
+        peers.meet("its data is loaded")
+        StageRun(context, storage, end, peers, work, several_nodes=files.nodes > 1).train()
         tell(StageDone(work.index))
         forget_stage()
         require_gate(run, storage, work.index)
@@ -104,12 +107,22 @@ class _Callbacks:
 class StageRun:
     """Ties a stage's trainer to storage, to the other workers and to the driver."""
 
-    def __init__(self, context: StageContext, storage: Storage, end: WorkerEnd, peers: Peers, work: StageWork) -> None:
+    def __init__(
+        self,
+        context: StageContext,
+        storage: Storage,
+        end: WorkerEnd,
+        peers: Peers,
+        work: StageWork,
+        several_nodes: bool = False,
+    ) -> None:
         self.context, self.storage, self.end, self.peers, self.work = context, storage, end, peers, work
         self.first = context.placement.rank == 0
         self.scratch = scratch(context.run, context.layout.index)
         self.store = CheckpointStore(storage, context.layout, self.scratch)
         self.frozen: str | None = None
+        self.several_nodes = several_nodes
+        self.transport: dict[str, str] = {}
 
     def train(self) -> None:
         """Run the stage to its end, or to where it is asked to stop."""
@@ -122,6 +135,7 @@ class StageRun:
         resumed = self._resume_point()
         self.context = replace(self.context, resumed=resumed)
         trainer = make_trainer(self.context)
+        self.peers.meet("its model is loaded")
         trainer.args.eval_on_start = resumed is None and self.context.data.eval is not None
         callbacks = self._attach(trainer, resumed)
         self._log(f"model ready after {time.monotonic() - started:.1f} s")
@@ -217,6 +231,8 @@ class StageRun:
             StopCallback(self.peers, self.end, self.context.placement.rank),
             SamplesCallback(self.context, self.storage, _prompts(self.context), self.peers),
         )
+        if self.context.placement.accelerator and self.several_nodes:
+            trainer.add_callback(TransportCallback(self.peers, self.context.run.job, self._tell_transport))
         for callback in (callbacks.samples, callbacks.stop, callbacks.checkpoint, callbacks.progress):
             trainer.add_callback(callback)
         for callback in trainer.callback_handler.callbacks:
@@ -269,7 +285,9 @@ class StageRun:
             "zero": self.context.zero,
             "memory": self.context.placement.usage().to_json(),
             "environment": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-        } | ({"frozen": self.frozen} if self.frozen else {})
+        }
+        done |= {"frozen": self.frozen} if self.frozen else {}
+        done |= {"transport": self.transport} if self.transport else {}
         self.storage.write_text(self.context.layout.done, json.dumps(done, indent=1))
 
     def _fetch_metrics(self) -> None:
@@ -281,6 +299,11 @@ class StageRun:
     def _metrics_path(self) -> Path:
         return self.storage.local(self.context.layout.metrics) or self.scratch / METRICS
 
+    def _tell_transport(self, found: Transport, warning: str) -> None:
+        if self.first:
+            self.transport = {"words": found.words, "warning": warning}
+            self.end.send(TransportFound(found.network, found.gpu_direct, found.words, warning))
+
     def _log(self, line: str) -> None:
         if self.first:
             self.end.send(f"{self.context.layout.title}: {line}")
@@ -290,42 +313,6 @@ def _placement(accelerator: bool) -> Placement:
     place = ray.train.get_context()
     ranks = place.get_world_rank(), place.get_local_rank(), place.get_world_size()
     return Placement(*ranks, accelerator, context_bytes(accelerator))
-
-
-def stage_context(
-    run: RunConfig, work: StageWork, threads: int, placement: Placement, storage: Storage
-) -> StageContext:
-    """All that a stage's trainer is built from, its data prepared or found prepared."""
-    index = work.index
-    layout, spec = layouts(run)[index], spec_of(run, index)
-    source = stage_source(run, index, storage)
-    tokenizer = load_tokenizer(source)
-    config = load_config(source, tokenizer)
-    data = _prepared(run, index, spec, tokenizer, context_length(config), threads)
-    if task_of(spec) == "reward":  # after the data, whose place in the cache depends on the tokenizer's tokens
-        pad_apart(tokenizer, config.get_text_config().vocab_size)
-    output = storage.local(layout.checkpoints) or scratch(run, index)
-    rows = work.rows_per_step or _rows_per_step(spec, placement.world_size)
-    shards = work.shards or placement.world_size
-    if rows < placement.world_size:
-        message = f"{placement.world_size} workers can't share the {rows} rows of a step: use at most {rows} workers"
-        raise UserError([Problem("resources", message)])
-    return StageContext(
-        run, layout, source, tokenizer, config, data, placement, work.zero, output, rows, shards, work.trained
-    )
-
-
-def _prepared(
-    run: RunConfig, index: int, spec: StageSpec, tokenizer: Any, context: int | None, threads: int
-) -> Prepared | None:
-    """The stage's data, found prepared or, where another stage made it, prepared now."""
-    if not isinstance(spec, TrainingSpec):
-        return None
-    return prepare(spec, tokenizer, context, where=place(run, index), num_proc=threads, **directories(run))
-
-
-def _rows_per_step(spec: StageSpec, workers: int) -> int:
-    return rows_per_step(spec, workers) if isinstance(spec, TrainingSpec) else workers
 
 
 def _prompts(context: StageContext) -> list[dict[str, Any]]:

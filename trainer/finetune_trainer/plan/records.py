@@ -68,7 +68,9 @@ class StagePlan:
     advice: tuple[str, ...]
     """What to change where it does not fit."""
     notes: tuple[str, ...]
-    """What is remarkable, and why something is not known."""
+    """Why something is not known."""
+    checkpoint: int = 0
+    """Bytes of a checkpoint; 0 where the stage saves none."""
     comparison: tuple[Alternative, ...] = ()
     """What other ways to train the same would need (ESFT)."""
     warnings: tuple[str, ...] = ()

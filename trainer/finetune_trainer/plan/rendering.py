@@ -12,6 +12,7 @@ from finetune_trainer.plan.devices import Device
 from finetune_trainer.plan.memory import Memory
 from finetune_trainer.plan.quantities import human_bytes, human_count
 from finetune_trainer.plan.records import JobPlan, StagePlan, TeacherPlan
+from finetune_trainer.plan.saving import saving, saving_words
 from finetune_trainer.synthesis.estimate import SynthesisPlan
 
 BAR = 32
@@ -85,8 +86,16 @@ def _facts(stage: StagePlan) -> Table:
         epoch = f"{_count(steps.per_epoch)} per epoch"
         table.add_row("steps", f"{_count(steps.total)} ({epoch}, {_count(steps.warmup)} warm-up)")
     table.add_row("per step", f"{steps.rows_per_step} rows, {_count(stage.tokens_per_step)} tokens")
+    if stage.checkpoint:
+        table.add_row("checkpoint", _checkpoint(stage))
     table.add_row("FLOPs", f"{stage.flops_per_token:.3g} per token{_total_flops(stage)}")
     return table
+
+
+def _checkpoint(stage: StagePlan) -> str:
+    """Its size and, where a store takes a while, how long one node at an assumed speed would write it."""
+    found = saving([(stage.checkpoint, stage.zero)], 1, None)
+    return "" if found is None else saving_words(found)
 
 
 def _memory(memory: Memory, device: Device) -> Table:

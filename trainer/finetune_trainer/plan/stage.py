@@ -49,6 +49,7 @@ from finetune_trainer.plan.inference import (
 from finetune_trainer.plan.memory import Workload, estimate, with_zero
 from finetune_trainer.plan.model_size import AdapterSize, ModelSize, adapter_size, meta_model, model_size
 from finetune_trainer.plan.records import DataSize, PlanContext, Rows, StagePlan
+from finetune_trainer.plan.saving import checkpoint_bytes
 from finetune_trainer.plan.sharding_choice import HEADROOM, choose_zero, sharding_problems, sharding_warnings
 from finetune_trainer.plan.states import trainable
 from finetune_trainer.plan.steps import Steps, count_steps, flops_per_token
@@ -172,6 +173,7 @@ class StagePlanner:
             advice=() if spare >= 0 else tuple(fix()),
             notes=(*notes, *_unknown(steps, data)),
             warnings=tuple(expert_warnings(size, load, self.path)),
+            checkpoint=checkpoint_bytes(size, load),
             comparison=() if experts is None or not experts.tuned else compare(size, load, self._spare_adapter()),
         )
 

@@ -18,6 +18,7 @@ from finetune_trainer.plan.records import JobPlan
 from finetune_trainer.preflight.data import data_problems
 from finetune_trainer.preflight.gpu_node import machine_problems
 from finetune_trainer.preflight.model import model_plan
+from finetune_trainer.preflight.saving import room_problems
 from finetune_trainer.preflight.settings import setting_problems
 
 
@@ -39,13 +40,19 @@ def preflight(run: RunConfig, workers: Workers | None = None) -> JobPlan:
 
 
 def plan_of_faultless(
-    run: RunConfig, workers: Workers, device: Device, others: Callable[[], Iterable[Problem]]
+    run: RunConfig,
+    workers: Workers,
+    device: Device,
+    others: Callable[[], Iterable[Problem]],
+    *,
+    on_node: bool = True,
 ) -> JobPlan:
     """The plan of a job that has no faults.
 
     Args:
         device: what each worker will have.
-        others: tells what was found elsewhere; called once the model has been looked at.
+        others: returns what was found elsewhere; called once the model has been looked at.
+        on_node: whether this process runs where the job will.
 
     Raises:
         UserError: one problem per fault.
@@ -53,6 +60,7 @@ def plan_of_faultless(
     plan, of_model = _model(run, workers, device)
     problems = [*setting_problems(run, workers), *others()]
     problems += [problem for problem in of_model if not _is_told(problem, problems, run)]
+    problems += room_problems(run, plan, on_node=on_node) if plan is not None else []
     if problems or plan is None:
         raise UserError(list(dict.fromkeys(problems)))
     return plan

@@ -66,6 +66,11 @@ class AttemptReporter:
             if message:
                 self._rest["waiting"] = _tail(redact(message), 4096)
 
+    def transport(self, network: str, gpu_direct: bool, words: str, warning: str) -> None:
+        found: Json = {"network": network[:64], "gpuDirect": gpu_direct, "words": words[:256]}
+        with self._lock:
+            self._rest["transport"] = found | ({"warning": _head(redact(warning), 1024)} if warning else {})
+
     def restarting(self, message: str) -> None:
         with self._lock:
             self._rest["restarting"] = _tail(redact(message), 4096)
@@ -138,6 +143,10 @@ def _without_stages(data: Json) -> Json:
 
 def _json(data: Json) -> str:
     return AttemptReport.model_validate(data).model_dump_json(by_alias=True, exclude_none=True)
+
+
+def _head(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _tail(text: str, limit: int) -> str:

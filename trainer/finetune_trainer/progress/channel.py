@@ -45,8 +45,19 @@ class Waiting:
     text: str
 
 
-Event = str | Progress | StageBegun | StageDone | CheckpointSaved | Waiting
-"""A line for people, a step's progress, a checkpoint, a change of stage, or a wait."""
+@dataclass(frozen=True)
+class TransportFound:
+    """How the GPUs of several nodes reach each other, by NCCL's log."""
+
+    network: str
+    gpu_direct: bool
+    words: str
+    warning: str = ""
+    """What makes it slow, and the remedy; empty where nothing does."""
+
+
+Event = str | Progress | StageBegun | StageDone | CheckpointSaved | Waiting | TransportFound
+"""A line for people, a step's progress, a checkpoint, a change of stage, a wait, or the GPUs' transport."""
 
 
 @dataclass

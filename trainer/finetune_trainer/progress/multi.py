@@ -27,6 +27,9 @@ class Reporters:
     def waiting(self, message: str) -> None:
         self._tell(lambda reporter: reporter.waiting(message))
 
+    def transport(self, network: str, gpu_direct: bool, words: str, warning: str) -> None:
+        self._tell(lambda reporter: reporter.transport(network, gpu_direct, words, warning))
+
     def restarting(self, message: str) -> None:
         self._tell(lambda reporter: reporter.restarting(message))
 

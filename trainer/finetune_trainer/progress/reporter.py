@@ -68,6 +68,9 @@ class Reporter(Protocol):
     def waiting(self, message: str) -> None:
         """What storage is waited for; empty: it answers again. From any thread."""
 
+    def transport(self, network: str, gpu_direct: bool, words: str, warning: str) -> None:
+        """How the GPUs of several nodes reach each other; `warning` may be empty."""
+
     def restarting(self, message: str) -> None:
         """The workers have failed, and start again from the last checkpoint; `message` says why."""
 
@@ -92,6 +95,11 @@ class LineReporter(ABC):
 
     def waiting(self, message: str) -> None:
         self.log(f"waiting for storage: {message}" if message else "storage answers again")
+
+    def transport(self, network: str, gpu_direct: bool, words: str, warning: str) -> None:
+        self.log(f"NCCL: {words}")
+        if warning:
+            self.log(f"warning: {warning}")
 
     def restarting(self, message: str) -> None:
         self.log(f"{message}; starting again from the last checkpoint")

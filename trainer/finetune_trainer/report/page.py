@@ -64,6 +64,7 @@ def _section(stage: StageRecord, gates: object) -> dict[str, object]:
     measured, made = evaluation(stage, gates), synthesis(stage)
     return {
         "record": stage,
+        "transport": views.transport(stage),
         "overview": views.overview(stage),
         "metrics": [] if measured or made else views.final_metrics(stage),
         "memory": views.memory_facts(stage),

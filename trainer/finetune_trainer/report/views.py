@@ -220,6 +220,12 @@ def samples(given: dict[str, Any]) -> list[Sample]:
     return [_sample(old or {}, new or {}) for old, new in pairs]
 
 
+def transport(stage: StageRecord) -> dict[str, str]:
+    """Return how the GPUs of several nodes reached each other (`words`) and what made it slow (`warning`), if known."""
+    found = _object(stage.done.get("transport"))
+    return {name: str(found.get(name, "")) for name in ("words", "warning")} if found.get("words") else {}
+
+
 def environment(record: RunRecord) -> list[tuple[str, str]]:
     """Versions that the stages ran with; several where they differ."""
     seen: dict[str, dict[str, None]] = {}

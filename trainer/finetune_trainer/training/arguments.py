@@ -29,6 +29,7 @@ def training_arguments(context: StageContext) -> dict[str, Any]:
         "dataloader_num_workers": spec.dataloader_num_workers,
         "dataloader_pin_memory": context.placement.accelerator,
         "ddp_find_unused_parameters": False,
+        "ddp_timeout": context.run.job.spec.run_policy.ddp_timeout,
         "deepspeed": deepspeed_config(
             context.run.job.spec.sharding,
             context.zero,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d
 
 from finetune_api.cluster import Sharding
 from finetune_trainer.plan.communication import bucket_size
@@ -75,6 +77,15 @@ def mend_universal(optimizer: Any, weight_decays: list[float]) -> None:
             state["step"] = state["step"].clone()
     for group, decay in zip(optimizer.param_groups, weight_decays, strict=True):
         group["weight_decay"] = decay
+
+
+def set_group_timeout(seconds: int) -> None:
+    """Give every process group that is made later the time limit of the first one.
+
+    torch gives a group that names no limit, as DeepSpeed's, its own default (10 minutes for NCCL).
+    """
+    distributed_c10d.default_pg_timeout = timedelta(seconds=seconds)
+    distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=seconds)
 
 
 def join_process_group(zero: int, accelerator: bool) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ray.actor import ActorHandle
+
+from finetune_trainer.training.offer import Offer
 
 
 @dataclass(frozen=True)
@@ -35,3 +37,5 @@ class WorkOrder:
     threads: int
     """CPU threads per worker."""
     channel: ActorHandle
+    offer: Offer = field(default_factory=Offer)
+    """What the workers' nodes fetch first."""
