@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -21,10 +21,12 @@ from finetune_trainer.form import Form, read_form
 from finetune_trainer.generation.prompts import form_is_plain, has_template
 from finetune_trainer.generation.result import find_result
 from finetune_trainer.model.adapter import ADAPTER_WEIGHTS, attach_adapter
+from finetune_trainer.model.base_files import open_base
 from finetune_trainer.model.composite_families import is_composite
 from finetune_trainer.model.config import load_tokenizer, read_config
 from finetune_trainer.model.load import JobModel, load_whole, on_device
 from finetune_trainer.model.saved import base_of, is_adapter, root_of
+from finetune_trainer.model.saved_base import SavedBase
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.model.task import auto_class
 from finetune_trainer.model.vocabulary import needed_rows, resize_embeddings
@@ -84,6 +86,25 @@ def _read(directory: Path, dequantize_in: str | None) -> Loaded:
     return Loaded(whole, tokenizer, kind, read_form(directory))
 
 
+def open_result(directory: Path, dequantize_in: str) -> tuple[SavedBase | None, PreTrainedTokenizerFast]:
+    """Return the base of an adapter, of PEFT's or of experts, to be merged tensor by tensor, and the tokenizer.
+
+    The base is None where it has to be merged as a whole.
+
+    Args:
+        dequantize_in: a directory for the copy of a base whose weights were saved quantized.
+
+    Raises:
+        UserError: as `load`.
+    """
+    base = base_of(str(directory))
+    tokenizer, root = _tokenizer(directory, base), root_of(base)
+    job = JobModel(ModelSpec(path=base, dequantize=True), tokenizer, dequantize_in)
+    config = read_config(root)
+    rows = added_rows_of(directory, config, tokenizer) if is_adapter(directory) else None
+    return open_base(base, auto_class(_kind(config, root)), config=config, job=job, rows=rows), tokenizer
+
+
 def read_whole(name: str, revision: str | None = None, job: JobModel | None = None) -> tuple[PreTrainedModel, Kind]:
     """Return a whole model, or an expert adapter on its base, wherever a moved job now has it, in its own precision.
 
@@ -129,11 +150,15 @@ def _tokenizer(directory: Path, base: str) -> PreTrainedTokenizerFast:
 
 
 def _with_adapter(model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
-    embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
-    rows = _saved_rows(directory) or needed_rows(tokenizer)
-    if rows > embeddings.num_embeddings:
+    if (rows := added_rows_of(directory, model.config, tokenizer)) is not None:
         resize_embeddings(model, rows)
     return attach_adapter(model, directory)
+
+
+def added_rows_of(directory: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return how many rows an adapter needs in the embeddings, or None where the base has as many."""
+    rows = _saved_rows(directory) or needed_rows(tokenizer)
+    return rows if rows > config.get_text_config().vocab_size else None
 
 
 def _saved_rows(directory: Path) -> int | None:

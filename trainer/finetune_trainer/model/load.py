@@ -71,7 +71,7 @@ def load_model(
     torch.manual_seed(seed)  # of weights that no file holds: all of them, or a reward model's head
     if source.config is not None:
         model = auto.from_config(config, trust_remote_code=False, **options)
-        _repair(model)
+        repair(model)
     else:
         assert source.name is not None
         if trains or quantization is not None:
@@ -117,13 +117,9 @@ def load_whole(
         model.name_or_path = name  # PEFT records it as the base of an adapter trained on top
         return model
     with hub_access(name, "model", revision):
-        config = config or read_config(name, revision)
-        place = name
-        if job is not None and job.spec.dequantize and method_of(config) is not None:
-            place, revision = dequantized(name, Path(job.cache_dir, "dequantized"), revision), None
-            config = _plain(config)
+        place, revision, config = plain_place(name, revision, config or read_config(name, revision), job)
         model = _checked(place, auto, revision, config, new_head, options)
-    _repair(model)
+    repair(model)
     if getattr(model, "is_loaded_in_4bit", False):
         keep_differentiable(model)
     if job is not None and (rows := added_rows(job.spec, config, job.tokenizer)) is not None:
@@ -132,14 +128,21 @@ def load_whole(
     return model
 
 
+def plain_place(
+    name: str, revision: str | None, config: PretrainedConfig, job: JobModel | None
+) -> tuple[str, str | None, PretrainedConfig]:
+    """Return the place, revision and configuration that a model loads from: its own, or those of a dequantized copy."""
+    if job is None or not job.spec.dequantize or method_of(config) is None:
+        return name, revision, config
+    return dequantized(name, Path(job.cache_dir, "dequantized"), revision), None, _plain(config)
+
+
 def _checked(
     name: str, auto: Any, revision: str | None, config: PretrainedConfig, new_head: bool, options: dict[str, Any]
 ) -> PreTrainedModel:
     """Return a model whose checkpoint has all of its weights and no others."""
     quantized = method_of(config) is not None
-    match = Match(config.model_type) if quantized else match_checkpoint(name, config, auto, revision, new_head)
-    if problems := list(match.problems()):
-        raise UserError([Problem("", f"{name}: {problem}") for problem in problems])
+    match = Match(config.model_type) if quantized else fitting(name, config, auto, revision, new_head)
     model, info = auto.from_pretrained(
         name,
         revision=revision,
@@ -157,7 +160,19 @@ def _checked(
     return model
 
 
-def _repair(model: PreTrainedModel) -> None:
+def fitting(name: str, config: PretrainedConfig, auto: Any, revision: str | None, new_head: bool) -> Match:
+    """Return how a checkpoint's tensors match the model.
+
+    Raises:
+        UserError: weights are missing, or there are others than the model's.
+    """
+    match = match_checkpoint(name, config, auto, revision, new_head)
+    if problems := list(match.problems()):
+        raise UserError([Problem("", f"{name}: {problem}") for problem in problems])
+    return match
+
+
+def repair(model: PreTrainedModel) -> None:
     """Keep saving from failing once a trainer has changed the generation configuration."""
     if model.can_generate():
         repair_generation(model.generation_config)
