@@ -31,7 +31,7 @@ SHARD = 60_000
 AUTO = auto_class("causal")
 CLOSE = 1e-5
 """Logits in float32: the adapter beside its layer or in it, two orders of the same sum."""
-PEAK_SHARD = 24 << 20
+PEAK_SHARD = 30 << 20
 
 
 def _base(directory: Path, family: str, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
@@ -171,11 +171,11 @@ def test_what_cannot_be_streamed_is_merged_as_a_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_memory_stays_under_two_files(family: str, tmp_path: Path) -> None:
-    """A model of six files in bfloat16; the whole model in float32 would take twelve, and PEFT's copies more."""
+    """A model of five files in bfloat16. On the code before, the peak is thirteen files: all in float32, and copies."""
     wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 20}
     experts = {"num_hidden_layers": 10, "num_experts": 16, "moe_intermediate_size": 256, "hidden_size": 512}
     base = _base(tmp_path, family, torch.bfloat16, **(wide if family == "llama" else experts))
-    assert (base / "model.safetensors").stat().st_size > 5 * PEAK_SHARD
+    assert (base / "model.safetensors").stat().st_size > 4 * PEAK_SHARD
     adapter = _adapter(base, tmp_path)
     small = _base(tmp_path / "small", family, torch.bfloat16)
     command = [sys.executable, str(Path(__file__).with_name("merge_peak.py")), str(adapter), str(tmp_path / "merged")]
