@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -21,10 +21,12 @@ from finetune_trainer.form import Form, read_form
 from finetune_trainer.generation.prompts import form_is_plain, has_template
 from finetune_trainer.generation.result import find_result
 from finetune_trainer.model.adapter import ADAPTER_WEIGHTS, attach_adapter
+from finetune_trainer.model.base_files import open_base
 from finetune_trainer.model.composite_families import is_composite
 from finetune_trainer.model.config import load_tokenizer, read_config
 from finetune_trainer.model.load import JobModel, load_whole, on_device
 from finetune_trainer.model.saved import base_of, is_adapter, root_of
+from finetune_trainer.model.saved_base import SavedBase
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.model.task import auto_class
 from finetune_trainer.model.vocabulary import needed_rows, resize_embeddings
@@ -66,30 +68,52 @@ def load(result_dir: str, device: str = "auto", dequantize_in: str | None = None
     place = _device(device)
     directory = find_result(result_dir)
     try:
-        loaded = _read(directory, dequantize_in)
+        loaded = _read(directory, dequantize_in, place)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{directory} can't be loaded: {str(error).strip().splitlines()[0]}") from error
     on_device(loaded.model, place).eval()
     return loaded
 
 
-def _read(directory: Path, dequantize_in: str | None) -> Loaded:
+def _read(directory: Path, dequantize_in: str | None, device: torch.device) -> Loaded:
     base = base_of(str(directory))
     tokenizer = _tokenizer(directory, base)
     plain = None
     if dequantize_in is not None:
         plain = JobModel(ModelSpec(path=base, dequantize=True), tokenizer, dequantize_in)
-    model, kind = read_whole(base, job=plain)
+    model, kind = read_whole(base, job=plain, device=device)
     whole = _with_adapter(model, directory, tokenizer) if is_adapter(directory) else model
     return Loaded(whole, tokenizer, kind, read_form(directory))
 
 
-def read_whole(name: str, revision: str | None = None, job: JobModel | None = None) -> tuple[PreTrainedModel, Kind]:
+def open_result(directory: Path, dequantize_in: str) -> tuple[SavedBase | None, PreTrainedTokenizerFast]:
+    """Return the base of an adapter, of PEFT's or of experts, to be merged tensor by tensor, and the tokenizer.
+
+    The base is None where it has to be merged as a whole.
+
+    Args:
+        dequantize_in: a directory for the copy of a base whose weights were saved quantized.
+
+    Raises:
+        UserError: as `load`.
+    """
+    base = base_of(str(directory))
+    tokenizer, root = _tokenizer(directory, base), root_of(base)
+    job = JobModel(ModelSpec(path=base, dequantize=True), tokenizer, dequantize_in)
+    config = read_config(root)
+    rows = added_rows_of(directory, config, tokenizer) if is_adapter(directory) else None
+    return open_base(base, auto_class(_kind(config, root)), config=config, job=job, rows=rows), tokenizer
+
+
+def read_whole(
+    name: str, revision: str | None = None, job: JobModel | None = None, device: torch.device | None = None
+) -> tuple[PreTrainedModel, Kind]:
     """Return a whole model, or an expert adapter on its base, wherever a moved job now has it, in its own precision.
 
     Args:
         revision: branch, tag or commit of a hub model.
         job: whose changes the model is loaded with. Default: as it was saved.
+        device: that the weights are read onto. Default: the CPU.
 
     Raises:
         UserError: the checkpoint lacks weights, or the adapter does not fit.
@@ -97,7 +121,8 @@ def read_whole(name: str, revision: str | None = None, job: JobModel | None = No
     """
     config = read_config(root_of(name), revision)
     kind = _kind(config, root_of(name))
-    return load_whole(name, auto_class(kind), revision=revision, config=config, job=job, dtype="auto"), kind
+    more: dict[str, Any] = {"revision": revision, "config": config, "job": job, "device": device}
+    return load_whole(name, auto_class(kind), dtype="auto", **more), kind
 
 
 def _device(name: str) -> torch.device:
@@ -129,11 +154,15 @@ def _tokenizer(directory: Path, base: str) -> PreTrainedTokenizerFast:
 
 
 def _with_adapter(model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
-    embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
-    rows = _saved_rows(directory) or needed_rows(tokenizer)
-    if rows > embeddings.num_embeddings:
+    if (rows := added_rows_of(directory, model.config, tokenizer)) is not None:
         resize_embeddings(model, rows)
     return attach_adapter(model, directory)
+
+
+def added_rows_of(directory: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return how many rows an adapter needs in the embeddings, or None where the base has as many."""
+    rows = _saved_rows(directory) or needed_rows(tokenizer)
+    return rows if rows > config.get_text_config().vocab_size else None
 
 
 def _saved_rows(directory: Path) -> int | None:

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_trainer.errors import UserError
 from finetune_trainer.esft.adapter_files import is_expert_adapter
 from finetune_trainer.form import FORM_FILE
-from finetune_trainer.generation.load import load
+from finetune_trainer.generation.load import load, open_result
 from finetune_trainer.generation.result import find_result
 from finetune_trainer.generation.stops import write_stops
 from finetune_trainer.model.composite import AutoLanguageModel
 from finetune_trainer.model.load import SHARD_SIZE
+from finetune_trainer.model.merged_files import plan_merge
 from finetune_trainer.model.saved import is_adapter
 from finetune_trainer.model.write_back import complete_result
 
@@ -38,15 +40,39 @@ def merge(result_dir: str, out: Path) -> None:
     if not is_adapter(directory) and not is_expert_adapter(directory):
         raise UserError(f"{directory} holds a whole model: there is nothing to merge")
     with tempfile.TemporaryDirectory(prefix="finetune-") as plain:
-        loaded = load(str(directory), device="cpu", dequantize_in=plain)
-        model = _merged(loaded.model) if isinstance(loaded.model, PeftModel) else loaded.model
-        model.config.get_text_config().use_cache = True
-        model.save_pretrained(out, max_shard_size=SHARD_SIZE)
-        loaded.tokenizer.save_pretrained(out)
+        tokenizer = _by_tensor(directory, out, plain) or _whole(directory, out, plain)
+    tokenizer.save_pretrained(out)
     complete_result(out, str(directory), None, AutoLanguageModel)
-    write_stops(out, loaded.tokenizer)
+    write_stops(out, tokenizer)
     if (directory / FORM_FILE).is_file():
         shutil.copy(directory / FORM_FILE, out)
+
+
+def _by_tensor(directory: Path, out: Path, plain: str) -> PreTrainedTokenizerBase | None:
+    """Merge through the base's files, tensor by tensor; returns the tokenizer, or None where that is not possible.
+
+    Args:
+        plain: a directory for the copy of a base whose weights were saved quantized.
+    """
+    try:
+        base, tokenizer = open_result(directory, plain)
+        merge = None if base is None else plan_merge(base, directory if is_adapter(directory) else None)
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return None  # `load` says what it is
+    if merge is None:
+        return None
+    merge.base.model.config.get_text_config().use_cache = True
+    merge.write(out)
+    return tokenizer
+
+
+def _whole(directory: Path, out: Path, plain: str) -> PreTrainedTokenizerBase:
+    """Merge the whole model in memory; returns the tokenizer."""
+    loaded = load(str(directory), device="cpu", dequantize_in=plain)
+    model = _merged(loaded.model) if isinstance(loaded.model, PeftModel) else loaded.model
+    model.config.get_text_config().use_cache = True
+    model.save_pretrained(out, max_shard_size=SHARD_SIZE)
+    return loaded.tokenizer
 
 
 def _merged(model: PeftModel) -> PreTrainedModel:

@@ -13,8 +13,9 @@ from finetune_trainer.errors import UserError
 from finetune_trainer.model.expert_products import factor_adapters
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_NAME = "default"
-_SAVED = f".modules_to_save.{_NAME}."
+NAME = "default"
+"""PEFT's name of the only adapter of a model."""
+_SAVED = f".modules_to_save.{NAME}."
 
 
 def attach_adapter(
@@ -37,10 +38,10 @@ def attach_adapter(
     config = PeftConfig.from_pretrained(str(directory))
     config.inference_mode = not trainable
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    adapted: PeftModel = kind(model, config, _NAME, autocast_adapter_dtype=float32)
+    adapted: PeftModel = kind(model, config, NAME, autocast_adapter_dtype=float32)
     _refuse(path, "lacks", _unsaved(adapted, path))
     try:
-        result = adapted.load_adapter(str(directory), _NAME, is_trainable=trainable, autocast_adapter_dtype=float32)
+        result = adapted.load_adapter(str(directory), NAME, is_trainable=trainable, autocast_adapter_dtype=float32)
     except RuntimeError as error:  # shapes
         raise UserError(f"{path} does not fit its base model: {' '.join(str(error).split())[:500]}") from error
     _refuse(path, "lacks", list(result.missing_keys) if config.peft_type == PeftType.LORA else [])

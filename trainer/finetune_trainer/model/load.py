@@ -51,14 +51,17 @@ def load_model(
     trains: bool = True,
     quantization: Quantization | None = None,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Return the stage's model with its weights, on the CPU or, under ZeRO-3, divided among the workers as it loads.
+    """Return the stage's model with its weights, on a device or, under ZeRO-3, divided among the workers as it loads.
 
     A LoRA result carried on as an adapter loads as its base model; the adapter is attached by the caller.
 
     Args:
         trains: whether the model is to be trained or quantized; weights that were saved quantized serve no more than
             inference.
+        device: that the weights of a saved model are read onto, one tensor at a time, so that the host holds none of
+            them. Default: the CPU, or where ZeRO-3 or a quantizer puts them.
 
     Raises:
         UserError: as `load_whole`.
@@ -73,7 +76,7 @@ def load_model(
     torch.manual_seed(seed)  # of weights that no file holds: all of them, or a reward model's head
     if source.config is not None:
         model = auto.from_config(config, trust_remote_code=False, **options)
-        _repair(model)
+        repair(model)
     else:
         assert source.name is not None
         if trains or quantization is not None:
@@ -82,7 +85,8 @@ def load_model(
             skipped = composite_skips(config, auto)
             options["quantization_config"] = quantization_config(quantization, precision.compute, task, skipped)
         more = {"revision": source.revision, "config": config, "job": job, "new_head": task == "reward"}
-        model = load_whole(base_of(source.name), auto, **more, **options)
+        place = device if quantization is None else None
+        model = load_whole(base_of(source.name), auto, device=place, **more, **options)
     shrink_frozen(model, precision)
     compute_by_autocast(model)
     drop_right_padding(model)
@@ -98,6 +102,7 @@ def load_whole(
     config: PretrainedConfig | None = None,
     job: JobModel | None = None,
     new_head: bool = False,
+    device: torch.device | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Return a saved model, or the base of an expert adapter with the adapter's experts in place.
@@ -108,6 +113,7 @@ def load_whole(
         config: in place of the saved one.
         job: of the job that trains the model. Default: it is loaded as it was saved.
         new_head: whether the checkpoint may lack the head of `auto`'s task.
+        device: see `load_model`.
         options: for `from_pretrained`.
 
     Raises:
@@ -116,18 +122,16 @@ def load_whole(
     """
     auto = auto or auto_class("causal")
     if is_expert_adapter(name):
-        model = load_whole(expert_base_of(name), auto, config=config, job=job, new_head=new_head, **options)
+        model = load_whole(
+            expert_base_of(name), auto, config=config, job=job, new_head=new_head, device=device, **options
+        )
         apply_adapter(model, name)
         model.name_or_path = name  # PEFT records it as the base of an adapter trained on top
         return model
     with hub_access(name, "model", revision):
-        config = config or read_config(name, revision)
-        place = name
-        if job is not None and job.spec.dequantize and method_of(config) is not None:
-            place, revision = dequantized(name, Path(job.cache_dir, "dequantized"), revision), None
-            config = _plain(config)
-        model = _checked(place, auto, revision, config, new_head, options)
-    _repair(model)
+        place, revision, config = plain_place(name, revision, config or read_config(name, revision), job)
+        model = _checked(place, auto, revision, config, new_head, options | _onto(device, config))
+    repair(model)
     if getattr(model, "is_loaded_in_4bit", False):
         keep_differentiable(model)
     if job is not None and (rows := added_rows(job.spec, config, job.tokenizer)) is not None:
@@ -136,14 +140,31 @@ def load_whole(
     return model
 
 
+def _onto(device: torch.device | None, config: PretrainedConfig) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that read weights straight onto an accelerator.
+
+    Weights that were saved quantized go where their quantizer puts them.
+    """
+    if device is None or device.type == "cpu" or method_of(config) is not None:
+        return {}
+    return {"device_map": {"": device}}
+
+
+def plain_place(
+    name: str, revision: str | None, config: PretrainedConfig, job: JobModel | None
+) -> tuple[str, str | None, PretrainedConfig]:
+    """Return the place, revision and configuration that a model loads from: its own, or those of a dequantized copy."""
+    if job is None or not job.spec.dequantize or method_of(config) is None:
+        return name, revision, config
+    return dequantized(name, Path(job.cache_dir, "dequantized"), revision), None, _plain(config)
+
+
 def _checked(
     name: str, auto: Any, revision: str | None, config: PretrainedConfig, new_head: bool, options: dict[str, Any]
 ) -> PreTrainedModel:
     """Return a model whose checkpoint has all of its weights and no others."""
     quantized = method_of(config) is not None
-    match = Match(config.model_type) if quantized else match_checkpoint(name, config, auto, revision, new_head)
-    if problems := list(match.problems()):
-        raise UserError([Problem("", f"{name}: {problem}") for problem in problems])
+    match = Match(config.model_type) if quantized else fitting(name, config, auto, revision, new_head)
     model, info = auto.from_pretrained(
         name,
         revision=revision,
@@ -158,10 +179,24 @@ def _checked(
     if lacking := sorted(set(info["missing_keys"]) - set(match.new)):
         raise UserError(f"{name}: {Match(type(model).__name__, missing=tuple(lacking)).summary()}")
     without_mapping(model, match)
+    if "device_map" in options:
+        del model.hf_device_map  # trainers take a model that has one for a model that they must not move or divide
     return model
 
 
-def _repair(model: PreTrainedModel) -> None:
+def fitting(name: str, config: PretrainedConfig, auto: Any, revision: str | None, new_head: bool) -> Match:
+    """Return how a checkpoint's tensors match the model.
+
+    Raises:
+        UserError: weights are missing, or there are others than the model's.
+    """
+    match = match_checkpoint(name, config, auto, revision, new_head)
+    if problems := list(match.problems()):
+        raise UserError([Problem("", f"{name}: {problem}") for problem in problems])
+    return match
+
+
+def repair(model: PreTrainedModel) -> None:
     """Keep saving from failing once a trainer has changed the generation configuration."""
     if model.can_generate():
         repair_generation(model.generation_config)

@@ -21,7 +21,7 @@ from transformers.core_model_loading import dot_natural_key, revert_weight_conve
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from finetune_trainer.esft.zero3 import undivided_loading
-from finetune_trainer.model.weights import saved_tensors, weight_files
+from finetune_trainer.model.weights import TensorFile, saved_tensors, weight_files
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -132,6 +132,28 @@ def match_tensors(tensors: Tensors, config: PretrainedConfig, auto: Any, *, new_
     return best
 
 
+def loaded_on_meta(
+    files: Mapping[str, TensorFile], config: PretrainedConfig, auto: Any, match: Match, dtype: Any
+) -> PreTrainedModel:
+    """Return the model that a checkpoint loads as, without values: with its precisions, and with the conversions by
+    which `save_pretrained` writes it.
+
+    Args:
+        files: the checkpoint's tensors by name.
+        dtype: as `from_pretrained` takes it.
+    """
+    tensors = {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in files.items()}
+    model, _ = _load_on_meta(_architecture(config, auto), config, tensors, match.key_mapping, dtype=dtype)
+    without_mapping(model, match)
+    return model
+
+
+def own_name(name: str, removed: tuple[str, ...]) -> str:
+    """Return a tensor's name without what a match removes from the names of its checkpoint."""
+    wrappers = tuple(part for part in removed if part in WRAPPERS)
+    return _without(name, wrappers).removeprefix(_prefix(removed))
+
+
 def without_mapping(model: PreTrainedModel, match: Match) -> None:
     """Make a model that was loaded with a key mapping save its weights under the names that it has itself.
 
@@ -199,7 +221,7 @@ def _architecture(config: PretrainedConfig, auto: Any) -> type[PreTrainedModel]:
 
 
 def _load_on_meta(
-    architecture: Any, config: PretrainedConfig, tensors: Tensors, mapping: dict[str, str]
+    architecture: Any, config: PretrainedConfig, tensors: Tensors, mapping: dict[str, str], **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     with undivided_loading(), _unreported():
         return architecture.from_pretrained(
@@ -211,6 +233,7 @@ def _load_on_meta(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             trust_remote_code=False,
+            **options,
         )
 
 
@@ -235,8 +258,7 @@ def _match_by_saved_names(
     with torch.device("meta"), undivided_loading():
         model = architecture(config)
     expected = set(revert_weight_conversion(model, model.state_dict()))
-    prefix, wrappers = _prefix(removed), tuple(part for part in removed if part in WRAPPERS)
-    names = {_without(name, wrappers).removeprefix(prefix) for name in tensors}
+    names = {own_name(name, removed) for name in tensors}
     missing, unexpected = tuple(sorted(expected - names)), tuple(sorted(names - expected))
     shapes = () if missing or unexpected else ("weights that are joined into one, such as an expert's",)
     return Match(architecture.__name__, missing, unexpected, shapes)

@@ -7,16 +7,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import _TYPES as _DTYPES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 SHARD_SIZE = "5GB"
 """Largest file that a model's weights are saved in."""
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A tensor in a safetensors file."""
+
+    path: Path
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 def weight_faults(directory: Path) -> Iterator[str]:
@@ -70,12 +82,22 @@ def saved_tensors(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     Raises:
         SafetensorError: a file is damaged.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    return {name: torch.empty(one.shape, device="meta") for name, one in tensor_files(files).items()}
+
+
+def tensor_files(files: Sequence[Path]) -> dict[str, TensorFile]:
+    """Return where each tensor of safetensors files is, by its name.
+
+    Raises:
+        SafetensorError: a file is damaged.
+    """
+    found: dict[str, TensorFile] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  # it is no mapping
-                tensors[name] = torch.empty(opened.get_slice(name).get_shape(), device="meta")
-    return tensors
+                one = opened.get_slice(name)
+                found[name] = TensorFile(file, name, torch.Size(one.get_shape()), _DTYPES[one.get_dtype()])
+    return found
 
 
 def _local_files(directory: Path) -> list[Path]:

@@ -12,7 +12,10 @@ from finetune_api.stages import EsftSpec
 from finetune_trainer.esft.adapter import apply_tensors, trained_tensors, write_adapter
 from finetune_trainer.esft.selection import ExpertConfig
 from finetune_trainer.esft.zero3 import undivided_loading
+from finetune_trainer.model.base_files import open_base
 from finetune_trainer.model.load import SHARD_SIZE, load_whole
+from finetune_trainer.model.merged_files import plan_merge
+from finetune_trainer.model.task import auto_class
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.context import StageContext
 
@@ -49,9 +52,14 @@ def _write_whole(
     context: StageContext, base: str, config: ExpertConfig, tensors: dict[str, Tensor], directory: Path
 ) -> None:
     """Write the base as it is on disk with the trained tensors in place: what was frozen is the same to the bit."""
+    dtype, revision, job = context.precision.result, context.source.revision, context.job_model
+    opened = open_base(base, auto_class("causal"), revision=revision, job=job, dtype=dtype)
+    given = None if opened is None else opened.with_tensors(tensors)
+    merge = None if given is None else plan_merge(given)
+    if merge is not None:
+        merge.write(directory)
+        return
     with undivided_loading():
-        model = load_whole(
-            base, revision=context.source.revision, job=context.job_model, dtype=context.precision.result
-        )
+        model = load_whole(base, revision=revision, job=job, dtype=dtype)
     apply_tensors(model, config, tensors)
     model.save_pretrained(directory, max_shard_size=SHARD_SIZE)

@@ -15,9 +15,12 @@ from finetune_trainer.data.keys import digest
 from finetune_trainer.esft.adapter_files import is_expert_adapter
 from finetune_trainer.esft.zero3 import undivided_loading
 from finetune_trainer.model.adapter import attach_adapter
+from finetune_trainer.model.base_files import open_base
 from finetune_trainer.model.config import read_config
 from finetune_trainer.model.load import SHARD_SIZE, JobModel, load_whole
+from finetune_trainer.model.merged_files import plan_merge
 from finetune_trainer.model.saved import base_of, is_adapter, root_of
+from finetune_trainer.model.saved_base import SavedBase
 from finetune_trainer.model.score import set_score_pad
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.model.task import Task, as_reward, auto_class
@@ -27,14 +30,27 @@ from finetune_trainer.training.context import StageContext
 def merge_adapter(context: StageContext, source: ModelSource, adapter: Path, directory: Path, task: Task) -> None:
     """Merge an adapter into the base of `source`, on the CPU, in the precision that the base was saved in.
 
-    The base is loaded anew, and is neither what QLoRA quantized it to (unsloth#1089) nor in the precision that the
-    stage computed in. The sum is formed in float32 and rounded once.
+    The base is read anew, and is neither what QLoRA quantized it to (unsloth#1089) nor in the precision that the stage
+    computed in. Each sum is formed in float32 and rounded once. The merge goes through the base's files tensor by
+    tensor, where that is possible; else it holds the whole base in float32.
 
     Raises:
-        UserError: the base or the adapter lacks weights.
+        UserError: the base or the adapter lacks weights, or a merged weight is not finite.
     """
     assert source.name is not None
-    model = _load(base_of(source.name), source.revision, task, context.job_model)
+    base = _opened(base_of(source.name), source.revision, task, context.job_model)
+    merge = None if base is None else plan_merge(base, adapter)
+    if merge is None:
+        _merge_whole(context, source, adapter, directory, task)
+        return
+    if task == "reward":
+        set_score_pad(merge.base.model.config, context.tokenizer)
+    merge.write(directory)
+
+
+def _merge_whole(context: StageContext, source: ModelSource, adapter: Path, directory: Path, task: Task) -> None:
+    """Merge as `merge_adapter`, by PEFT on the whole model in memory."""
+    model = _load(base_of(str(source.name)), source.revision, task, context.job_model)
     whole, saved = model.dtype, {name: weight.dtype for name, weight in model.state_dict().items()}
     merged: Any = attach_adapter(model.float(), adapter)
     merged = merged.merge_and_unload(safe_merge=True)
@@ -61,10 +77,26 @@ def whole_source(context: StageContext) -> ModelSource:
             if is_adapter(name):
                 merge_adapter(context, context.source, Path(name), part, "causal")
             else:
-                _write(_load(name, None, "causal", context.job_model), part)
+                _write_experts(context, name, part)
             context.tokenizer.save_pretrained(part)
             part.rename(directory)
     return replace(context.source, name=str(directory), revision=None)
+
+
+def _write_experts(context: StageContext, name: str, directory: Path) -> None:
+    """Write an expert adapter and its base as one model."""
+    base = _opened(name, None, "causal", context.job_model)
+    merge = None if base is None else plan_merge(base)
+    if merge is None:
+        _write(_load(name, None, "causal", context.job_model), directory)
+    else:
+        merge.write(directory)
+
+
+def _opened(name: str, revision: str | None, task: Task, job: JobModel) -> SavedBase | None:
+    reward = task == "reward"
+    config = as_reward(read_config(root_of(name), revision), None) if reward else None
+    return open_base(name, auto_class(task), revision=revision, config=config, job=job, new_head=reward)
 
 
 def _load(name: str, revision: str | None, task: Task, job: JobModel) -> PreTrainedModel:
