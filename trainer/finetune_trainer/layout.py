@@ -74,6 +74,11 @@ class StageLayout:
         return f"{self.root}/{SAMPLES}"
 
     @property
+    def dropped(self) -> str:
+        """The steps whose updates are left out after a rollback."""
+        return f"{self.root}/dropped.json"
+
+    @property
     def data_report(self) -> str:
         """What preparation read, cut and dropped."""
         return f"{self.root}/{DATA_REPORT}"

@@ -140,10 +140,10 @@ def keep_trying(
         if failure.signature is not None and failure.signature == before:
             return replace(failure, text=f"{failure.text.rstrip()}\n{_again(failure)}")
         before = failure.signature
-        retries = 0 if progressed() else retries + 1
+        retries = 0 if progressed() else retries + failure.counts
         if retries > limit:
             return failure
-        restarting(f"{failure.kind.value}: {_last_line(failure.text)}")
+        restarting(f"{failure.kind.value}: {failure.line}")
         if wait(min(2.0 ** (retries - 1), 60.0) if retries else 0.0):
             return failure
         if obstacle := missing():
@@ -153,9 +153,4 @@ def keep_trying(
 def _again(failure: Failure) -> str:
     place = place_of(failure.error)
     where = "" if place is None else f" after step {place[1]} of stage {place[0] + 1}"
-    return f"{_last_line(failure.text)} (the same error twice in a row{where}: not tried again)"
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else ""
+    return f"{failure.line} (the same error twice in a row{where}: not tried again)"

@@ -51,8 +51,10 @@ from finetune_trainer.training.callbacks import (
 )
 from finetune_trainer.training.context import Placement, ResumePoint, StageContext
 from finetune_trainer.training.deepspeed import join_process_group
+from finetune_trainer.training.dropped_steps import DroppedSteps
 from finetune_trainer.training.expert_load import watch_routing
 from finetune_trainer.training.forget import forget_stage, release
+from finetune_trainer.training.loss_guard import LossGuard
 from finetune_trainer.training.packing_check import PackingCheck
 from finetune_trainer.training.peers import Peers
 from finetune_trainer.training.results import adapter_note, save_result
@@ -200,6 +202,7 @@ class StageRun:
     def _attach(self, trainer: Any, resumed: ResumePoint | None) -> _Callbacks:
         progress = ProgressCallback(self.context, self.peers, self.end, self.work)
         progress.trainer, trainer.stage.paused = trainer, progress.paused
+        LossGuard(self.context, self.peers, DroppedSteps(self.store), self._log).attach(trainer)
         trainer.stage.routing = watch_routing(trainer.model)
         trainer.stage.tools = StageTools(self.context, self.storage, self.peers, self.end, self.scratch)
         if self.first:
@@ -224,6 +227,7 @@ class StageRun:
 
     def _finish(self, trainer: Any, callbacks: _Callbacks) -> None:
         """Save the last checkpoint, measure, save the result, and only then call the stage done."""
+        trainer.stage.guard.check_weights()
         step = trainer.state.global_step
         if trainer.stage.keeps_last and self.peers.any(self.first and self.store.manifest(step) is None):
             trainer._save_checkpoint(trainer.model, None)

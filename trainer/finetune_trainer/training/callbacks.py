@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune_api.problems import Problem
 from finetune_trainer.checkpoint.hold import Hold
 from finetune_trainer.checkpoint.store import CheckpointStore
-from finetune_trainer.errors import UserError
 from finetune_trainer.plan.steps import mfu
 from finetune_trainer.progress.channel import CheckpointSaved
 from finetune_trainer.progress.meter import Meter, Rates
@@ -53,12 +51,21 @@ class ProgressCallback(TrainerCallback):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the counters."""
-        return {"tokens": self.tokens, "samples": self.samples, "meter": self.meter.to_state(time.monotonic())}
+        assert self.trainer is not None
+        guard = self.trainer.stage.guard
+        return {
+            "tokens": self.tokens,
+            "samples": self.samples,
+            "meter": self.meter.to_state(time.monotonic()),
+            **({"guard": guard.state()} if guard is not None else {}),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's counters."""
         self.tokens, self.samples = state["tokens"], state["samples"]
         self.meter = Meter.from_state(state["meter"])
+        if self.trainer is not None and self.trainer.stage.guard is not None:
+            self.trainer.stage.guard.restore(state.get("guard", {}))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -80,7 +87,6 @@ class ProgressCallback(TrainerCallback):
             return
         trains = "loss" in logs
         if trains:
-            _refuse_divergence(self.context, state.global_step, logs)
             self._count(state.global_step)
         if self.context.placement.rank == 0:
             self._tell(state, logs, trains)
@@ -114,7 +120,7 @@ class ProgressCallback(TrainerCallback):
             step=state.global_step,
             total=state.max_steps,
             epoch=state.epoch,
-            loss=logs.get("loss"),
+            loss=_finite(logs.get("loss")),
             learning_rate=logs.get("learning_rate"),
             grad_norm=logs.get("grad_norm"),
             tokens=self.tokens,
@@ -230,19 +236,9 @@ class EpochCallback(TrainerCallback):
         self.collator.epoch = int(state.epoch or 0)
 
 
-def _refuse_divergence(context: StageContext, step: int, logs: dict[str, float]) -> None:
-    if math.isfinite(logs["loss"]):
-        return
-    lower = context.spec.learning_rate / 10
-    raise UserError(
-        [
-            Problem(
-                f"{context.where}.learningRate",
-                f"the loss is {logs['loss']} at step {step}: training has diverged at {context.spec.learning_rate:g}; "
-                f"try {lower:g}, more warm-up or a lower maxGradNorm",
-            )
-        ]
-    )
+def _finite(loss: float | None) -> float | None:
+    """None for the loss of steps none of which was trained on."""
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def evaluation_metrics(logs: dict[str, float]) -> dict[str, float]:

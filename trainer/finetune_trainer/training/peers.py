@@ -32,6 +32,15 @@ class Peers:
         """Whether any worker says so."""
         return bool(self.most([int(flag)])[0])
 
+    def numbers(self, values: Sequence[float]) -> list[list[float]]:
+        """Every worker's numbers (as many on each), in order of the workers; every worker gets them."""
+        if not self.many:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.float64)
+        found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(found, mine, group=self._group)
+        return [one.tolist() for one in found]
+
     def collect(self, value: Any) -> list[Any]:
         """Every worker's value, in order of the workers; every worker gets them."""
         if not self.many:

@@ -95,6 +95,25 @@ class StageTrainer(_Base):
         self.stage.weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
         return optimizer
 
+    def rows_of(self, step: int, rank: int | None = None, number: int = 0) -> list[int]:
+        """Return the numbers of the rows that the step after `step` steps trains on, in the prepared training data; of
+        one worker and forward pass, both counted from 0, where a worker is named."""
+        return self.stage.feed.rows_of(step, len(self.train_dataset) if self.stage.feed.stream is None else None, rank,
+                                       number)  # fmt: skip
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """transformers' hook between gradients and update: a step with bad numbers may have none."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.stage.guard is not None:
+            self.stage.guard.after_gradients(norm, model)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """transformers' line of metrics, whose loss is the mean of the steps that were trained on."""
+        if self.stage.guard is not None and "loss" in logs:
+            self.stage.guard.correct(logs)
+        super().log(logs, start_time)
+
     def _run_epoch(self, **kwargs: Any) -> None:
         """Nothing, where a resumed run has all its steps behind it; transformers would take one more."""
         if self.state.global_step >= self.state.max_steps:
@@ -150,6 +169,8 @@ class StageTrainer(_Base):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """transformers' checkpoint, without the model card that TRL writes into each."""
+        if self.stage.guard is not None:
+            self.stage.guard.check_weights()
         with self.stage.paused(), full_disk_named(Path(self.args.output_dir)):
             transformers.Trainer._save_checkpoint(self, model, trial)
 
