@@ -101,6 +101,8 @@ class AttemptReport(ApiModel):
     """What it waits for: a store that doesn't answer."""
     restarting: Text | None = None
     """Why its workers have been started again, until they train on."""
+    stalled: Text | None = None
+    """That its workers make no progress, and which one is behind, until they train on."""
     plan: PlanReport | None = None
     """Preflight's plan."""
     exit_code: int | None = None
@@ -108,4 +110,4 @@ class AttemptReport(ApiModel):
     message: Text | None = None
     """Why it ended: the faults of a bad job, or the last lines of a traceback, secrets removed."""
     node: Annotated[str, Field(max_length=253)] | None = None
-    """Name of the node on which a GPU fault ended it."""
+    """Name of the node on which a GPU fault ended it, or whose worker is behind the others in a stall."""

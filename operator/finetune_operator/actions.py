@@ -14,6 +14,8 @@ class StartRun:
     run: int
     avoid: tuple[str, ...] = ()
     """Names of nodes that its pods must not run on."""
+    rather_not: tuple[str, ...] = ()
+    """Names of nodes that its pods run on only where no other has room."""
 
 
 @dataclass(frozen=True)

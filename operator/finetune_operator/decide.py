@@ -21,6 +21,7 @@ from finetune_operator.observed import ENDED, Observed, RunState, RunView
 from finetune_operator.reports import clean
 from finetune_operator.settings import Settings
 from finetune_operator.spec_check import spec_faults
+from finetune_operator.stalls import follow_stall, told_away
 from finetune_operator.stopping import deadline, suspend
 
 
@@ -205,12 +206,14 @@ def _follow(draft: Draft) -> bool:
     elif draft.trains(run):
         draft.set(Type.RUNNING, "True", Reason.TRAINING, _trains_but(draft, run) if stuck is None else stuck[1])
         draft.running_since(run)
+        follow_stall(draft, run)
     elif stuck is not None:
         _stuck(draft, run, *stuck)
     elif draft.stopping() and not held:
         draft.set(Type.RUNNING, "False", Reason.STOPPING, "pods have ended, the others follow")
     else:
-        draft.set(Type.RUNNING, "False", Reason.QUEUED if held else Reason.STARTING)
+        said = "" if held else told_away(draft.status)
+        draft.set(Type.RUNNING, "False", Reason.QUEUED if held else Reason.STARTING, said)
     return True
 
 

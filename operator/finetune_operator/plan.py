@@ -81,7 +81,7 @@ def plan(body: Json, actions: tuple[Action, ...], settings: Settings) -> list[Op
     operations: list[Operation] = []
     for action in actions:
         if isinstance(action, StartRun):
-            operations += _start(Run(body, action.run, settings, action.avoid))
+            operations += _start(Run(body, action.run, settings, action.avoid, action.rather_not))
         elif isinstance(action, DeleteRun | AbandonRun):
             path = run_path(Run(body, action.run, settings), ENGINES[action.engine])
             operations.append(Delete(path, children_first=isinstance(action, DeleteRun)))

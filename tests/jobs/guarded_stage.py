@@ -40,8 +40,17 @@ def order(count: int, seed: int = 42) -> list[int]:
 
 def job(base: Job, policy: str, data: list[Job], **stage: Any) -> Job:
     """An SFT job of one pass over the rows, two a step, that logs and saves each step."""
-    fields = {"data": {"sources": [{"inline": data}]}, "maxLength": 64, "perDeviceTrainBatchSize": 2, "learningRate": 1e-3,
-              "loggingSteps": 1, "saveSteps": 1, "saveTotalLimit": 99, "numTrainEpochs": 1, "warmupRatio": 0.0}  # fmt: skip
+    fields = {
+        "data": {"sources": [{"inline": data}]},
+        "maxLength": 64,
+        "perDeviceTrainBatchSize": 2,
+        "learningRate": 1e-3,
+        "loggingSteps": 1,
+        "saveSteps": 1,
+        "saveTotalLimit": 99,
+        "numTrainEpochs": 1,
+        "warmupRatio": 0.0,
+    }
     base["spec"] |= {"stages": [{"sft": fields | stage}], "runPolicy": {"onBadLoss": policy}}
     return base
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_both_workers_drop_the_update_of_one_worker_s_bad_row(zero: int, base_jo
     body = job(base_job, "skip", rows(COUNT, bad), perDeviceTrainBatchSize=1, saveSteps=99)
     (sums, said), (others, _) = on_two_workers(lambda rank: trained(rank, zero, body, tmp_path))
     assert sums == others and len(sums) == COUNT // ROWS_PER_STEP
-    changed = [one != other for one, other in zip(sums, sums[1:], strict=False)]
+    changed = [one != other for one, other in pairwise(sums)]
     assert changed == [True, False, True] and not any(map(math.isnan, sums[-1]))
     assert len(said) == 1 and f"worker 1, forward pass 1: rows {bad}" in said[0] and "it is skipped" in said[0]
 

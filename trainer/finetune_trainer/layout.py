@@ -22,6 +22,11 @@ EXPERT_LOAD = "expert_load.png"
 CHECKPOINT_PREFIX = "checkpoint-"  # transformers' own, so that its Trainer writes straight into place
 
 
+def stall_record(attempt: int, when: str) -> str:
+    """What was found of workers that stalled: their last operations and their stacks."""
+    return f"stalls/attempt-{attempt}-{when}.txt"
+
+
 def stage_layouts(titles: list[str]) -> list[StageLayout]:
     """The layouts of a job's stages, given their titles in order."""
     return [StageLayout(index, title) for index, title in enumerate(titles)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,8 @@ from finetune_trainer.launch.group_fit import GroupFit, keep_trying
 from finetune_trainer.launch.nodes import Nodes
 from finetune_trainer.launch.preparation import Preparation
 from finetune_trainer.launch.resume import finished, open_run
+from finetune_trainer.launch.stall_inquiry import Stalled, end_workers, inquire, keep
+from finetune_trainer.launch.stall_watch import Stall
 from finetune_trainer.launch.tokenizer_run import run_tokenizer_stage
 from finetune_trainer.layout import REPORT, StageLayout
 from finetune_trainer.patience import listen
@@ -122,7 +125,7 @@ class Pipeline:
         ray_started.result()
         keep_signal_handlers()
         self._check_stop()
-        fit = GroupFit(self.run, self.workers, self._hear, self.stop)
+        fit = GroupFit(self.run, self.workers, self._hear, self.stop, self._stalled)
         failure = keep_trying(
             lambda: fit.attempt([self._work(layout) for layout in self._todo()]),
             _Progressed(self._progress_mark),
@@ -166,6 +169,20 @@ class Pipeline:
             self.reporter.stage_finished(event.index, layout.title, self.storage.path(self._outcome(layout)), metrics)
         else:
             self.reporter.log(event)
+
+    def _stalled(self, stall: Stall) -> Failure:
+        """Tell, look into it, end the workers. On a cluster the next attempt's pods keep away from the node."""
+        self.reporter.stalled(stall.words(stall.culprit), None)
+
+        def told(text: str) -> None:
+            self.reporter.log(text)
+            keep(self.storage, self.run.attempt, text)
+
+        finding = inquire(stall, told)
+        self.reporter.stalled(finding.text, finding.host)
+        end_workers(stall)
+        elsewhere = bool(os.environ.get("RAY_ADDRESS"))
+        return Failure(Kind.STALLED, Stalled(finding.text), finding.text, node=finding.host, elsewhere=elsewhere)
 
     def _outcome(self, layout: StageLayout) -> str:
         """What a stage leaves for whoever looks."""

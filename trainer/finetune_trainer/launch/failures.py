@@ -34,6 +34,8 @@ class Kind(Enum):
     BUG = "unexpected error"
     ERROR = "error"
     """One that may be different next time; the same one again is not."""
+    STALLED = "stalled"
+    """No progress for too long. The driver has ended the workers."""
     LOST = "worker lost"
 
 
@@ -82,12 +84,14 @@ class Failure:
     advice: str = ""
     """What to do about it, where that is known."""
     node: str | None = None
-    """Name of the node on which a GPU fault happened, where that is known."""
+    """Name of the node on which a GPU fault happened, or whose worker was behind in a stall, where that is known."""
+    elsewhere: bool = False
+    """Whether the next attempt should run on other nodes, so that this one's driver does not try again."""
 
     @property
     def retryable(self) -> bool:
         """Whether another attempt may end otherwise."""
-        return self.kind in (Kind.ERROR, Kind.LOST, Kind.ROLLED_BACK)
+        return self.kind in (Kind.ERROR, Kind.LOST, Kind.STALLED, Kind.ROLLED_BACK) and not self.elsewhere
 
     @property
     def counts(self) -> bool:

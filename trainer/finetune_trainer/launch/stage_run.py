@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
 
@@ -26,7 +27,9 @@ from finetune_trainer.data import Prepared, eval_prompts, prepare
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.gate import require_gate
 from finetune_trainer.launch.failures import placed
+from finetune_trainer.launch.fault_place import node_name
 from finetune_trainer.launch.same_data import compare_data
+from finetune_trainer.launch.stacks import answer_signals
 from finetune_trainer.layout import METRICS
 from finetune_trainer.model.composite import frozen_note
 from finetune_trainer.model.config import context_length, load_config, load_tokenizer
@@ -37,8 +40,10 @@ from finetune_trainer.model.task import task_of
 from finetune_trainer.patience import listen
 from finetune_trainer.pipeline import directories, layouts, place, scratch, spec_of, waits_for
 from finetune_trainer.plan.steps import rows_per_step
+from finetune_trainer.progress.beats import PulseThread, place_of
 from finetune_trainer.progress.channel import Event, StageBegun, StageDone, Waiting, WorkerEnd
 from finetune_trainer.progress.metrics_log import MetricsLog
+from finetune_trainer.pulse import enter, pulse
 from finetune_trainer.stages import make_trainer, perform
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.callbacks import (
@@ -74,19 +79,34 @@ def run_stages(order: WorkOrder) -> None:
         os.chdir(run.work_dir)  # Ray starts workers in its own directory, where relative paths lead nowhere
     storage, end, placement = Storage(run.root), WorkerEnd(order.channel), _placement(order.accelerator)
     listen(lambda text: end.send(Waiting(text)))
-    peers = Peers()
-    for work in order.stages:
-        if storage.exists(layouts(run)[work.index].done):
-            require_gate(run, storage, work.index)
-            continue  # Ray has changed the number of workers and started them again
+    answer_signals()
+    node = ray.get_runtime_context().get_node_id()
+    with PulseThread(place_of(placement.rank, placement.world_size, node_name(), node), pulse(), end.beat):
+        peers = Peers()
+        for work in order.stages:
+            _run_stage(order, work, run, storage, end, placement, peers)
+
+
+def _run_stage(
+    order: WorkOrder,
+    work: StageWork,
+    run: RunConfig,
+    storage: Storage,
+    end: WorkerEnd,
+    placement: Placement,
+    peers: Peers,
+) -> None:
+    """One stage that is not done; Ray may have changed the number of workers and started them again."""
+    if not storage.exists(layouts(run)[work.index].done):
         join_process_group(work.zero, placement.accelerator)
         tell = end.send if placement.rank == 0 else _nobody
         tell(StageBegun(work.index, placement.world_size))
+        enter("preparing the stage's data", step=0, order=0)
         context = stage_context(run, work, order.threads, placement, storage)
         StageRun(context, storage, end, peers, work).train()
         tell(StageDone(work.index))
         forget_stage()
-        require_gate(run, storage, work.index)
+    require_gate(run, storage, work.index)
 
 
 def _nobody(event: Event) -> None:
@@ -121,6 +141,7 @@ class StageRun:
         self._tell_changes()
         resumed = self._resume_point()
         self.context = replace(self.context, resumed=resumed)
+        enter("loading the model")
         trainer = make_trainer(self.context)
         trainer.args.eval_on_start = resumed is None and self.context.data.eval is not None
         callbacks = self._attach(trainer, resumed)
@@ -129,6 +150,7 @@ class StageRun:
         if self.frozen:
             self._log(self.frozen)
         with placed(self.context.layout.index, trainer):
+            enter("preparing to train")
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.directory))
             self._tidy(resumed)
             if callbacks.stop.stopped:
@@ -227,6 +249,7 @@ class StageRun:
 
     def _finish(self, trainer: Any, callbacks: _Callbacks) -> None:
         """Save the last checkpoint, measure, save the result, and only then call the stage done."""
+        enter("saving the result")
         trainer.stage.guard.check_weights()
         step = trainer.state.global_step
         if trainer.stage.keeps_last and self.peers.any(self.first and self.store.manifest(step) is None):

@@ -22,6 +22,8 @@ _STEP = {
     "eta": "etaSeconds",
 }
 METRICS_KEPT = 64
+STALL_CHARACTERS = 1000
+"""A termination message has room for them beside the message."""
 
 
 class AttemptReporter:
@@ -70,10 +72,18 @@ class AttemptReporter:
         with self._lock:
             self._rest["restarting"] = _tail(redact(message), 4096)
 
+    def stalled(self, message: str, node: str | None) -> None:
+        with self._lock:
+            self._rest["stalled"] = _tail(redact(message), STALL_CHARACTERS)
+            if node is not None:
+                self._rest["node"] = node[:253]
+
     def progress(self, progress: Progress) -> None:
         values = progress.to_json()
         with self._lock:
             self._rest.pop("restarting", None)
+            if self._rest.pop("stalled", None):
+                self._rest.pop("node", None)
             self._rest["step"] = {wire: values[name] for name, wire in _STEP.items() if name in values}
             if progress.metrics:
                 self._stages[progress.stage]["metrics"] = _metrics(progress.metrics)

@@ -65,6 +65,9 @@ class Reporter(Protocol):
     def restarting(self, message: str) -> None:
         """The workers have failed, and start again from the last checkpoint; `message` says why."""
 
+    def stalled(self, message: str, node: str | None) -> None:
+        """The workers make no progress; `message` says which one is behind, `node` is the name of its node."""
+
     def progress(self, progress: Progress) -> None:
         """The newest step. Steps may be left out."""
 
@@ -89,3 +92,6 @@ class LineReporter(ABC):
 
     def restarting(self, message: str) -> None:
         self.log(f"{message}; starting again from the last checkpoint")
+
+    def stalled(self, message: str, node: str | None) -> None:
+        self.log(f"stalled: {message}")

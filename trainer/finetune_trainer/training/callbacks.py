@@ -19,6 +19,7 @@ from finetune_trainer.progress.channel import CheckpointSaved
 from finetune_trainer.progress.meter import Meter, Rates
 from finetune_trainer.progress.metrics_log import MetricsLog
 from finetune_trainer.progress.reporter import Progress
+from finetune_trainer.pulse import during
 from finetune_trainer.training.batches import Feed
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.deepspeed import mend_universal
@@ -151,7 +152,7 @@ class CheckpointCallback(TrainerCallback):
         self.context, self.store, self.peers, self.progress, self.feed = context, store, peers, progress, feed
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        with self.progress.paused():
+        with self.progress.paused(), during("saving a checkpoint"):
             self.publish(state.global_step)
 
     def publish(self, step: int) -> None:

@@ -17,11 +17,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune_api.problems import Problem
 from finetune_api.stages import PretrainSpec, SupervisedSpec
 from finetune_trainer.errors import UserError
+from finetune_trainer.pulse import enter
 from finetune_trainer.training.bad_numbers import Finding, Judge
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.dropped_steps import Dropped, DroppedSteps, RolledBack, shown
 from finetune_trainer.training.peers import Peers
 from finetune_trainer.training.row_numbers import RowNumbers
+from finetune_trainer.training.stage_trainer import BACKWARD
 from finetune_trainer.training.zero_updates import forget_overflow, judge_updates
 
 LASTING = 5
@@ -89,10 +91,12 @@ class LossGuard(TrainerCallback):
         """Look at each loss, and at DeepSpeed's gradients, from here on."""
         self.judge.warmup, self.logged_at = args.get_warmup_steps(state.max_steps), state.global_step
         accelerator = self.trainer.accelerator
-        backward = accelerator.backward
+        backward, first = accelerator.backward, state.global_step
 
         def watched(loss: torch.Tensor, **kwargs: Any) -> None:
             self._losses.append(loss.detach())
+            step = self.trainer.state.global_step
+            enter("backward pass and its collectives", measured=step > first, step=step, order=BACKWARD)
             backward(loss, **kwargs)
 
         accelerator.backward = watched

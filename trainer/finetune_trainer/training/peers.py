@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from finetune_trainer.pulse import during
 
 PATIENCE = timedelta(days=30)
 """One worker may have hours of work that the others wait for; a worker that is lost breaks the connection at once."""
@@ -38,7 +41,8 @@ class Peers:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.float64)
         found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(found, mine, group=self._group)
+        with _waiting("the numbers"):
+            dist.all_gather(found, mine, group=self._group)
         return [one.tolist() for one in found]
 
     def collect(self, value: Any) -> list[Any]:
@@ -46,17 +50,24 @@ class Peers:
         if not self.many:
             return [value]
         found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, value, group=self._group)
+        with _waiting("the values"):
+            dist.all_gather_object(found, value, group=self._group)
         return found
 
     def wait(self) -> None:
         """Until every worker is here."""
         if self.many:
-            dist.barrier(group=self._group)
+            with _waiting("the arrival"):
+                dist.barrier(group=self._group)
 
     def _reduce(self, values: Sequence[int], operation: dist.ReduceOp) -> list[int]:
         if not self.many:
             return [int(value) for value in values]
         tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, op=operation, group=self._group)
+        with _waiting("the counts"):
+            dist.all_reduce(tensor, op=operation, group=self._group)
         return [int(value) for value in tensor]
+
+
+def _waiting(what: str) -> AbstractContextManager[None]:
+    return during(f"waiting for {what} of the other workers", measured=True, waits=True)

@@ -13,12 +13,15 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from finetune_trainer.checkpoint.space import full_disk_named
 from finetune_trainer.model.router_logits import fit_for_balance_loss, no_router_logits
+from finetune_trainer.pulse import beat, during, enter
 from finetune_trainer.training.held_out import HeldOutLoader, Means, Sums, share, token_sums
 from finetune_trainer.training.parts import StageParts
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
 
+LOADING, FORWARD, BACKWARD, UPDATE = range(4)
+"""Places of the phases within a step, by which a worker that is behind is found."""
 _Base: Any = transformers.Trainer if TYPE_CHECKING else object
 
 
@@ -64,6 +67,7 @@ class StageTrainer(_Base):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """transformers' hook around each optimizer step's batches: count what is in them."""
+        enter("loading rows", step=self.state.global_step, order=LOADING)
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.count(batches)
         return batches, items
@@ -94,6 +98,15 @@ class StageTrainer(_Base):
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         self.stage.weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
         return optimizer
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """transformers' forward and backward pass. What it does in the first step, such as compiling, may take long."""
+        step = self.state.global_step
+        warm = step > self._initial_global_step
+        enter("forward pass", measured=warm, step=step, order=FORWARD)
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        enter("update, metrics and callbacks", step=step, order=UPDATE)
+        return loss
 
     def rows_of(self, step: int, rank: int | None = None, number: int = 0) -> list[int]:
         """Return the numbers of the rows that the step after `step` steps trains on, in the prepared training data; of
@@ -127,7 +140,7 @@ class StageTrainer(_Base):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """transformers' evaluation, whose time does not count as training."""
-        with self.stage.paused():
+        with self.stage.paused(), during("evaluating"):
             return super().evaluate(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
@@ -161,6 +174,7 @@ class StageTrainer(_Base):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
         """transformers' hook for each batch of held-out rows; nothing is left for transformers to average."""
+        beat()
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = self.measure(model, inputs)
@@ -171,7 +185,7 @@ class StageTrainer(_Base):
         """transformers' checkpoint, without the model card that TRL writes into each."""
         if self.stage.guard is not None:
             self.stage.guard.check_weights()
-        with self.stage.paused(), full_disk_named(Path(self.args.output_dir)):
+        with self.stage.paused(), during("writing a checkpoint"), full_disk_named(Path(self.args.output_dir)):
             transformers.Trainer._save_checkpoint(self, model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
