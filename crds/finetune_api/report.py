@@ -69,6 +69,8 @@ class CheckpointReport(ApiModel):
     """Optimizer steps done when it was saved."""
     uri: Text
     """Where it is."""
+    saved_at: Annotated[str, Field(max_length=32)] | None = None
+    """When it was complete, RFC 3339, UTC."""
 
 
 class PlanReport(ApiModel):

@@ -55,7 +55,21 @@ class HoldJob:
     hold: bool
 
 
-Action = StartRun | StopRun | DeleteRun | AbandonRun | DeleteJob | HoldJob
+@dataclass(frozen=True)
+class MarkCheckpoint:
+    """Write the last checkpoint's annotations on a run's Job or RayJob and on its pods."""
+
+    run: int
+    engine: str
+    """As of `DeleteRun`."""
+    annotations: dict[str, str]
+    main: bool
+    """Whether the Job or RayJob needs them."""
+    pods: tuple[str, ...]
+    """Names of the pods that need them."""
+
+
+Action = StartRun | StopRun | DeleteRun | AbandonRun | DeleteJob | HoldJob | MarkCheckpoint
 
 
 @dataclass(frozen=True)

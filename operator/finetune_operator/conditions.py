@@ -92,7 +92,7 @@ class Reason(StrEnum):
     ILLEGAL_ACCESS = "CUDAIllegalAccess"
     """A kernel used an invalid address."""
     STALLED = "Stalled"
-    """Workers made no progress for `runPolicy.stallTimeout`; the next attempt prefers other nodes than the culprit's."""
+    """Workers made no progress for too long; the next attempt prefers other nodes."""
     EVICTED = "Evicted"
     """The pod was evicted, preempted or drained."""
     NODE_LOST = "NodeLost"

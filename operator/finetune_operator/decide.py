@@ -13,6 +13,7 @@ from finetune_operator import attempts
 from finetune_operator.actions import AbandonRun, Decision, DeleteJob, DeleteRun, HoldJob, StartRun
 from finetune_operator.advice import with_advice
 from finetune_operator.checking import patience, preflight
+from finetune_operator.checkpoint_marks import mark_checkpoint
 from finetune_operator.classify import classify, lost, termination_report, waiting
 from finetune_operator.conditions import Reason, Type, moment, stamp
 from finetune_operator.draft import Draft
@@ -207,6 +208,7 @@ def _follow(draft: Draft) -> bool:
         draft.set(Type.RUNNING, "True", Reason.TRAINING, _trains_but(draft, run) if stuck is None else stuck[1])
         draft.running_since(run)
         follow_stall(draft, run)
+        mark_checkpoint(draft, run)
     elif stuck is not None:
         _stuck(draft, run, *stuck)
     elif draft.stopping() and not held:

@@ -18,7 +18,7 @@ from kubernetes import client
 from operator_process import OperatorProcess
 
 from finetune_api.job import GROUP, PLURAL, VERSION
-from finetune_operator.actions import DeleteJob, DeleteRun, Event, HoldJob, StartRun
+from finetune_operator.actions import DeleteJob, DeleteRun, Event, HoldJob, MarkCheckpoint, StartRun
 from finetune_operator.engines import ENGINES
 from finetune_operator.plan import Create, Delete, Operation, event, patch_status, plan
 from finetune_operator.settings import Settings

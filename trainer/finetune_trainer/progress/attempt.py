@@ -90,7 +90,7 @@ class AttemptReporter:
 
     def checkpoint_saved(self, index: int, step: int, place: str) -> None:
         with self._lock:
-            self._rest["checkpoint"] = {"stage": index, "step": step, "uri": redact(place)}
+            self._rest["checkpoint"] = {"stage": index, "step": step, "uri": redact(place), "savedAt": _now()}
 
     def stage_finished(self, index: int, title: str, result: str, metrics: dict[str, float]) -> None:
         with self._lock:
