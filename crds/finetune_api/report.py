@@ -58,6 +58,14 @@ class StepReport(ApiModel):
     """Model FLOPs utilisation, 0 to 1."""
     eta_seconds: float | None = None
     """Seconds to the stage's end."""
+    step_seconds_median: float | None = None
+    """Seconds of a worker's own part of a step: the median of all workers. None with one worker."""
+    step_seconds_max: float | None = None
+    """The slowest worker's."""
+    slow_node: Annotated[str, Field(max_length=253)] | None = None
+    """Name of a node whose workers are much slower than the others'."""
+    slow_factor: float | None = None
+    """How many times as long they take."""
 
 
 class CheckpointReport(ApiModel):

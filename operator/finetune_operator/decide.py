@@ -22,7 +22,7 @@ from finetune_operator.observed import ENDED, Observed, RunState, RunView
 from finetune_operator.reports import clean
 from finetune_operator.settings import Settings
 from finetune_operator.spec_check import spec_faults
-from finetune_operator.stalls import follow_stall, told_away
+from finetune_operator.stalls import follow_stall, slow_node, told_away
 from finetune_operator.stopping import deadline, suspend
 
 
@@ -224,7 +224,7 @@ def _trains_but(draft: Draft, run: RunView) -> str:
     report = draft.seen.report or AttemptReport()
     waits = f"waits for storage: {clean(report.waiting)}" if report.waiting else ""
     again = f"starts again from the last checkpoint: {clean(report.restarting)}" if report.restarting else ""
-    return _unready(draft, run) or waits or again
+    return _unready(draft, run) or waits or again or slow_node(report)
 
 
 def _unready(draft: Draft, run: RunView) -> str:

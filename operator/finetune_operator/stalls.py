@@ -58,3 +58,11 @@ def told_away(status: Json) -> str:
     """Return what to say of the nodes that an attempt was kept away from; empty where there are none."""
     nodes = disliked(status)
     return f"prefers other nodes than {', '.join(nodes)}, where a worker stalled the last attempt" if nodes else ""
+
+
+def slow_node(report: AttemptReport) -> str:
+    """Return what to say of a node that is slower than the others; empty where none is."""
+    step = report.step
+    if step is None or step.slow_node is None or step.slow_factor is None:
+        return ""
+    return f"node {clean(step.slow_node)} is slow: its workers take {step.slow_factor:.1f} times as long as the others"

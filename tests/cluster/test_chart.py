@@ -54,7 +54,9 @@ def all_operations(settings: Settings) -> Iterator[Operation]:
     for engine in ENGINES:
         body = job(kubernetes={"engine": engine})
         body["metadata"] |= {"namespace": "a", "uid": "00000000-0000-0000-0000-000000000000", "resourceVersion": "1"}
-        yield from plan(body, (StartRun(0), StartRun(1), DeleteRun(1, engine), HoldJob(True), DeleteJob()), settings)
+        mark = MarkCheckpoint(1, engine, {"finetune.dev/checkpoint-step": "1"}, True, ("p",))
+        actions = (StartRun(0), StartRun(1), mark, DeleteRun(1, engine), HoldJob(True), DeleteJob())
+        yield from plan(body, actions, settings)
         yield patch_status(body, {"phase": "Running"})
         yield event(body, Event("Normal", "Training", "x"), datetime.now(UTC))
 

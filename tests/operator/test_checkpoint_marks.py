@@ -68,11 +68,6 @@ def test_nothing_is_written_without_a_checkpoint_or_on_what_ends() -> None:
 
 def test_a_pod_s_annotations_are_read() -> None:
     labels = {"finetune.dev/job": "tiny", "finetune.dev/run": "1"}
-    metadata = {
-        "name": "p",
-        "labels": labels,
-        "annotations": MARKS | {"other": "x"},
-        "creationTimestamp": "2026-01-01T00:00:00Z",
-    }
+    metadata = {"name": "p", "labels": labels, "annotations": MARKS | {"other": "x"}}
     view = pod_view({"metadata": metadata, "status": {}})
     assert view is not None and view.checkpoint == "1 40 2026-01-01T11:59:00Z"

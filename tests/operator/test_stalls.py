@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from prometheus_client import generate_latest
 from worlds import NOW, VALID, attempt, body, conditions, pod, run, said, seen
 
 from finetune_operator.actions import Decision, StartRun
@@ -12,6 +13,7 @@ from finetune_operator.classify import classify
 from finetune_operator.conditions import Reason
 from finetune_operator.decide import decide
 from finetune_operator.engines import ENGINES
+from finetune_operator.metrics import Metrics
 from finetune_operator.observed import RunState
 from finetune_operator.render.run import Run
 from finetune_operator.settings import Settings
@@ -112,3 +114,25 @@ def found_in(value: Any, name: str) -> Any:
             return value[name]
         return next(filter(None, (found_in(item, name) for item in value.values())), None)
     return next(filter(None, (found_in(item, name) for item in value)), None) if isinstance(value, list) else None
+
+
+def test_a_slow_node_is_named_in_the_condition() -> None:
+    step = {"step": 9, "total": 10, "slowNode": "node-b", "slowFactor": 1.84}
+    decision = decide(seen(RUNNING, run(), *PODS, report={"current": 1, "step": step}), SETTINGS, NOW)
+    assert condition(decision, "Running")["message"] == (
+        "node node-b is slow: its workers take 1.8 times as long as the others"
+    )
+
+
+def test_prometheus_has_the_median_and_the_slowest_worker_of_running_jobs() -> None:
+    metrics = Metrics()
+    progress = {"step": 9, "total": 10, "stepSecondsMedian": 0.5, "stepSecondsMax": 0.9}
+    metrics.seen(("team", "tiny"), body(), {"phase": "Running", "progress": progress})
+    metrics.seen(("team", "alone"), body(), {"phase": "Running", "progress": {"step": 1, "total": 10}})
+    text = generate_latest(metrics.registry).decode()
+    labels = 'job_name="tiny",job_namespace="team"'
+    assert f'finetune_job_step_seconds{{{labels},worker="median"}} 0.5' in text
+    assert f'finetune_job_step_seconds{{{labels},worker="max"}} 0.9' in text
+    assert 'finetune_job_step_seconds{job_name="alone"' not in text
+    metrics.forget(("team", "tiny"))
+    assert "finetune_job_step_seconds{" not in generate_latest(metrics.registry).decode()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+
+from finetune_api.report import NODE_VARIABLE
 
 QUIET_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -27,6 +30,11 @@ QUIET_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
     "TRL_EXPERIMENTAL_SILENCE": "1",
 }
+
+
+def node_name() -> str:
+    """Return the name of this node: Kubernetes' in a pod of the operator's, else the machine's own."""
+    return os.environ.get(NODE_VARIABLE) or socket.gethostname()
 
 
 def quiet_environment(accelerator: bool) -> dict[str, str]:

@@ -27,7 +27,6 @@ from finetune_trainer.data import Prepared, eval_prompts, prepare
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.gate import require_gate
 from finetune_trainer.launch.failures import placed
-from finetune_trainer.launch.fault_place import node_name
 from finetune_trainer.launch.same_data import compare_data
 from finetune_trainer.launch.stacks import answer_signals
 from finetune_trainer.layout import METRICS
@@ -44,6 +43,7 @@ from finetune_trainer.progress.beats import PulseThread, place_of
 from finetune_trainer.progress.channel import Event, StageBegun, StageDone, Waiting, WorkerEnd
 from finetune_trainer.progress.metrics_log import MetricsLog
 from finetune_trainer.pulse import enter, pulse
+from finetune_trainer.runtime import node_name
 from finetune_trainer.stages import make_trainer, perform
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.callbacks import (
@@ -64,6 +64,7 @@ from finetune_trainer.training.packing_check import PackingCheck
 from finetune_trainer.training.peers import Peers
 from finetune_trainer.training.results import adapter_note, save_result
 from finetune_trainer.training.samples import SamplesCallback
+from finetune_trainer.training.step_times import StepTimes
 from finetune_trainer.training.tools import StageTools
 from finetune_trainer.training.work import StageWork, WorkOrder
 
@@ -224,6 +225,7 @@ class StageRun:
     def _attach(self, trainer: Any, resumed: ResumePoint | None) -> _Callbacks:
         progress = ProgressCallback(self.context, self.peers, self.end, self.work)
         progress.trainer, trainer.stage.paused = trainer, progress.paused
+        trainer.stage.times = StepTimes(self.context.placement.accelerator)
         LossGuard(self.context, self.peers, DroppedSteps(self.store), self._log).attach(trainer)
         trainer.stage.routing = watch_routing(trainer.model)
         trainer.stage.tools = StageTools(self.context, self.storage, self.peers, self.end, self.scratch)

@@ -20,6 +20,10 @@ _STEP = {
     "samples_per_second": "samplesPerSecond",
     "mfu": "mfu",
     "eta": "etaSeconds",
+    "step_seconds_median": "stepSecondsMedian",
+    "step_seconds_max": "stepSecondsMax",
+    "slow_node": "slowNode",
+    "slow_factor": "slowFactor",
 }
 METRICS_KEPT = 64
 STALL_CHARACTERS = 1000

@@ -42,6 +42,14 @@ class Progress:
     """Seconds this stage has trained, earlier attempts included."""
     eta: float | None = None
     """Seconds to the stage's end."""
+    step_seconds_median: float | None = None
+    """Seconds that a worker's own part of a step takes (`training.step_times`): the median of all workers."""
+    step_seconds_max: float | None = None
+    """As before: the slowest worker's."""
+    slow_node: str | None = None
+    """Name of a node whose workers are much slower than the others'."""
+    slow_factor: float | None = None
+    """How many times as long they take."""
     metrics: dict[str, float] | None = None
     """What the stage adds: `eval_loss`, `rewards/accuracies`, …"""
 

@@ -20,12 +20,14 @@ from finetune_trainer.progress.meter import Meter, Rates
 from finetune_trainer.progress.metrics_log import MetricsLog
 from finetune_trainer.progress.reporter import Progress
 from finetune_trainer.pulse import during
+from finetune_trainer.runtime import node_name
 from finetune_trainer.training.batches import Feed
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.deepspeed import mend_universal
 from finetune_trainer.training.expert_load import expert_loads
 from finetune_trainer.training.memory import peak_memory
 from finetune_trainer.training.peers import Peers
+from finetune_trainer.training.step_times import Spread, spread
 
 if TYPE_CHECKING:
     from finetune_trainer.progress.channel import WorkerEnd
@@ -49,6 +51,8 @@ class ProgressCallback(TrainerCallback):
         self.log_file: MetricsLog | None = None
         self.last: Progress | None = None
         self.loads: dict[str, float] = {}
+        self.hosts: list[str] = []
+        self.spread: Spread | None = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the counters."""
@@ -79,6 +83,7 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.meter.start(time.monotonic(), state.global_step, self.tokens, self.samples)
+        self.hosts = self.peers.collect(node_name())
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
@@ -98,7 +103,17 @@ class ProgressCallback(TrainerCallback):
         self.tokens, self.samples = self.tokens + tokens, self.samples + samples
         if self.trainer.stage.routing is not None:
             self.loads = expert_loads(self.trainer.stage.routing, self.peers)
+        self._compare()
         self.rates = self.meter.update(time.monotonic(), step, self.tokens, self.samples)
+
+    def _compare(self) -> None:
+        """Compare the workers' own times of a step; every worker takes part."""
+        assert self.trainer is not None
+        if len(self.hosts) < 2 or self.trainer.stage.times is None:
+            return
+        own = self.trainer.stage.times.own()
+        found = [seconds for (seconds,) in self.peers.numbers([math.nan if own is None else own])]
+        self.spread = None if any(map(math.isnan, found)) else spread(found, self.hosts)
 
     def _tell(self, state: TrainerState, logs: dict[str, float], trains: bool) -> None:
         progress = self._progress(state, logs) if trains else self._with_evaluation(state, logs)
@@ -113,7 +128,7 @@ class ProgressCallback(TrainerCallback):
         return replace(base, metrics=(base.metrics or {}) | metrics)
 
     def _progress(self, state: TrainerState, logs: dict[str, float]) -> Progress:
-        rates = self.rates
+        rates, times = self.rates, self.spread
         return Progress(
             stage=self.context.layout.index,
             stages=len(self.context.run.job.spec.stages),
@@ -132,6 +147,10 @@ class ProgressCallback(TrainerCallback):
             memory=peak_memory(self.context.placement.accelerator),
             seconds=rates.seconds,
             eta=rates.eta(state.max_steps - state.global_step),
+            step_seconds_median=None if times is None else times.median,
+            step_seconds_max=None if times is None else times.most,
+            slow_node=None if times is None else times.node,
+            slow_factor=None if times is None else times.factor,
             metrics=self._metrics(logs) or None,
         )
 

@@ -96,6 +96,9 @@ class LossGuard(TrainerCallback):
         def watched(loss: torch.Tensor, **kwargs: Any) -> None:
             self._losses.append(loss.detach())
             step = self.trainer.state.global_step
+            times = self.trainer.stage.times
+            if times is not None and accelerator.sync_gradients:
+                times.exchange()
             enter("backward pass and its collectives", measured=step > first, step=step, order=BACKWARD)
             backward(loss, **kwargs)
 

@@ -68,6 +68,8 @@ class StageTrainer(_Base):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """transformers' hook around each optimizer step's batches: count what is in them."""
         enter("loading rows", step=self.state.global_step, order=LOADING)
+        if self.stage.times is not None:
+            self.stage.times.begin()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.count(batches)
         return batches, items
