@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from finetune_api.report import AttemptReport
+from finetune_trainer.launch import attempt
+from finetune_trainer.launch.driver_watch import DriverWatch
 from finetune_trainer.launch.stacks import Stacks, collect, kill
 from finetune_trainer.launch.stall_inquiry import culprit, record
 from finetune_trainer.launch.stall_watch import LEAST_SECONDS, STEPS, Stall, StallWatch
 from finetune_trainer.progress.activity import activity, state
+from finetune_trainer.progress.attempt import AttemptReporter
 from finetune_trainer.progress.beats import Beat, PulseThread, place_of
 from finetune_trainer.pulse import Phase, Pulse, during, pulse
 
@@ -205,3 +209,34 @@ def test_the_limit_follows_the_job_s_own_steps_and_is_minutes_at_least() -> None
     off = StallWatch(0)
     off.look(0, beats(beat(0, 1)))
     assert off.look(1e9, beats(beat(0, 1))) is None
+
+
+def test_a_driver_that_hangs_is_told_with_its_stacks_and_one_that_waits_for_others_is_not() -> None:
+    told: list[str] = []
+    ended = threading.Event()
+
+    def hung(text: str) -> None:
+        told.append(text)
+        ended.set()
+
+    def preparing(data: threading.Event) -> None:
+        data.wait()
+
+    with DriverWatch(2, hung) as watch:
+        with watch.paused():
+            assert not ended.wait(3.5)
+        never = threading.Event()
+        thread = threading.Thread(target=preparing, args=(never,), daemon=True)
+        thread.start()
+        assert ended.wait(20)
+        never.set()
+    assert "no progress of the driver for 2 s" in told[0] and "in preparing" in told[0]
+
+
+def test_the_last_word_of_a_driver_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "TERMINATION_LOG", tmp_path / "log")
+    monkeypatch.setenv("FINETUNE_NODE_NAME", "node-b")
+    code = attempt.end_hung(AttemptReporter(["sft"]), "no progress of the driver for 9 s; its stacks:\nFile x")
+    report = AttemptReport.model_validate_json((tmp_path / "log").read_text())
+    assert code == 1 and (report.node, report.exit_code) == ("node-b", 1)
+    assert report.stalled == "no progress of the driver for 9 s" and "File x" not in (report.message or "")

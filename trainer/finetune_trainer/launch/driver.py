@@ -14,6 +14,7 @@ from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.errors import GateNotPassed, Interrupted, OutOfMemory, TrainingFailed
 from finetune_trainer.gate import require_gate
 from finetune_trainer.launch.cluster import Workers, keep_signal_handlers, plan_workers, start_ray, stop_ray
+from finetune_trainer.launch.driver_watch import DriverWatch, end_process
 from finetune_trainer.launch.failures import Failure, Kind
 from finetune_trainer.launch.group_fit import GroupFit, keep_trying
 from finetune_trainer.launch.nodes import Nodes
@@ -29,6 +30,7 @@ from finetune_trainer.plan.records import StagePlan
 from finetune_trainer.preflight.job import preflight
 from finetune_trainer.progress.channel import CheckpointSaved, Event, StageBegun, StageDone, Waiting
 from finetune_trainer.progress.reporter import Progress, Reporter
+from finetune_trainer.pulse import beat, enter
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.work import StageWork
 
@@ -38,10 +40,18 @@ class Pipeline:
 
     Args:
         stop: set it, from a signal handler or another thread, to save a checkpoint and stop.
+        hung: receives, from another thread, what is known of a driver that makes no progress; ends the process.
     """
 
-    def __init__(self, run: RunConfig, reporter: Reporter, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        reporter: Reporter,
+        stop: threading.Event,
+        hung: Callable[[str], None] = end_process,
+    ) -> None:
         self.run, self.reporter, self.stop = run, reporter, stop
+        self.watch = DriverWatch(run.job.spec.run_policy.stall_timeout, hung)
         listen(reporter.waiting)
         self.storage = Storage(run.root)
         self.layouts = layouts(run)
@@ -61,6 +71,11 @@ class Pipeline:
             Interrupted: stopped on request, a checkpoint saved.
             OutOfMemory, TrainingFailed: a stage failed; its checkpoints are kept.
         """
+        with self.watch:
+            self._execute(resume, fresh, checked)
+
+    def _execute(self, resume: bool, fresh: bool, checked: bool) -> None:
+        enter("checking the job")
         if not checked:
             preflight(self.run, self.workers)
         self.run = open_run(self.run, self.storage, resume=resume, fresh=fresh)
@@ -110,14 +125,20 @@ class Pipeline:
         first = self.layouts[0]
         if self.run.job.spec.stages[0].tokenizer is None or first not in self._todo():
             return
+        enter("training a tokenizer")
         self.reporter.stage_started(0, first.title, len(self.layouts), "training a tokenizer")
         metrics = run_tokenizer_stage(self.run, self.storage, first, self.reporter)
         self.reporter.stage_finished(0, first.title, self.storage.path(first.result), metrics)
 
     def _prepare(self) -> None:
-        preparation = Preparation(self.run, self.workers, self.storage, self.reporter.log)
+        enter("preparing the data of all stages")
+        preparation = Preparation(self.run, self.workers, self.storage, self._say)
         plan = preparation.run_all(self._todo(), self.stop)
         self.plans, self.peak = {stage.index: stage for stage in plan.stages}, plan.peak
+
+    def _say(self, line: str) -> None:
+        beat()
+        self.reporter.log(line)
 
     def _train(self, ray_started: Future[None]) -> None:
         if not self._todo():
@@ -126,14 +147,15 @@ class Pipeline:
         keep_signal_handlers()
         self._check_stop()
         fit = GroupFit(self.run, self.workers, self._hear, self.stop, self._stalled)
-        failure = keep_trying(
-            lambda: fit.attempt([self._work(layout) for layout in self._todo()]),
-            _Progressed(self._progress_mark),
-            self.stop.wait,
-            self.run.job.spec.run_policy.backoff_limit,
-            self.reporter.restarting,
-            Nodes(self.run.job.spec.resources, self.stop).missing,
-        )
+        with self.watch.paused():
+            failure = keep_trying(
+                lambda: fit.attempt([self._work(layout) for layout in self._todo()]),
+                _Progressed(self._progress_mark),
+                self.stop.wait,
+                self.run.job.spec.run_policy.backoff_limit,
+                self.reporter.restarting,
+                Nodes(self.run.job.spec.resources, self.stop).missing,
+            )
         if failure is not None:
             self._raise(failure)
 
@@ -217,6 +239,7 @@ class Pipeline:
             self.reporter.log(f"no report: {type(error).__name__}: {error}")
 
     def _report(self) -> None:
+        enter("writing the report")
         from finetune_trainer.report import write_report  # matplotlib loads slowly, and nothing waits for it here
 
         write_report(self.storage, self.layouts, self.run)

@@ -70,14 +70,14 @@ def kill(pids: Iterable[int]) -> None:
 
 
 def _of(pid: int) -> Stacks:
-    found = state(pid)
-    if found in ("", "Z"):
-        return Stacks(found, "")
+    if state(pid) in ("", "Z"):
+        return Stacks(state(pid), "")
     parts = [_python(pid)]
     parts += [f"child {child}: {_STATES.get(state(child), 'alive')}" for child in children(pid)]
     if native := _native(pid):
         parts.append(native)
-    return Stacks(found, "\n".join(filter(None, parts)))
+    # Read last: a process that gets SIGSTOP stops a moment later.
+    return Stacks(state(pid), "\n".join(filter(None, parts)))
 
 
 def _python(pid: int) -> str:
