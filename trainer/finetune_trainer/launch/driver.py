@@ -143,7 +143,8 @@ class Pipeline:
     def _train(self, ray_started: Future[None]) -> None:
         if not self._todo():
             return
-        ray_started.result()
+        with self.watch.paused():
+            ray_started.result()
         keep_signal_handlers()
         self._check_stop()
         fit = GroupFit(self.run, self.workers, self._hear, self.stop, self._stalled)

@@ -66,10 +66,8 @@ class DriverWatch:
             watch = self._watch
             stall = None if watch is None else watch.look(time.monotonic(), self._beats)
             if stall is not None:
-                what = stall.beats[0].phase.name
-                self._hung(
-                    f"no progress of the driver for {stall.seconds:.0f} s while {what}; its stacks:\n{_stacks()}"
-                )
+                words = f"no progress of the driver for {stall.seconds:.0f} s while {stall.beats[0].phase.name}"
+                self._hung(f"{words}; its stacks:\n{_stacks()}")
                 return
 
 
