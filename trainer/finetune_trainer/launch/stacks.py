@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import shutil
 import signal
@@ -28,6 +29,7 @@ _STATES = {
     "Z": "ended",
     "": "gone",
 }
+log = logging.getLogger(__name__)
 _files: list[Any] = []
 """What faulthandler writes to must stay open."""
 
@@ -51,8 +53,12 @@ def answer_signals() -> None:
 
     faulthandler's handler is native: it needs neither the GIL nor the main thread. Forked children inherit it.
     """
-    DIRECTORY.mkdir(mode=0o700, exist_ok=True)
-    file = open(_file(os.getpid()), "w")  # noqa: SIM115 (open as long as the process lives)
+    try:
+        DIRECTORY.mkdir(mode=0o700, exist_ok=True)
+        file = open(_file(os.getpid()), "w")  # noqa: SIM115 (open as long as the process lives)
+    except OSError as error:  # a full disk, another user's directory: training does not need it
+        log.warning("this process can't write its stacks: %s", error)
+        return
     _files[:] = [file]
     faulthandler.register(SIGNAL, file=file, all_threads=True, chain=False)
 

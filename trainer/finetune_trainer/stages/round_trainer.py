@@ -54,6 +54,7 @@ class RoundTrainer(PairTrainer):
     """
 
     stage: RoundParts
+    makes_pairs = True
 
     @staticmethod
     def new_parts() -> RoundParts:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune_api.problems import Problem
 from finetune_api.stages import PretrainSpec, SupervisedSpec
 from finetune_trainer.errors import UserError
-from finetune_trainer.pulse import enter
+from finetune_trainer.pulse import during, enter
 from finetune_trainer.training.bad_numbers import Finding, Judge
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.dropped_steps import Dropped, DroppedSteps, RolledBack, shown
@@ -67,6 +67,8 @@ class LossGuard(TrainerCallback):
         """The step of that line."""
         self.withheld = False
         """Whether a checkpoint is due that was not written while the numbers were bad."""
+        self._first = 0
+        """The step that training began after; the first one may compile for long."""
         self._losses: list[torch.Tensor] = []
         self._sum_before: torch.Tensor | None = None
         self._judged: bool | None = None
@@ -74,6 +76,7 @@ class LossGuard(TrainerCallback):
     def attach(self, trainer: Any) -> None:
         """Judge the steps of this trainer."""
         self.trainer, trainer.stage.guard = trainer, self
+        self.numbers.pairs = trainer.makes_pairs
         trainer.add_callback(self)
 
     def state(self) -> dict[str, Any]:
@@ -91,7 +94,7 @@ class LossGuard(TrainerCallback):
         """Look at each loss, and at DeepSpeed's gradients, from here on."""
         self.judge.warmup, self.logged_at = args.get_warmup_steps(state.max_steps), state.global_step
         accelerator = self.trainer.accelerator
-        backward, first = accelerator.backward, state.global_step
+        backward, self._first = accelerator.backward, state.global_step
 
         def watched(loss: torch.Tensor, **kwargs: Any) -> None:
             self._losses.append(loss.detach())
@@ -99,7 +102,7 @@ class LossGuard(TrainerCallback):
             times = self.trainer.stage.times
             if times is not None and accelerator.sync_gradients:
                 times.exchange()
-            enter("backward pass and its collectives", measured=step > first, step=step, order=BACKWARD)
+            enter("backward pass and its collectives", measured=step > self._first, step=step, order=BACKWARD)
             backward(loss, **kwargs)
 
         accelerator.backward = watched
@@ -139,7 +142,8 @@ class LossGuard(TrainerCallback):
         trained on; NaN where each of them was dropped. Count the dropped steps of the stage in `skipped_steps`."""
         step = self.trainer.state.global_step
         steps, trained = step - self.logged_at, step - self.logged_at - self.unlogged
-        logs["loss"] = logs["loss"] * steps / trained if trained > 0 else math.nan
+        if self.unlogged:  # else it stays as it is, to the bit
+            logs["loss"] = logs["loss"] * steps / trained if trained > 0 else math.nan
         if self.skipped:
             logs["skipped_steps"] = float(self.skipped)
         self.logged_at, self.unlogged = step, 0
@@ -152,8 +156,8 @@ class LossGuard(TrainerCallback):
         """
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         parts = (getattr(weight, "ds_tensor", weight) for weight in model.parameters() if weight.requires_grad)
-        sound = all(bool(torch.isfinite(part.detach()).all()) for part in parts if part.is_floating_point())
-        if self.peers.any(not sound):
+        sound = [torch.isfinite(part.detach()).all() for part in parts if part.is_floating_point()]
+        if self.peers.any(bool(sound) and not bool(torch.stack(sound).all())):
             step = self.trainer.state.global_step - 1
             finding = Finding("trained weights are not finite after its update: they are not saved", finite=False)
             self._give_up_or_roll_back(self._dropped(step, finding.text))
@@ -163,7 +167,9 @@ class LossGuard(TrainerCallback):
     def _allows(self, norm: float | None) -> bool:
         """Whether the step at hand may update the model. All workers call it at the same time."""
         step = self.trainer.state.global_step
-        losses = self._exchanged()
+        # On a GPU this is where a step waits for its kernels, and spins where those of another worker never come.
+        with during("waiting for the step's losses", measured=step > self._first):
+            losses = self._exchanged()
         if step in self.dropped.steps:
             self._judged = False
             self._count_skip()

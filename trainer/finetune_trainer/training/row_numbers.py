@@ -20,10 +20,14 @@ class RowNumbers:
 
     def __init__(self, context: StageContext) -> None:
         self._context = context
+        self.pairs = False
+        """Whether the rows are pairs that the stage makes itself, round by round."""
 
     @property
     def data(self) -> str:
         """What the numbers count, for a message."""
+        if self.pairs:
+            return f"pairs of the round of {self._context.where}, counted from 0"
         where = f"{self._context.where}.data"
         if self._sources is not None:
             return f"rows of {where}, counted from 0"
@@ -37,7 +41,7 @@ class RowNumbers:
     def _sources(self) -> list[int] | None:
         """For each prepared row its number in the sources; None where there is no such number."""
         report, context = self._context.data.report, self._context
-        if report.streaming or report.packed_rows is not None or report.kept != report.rows:
+        if self.pairs or report.streaming or report.packed_rows is not None or report.kept != report.rows:
             return None
         places = {name: Path(value) for name, value in directories(context.run).items()}
         found = training_rows(context.spec, context.where, **places)

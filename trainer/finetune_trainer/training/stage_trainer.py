@@ -34,6 +34,8 @@ class StageTrainer(_Base):
     """
 
     stage: StageParts
+    makes_pairs = False
+    """Whether a step's rows are pairs that the stage makes, and not rows of its data."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.stage = self.new_parts()
