@@ -22,14 +22,14 @@ def mark_checkpoint(draft: Draft, run: RunView) -> None:
     checkpoint = draft.status.get("lastCheckpoint")
     if not checkpoint or run.deleting:
         return
-    wanted = annotations(checkpoint)
+    wanted = annotations_of(checkpoint)
     own = [pod for pod in draft.seen.pods_of(run.run) if pod.runs]
     pods = tuple(pod.name for pod in own if lacks(pod, wanted))
     if pods or lacks(run, wanted):
         draft.do(MarkCheckpoint(run.run, run.engine, wanted, lacks(run, wanted), pods))
 
 
-def annotations(checkpoint: Json) -> dict[str, str]:
+def annotations_of(checkpoint: Json) -> dict[str, str]:
     """Return what `status.lastCheckpoint` is as annotations; a trainer of an older version tells no time."""
     found = {"stage": checkpoint["stage"], "step": checkpoint["step"], "time": checkpoint.get("savedAt")}
     return {CHECKPOINT_ANNOTATIONS[name]: str(value) for name, value in found.items() if value is not None}

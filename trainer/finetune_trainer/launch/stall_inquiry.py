@@ -117,4 +117,4 @@ def _everywhere(stall: Stall, work: Callable[[list[int]], Any]) -> dict[int, Any
 
 def _remotely(node: str, work: Callable[[list[int]], Any], pids: list[int]) -> Any:
     where = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(work).options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote(pids)  # type: ignore[call-overload]
+    return ray.remote(work).options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote(pids)

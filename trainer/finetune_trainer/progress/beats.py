@@ -56,7 +56,7 @@ class PulseThread:
 
     def _run(self) -> None:
         work = _Work()
-        progress, seen = 0, (-1, None)
+        progress, seen = 0, (-1, self._pulse.phase)
         while True:
             beats, phase = self._pulse.beats, self._pulse.phase
             worked = work.goes_on(phase.measured)

@@ -71,7 +71,7 @@ class StepTimes:
     def _mark(self) -> Any:
         if not self._accelerator:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
