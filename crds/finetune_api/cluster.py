@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from finetune_api.base import ApiModel, cel, exactly_one, expects, not_exactly_one, rules
 from finetune_api.model import Path, Uri
@@ -19,6 +20,35 @@ Quantity = Annotated[
     ),
 ]
 NodeCount = Annotated[int, Field(ge=1, le=4096)]
+AUTO = "auto"
+LONGEST_SECONDS = 2**31 - 1
+
+
+def _timeout(value: object) -> object:
+    """Read null as 0: JSON of a job leaves null out, and this field tells null from what is not set."""
+    if value is None:
+        return 0
+    whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LONGEST_SECONDS
+    if whole or value == AUTO:
+        return value
+    raise PydanticCustomError("timeout", "expected `auto`, or seconds from 0 on")
+
+
+Timeout = Annotated[
+    Any,
+    BeforeValidator(_timeout),
+    WithJsonSchema(
+        {
+            "x-kubernetes-int-or-string": True,
+            "nullable": True,
+            "minimum": 0,
+            "maximum": LONGEST_SECONDS,
+            "pattern": f"^{AUTO}$",
+            **expects(f"`{AUTO}`, or seconds from 0 on"),
+        }
+    ),
+]
+"""Seconds, an int, or `auto`. 0 and null switch it off."""
 
 
 class Resources(ApiModel):
@@ -128,3 +158,13 @@ class RunPolicy(ApiModel):
     """Save a checkpoint and stop; false goes on from it."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     """Seconds after which a finished job is deleted; its results stay. Default: never."""
+    on_bad_loss: Literal["fail", "skip", "rollback"] = "fail"
+    """What to do when a training step shows bad numbers: a loss or gradient norm that is NaN or infinite, a loss far
+    above, or a gradient norm far above, those of the last steps. The log has the numbers of the step's rows. `fail`
+    ends the job; of finite numbers only where they stay bad for 5 steps. `skip` drops the step's update on all workers.
+    `rollback` goes back to the last checkpoint and drops the step's update there. `skip` and `rollback` end the job
+    too where that doesn't help."""
+    stall_timeout: Timeout = AUTO
+    """Seconds without any progress (a step, a part of a save, of an evaluation, of loading or of a download) after
+    which the workers count as stalled: their stacks go to the log and to storage, and they start again from the last
+    checkpoint. `auto`: 30 times the job's own median step, at least 600 s. null or 0: never."""

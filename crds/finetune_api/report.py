@@ -58,6 +58,14 @@ class StepReport(ApiModel):
     """Model FLOPs utilisation, 0 to 1."""
     eta_seconds: float | None = None
     """Seconds to the stage's end."""
+    step_seconds_median: float | None = None
+    """Seconds of a worker's own part of a step: the median of all workers. None with one worker."""
+    step_seconds_max: float | None = None
+    """The slowest worker's."""
+    slow_node: Annotated[str, Field(max_length=253)] | None = None
+    """Name of a node whose workers are much slower than the others'."""
+    slow_factor: float | None = None
+    """How many times as long they take."""
 
 
 class CheckpointReport(ApiModel):
@@ -69,6 +77,8 @@ class CheckpointReport(ApiModel):
     """Optimizer steps done when it was saved."""
     uri: Text
     """Where it is."""
+    saved_at: Annotated[str, Field(max_length=32)] | None = None
+    """When it was complete, RFC 3339, UTC."""
 
 
 class PlanReport(ApiModel):
@@ -124,6 +134,8 @@ class AttemptReport(ApiModel):
     """Why its workers have been started again, until they train on."""
     transport: TransportReport | None = None
     """How the GPUs of several nodes reach each other."""
+    stalled: Text | None = None
+    """That its workers make no progress, and which one is behind, until they train on."""
     plan: PlanReport | None = None
     """Preflight's plan."""
     exit_code: int | None = None
@@ -131,4 +143,4 @@ class AttemptReport(ApiModel):
     message: Text | None = None
     """Why it ended: the faults of a bad job, or the last lines of a traceback, secrets removed."""
     node: Annotated[str, Field(max_length=253)] | None = None
-    """Name of the node on which a GPU fault ended it."""
+    """Name of the node on which a GPU fault ended it, or whose worker is behind the others in a stall."""

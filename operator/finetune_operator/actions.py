@@ -14,6 +14,8 @@ class StartRun:
     run: int
     avoid: tuple[str, ...] = ()
     """Names of nodes that its pods must not run on."""
+    rather_not: tuple[str, ...] = ()
+    """Names of nodes that its pods run on only where no other has room."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,21 @@ class HoldJob:
     hold: bool
 
 
-Action = StartRun | StopRun | DeleteRun | AbandonRun | DeleteJob | HoldJob
+@dataclass(frozen=True)
+class MarkCheckpoint:
+    """Write the last checkpoint's annotations on a run's Job or RayJob and on its pods."""
+
+    run: int
+    engine: str
+    """As of `DeleteRun`."""
+    annotations: dict[str, str]
+    main: bool
+    """Whether the Job or RayJob needs them."""
+    pods: tuple[str, ...]
+    """Names of the pods that need them."""
+
+
+Action = StartRun | StopRun | DeleteRun | AbandonRun | DeleteJob | HoldJob | MarkCheckpoint
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from kubernetes.aio.client import ApiException
 from finetune_operator.api import Api, reason_of
 from finetune_operator.conditions import Reason
 from finetune_operator.observed import owner_uid
-from finetune_operator.plan import Create, Delete, Operation, SetFinalizers
+from finetune_operator.plan import Annotate, Create, Delete, Operation, SetFinalizers
 
 Json = dict[str, Any]
 CONFLICT, UNPROCESSABLE, FORBIDDEN, NOT_FOUND, BAD_REQUEST, TOO_LARGE = 409, 422, 403, 404, 400, 413
@@ -46,6 +46,8 @@ async def _do(api: Api, operation: Operation) -> Json:
     if isinstance(operation, SetFinalizers):
         body = {"metadata": {"resourceVersion": operation.version, "finalizers": list(operation.finalizers)}}
         return await _merge(api, operation.path, body)
+    if isinstance(operation, Annotate):
+        return await api.merge(operation.path, {"metadata": {"annotations": operation.annotations}})
     return await _merge(api, operation.path, {"metadata": {"uid": operation.uid}, "status": operation.status})
 
 

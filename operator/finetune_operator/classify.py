@@ -14,6 +14,7 @@ from finetune_operator.conditions import Reason, stamp
 from finetune_operator.device_endings import DeviceEnding, device_ending
 from finetune_operator.observed import Complaint, PodView, RunView
 from finetune_operator.reports import clean, read_report
+from finetune_operator.stalls import stall_ending
 
 LOST_SECONDS = 30
 """After its grace period a pod is gone within seconds, unless its node is."""
@@ -59,6 +60,8 @@ class Ending:
     """What to do about a device fault (`finetune_api.device_faults`)."""
     faulty_node: bool = False
     """Whether a GPU of `node` is broken: the next attempt keeps away from that node."""
+    stalled: bool = False
+    """Whether a worker on `node` has stalled: the next attempt prefers other nodes."""
 
 
 def classify(run: RunView, pods: tuple[PodView, ...], report: AttemptReport | None) -> Ending:
@@ -69,7 +72,7 @@ def classify(run: RunView, pods: tuple[PodView, ...], report: AttemptReport | No
     code = _exit_code(run, pods, said)
     own = "" if logged and code in _FROM_OUTSIDE else _last_line(text)
     unknown = Ending(Reason.UNKNOWN, own or _wordless(code), True, True, *_place(pods[:1]), code)
-    ending = next(iter(_endings(run, pods, text, code, device_ending(text, pods, said))), unknown)
+    ending = next(iter(_endings(run, pods, text, code, device_ending(text, pods, said), said)), unknown)
     more = len(text.strip().splitlines()) > 1 and ending.message != _clip(text)
     return replace(ending, traceback=_clip(text) if more else "")
 
@@ -113,7 +116,12 @@ def waiting(pods: Iterable[PodView], complaints: Iterable[Complaint] = ()) -> tu
 
 
 def _endings(
-    run: RunView, pods: tuple[PodView, ...], text: str, code: int | None, device: DeviceEnding | None
+    run: RunView,
+    pods: tuple[PodView, ...],
+    text: str,
+    code: int | None,
+    device: DeviceEnding | None,
+    said: AttemptReport | None,
 ) -> Iterable[Ending]:
     driver = next((pod for pod in pods if pod.index == 0), None)
     place = _place([driver] if driver else [])
@@ -128,6 +136,9 @@ def _endings(
     if "DisruptionTarget" in run.message:  # the Job's own word, where no pod is left to tell more
         yield Ending(Reason.EVICTED, _clip(run.message), True, False, *place, code)
     yield from _killed_for_memory(pods)
+    if (stall := stall_ending(said, pods)) is not None:
+        message, pod = stall
+        yield Ending(Reason.STALLED, _clip(message), True, True, *_place([pod] if pod else []), code, stalled=True)
     if device is not None:
         yield _of_device(device, place, code)
     if code == ExitCode.OUT_OF_MEMORY:

@@ -23,6 +23,7 @@ from finetune_operator.metrics import Metrics
 from finetune_operator.names import FINALIZER
 from finetune_operator.observed import Observed, Trouble, pod_view
 from finetune_operator.plan import (
+    Annotate,
     Create,
     Delete,
     Json,
@@ -69,12 +70,14 @@ class Controller:
         self._complaints = Complaints(api, self.queue.add_after)
         self.poller = Poller(cache, settings, self.queue.add)
         self._written: dict[Key, float] = {}
+        self._annotated: dict[Key, float] = {}
         self._next_write = 0.0
 
     def job_gone(self, key: Key) -> None:
         self._cache.forget(key)
         self.queue.forget(key)
         self._written.pop(key, None)
+        self._annotated.pop(key, None)
         self._complaints.forget(key)
         self._metrics.forget(key)
 
@@ -122,7 +125,7 @@ class Controller:
             if isinstance(operation, Create):
                 (answer,) = await apply(self._api, [operation])
                 self._remember(answer)
-        if operations:
+        if any(isinstance(operation, Create) for operation in operations):
             self._cache.troubles.pop(key, None)
         for action in decision.actions:
             if isinstance(action, StopRun):
@@ -132,6 +135,7 @@ class Controller:
             await apply(self._api, letting_go)
             return  # its watch tells when it has gone, which may be before this answer
         await self._write(key, seen, decision)
+        await self._annotate(key, [operation for operation in operations if isinstance(operation, Annotate)])
         await apply(self._api, [operation for operation in operations if isinstance(operation, Delete)])
         self._metrics.seen(key, seen.body, decision.status)
         if decision.wake is not None:
@@ -143,6 +147,25 @@ class Controller:
                 await apply(self._api, [event(seen.body, item, now)])
             except (Refused, ApiException) as error:  # an event is a courtesy: the conditions say the same
                 log.warning("event %s was not taken: %s", item.reason, error)
+
+    async def _annotate(self, key: Key, operations: list[Annotate]) -> None:
+        """Write annotations, as often as progress may be written. They are a courtesy: what is refused is logged."""
+        if not operations:
+            return
+        wait = self._annotated.get(key, -1e9) + self._settings.status_seconds - time.monotonic()
+        if wait > 0:
+            self.queue.add_after(key, wait)
+            return
+        self._annotated[key] = time.monotonic()
+        for operation in operations:
+            try:
+                (answer,) = await apply(self._api, [operation])
+            except ApiException as error:
+                log.warning("%s was not annotated: %s", operation.path, error.reason)
+                continue
+            self._remember(answer)
+            if answer.get("kind") == "Pod" and (pod := pod_view(answer)) is not None:
+                self._cache.put_pod(key[0], pod)
 
     async def _write(self, key: Key, seen: Observed, decision: Decision) -> None:
         """Write the status where it has changed: at once, or as often as mere progress may be written."""

@@ -13,6 +13,7 @@ from finetune_operator import attempts
 from finetune_operator.actions import AbandonRun, Decision, DeleteJob, DeleteRun, HoldJob, StartRun
 from finetune_operator.advice import with_advice
 from finetune_operator.checking import patience, preflight
+from finetune_operator.checkpoint_marks import mark_checkpoint
 from finetune_operator.classify import classify, lost, termination_report, waiting
 from finetune_operator.conditions import Reason, Type, moment, stamp
 from finetune_operator.draft import Draft
@@ -21,6 +22,7 @@ from finetune_operator.observed import ENDED, Observed, RunState, RunView
 from finetune_operator.reports import clean
 from finetune_operator.settings import Settings
 from finetune_operator.spec_check import spec_faults
+from finetune_operator.stalls import follow_stall, slow_node, told_away
 from finetune_operator.stopping import deadline, suspend
 
 
@@ -205,12 +207,15 @@ def _follow(draft: Draft) -> bool:
     elif draft.trains(run):
         draft.set(Type.RUNNING, "True", Reason.TRAINING, _trains_but(draft, run) if stuck is None else stuck[1])
         draft.running_since(run)
+        follow_stall(draft, run)
+        mark_checkpoint(draft, run)
     elif stuck is not None:
         _stuck(draft, run, *stuck)
     elif draft.stopping() and not held:
         draft.set(Type.RUNNING, "False", Reason.STOPPING, "pods have ended, the others follow")
     else:
-        draft.set(Type.RUNNING, "False", Reason.QUEUED if held else Reason.STARTING)
+        said = "" if held else told_away(draft.status)
+        draft.set(Type.RUNNING, "False", Reason.QUEUED if held else Reason.STARTING, said)
     return True
 
 
@@ -219,8 +224,8 @@ def _trains_but(draft: Draft, run: RunView) -> str:
     report = draft.seen.report or AttemptReport()
     waits = f"waits for storage: {clean(report.waiting)}" if report.waiting else ""
     again = f"starts again from the last checkpoint: {clean(report.restarting)}" if report.restarting else ""
-    transport = report.transport.warning if report.transport else None
-    return _unready(draft, run) or waits or again or clean(transport or "")
+    transport = clean(report.transport.warning or "") if report.transport else ""
+    return _unready(draft, run) or waits or again or slow_node(report) or transport
 
 
 def _unready(draft: Draft, run: RunView) -> str:

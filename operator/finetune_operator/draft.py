@@ -18,6 +18,7 @@ from finetune_operator.literals import hidden, secret_literals, without
 from finetune_operator.observed import Observed, RunState, RunView
 from finetune_operator.reports import cleaned, fits
 from finetune_operator.settings import Settings
+from finetune_operator.stalls import disliked, told_away
 
 Json = dict[str, Any]
 PROGRESS_FIELDS = ("step", "loss", "eta", "progress", "stages", "lastCheckpoint")
@@ -127,7 +128,11 @@ class Draft:
 
     def _tell(self, news: Condition, admitted: bool) -> None:
         """An event for each change that people see in the phase, or must act on."""
-        if news.type is Type.FAILED or (news.reason in _TROUBLES and news.message):
+        if (
+            news.type is Type.FAILED
+            or (news.type is Type.STALLED and news.status == "True")
+            or (news.reason in _TROUBLES and news.message)
+        ):
             self.event("Warning", news.reason.value, news.message)
         elif (news.type, news.reason) in _NEWS or admitted:
             said = f"attempt {self.status['attempt']}" if self.status.get("attempt") else news.type.value
@@ -135,6 +140,8 @@ class Draft:
 
     def succeed(self) -> None:
         self.set(Type.RUNNING, "False", Reason.COMPLETED)
+        if self.holds(Type.STALLED):
+            self.set(Type.STALLED, "False", Reason.COMPLETED)
         self.set(Type.SUCCEEDED, "True", Reason.COMPLETED)
         self.status["completionTime"] = stamp(self.now)
         self.status.pop("failure", None)
@@ -167,8 +174,9 @@ class Draft:
         self.status["attempt"] = number
         attempts.trimmed(self.status)
         self.status.pop("transport", None)  # of the attempt before
-        self.set(Type.RUNNING, "False", Reason.STARTING)
-        self.do(StartRun(number, attempts.avoided(self.status)))
+        rather_not = disliked(self.status)
+        self.set(Type.RUNNING, "False", Reason.STARTING, told_away(self.status))
+        self.do(StartRun(number, attempts.avoided(self.status), rather_not))
 
     def resumed(self) -> None:
         """The job is not to be suspended any more."""
@@ -181,6 +189,8 @@ class Draft:
         if "endTime" in record:
             return
         self._close(record, ending, run.ended or self.now)
+        if ending.reason is Reason.STALLED:
+            self.set(Type.STALLED, "True", Reason.STALLED, ending.message)
         self.failure(ending, run.run)
         self.event("Warning", ending.reason.value, f"attempt {run.run}: {ending.message}")
 
@@ -210,6 +220,7 @@ class Draft:
             "requested": asked == Reason.SUSPENDED.value,
             "checkpoint": self.status.get("lastCheckpoint", {}).get("uri"),
             **({"faultyNode": ending.node} if ending.faulty_node else {}),
+            **({"stalledNode": ending.node} if ending.stalled and ending.node else {}),
             "exitCode": ending.exit_code,
             "stage": self.status.get("progress", {}).get("stageIndex"),
             "step": self.status.get("progress", {}).get("step"),

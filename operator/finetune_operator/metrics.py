@@ -25,7 +25,7 @@ class Metrics(Collector):
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._phases: dict[Key, str] = {}
-        self._rates: dict[Key, tuple[int, float]] = {}
+        self._progress: dict[Key, Json] = {}
         self._counted: dict[Key, int] = {}
         self._reconcile = Histogram("finetune_reconcile_seconds", "Time of one look at a job.", registry=self.registry)
         self._errors = Counter("finetune_reconcile_errors", "Looks at a job that failed.", registry=self.registry)
@@ -60,9 +60,9 @@ class Metrics(Collector):
         self._phases[key] = status.get("phase", "Pending")
         progress = status.get("progress") or {}
         if self._phases[key] == "Running" and progress:
-            self._rates[key] = (progress["step"], progress.get("tokensPerSecond") or 0.0)
+            self._progress[key] = progress
         else:
-            self._rates.pop(key, None)
+            self._progress.pop(key, None)
         self._ended(key, status)
 
     def _ended(self, key: Key, status: Json) -> None:
@@ -78,7 +78,7 @@ class Metrics(Collector):
         self._counted[key] = max(last, before)
 
     def forget(self, key: Key) -> None:
-        for table in (self._phases, self._rates, self._counted):
+        for table in (self._phases, self._progress, self._counted):
             table.pop(key, None)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
@@ -89,8 +89,19 @@ class Metrics(Collector):
         names = ["job_namespace", "job_name"]  # `namespace` and `job` are those of what Prometheus scrapes
         steps = GaugeMetricFamily("finetune_job_step", "Optimizer steps done in the running stage.", labels=names)
         tokens = GaugeMetricFamily("finetune_job_tokens_per_second", "Tokens per second.", labels=names)
-        for key, (step, rate) in self._rates.items():
-            steps.add_metric(key, step)
-            tokens.add_metric(key, rate)
+        for key, progress in self._progress.items():
+            steps.add_metric(key, progress["step"])
+            tokens.add_metric(key, progress.get("tokensPerSecond") or 0.0)
         yield steps
         yield tokens
+        yield self._step_seconds(names)
+
+    def _step_seconds(self, names: list[str]) -> GaugeMetricFamily:
+        """Of jobs with several workers: the more the two differ, the longer the others wait for the slowest."""
+        words = "Seconds of a worker's own part of a step: the median of all workers, and the slowest (max)."
+        seconds = GaugeMetricFamily("finetune_job_step_seconds", words, labels=[*names, "worker"])
+        for key, progress in self._progress.items():
+            for label, field in (("median", "stepSecondsMedian"), ("max", "stepSecondsMax")):
+                if progress.get(field) is not None:
+                    seconds.add_metric([*key, label], progress[field])
+        return seconds

@@ -14,6 +14,8 @@ from finetune_api.labels import OPERATOR as OPERATOR
 
 LEAST_ANNOTATION = f"{GROUP}/min-nodes"
 """Nodes that an elastic run can do with; on its Job, so that its state can be read from it alone."""
+CHECKPOINT_ANNOTATIONS = {name: f"{GROUP}/checkpoint-{name}" for name in ("stage", "step", "time")}
+"""On a run's Job or RayJob and its pods: the last checkpoint's stage, from 0, its step, and when it was saved."""
 FINALIZER = f"{GROUP}/storage"
 """On jobs whose storage is to be emptied before they go; on no others."""
 PREFLIGHT_RUN, CLEANUP_RUN = 0, -1
@@ -61,3 +63,8 @@ def run_of(metadata: dict[str, Any]) -> int | None:
 def pod_zero_address(job: str, run: int, service: str, namespace: str) -> str:
     """DNS name of the pod that runs the Ray head and the driver, given the run's Service."""
     return f"{run_name(job, run)}-0.{service}.{namespace}.svc"
+
+
+def mark_of(annotations: dict[str, str]) -> str:
+    """The checkpoint that an object's annotations tell of, as one text; empty where they tell of none."""
+    return " ".join(annotations.get(name, "") for name in CHECKPOINT_ANNOTATIONS.values()).strip()

@@ -13,7 +13,7 @@ from typing import Any
 from finetune_api.labels import CONTAINER, JOB_LABEL
 from finetune_api.report import AttemptReport
 from finetune_operator.conditions import Reason, moment
-from finetune_operator.names import run_of
+from finetune_operator.names import mark_of, run_of
 
 Json = dict[str, Any]
 COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
@@ -70,6 +70,8 @@ class PodView:
     """Reason of the trainer's end: `OOMKilled`, `Error`, …"""
     exit_code: int | None = None
     termination_message: str = ""
+    checkpoint: str = ""
+    """The checkpoint that its annotations tell of (`checkpoint_marks`)."""
     failed_container: str = ""
     """Another container, which failed while the trainer has not ended: then the three above are its own."""
 
@@ -107,6 +109,8 @@ class RunView:
     message: str = ""
     exit_code: int | None = None
     """As the engine knows it, where no pod is left to ask."""
+    checkpoint: str = ""
+    """As of `PodView`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +235,7 @@ def pod_view(body: Json) -> PodView | None:
         terminated=ended.get("reason"),
         exit_code=ended.get("exitCode"),
         termination_message=ended.get("message", ""),
+        checkpoint=mark_of(metadata.get("annotations") or {}),
         failed_container="" if container == CONTAINER else container,
     )
 
@@ -258,6 +263,7 @@ def run_view(body: Json, engine: str, state: RunState, told: Told) -> RunView | 
         reason=told.reason,
         message=told.message,
         exit_code=int(code[1]) if code else None,
+        checkpoint=mark_of(metadata.get("annotations") or {}),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune_api.job import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from finetune_operator import names
-from finetune_operator.actions import AbandonRun, Action, DeleteJob, DeleteRun, Event, HoldJob, StartRun
+from finetune_operator.actions import AbandonRun, Action, DeleteJob, DeleteRun, Event, HoldJob, MarkCheckpoint, StartRun
 from finetune_operator.conditions import stamp
 from finetune_operator.engines import ENGINES, Engine, engine_of, indexed_job
 from finetune_operator.render.run import Run
@@ -73,7 +73,15 @@ class SetFinalizers:
         return names.FINALIZER in self.finalizers
 
 
-Operation = Create | Delete | PatchStatus | SetFinalizers
+@dataclass(frozen=True)
+class Annotate:
+    """Merge into an object's annotations; nothing where the object is gone."""
+
+    path: str
+    annotations: dict[str, str]
+
+
+Operation = Create | Delete | PatchStatus | SetFinalizers | Annotate
 
 
 def plan(body: Json, actions: tuple[Action, ...], settings: Settings) -> list[Operation]:
@@ -81,15 +89,23 @@ def plan(body: Json, actions: tuple[Action, ...], settings: Settings) -> list[Op
     operations: list[Operation] = []
     for action in actions:
         if isinstance(action, StartRun):
-            operations += _start(Run(body, action.run, settings, action.avoid))
+            operations += _start(Run(body, action.run, settings, action.avoid, action.rather_not))
         elif isinstance(action, DeleteRun | AbandonRun):
             path = run_path(Run(body, action.run, settings), ENGINES[action.engine])
             operations.append(Delete(path, children_first=isinstance(action, DeleteRun)))
+        elif isinstance(action, MarkCheckpoint):
+            operations += _mark(Run(body, action.run, settings), action)
         elif isinstance(action, HoldJob):
             operations.append(_hold(body["metadata"], action.hold))
         elif isinstance(action, DeleteJob):
             operations.append(Delete(job_path(body["metadata"]), body["metadata"]["uid"]))
     return operations
+
+
+def _mark(run: Run, action: MarkCheckpoint) -> list[Annotate]:
+    pods, _ = pods_query(run.namespace, run.job, run.number)
+    paths = [run_path(run, ENGINES[action.engine])] if action.main else []
+    return [Annotate(path, action.annotations) for path in (*paths, *(f"{pods}/{name}" for name in action.pods))]
 
 
 def _hold(metadata: Json, hold: bool) -> SetFinalizers:

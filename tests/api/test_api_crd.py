@@ -13,6 +13,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from finetune_api.cluster import RunPolicy
 from finetune_api.crd import crd, structural_schema
 from finetune_api.job import FineTuneJob, FineTuneJobSpec
 from finetune_api.validation import _model_in, check_job
@@ -33,6 +34,7 @@ ALLOWED = {
     "minItems",
     "minLength",
     "minimum",
+    "nullable",
     "pattern",
     "properties",
     "required",
@@ -183,3 +185,12 @@ def test_the_committed_file_is_what_the_models_make(tmp_path: Path) -> None:
     stale.write_text(text.replace("finetunejobs", "other"))
     assert any(line.startswith("+") and "finetunejobs" in line for line in generate.check(text, stale))
     assert generate.check(text, tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(("written", "read"), [({}, "auto"), ({"stallTimeout": None}, 0), ({"stallTimeout": 90}, 90)])
+def test_null_switches_the_stall_timeout_off_and_survives_json(written: dict[str, Any], read: Any) -> None:
+    """JSON of a job leaves null out, so a null that were kept as it is would become the default again."""
+    policy = RunPolicy.model_validate(written)
+    assert policy.stall_timeout == read
+    assert RunPolicy.model_validate(policy.to_json()).stall_timeout == read
+    assert NODES["spec.runPolicy.stallTimeout"]["nullable"], "the API server would drop null, and fill in the default"

@@ -102,6 +102,12 @@ FAULTS = [
         [f"stages[2].name: got '{'x' * 40}'… (50 characters), expected up to 40 lower-case"],
     ),
     (["runPolicy.suspend='yes'"], ["runPolicy.suspend: got 'yes', expected true or false"]),
+    (["runPolicy.stallTimeout=soon"], ["runPolicy.stallTimeout: got 'soon', expected `auto`, or seconds from 0 on"]),
+    (["runPolicy.stallTimeout=-1"], ["runPolicy.stallTimeout: got -1, expected `auto`, or seconds from 0 on"]),
+    (
+        ["runPolicy.onBadLoss=rolback"],
+        ["runPolicy.onBadLoss: got 'rolback', expected one of fail, skip, rollback: did you mean rollback?"],
+    ),
     # shapes
     (["stages[2].sft={}"], ["stages[2].sft.data: is required: Training data."]),
     (

@@ -18,7 +18,7 @@ from kubernetes import client
 from operator_process import OperatorProcess
 
 from finetune_api.job import GROUP, PLURAL, VERSION
-from finetune_operator.actions import DeleteJob, DeleteRun, Event, HoldJob, StartRun
+from finetune_operator.actions import DeleteJob, DeleteRun, Event, HoldJob, MarkCheckpoint, StartRun
 from finetune_operator.engines import ENGINES
 from finetune_operator.plan import Create, Delete, Operation, event, patch_status, plan
 from finetune_operator.settings import Settings
@@ -54,7 +54,9 @@ def all_operations(settings: Settings) -> Iterator[Operation]:
     for engine in ENGINES:
         body = job(kubernetes={"engine": engine})
         body["metadata"] |= {"namespace": "a", "uid": "00000000-0000-0000-0000-000000000000", "resourceVersion": "1"}
-        yield from plan(body, (StartRun(0), StartRun(1), DeleteRun(1, engine), HoldJob(True), DeleteJob()), settings)
+        mark = MarkCheckpoint(1, engine, {"finetune.dev/checkpoint-step": "1"}, True, ("p",))
+        actions = (StartRun(0), StartRun(1), mark, DeleteRun(1, engine), HoldJob(True), DeleteJob())
+        yield from plan(body, actions, settings)
         yield patch_status(body, {"phase": "Running"})
         yield event(body, Event("Normal", "Training", "x"), datetime.now(UTC))
 

@@ -25,6 +25,7 @@ from finetune_trainer.launch.failures import Failure, Kind, classify, place_of, 
 from finetune_trainer.launch.fault_place import faults_with_node
 from finetune_trainer.launch.group_fit import keep_trying
 from finetune_trainer.progress.attempt import AttemptReporter
+from finetune_trainer.training.dropped_steps import RolledBack
 
 
 def test_a_helper_that_ray_kills_for_memory_is_out_of_memory() -> None:
@@ -175,6 +176,13 @@ def test_what_may_end_otherwise_is_tried_again(ends: tuple[Exception, ...]) -> N
 def test_retries_without_progress_are_limited() -> None:
     failure, restarted = attempts(*[at_step(0, ConnectionError("the store is away"))] * 5)
     assert failure is not None and len(restarted) == 3
+
+
+def test_rollbacks_use_up_no_retries_and_are_told_in_their_own_words() -> None:
+    """`training.dropped_steps` limits them by itself. The same one twice in a row is no repeated error."""
+    back = RolledBack("step 9: the loss is nan; rolled back to step 5")
+    failure, restarted = attempts(*[at_step(8, back)] * 9, None)
+    assert failure is None and restarted == [f"bad numbers: {back}"] * 9
 
 
 def test_a_workers_own_error_outweighs_the_others_broken_connections() -> None:

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import psutil
 import s3fs
 from servers import Server, free_port
 
@@ -66,6 +67,11 @@ class S3Server:
     def stop(self) -> None:
         """An outage: connections break, and nobody listens."""
         self._server.kill()
+
+    @property
+    def process(self) -> psutil.Process:
+        """The server's process, to stop it and let it go on."""
+        return psutil.Process(self._server.pid)
 
     def _ready(self) -> bool:
         try:

@@ -24,6 +24,11 @@ EXPERT_LOAD = "expert_load.png"
 CHECKPOINT_PREFIX = "checkpoint-"  # transformers' own, so that its Trainer writes straight into place
 
 
+def stall_record(attempt: int, when: str) -> str:
+    """What was found of workers that stalled: their last operations and their stacks."""
+    return f"stalls/attempt-{attempt}-{when}.txt"
+
+
 def stage_layouts(titles: list[str]) -> list[StageLayout]:
     """The layouts of a job's stages, given their titles in order."""
     return [StageLayout(index, title) for index, title in enumerate(titles)]
@@ -74,6 +79,11 @@ class StageLayout:
     def samples(self) -> str:
         """Generations before and after the stage."""
         return f"{self.root}/{SAMPLES}"
+
+    @property
+    def dropped(self) -> str:
+        """The steps whose updates are left out after a rollback."""
+        return f"{self.root}/dropped.json"
 
     @property
     def data_report(self) -> str:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from finetune_trainer.pulse import beat
+
 log = logging.getLogger(__name__)
 FIRST_SECONDS, MOST_SECONDS = 0.5, 10.0
 """The first pause between two tries, and the longest; each is twice the one before."""
@@ -73,6 +75,7 @@ def patiently(work: Callable[[], T], what: str, seconds: float) -> T:
                     raise _as_os_error(error, what) from error
                 log.warning("%s: %s: %s; tried again in %.1f s", what, type(error).__name__, error, pause)
                 _waits.begins(who, f"{what}: {type(error).__name__}: {error}")
+            beat()  # an outage has a limit of its own
             time.sleep(pause)
             pause = min(2 * pause, MOST_SECONDS)
     finally:

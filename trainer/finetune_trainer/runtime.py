@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Mapping
 from importlib.util import find_spec
 from tempfile import gettempdir
+
+from finetune_api.report import NODE_VARIABLE
 
 QUIET_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -33,6 +36,11 @@ QUIET_ENVIRONMENT = {
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """What torch 2.13 reads its allocator's settings from; the last two are its older names."""
+
+
+def node_name() -> str:
+    """Return the name of this node: Kubernetes' in a pod of the operator's, else the machine's own."""
+    return os.environ.get(NODE_VARIABLE) or socket.gethostname()
 
 
 def quiet_environment(accelerator: bool) -> dict[str, str]:

@@ -59,15 +59,15 @@ tests/cluster/test_chart.py compares them with what the operator makes. */ -}}
   verbs: [patch]
 - apiGroups: [batch]
   resources: [jobs]
-  verbs: [get, list, watch, create, delete]
+  verbs: [get, list, watch, create, patch, delete]
 {{- if .Values.jobs.kuberay.enabled }}
 - apiGroups: [ray.io]
   resources: [rayjobs]
-  verbs: [get, list, watch, create, delete]
+  verbs: [get, list, watch, create, patch, delete]
 {{- end }}
 - apiGroups: [""]
   resources: [pods]
-  verbs: [list, watch]
+  verbs: [list, watch, patch]
 - apiGroups: [""]
   resources: [configmaps, secrets, services]
   verbs: [create]

@@ -6,6 +6,7 @@ from typing import Any
 
 Json = dict[str, Any]
 _REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
+_PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
 
 
 def away_from(nodes: tuple[str, ...], affinity: object) -> Json:
@@ -21,10 +22,25 @@ def away_from(nodes: tuple[str, ...], affinity: object) -> Json:
     of_nodes = _mapping(whole.get("nodeAffinity"))
     required = _mapping(of_nodes.get(_REQUIRED))
     given = required.get("nodeSelectorTerms")
-    expressions = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
+    expressions = _elsewhere(nodes)
     terms = [_with(term, expressions) for term in given] if isinstance(given, list) and given else None
     required["nodeSelectorTerms"] = terms or [{"matchFields": expressions}]
     return whole | {"nodeAffinity": of_nodes | {_REQUIRED: required}}
+
+
+def rather_away_from(nodes: tuple[str, ...], affinity: object) -> Json:
+    """Return a pod's affinity with the preference, of the greatest weight, not to run on these nodes."""
+    whole = _mapping(affinity)
+    if not nodes:
+        return whole
+    of_nodes = _mapping(whole.get("nodeAffinity"))
+    given = of_nodes.get(_PREFERRED)
+    own = {"weight": 100, "preference": {"matchFields": _elsewhere(nodes)}}
+    return whole | {"nodeAffinity": of_nodes | {_PREFERRED: [*(given if isinstance(given, list) else []), own]}}
+
+
+def _elsewhere(nodes: tuple[str, ...]) -> list[Json]:
+    return [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
 
 
 def _with(term: object, expressions: list[Json]) -> object:

@@ -8,7 +8,7 @@ from typing import Any
 from finetune_api.report import NODE_VARIABLE, PORT
 from finetune_operator import names
 from finetune_operator.render import support
-from finetune_operator.render.affinity import away_from
+from finetune_operator.render.affinity import away_from, rather_away_from
 from finetune_operator.render.run import Run
 
 Json = dict[str, Any]
@@ -61,8 +61,9 @@ def pod_template(run: Run, command: list[str], *, gpus: bool = True) -> Json:
     if not gpus:
         _leave_accelerators(spec)
         _leave_networks(metadata)
-    elif run.avoid:
-        spec["affinity"] = away_from(run.avoid, spec.get("affinity"))
+    elif run.avoid or run.rather_not:
+        kept = away_from(run.avoid, spec.get("affinity")) if run.avoid else spec.get("affinity")
+        spec["affinity"] = rather_away_from(run.rather_not, kept)
     spec["tolerations"] = _tolerations(spec.get("tolerations") or [])
     return template
 

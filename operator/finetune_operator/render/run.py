@@ -23,6 +23,8 @@ class Run:
     settings: Settings
     avoid: tuple[str, ...] = ()
     """Names of nodes that its pods must not run on."""
+    rather_not: tuple[str, ...] = ()
+    """Names of nodes that its pods run on only where no other has room."""
 
     @property
     def is_attempt(self) -> bool:

@@ -181,6 +181,12 @@ def open_table(spec: DataSpec, kind: Kind, where: str, cache_dir: Path, base_dir
     return store_rows(directory, located, spec, kind, where, log)
 
 
+def training_rows(stage: TrainedSpec, where: str, cache_dir: Path, base_dir: Path) -> list[int]:
+    """Return the rows of the stage's table that it trains on, in the order in which they are prepared."""
+    parts = _parts(stage, where, cache_dir, base_dir, lambda line: None)
+    return [int(row) for row in parts["train"].indices]
+
+
 def _parts(stage: TrainedSpec, where: str, cache_dir: Path, base_dir: Path, log: Log) -> dict[str, Part]:
     """What is to be tokenised ahead: `train`, unless it is streamed, and `eval`, where there is any."""
     kind, parts = stage.row_kind, {}

@@ -28,6 +28,7 @@ from finetune_trainer.endpoint.body import Dialect
 from finetune_trainer.endpoint.chat import BadBody, ChatAnswer, ChatRequest, read_answer
 from finetune_trainer.endpoint.pace import Pace
 from finetune_trainer.errors import UserError
+from finetune_trainer.pulse import beat
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +153,7 @@ class ChatClient:
 
     async def _send(self, request: ChatRequest) -> ChatAnswer:
         assert self._session is not None
+        beat()  # a request has a timeout of its own
         sent = self._dialect.body(request)
         headers = {"Idempotency-Key": request.key(self.endpoint.model)}
         url = f"{self._base}/chat/completions"
@@ -164,6 +166,7 @@ class ChatClient:
         except (ClientError, OSError, TimeoutError, BadBody) as error:
             raise _Passing(_words(error)) from error
         self._heard = _now()
+        beat()
         return answer
 
     def _failure(self, response: ClientResponse, text: str, sent: dict[str, Any]) -> Exception:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from finetune_trainer.generation.attention import without_cudnn_attention
 from finetune_trainer.generation.options import GenerationOptions
@@ -16,6 +16,7 @@ from finetune_trainer.generation.prompts import Prompt, encode, stop_ids
 from finetune_trainer.generation.sampling import SeededSampling, draws
 from finetune_trainer.model.precision import autocast_mixed
 from finetune_trainer.model.router_logits import no_router_logits
+from finetune_trainer.pulse import beat
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _generate(
     """Prompt and answer ids, shape (rows, longest prompt + longest answer)."""
     config = _config(model, tokenizer, options, longest=max(map(len, rows)))
     batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
-    processors = LogitsProcessorList()
+    processors = LogitsProcessorList([Beats()])
     if options.do_sample:
         processors.append(SeededSampling(options, draws(seed, numbers, cast(int, config.max_new_tokens))))
     with _answering(model), torch.no_grad():
@@ -165,6 +166,14 @@ def _until_stop(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: Seq
         text = tokenizer.decode(tokens[:middle], skip_special_tokens=True)
         low, high = (low, middle) if any(one in text for one in stop) else (middle + 1, high)
     return tokens[:low]
+
+
+class Beats(LogitsProcessor):
+    """Changes no scores: each token is progress."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        beat()
+        return scores
 
 
 @contextmanager

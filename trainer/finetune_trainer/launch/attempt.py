@@ -20,7 +20,7 @@ from finetune_trainer.progress.attempt import AttemptReporter, termination_messa
 from finetune_trainer.progress.multi import Reporters
 from finetune_trainer.progress.plain import PlainReporter
 from finetune_trainer.progress.report_server import ReportServer
-from finetune_trainer.runtime import apply_environment, quiet_environment
+from finetune_trainer.runtime import apply_environment, node_name, quiet_environment
 
 TERMINATION_LOG = Path("/dev/termination-log")
 TOKEN_FILE_VARIABLE = "FINETUNE_TOKEN_FILE"
@@ -48,7 +48,15 @@ def drive(config: Path, *, linger: bool = False) -> ExitCode:
     signal.signal(signal.SIGTERM, ask_to_stop)
     signal.signal(signal.SIGINT, ask_to_stop)
     with ReportServer(reporter.report, ask_to_stop, _token()) as server:
-        code = say_last_word(reporter, lambda: _train(run, reporter, stop))
+
+        def hung(text: str) -> None:
+            """The last word of a driver whose main thread hangs."""
+            last = end_hung(reporter, text)
+            if linger:
+                server.last_read.wait(LINGER_SECONDS)
+            os._exit(last)
+
+        code = say_last_word(reporter, lambda: _train(run, reporter, stop, hung))
         if linger:
             server.last_read.wait(LINGER_SECONDS)
     return code
@@ -71,7 +79,19 @@ def say_last_word(reporter: AttemptReporter, work: Callable[[], None]) -> ExitCo
     return code
 
 
-def _train(run: RunConfig, reporter: AttemptReporter, stop: threading.Event) -> None:
+def end_hung(reporter: AttemptReporter, text: str) -> ExitCode:
+    """Tell of a driver that makes no progress as of a stalled worker on its node."""
+    print(redact(text), file=sys.stderr, flush=True)
+    words = text.partition("; its stacks:")[0]
+    reporter.stalled(words, node_name())
+
+    def stalled() -> None:
+        raise TrainingFailed(words, node=node_name())
+
+    return say_last_word(reporter, stalled)
+
+
+def _train(run: RunConfig, reporter: AttemptReporter, stop: threading.Event, hung: Callable[[str], None]) -> None:
     from finetune_trainer.preflight.gpu_node import require_fit_node
 
     with ThreadPoolExecutor(1) as beside:
@@ -79,7 +99,7 @@ def _train(run: RunConfig, reporter: AttemptReporter, stop: threading.Event) -> 
         from finetune_trainer.launch.driver import Pipeline  # takes seconds to import: the report is served before
 
         fit.result()
-    pipeline = Pipeline(run, Reporters([PlainReporter(sys.stdout), reporter]), stop)
+    pipeline = Pipeline(run, Reporters([PlainReporter(sys.stdout), reporter]), stop, hung)
     reporter.finished_before(pipeline.finished_stages())
     pipeline.execute(resume=True, checked=run.job.spec.kubernetes.preflight)
 

@@ -14,12 +14,15 @@ from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.errors import GateNotPassed, Interrupted, OutOfMemory, TrainingFailed, UserError
 from finetune_trainer.gate import require_gate
 from finetune_trainer.launch.cluster import Workers, keep_signal_handlers, plan_workers, start_ray, stop_ray
+from finetune_trainer.launch.driver_watch import DriverWatch, end_process
 from finetune_trainer.launch.failures import Failure, Kind
 from finetune_trainer.launch.group_fit import GroupFit, keep_trying
 from finetune_trainer.launch.nodes import Nodes, may_have_several_nodes
 from finetune_trainer.launch.preparation import Preparation
 from finetune_trainer.launch.resume import finished, open_run
 from finetune_trainer.launch.sharing.offer import Offers, fetch_weights
+from finetune_trainer.launch.stall_inquiry import Stalled, end_workers, inquire, keep
+from finetune_trainer.launch.stall_watch import Stall
 from finetune_trainer.launch.tokenizer_run import run_tokenizer_stage
 from finetune_trainer.layout import REPORT, StageLayout
 from finetune_trainer.patience import listen
@@ -29,6 +32,7 @@ from finetune_trainer.preflight.job import preflight
 from finetune_trainer.preflight.saving import room_problems
 from finetune_trainer.progress.channel import CheckpointSaved, Event, StageBegun, StageDone, TransportFound, Waiting
 from finetune_trainer.progress.reporter import Progress, Reporter
+from finetune_trainer.pulse import beat, enter
 from finetune_trainer.runtime import nccl_log_variables
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.work import StageWork
@@ -39,10 +43,18 @@ class Pipeline:
 
     Args:
         stop: set it, from a signal handler or another thread, to save a checkpoint and stop.
+        hung: receives, from another thread, what is known of a driver that makes no progress; ends the process.
     """
 
-    def __init__(self, run: RunConfig, reporter: Reporter, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        reporter: Reporter,
+        stop: threading.Event,
+        hung: Callable[[str], None] = end_process,
+    ) -> None:
         self.run, self.reporter, self.stop = run, reporter, stop
+        self.watch = DriverWatch(run.job.spec.run_policy.stall_timeout, hung)
         listen(reporter.waiting)
         self.storage = Storage(run.root)
         self.layouts = layouts(run)
@@ -62,6 +74,11 @@ class Pipeline:
             Interrupted: stopped on request, a checkpoint saved.
             OutOfMemory, TrainingFailed: a stage failed; its checkpoints are kept.
         """
+        with self.watch:
+            self._execute(resume, fresh, checked)
+
+    def _execute(self, resume: bool, fresh: bool, checked: bool) -> None:
+        enter("checking the job")
         if not checked:
             preflight(self.run, self.workers)
         self.run = open_run(self.run, self.storage, resume=resume, fresh=fresh)
@@ -116,12 +133,14 @@ class Pipeline:
         first = self.layouts[0]
         if self.run.job.spec.stages[0].tokenizer is None or first not in self._todo():
             return
+        enter("training a tokenizer")
         self.reporter.stage_started(0, first.title, len(self.layouts), "training a tokenizer")
         metrics = run_tokenizer_stage(self.run, self.storage, first, self.reporter)
         self.reporter.stage_finished(0, first.title, self.storage.path(first.result), metrics)
 
     def _prepare(self) -> None:
-        preparation = Preparation(self.run, self.workers, self.storage, self.reporter.log)
+        enter("preparing the data of all stages")
+        preparation = Preparation(self.run, self.workers, self.storage, self._say)
         plan = preparation.run_all(self._todo(), self.stop)
         if problems := list(room_problems(self.run, plan, on_node=True)):
             raise UserError(problems)
@@ -129,13 +148,19 @@ class Pipeline:
         if may_have_several_nodes(self.run.job.spec.resources):
             fetch_weights(self.run, self._todo(), self.reporter.log)
 
+    def _say(self, line: str) -> None:
+        beat()
+        self.reporter.log(line)
+
     def _train(self, ray_started: Future[None]) -> None:
         if not self._todo():
             return
-        ray_started.result()
+        with self.watch.paused():
+            ray_started.result()
         keep_signal_handlers()
         self._check_stop()
-        failure = self._train_stages()
+        with self.watch.paused():
+            failure = self._train_stages()
         if failure is not None:
             self._raise(failure)
 
@@ -149,7 +174,7 @@ class Pipeline:
 
     def _keep_trying(self, offers: Offers) -> Failure | None:
         offer = offers.make() if may_have_several_nodes(self.run.job.spec.resources) else None
-        fit = GroupFit(self.run, self.workers, self._hear, self.stop, offer)
+        fit = GroupFit(self.run, self.workers, self._hear, self.stop, self._stalled, offer)
         return keep_trying(
             lambda: fit.attempt([self._work(layout) for layout in self._todo()]),
             _Progressed(self._progress_mark),
@@ -194,6 +219,20 @@ class Pipeline:
         else:
             self.reporter.log(event)
 
+    def _stalled(self, stall: Stall) -> Failure:
+        """Tell, look into it, end the workers. On a cluster the next attempt's pods keep away from the node."""
+        self.reporter.stalled(stall.words(stall.culprit), None)
+
+        def told(text: str) -> None:
+            self.reporter.log(text)
+            keep(self.storage, self.run.attempt, text)
+
+        finding = inquire(stall, told)
+        self.reporter.stalled(finding.text, finding.host)
+        end_workers(stall)
+        elsewhere = bool(os.environ.get("RAY_ADDRESS"))
+        return Failure(Kind.STALLED, Stalled(finding.text), finding.text, node=finding.host, elsewhere=elsewhere)
+
     def _outcome(self, layout: StageLayout) -> str:
         """What a stage leaves for whoever looks."""
         return layout.evaluation if self.run.job.spec.stages[layout.index].evaluate else layout.result
@@ -227,6 +266,7 @@ class Pipeline:
             self.reporter.log(f"no report: {type(error).__name__}: {error}")
 
     def _report(self) -> None:
+        enter("writing the report")
         from finetune_trainer.report import write_report  # matplotlib loads slowly, and nothing waits for it here
 
         write_report(self.storage, self.layouts, self.run)

@@ -19,6 +19,7 @@ from finetune_api.problems import Problem
 from finetune_trainer.errors import GateNotPassed, Interrupted, NotMet, UserError
 from finetune_trainer.launch.fault_place import node_of
 from finetune_trainer.patience import passing
+from finetune_trainer.training.dropped_steps import RolledBack
 
 
 class Kind(Enum):
@@ -27,11 +28,14 @@ class Kind(Enum):
     USER = "user error"
     GATE = "gate not passed"
     INTERRUPTED = "interrupted"
+    ROLLED_BACK = "bad numbers"
     OUT_OF_MEMORY = "out of memory"
     GPU = "GPU fault"
     BUG = "unexpected error"
     ERROR = "error"
     """One that may be different next time; the same one again is not."""
+    STALLED = "stalled"
+    """No progress for too long. The driver has ended the workers."""
     LOST = "worker lost"
 
 
@@ -80,12 +84,24 @@ class Failure:
     advice: str = ""
     """What to do about it, where that is known."""
     node: str | None = None
-    """Name of the node on which a GPU fault happened, where that is known."""
+    """Name of the node on which a GPU fault happened, or whose worker was behind in a stall, where that is known."""
+    elsewhere: bool = False
+    """Whether the next attempt should run on other nodes, so that this one's driver does not try again."""
 
     @property
     def retryable(self) -> bool:
         """Whether another attempt may end otherwise."""
-        return self.kind in (Kind.ERROR, Kind.LOST)
+        return self.kind in (Kind.ERROR, Kind.LOST, Kind.STALLED, Kind.ROLLED_BACK) and not self.elsewhere
+
+    @property
+    def counts(self) -> bool:
+        """Whether it uses up a retry. Rollbacks have a limit of their own (`training.dropped_steps.MOST`)."""
+        return self.kind is not Kind.ROLLED_BACK
+
+    @property
+    def line(self) -> str:
+        """The failure in a line."""
+        return str(self.error) if self.kind is Kind.ROLLED_BACK else last_line(self.text)
 
     @property
     def signature(self) -> tuple[str, str, Place | None] | None:
@@ -101,7 +117,7 @@ def classify(error: TrainingFailedError | HostOutOfMemoryError) -> Failure:
     causes = list(_causes(error))
     order = list(Kind)
     kind, cause = min(((_kind(cause), cause) for cause in causes), key=lambda pair: order.index(pair[0]))
-    found = None if isinstance(cause, (UserError, GateNotPassed, Interrupted)) else _device_fault(cause)
+    found = None if isinstance(cause, (UserError, GateNotPassed, Interrupted, RolledBack)) else _device_fault(cause)
     return Failure(kind, cause, str(error)) if found is None else _with_fault(kind, cause, str(error), found)
 
 
@@ -133,6 +149,12 @@ def place_of(error: BaseException) -> Place | None:
     return getattr(error, _PLACE, None)
 
 
+def last_line(text: str) -> str:
+    """The last line of a text that is not blank."""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else ""
+
+
 def _kind(error: BaseException) -> Kind:
     if isinstance(error, UserError):
         return Kind.USER
@@ -140,6 +162,8 @@ def _kind(error: BaseException) -> Kind:
         return Kind.GATE
     if isinstance(error, Interrupted):
         return Kind.INTERRUPTED
+    if isinstance(error, RolledBack):
+        return Kind.ROLLED_BACK
     if isinstance(error, (DeviceOutOfMemoryError, HostOutOfMemoryError, MemoryError)):
         return Kind.OUT_OF_MEMORY
     if isinstance(error, NotMet):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from finetune_api.device_faults import Retry, device_fault
-from finetune_api.report import NODE_VARIABLE
+from finetune_trainer.runtime import node_name
 
 _NOTE = "GPU fault on node "
 
@@ -26,11 +24,6 @@ def faults_with_node() -> Iterator[None]:
         if found is not None and found.fault.retry is Retry.ELSEWHERE:
             error.add_note(f"{_NOTE}{node_name()}")
         raise
-
-
-def node_name() -> str:
-    """Return the name of this node: Kubernetes' in a pod of the operator's, else the machine's own."""
-    return os.environ.get(NODE_VARIABLE) or socket.gethostname()
 
 
 def node_of(error: BaseException) -> str | None:

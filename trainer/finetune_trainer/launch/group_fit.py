@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +23,15 @@ from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch.cluster import Workers
 from finetune_trainer.launch.failures import Failure, classify, place_of
 from finetune_trainer.launch.slots import asked
+from finetune_trainer.launch.stall_watch import Stall, StallWatch
 from finetune_trainer.launch.worker import train_loop
 from finetune_trainer.progress.channel import Event, open_channel
 from finetune_trainer.training.offer import Offer
 from finetune_trainer.training.work import StageWork, WorkOrder
 
 LISTEN_SECONDS = 0.2
+END_SECONDS = 60.0
+"""How long Ray may take to notice that stalled workers were ended, before the driver goes on without it."""
 
 
 class GroupFit:
@@ -36,6 +40,7 @@ class GroupFit:
     Args:
         hear: called with what the workers say, in order.
         stop: once it is set, the workers are asked to save a checkpoint and stop.
+        stalls: what to do where the workers make no progress.
         offer: what the workers' nodes fetch first.
     """
 
@@ -45,9 +50,10 @@ class GroupFit:
         workers: Workers,
         hear: Callable[[Event], None],
         stop: threading.Event,
+        stalls: Callable[[Stall], Failure],
         offer: Offer | None = None,
     ) -> None:
-        self.run, self.workers, self.hear, self.stop = run, workers, hear, stop
+        self.run, self.workers, self.hear, self.stop, self.stalls = run, workers, hear, stop, stalls
         self.offer = offer or Offer()
 
     def attempt(self, stages: list[StageWork]) -> Failure | None:
@@ -61,9 +67,11 @@ class GroupFit:
         thread = threading.Thread(target=self._fit, args=(stages, channel, outcome), daemon=True)
         thread.start()
         try:
-            self._listen(channel, thread)
+            stalled = self._listen(channel, thread)
         finally:
             ray.kill(channel)
+        if stalled is not None:
+            return stalled
         if outcome and not isinstance(outcome[0], Failure):
             raise outcome[0]
         return outcome[0] if outcome else None  # type: ignore[return-value]
@@ -93,11 +101,18 @@ class GroupFit:
             run_config=RayRunConfig(storage_path=str(scratch), failure_config=FailureConfig(max_failures=0)),
         )
 
-    def _listen(self, channel: Any, thread: threading.Thread) -> None:
-        """Pass on what the workers say, and once the wish to stop, until the workers are gone."""
-        passed_on = False
+    def _listen(self, channel: Any, thread: threading.Thread) -> Failure | None:
+        """Pass on what the workers say, and once the wish to stop, until the workers are gone; watch their pulses.
+
+        Returns the failure of workers that stalled.
+        """
+        passed_on, watch = False, StallWatch(self.run.job.spec.run_policy.stall_timeout)
         while thread.is_alive():
             thread.join(LISTEN_SECONDS)
+            if thread.is_alive() and (stall := watch.look(time.monotonic(), ray.get(channel.beats.remote()))):
+                failure = self.stalls(stall)
+                thread.join(END_SECONDS)
+                return failure
             if self.stop.is_set() and not passed_on:
                 channel.stop.remote()
                 passed_on = True
@@ -105,6 +120,7 @@ class GroupFit:
                 self.hear(event)
         for event in ray.get(channel.collect.remote()):
             self.hear(event)
+        return None
 
 
 class _Trainer(TorchTrainer):
@@ -153,10 +169,10 @@ def keep_trying(
         if failure.signature is not None and failure.signature == before:
             return replace(failure, text=f"{failure.text.rstrip()}\n{_again(failure)}")
         before = failure.signature
-        retries = 0 if progressed() else retries + 1
+        retries = 0 if progressed() else retries + failure.counts
         if retries > limit:
             return failure
-        restarting(f"{failure.kind.value}: {_last_line(failure.text)}")
+        restarting(f"{failure.kind.value}: {failure.line}")
         if wait(min(2.0 ** (retries - 1), 60.0) if retries else 0.0):
             return failure
         if obstacle := missing():
@@ -166,9 +182,4 @@ def keep_trying(
 def _again(failure: Failure) -> str:
     place = place_of(failure.error)
     where = "" if place is None else f" after step {place[1]} of stage {place[0] + 1}"
-    return f"{_last_line(failure.text)} (the same error twice in a row{where}: not tried again)"
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else ""
+    return f"{failure.line} (the same error twice in a row{where}: not tried again)"

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
 
@@ -24,9 +25,9 @@ from finetune_trainer.doctor.nccl_log import Transport
 from finetune_trainer.errors import Interrupted
 from finetune_trainer.gate import require_gate
 from finetune_trainer.launch.failures import placed
-from finetune_trainer.launch.fault_place import node_name
 from finetune_trainer.launch.same_data import compare_data
 from finetune_trainer.launch.sharing.node_files import NodeFiles, count_nodes
+from finetune_trainer.launch.stacks import answer_signals
 from finetune_trainer.launch.stage_context import stage_context
 from finetune_trainer.layout import METRICS
 from finetune_trainer.model.composite import frozen_note
@@ -34,8 +35,11 @@ from finetune_trainer.model.notes import loading_notes
 from finetune_trainer.model.task import task_of
 from finetune_trainer.patience import listen
 from finetune_trainer.pipeline import layouts, scratch, waits_for
+from finetune_trainer.progress.beats import PulseThread, place_of
 from finetune_trainer.progress.channel import Event, StageBegun, StageDone, TransportFound, Waiting, WorkerEnd
 from finetune_trainer.progress.metrics_log import MetricsLog
+from finetune_trainer.pulse import enter, pulse
+from finetune_trainer.runtime import node_name
 from finetune_trainer.stages import make_trainer, perform
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.callbacks import (
@@ -48,13 +52,16 @@ from finetune_trainer.training.callbacks import (
 )
 from finetune_trainer.training.context import Placement, ResumePoint, StageContext
 from finetune_trainer.training.deepspeed import join_process_group, set_group_timeout
+from finetune_trainer.training.dropped_steps import DroppedSteps
 from finetune_trainer.training.expert_load import watch_routing
 from finetune_trainer.training.forget import forget_stage, release
+from finetune_trainer.training.loss_guard import LossGuard
 from finetune_trainer.training.memory import context_bytes, reset_peaks
 from finetune_trainer.training.packing_check import PackingCheck
 from finetune_trainer.training.peers import Peers
 from finetune_trainer.training.results import adapter_note, save_result
 from finetune_trainer.training.samples import SamplesCallback
+from finetune_trainer.training.step_times import StepTimes
 from finetune_trainer.training.tools import StageTools
 from finetune_trainer.training.transport import TransportCallback
 from finetune_trainer.training.work import StageWork, WorkOrder
@@ -71,25 +78,41 @@ def run_stages(order: WorkOrder) -> None:
         os.chdir(run.work_dir)  # Ray starts workers in its own directory, where relative paths lead nowhere
     storage, end, placement = Storage(run.root), WorkerEnd(order.channel), _placement(order.accelerator)
     listen(lambda text: end.send(Waiting(text)))
-    set_group_timeout(run.job.spec.run_policy.ddp_timeout)
-    peers = Peers(node_name(), run.job.spec.run_policy.loading_timeout_seconds)
-    files = NodeFiles(run, storage, placement, peers, count_nodes(peers), end.send)
-    files.receive(order.offer)
-    peers.meet("its node has the prepared data and the weights")
-    for work in order.stages:
-        if storage.exists(layouts(run)[work.index].done):
-            require_gate(run, storage, work.index)
-            continue  # Ray has changed the number of workers and started them again
+    answer_signals()
+    node = ray.get_runtime_context().get_node_id()
+    with PulseThread(place_of(placement.rank, placement.world_size, node_name(), node), pulse(), end.beat):
+        set_group_timeout(run.job.spec.run_policy.ddp_timeout)
+        peers = Peers(node_name(), run.job.spec.run_policy.loading_timeout_seconds)
+        files = NodeFiles(run, storage, placement, peers, count_nodes(peers), end.send)
+        enter("fetching the prepared data and the weights")
+        files.receive(order.offer)
+        peers.meet("its node has the prepared data and the weights")
+        for work in order.stages:
+            _run_stage(order, work, run, storage, end, placement, files)
+
+
+def _run_stage(
+    order: WorkOrder,
+    work: StageWork,
+    run: RunConfig,
+    storage: Storage,
+    end: WorkerEnd,
+    placement: Placement,
+    files: NodeFiles,
+) -> None:
+    """Run one stage that is not done; Ray may have changed the number of workers and started them again."""
+    if not storage.exists(layouts(run)[work.index].done):
         join_process_group(work.zero, placement.accelerator)
         tell = end.send if placement.rank == 0 else _nobody
         tell(StageBegun(work.index, placement.world_size))
         reset_peaks(placement.accelerator)
+        enter("preparing the stage's data", step=0, order=0)
         context = stage_context(run, work, order.threads, placement, storage, files)
-        peers.meet("its data is loaded")
-        StageRun(context, storage, end, peers, work, several_nodes=files.nodes > 1).train()
+        files.peers.meet("its data is loaded")
+        StageRun(context, storage, end, files.peers, work, several_nodes=files.nodes > 1).train()
         tell(StageDone(work.index))
         forget_stage()
-        require_gate(run, storage, work.index)
+    require_gate(run, storage, work.index)
 
 
 def _nobody(event: Event) -> None:
@@ -134,6 +157,7 @@ class StageRun:
         self._tell_changes()
         resumed = self._resume_point()
         self.context = replace(self.context, resumed=resumed)
+        enter("loading the model")
         trainer = make_trainer(self.context)
         self.peers.meet("its model is loaded")
         trainer.args.eval_on_start = resumed is None and self.context.data.eval is not None
@@ -143,6 +167,7 @@ class StageRun:
         if self.frozen:
             self._log(self.frozen)
         with placed(self.context.layout.index, trainer):
+            enter("preparing to train")
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.directory))
             self._tidy(resumed)
             if callbacks.stop.stopped:
@@ -216,6 +241,8 @@ class StageRun:
     def _attach(self, trainer: Any, resumed: ResumePoint | None) -> _Callbacks:
         progress = ProgressCallback(self.context, self.peers, self.end, self.work)
         progress.trainer, trainer.stage.paused = trainer, progress.paused
+        trainer.stage.times = StepTimes(self.context.placement.accelerator)
+        LossGuard(self.context, self.peers, DroppedSteps(self.store), self._log).attach(trainer)
         trainer.stage.routing = watch_routing(trainer.model)
         trainer.stage.tools = StageTools(self.context, self.storage, self.peers, self.end, self.scratch)
         if self.first:
@@ -242,6 +269,8 @@ class StageRun:
 
     def _finish(self, trainer: Any, callbacks: _Callbacks) -> None:
         """Save the last checkpoint, measure, save the result, and only then call the stage done."""
+        enter("saving the result")
+        trainer.stage.guard.check_weights()
         step = trainer.state.global_step
         if trainer.stage.keeps_last and self.peers.any(self.first and self.store.manifest(step) is None):
             trainer._save_checkpoint(trainer.model, None)

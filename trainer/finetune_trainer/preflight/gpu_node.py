@@ -16,7 +16,7 @@ from finetune_trainer.doctor.finding import Finding, Scope, State, missing
 from finetune_trainer.doctor.gather import driver_facts, gather, gather_image
 from finetune_trainer.doctor.needs import job_needs
 from finetune_trainer.errors import TrainingFailed, UserError
-from finetune_trainer.launch.fault_place import node_name
+from finetune_trainer.runtime import node_name
 
 _EXPLAINS = {
     devices.DRIVER: {devices.CUDA, devices.GPUS, toolchain.LIBCUDA},

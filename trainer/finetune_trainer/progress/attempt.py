@@ -20,8 +20,14 @@ _STEP = {
     "samples_per_second": "samplesPerSecond",
     "mfu": "mfu",
     "eta": "etaSeconds",
+    "step_seconds_median": "stepSecondsMedian",
+    "step_seconds_max": "stepSecondsMax",
+    "slow_node": "slowNode",
+    "slow_factor": "slowFactor",
 }
 METRICS_KEPT = 64
+STALL_CHARACTERS = 1000
+"""A termination message has room for them beside the message."""
 
 
 class AttemptReporter:
@@ -75,17 +81,25 @@ class AttemptReporter:
         with self._lock:
             self._rest["restarting"] = _tail(redact(message), 4096)
 
+    def stalled(self, message: str, node: str | None) -> None:
+        with self._lock:
+            self._rest["stalled"] = _tail(redact(message), STALL_CHARACTERS)
+            if node is not None:
+                self._rest["node"] = node[:253]
+
     def progress(self, progress: Progress) -> None:
         values = progress.to_json()
         with self._lock:
             self._rest.pop("restarting", None)
+            if self._rest.pop("stalled", None):
+                self._rest.pop("node", None)
             self._rest["step"] = {wire: values[name] for name, wire in _STEP.items() if name in values}
             if progress.metrics:
                 self._stages[progress.stage]["metrics"] = _metrics(progress.metrics)
 
     def checkpoint_saved(self, index: int, step: int, place: str) -> None:
         with self._lock:
-            self._rest["checkpoint"] = {"stage": index, "step": step, "uri": redact(place)}
+            self._rest["checkpoint"] = {"stage": index, "step": step, "uri": redact(place), "savedAt": _now()}
 
     def stage_finished(self, index: int, title: str, result: str, metrics: dict[str, float]) -> None:
         with self._lock:

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from finetune_trainer.progress.beats import Beat
 from finetune_trainer.progress.reporter import Progress
 
 
@@ -64,6 +65,13 @@ Event = str | Progress | StageBegun | StageDone | CheckpointSaved | Waiting | Tr
 class _Channel:
     events: list[Event] = field(default_factory=list)
     stop_wanted: bool = False
+    pulses: dict[int, Beat] = field(default_factory=dict)
+
+    def beat(self, beat: Beat) -> None:
+        self.pulses[beat.rank] = beat
+
+    def beats(self) -> dict[int, Beat]:
+        return self.pulses
 
     def send(self, event: Event) -> None:
         # Of progress only the newest counts, so that a driver that listens seldom gets little.
@@ -99,6 +107,10 @@ class WorkerEnd:
     def send(self, event: Event) -> None:
         """Tell the driver, without waiting."""
         self._channel.send.remote(event)
+
+    def beat(self, beat: Beat) -> None:
+        """Tell the driver how this worker stands, without waiting."""
+        self._channel.beat.remote(beat)
 
     def stop_requested(self) -> bool:
         """Whether the driver wants training to stop, as far as its last answer tells."""

@@ -33,6 +33,9 @@ class Reporters:
     def restarting(self, message: str) -> None:
         self._tell(lambda reporter: reporter.restarting(message))
 
+    def stalled(self, message: str, node: str | None) -> None:
+        self._tell(lambda reporter: reporter.stalled(message, node))
+
     def progress(self, progress: Progress) -> None:
         self._tell(lambda reporter: reporter.progress(progress))
 

@@ -48,6 +48,14 @@ class Progress:
     """Seconds this stage has trained, earlier attempts included."""
     eta: float | None = None
     """Seconds to the stage's end."""
+    step_seconds_median: float | None = None
+    """Seconds that a worker's own part of a step takes (`training.step_times`): the median of all workers."""
+    step_seconds_max: float | None = None
+    """As before: the slowest worker's."""
+    slow_node: str | None = None
+    """Name of a node whose workers are much slower than the others'."""
+    slow_factor: float | None = None
+    """How many times as long they take."""
     metrics: dict[str, float] | None = None
     """What the stage adds: `eval_loss`, `rewards/accuracies`, …"""
 
@@ -73,6 +81,9 @@ class Reporter(Protocol):
 
     def restarting(self, message: str) -> None:
         """The workers have failed, and start again from the last checkpoint; `message` says why."""
+
+    def stalled(self, message: str, node: str | None) -> None:
+        """The workers make no progress; `message` says which one is behind, `node` is the name of its node."""
 
     def progress(self, progress: Progress) -> None:
         """The newest step. Steps may be left out."""
@@ -103,3 +114,6 @@ class LineReporter(ABC):
 
     def restarting(self, message: str) -> None:
         self.log(f"{message}; starting again from the last checkpoint")
+
+    def stalled(self, message: str, node: str | None) -> None:
+        self.log(f"stalled: {message}")

@@ -18,7 +18,7 @@ KEY_METRICS = 3
 _COMMON = {
     "step", "stage", "stages", "title", "total", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "samples",
     "tokens_per_second", "samples_per_second", "mfu", "memory", "memory_reserved", "memory_context", "memory_nccl",
-    "seconds", "eta",
+    "seconds", "eta", "step_seconds_median", "step_seconds_max", "slow_node", "slow_factor",
 }  # fmt: skip
 _TIMING = ("_runtime", "_per_second", "_num_tokens", "_flos", "_preparation_time")
 _PREFERRED = (
@@ -153,6 +153,10 @@ def panels(stage: StageRecord) -> list[Panel]:
         Panel("Learning rate", {"learning rate": stage.points("learning_rate")}, is_noisy=False),
         Panel("Gradient norm", {"gradient norm": stage.points("grad_norm")}, may_be_log=True),
         Panel("Throughput (tokens/s)", {"tokens/s": stage.points("tokens_per_second")}, unit="count"),
+        Panel(
+            "A worker's own part of a step (s)",
+            {"slowest worker": stage.points("step_seconds_max"), "median": stage.points("step_seconds_median")},
+        ),
         Panel("MFU", {"MFU": stage.points("mfu")}, unit="share"),
         Panel("Peak memory", _memory_lines(stage), unit="bytes", is_noisy=False),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class RoundTrainer(PairTrainer):
     """
 
     stage: RoundParts
+    makes_pairs = True
 
     @staticmethod
     def new_parts() -> RoundParts:
@@ -96,6 +97,15 @@ class RoundTrainer(PairTrainer):
         ]
         self.count(batches)
         return batches, None
+
+    def rows_of(self, step: int, rank: int | None = None, number: int = 0) -> list[int]:
+        """As of `StageTrainer`; the rows are pairs of the round at hand."""
+        round_at, at = self.stage.schedule.at(step)
+        division = self.stage.feed.division
+        mine = self.stage.schedule.pairs_of(round_at, at, len(self.stage.pairs), division.rows)
+        if rank is None:
+            return [int(pair) for pair in mine]
+        return [int(mine[place]) for place in replace(division, rank=rank).share(division.rows)[number].tolist()]
 
     def _begin_round(self, number: int) -> None:
         """Make a round's pairs, or find them made."""

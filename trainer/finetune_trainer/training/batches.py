@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,25 @@ class Feed:
         # begins where an undisturbed one does not.
         own = torch.Generator()
         return StepLoader(self.stream, batch_size=None, collate_fn=collator, generator=own, **options)
+
+    def rows_of(self, step: int, length: int | None, rank: int | None = None, number: int = 0) -> list[int]:
+        """Return the numbers of the rows of the step after `step` steps, in the order in which they are trained on.
+
+        Args:
+            length: rows in the data; None for a stream, whose rows are counted in the order of its steps.
+            rank: a worker, to get its rows of forward pass `number` alone, both counted from 0.
+        """
+        if length is None:
+            order, start, rows = None, step * self.division.rows, self.division.rows
+        else:
+            epoch, at = divmod(step, math.ceil(length / self.division.rows))
+            order = torch.randperm(length, generator=torch.Generator().manual_seed(self.seed + epoch))
+            start, rows = at * self.division.rows, min(self.division.rows, length - at * self.division.rows)
+        places = torch.arange(rows)
+        if rank is not None:
+            places = replace(self.division, rank=rank).share(rows)[number]
+        found = start + places if order is None else order[(start + places) % len(order)]
+        return [int(row) for row in found]
 
     def save(self, step: int, directory: Path) -> None:
         """Write into a checkpoint where the stream stands after a step; nothing for a dataset with a length."""

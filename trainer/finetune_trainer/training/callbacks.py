@@ -12,20 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune_api.problems import Problem
 from finetune_trainer.checkpoint.hold import Hold
 from finetune_trainer.checkpoint.store import CheckpointStore
-from finetune_trainer.errors import UserError
 from finetune_trainer.plan.steps import mfu
 from finetune_trainer.progress.channel import CheckpointSaved
 from finetune_trainer.progress.meter import Meter, Rates
 from finetune_trainer.progress.metrics_log import MetricsLog
 from finetune_trainer.progress.reporter import Progress
+from finetune_trainer.pulse import during
+from finetune_trainer.runtime import node_name
 from finetune_trainer.training.batches import Feed
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.deepspeed import mend_universal
 from finetune_trainer.training.expert_load import expert_loads
 from finetune_trainer.training.peers import Peers
+from finetune_trainer.training.step_times import Spread, spread
 
 if TYPE_CHECKING:
     from finetune_trainer.progress.channel import WorkerEnd
@@ -49,15 +50,26 @@ class ProgressCallback(TrainerCallback):
         self.log_file: MetricsLog | None = None
         self.last: Progress | None = None
         self.loads: dict[str, float] = {}
+        self.hosts: list[str] = []
+        self.spread: Spread | None = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the counters."""
-        return {"tokens": self.tokens, "samples": self.samples, "meter": self.meter.to_state(time.monotonic())}
+        assert self.trainer is not None
+        guard = self.trainer.stage.guard
+        return {
+            "tokens": self.tokens,
+            "samples": self.samples,
+            "meter": self.meter.to_state(time.monotonic()),
+            **({"guard": guard.state()} if guard is not None else {}),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's counters."""
         self.tokens, self.samples = state["tokens"], state["samples"]
         self.meter = Meter.from_state(state["meter"])
+        if self.trainer is not None and self.trainer.stage.guard is not None:
+            self.trainer.stage.guard.restore(state.get("guard", {}))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -70,6 +82,7 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.meter.start(time.monotonic(), state.global_step, self.tokens, self.samples)
+        self.hosts = self.peers.collect(node_name())
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
@@ -79,7 +92,6 @@ class ProgressCallback(TrainerCallback):
             return
         trains = "loss" in logs
         if trains:
-            _refuse_divergence(self.context, state.global_step, logs)
             self._count(state.global_step)
         if self.context.placement.rank == 0:
             self._tell(state, logs, trains)
@@ -90,7 +102,17 @@ class ProgressCallback(TrainerCallback):
         self.tokens, self.samples = self.tokens + tokens, self.samples + samples
         if self.trainer.stage.routing is not None:
             self.loads = expert_loads(self.trainer.stage.routing, self.peers)
+        self._compare()
         self.rates = self.meter.update(time.monotonic(), step, self.tokens, self.samples)
+
+    def _compare(self) -> None:
+        """Compare the workers' own times of a step; every worker takes part."""
+        assert self.trainer is not None
+        if len(self.hosts) < 2 or self.trainer.stage.times is None:
+            return
+        own = self.trainer.stage.times.own()
+        found = [seconds for (seconds,) in self.peers.numbers([math.nan if own is None else own])]
+        self.spread = None if any(map(math.isnan, found)) else spread(found, self.hosts)
 
     def _tell(self, state: TrainerState, logs: dict[str, float], trains: bool) -> None:
         progress = self._progress(state, logs) if trains else self._with_evaluation(state, logs)
@@ -105,7 +127,7 @@ class ProgressCallback(TrainerCallback):
         return replace(base, metrics=(base.metrics or {}) | metrics)
 
     def _progress(self, state: TrainerState, logs: dict[str, float]) -> Progress:
-        rates, used = self.rates, self.context.placement.usage()
+        rates, times, used = self.rates, self.spread, self.context.placement.usage()
         return Progress(
             stage=self.context.layout.index,
             stages=len(self.context.run.job.spec.stages),
@@ -113,7 +135,7 @@ class ProgressCallback(TrainerCallback):
             step=state.global_step,
             total=state.max_steps,
             epoch=state.epoch,
-            loss=logs.get("loss"),
+            loss=_finite(logs.get("loss")),
             learning_rate=logs.get("learning_rate"),
             grad_norm=logs.get("grad_norm"),
             tokens=self.tokens,
@@ -127,6 +149,10 @@ class ProgressCallback(TrainerCallback):
             memory_nccl=used.nccl,
             seconds=rates.seconds,
             eta=rates.eta(state.max_steps - state.global_step),
+            step_seconds_median=None if times is None else times.median,
+            step_seconds_max=None if times is None else times.most,
+            slow_node=None if times is None else times.node,
+            slow_factor=None if times is None else times.factor,
             metrics=self._metrics(logs) or None,
         )
 
@@ -147,7 +173,7 @@ class CheckpointCallback(TrainerCallback):
         self.context, self.store, self.peers, self.progress, self.feed = context, store, peers, progress, feed
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        with self.progress.paused():
+        with self.progress.paused(), during("saving a checkpoint"):
             self.publish(state.global_step)
 
     def publish(self, step: int) -> None:
@@ -232,19 +258,9 @@ class EpochCallback(TrainerCallback):
         self.collator.epoch = int(state.epoch or 0)
 
 
-def _refuse_divergence(context: StageContext, step: int, logs: dict[str, float]) -> None:
-    if math.isfinite(logs["loss"]):
-        return
-    lower = context.spec.learning_rate / 10
-    raise UserError(
-        [
-            Problem(
-                f"{context.where}.learningRate",
-                f"the loss is {logs['loss']} at step {step}: training has diverged at {context.spec.learning_rate:g}; "
-                f"try {lower:g}, more warm-up or a lower maxGradNorm",
-            )
-        ]
-    )
+def _finite(loss: float | None) -> float | None:
+    """None for the loss of steps none of which was trained on."""
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def evaluation_metrics(logs: dict[str, float]) -> dict[str, float]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from finetune_trainer.esft.routing import RoutingCounter
     from finetune_trainer.training.batches import Feed
     from finetune_trainer.training.held_out import Means
+    from finetune_trainer.training.loss_guard import LossGuard
+    from finetune_trainer.training.step_times import StepTimes
     from finetune_trainer.training.tools import StageTools
 
 
@@ -39,6 +41,10 @@ class StageParts:
     """Counts what the routers choose while training; None in a dense model."""
     tools: StageTools | None = None
     """Storage, the other workers and the driver, for a trainer that also works between its steps."""
+    times: StepTimes | None = None
+    """Measures this worker's own part of each step."""
+    guard: LossGuard | None = None
+    """Judges the losses and gradients of each step."""
     keeps_last: bool = True
     """Whether the state after the last step is saved as a checkpoint."""
     paused: Callable[[], AbstractContextManager[Any]] = nullcontext

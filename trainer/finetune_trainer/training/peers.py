@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from finetune_trainer.errors import NotMet
+from finetune_trainer.pulse import during
 
 PATIENCE = timedelta(days=30)
 """One worker may have hours of work that the others wait for; a worker that is lost breaks the connection at once."""
@@ -58,18 +60,30 @@ class Peers:
         """Whether any worker says so."""
         return bool(self.most([int(flag)])[0])
 
+    def numbers(self, values: Sequence[float]) -> list[list[float]]:
+        """Every worker's numbers (as many on each), in order of the workers; every worker gets them."""
+        if not self.many:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.float64)
+        found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        with _waiting("the numbers"):
+            dist.all_gather(found, mine, group=self._group)
+        return [one.tolist() for one in found]
+
     def collect(self, value: Any) -> list[Any]:
         """Every worker's value, in order of the workers; every worker gets them."""
         if not self.many:
             return [value]
         found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, value, group=self._group)
+        with _waiting("the values"):
+            dist.all_gather_object(found, value, group=self._group)
         return found
 
     def wait(self) -> None:
         """Until every worker is here."""
         if self.many:
-            dist.barrier(group=self._group)
+            with _waiting("the arrival"):
+                dist.barrier(group=self._group)
 
     def meet(self, what: str) -> None:
         """Wait until every worker has come this far, before the first collective operation with a time limit.
@@ -83,7 +97,8 @@ class Peers:
         if not self.many:
             return
         try:
-            dist.monitored_barrier(group=self._loads, timeout=self._loading, wait_all_ranks=True)
+            with _waiting("the arrival"):
+                dist.monitored_barrier(group=self._loads, timeout=self._loading, wait_all_ranks=True)
         except RuntimeError as error:
             raise self._not_met(what, error) from error
 
@@ -103,5 +118,10 @@ class Peers:
         if not self.many:
             return [int(value) for value in values]
         tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, op=operation, group=self._group)
+        with _waiting("the counts"):
+            dist.all_reduce(tensor, op=operation, group=self._group)
         return [int(value) for value in tensor]
+
+
+def _waiting(what: str) -> AbstractContextManager[None]:
+    return during(f"waiting for {what} of the other workers", measured=True, waits=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,16 @@ class PromptFeed(Feed):
         """Batches of indices into `rows`."""
         sampler = FullSteps(len(rows), self.division, self.seed, self.repeats)
         return StepLoader(range(len(rows)), batch_sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
+
+    def rows_of(self, step: int, length: int | None, rank: int | None = None, number: int = 0) -> list[int]:
+        """As of `Feed`; every step has all its rows."""
+        assert length is not None
+        epoch, at = divmod(step // self.repeats, math.ceil(length / self.division.rows))
+        order = torch.randperm(length, generator=torch.Generator().manual_seed(self.seed + epoch))
+        places = torch.arange(self.division.rows)
+        if rank is not None:
+            places = replace(self.division, rank=rank).share(self.division.rows)[number]
+        return [int(row) for row in order[(at * self.division.rows + places) % length]]
 
     def save(self, step: int, directory: Path) -> None:
         self.keep(step, directory)

@@ -14,12 +14,15 @@ from transformers.trainer_utils import EvalLoopOutput
 from finetune_trainer.checkpoint.space import full_disk_named
 from finetune_trainer.model.expert_products import factor_adapters
 from finetune_trainer.model.router_logits import fit_for_balance_loss, no_router_logits
+from finetune_trainer.pulse import beat, during, enter
 from finetune_trainer.training.held_out import HeldOutLoader, Means, Sums, share, token_sums
 from finetune_trainer.training.parts import StageParts
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
 
+LOADING, FORWARD, BACKWARD, UPDATE = range(4)
+"""Places of the phases within a step, by which a worker that is behind is found."""
 _Base: Any = transformers.Trainer if TYPE_CHECKING else object
 
 
@@ -32,6 +35,8 @@ class StageTrainer(_Base):
     """
 
     stage: StageParts
+    makes_pairs = False
+    """Whether a step's rows are pairs that the stage makes, and not rows of its data."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.stage = self.new_parts()
@@ -66,6 +71,9 @@ class StageTrainer(_Base):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """transformers' hook around each optimizer step's batches: count what is in them."""
+        enter("loading rows", step=self.state.global_step, order=LOADING)
+        if self.stage.times is not None:
+            self.stage.times.begin()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.count(batches)
         return batches, items
@@ -97,6 +105,34 @@ class StageTrainer(_Base):
         self.stage.weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
         return optimizer
 
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """transformers' forward and backward pass. What it does in the first step, such as compiling, may take long."""
+        step = self.state.global_step
+        warm = step > self._initial_global_step
+        enter("forward pass", measured=warm, step=step, order=FORWARD)
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        enter("update, metrics and callbacks", step=step, order=UPDATE)
+        return loss
+
+    def rows_of(self, step: int, rank: int | None = None, number: int = 0) -> list[int]:
+        """Return the numbers of the rows that the step after `step` steps trains on, in the prepared training data; of
+        one worker and forward pass, both counted from 0, where a worker is named."""
+        return self.stage.feed.rows_of(step, len(self.train_dataset) if self.stage.feed.stream is None else None, rank,
+                                       number)  # fmt: skip
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """transformers' hook between gradients and update: a step with bad numbers may have none."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.stage.guard is not None:
+            self.stage.guard.after_gradients(norm, model)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """transformers' line of metrics, whose loss is the mean of the steps that were trained on."""
+        if self.stage.guard is not None and "loss" in logs:
+            self.stage.guard.correct(logs)
+        super().log(logs, start_time)
+
     def _run_epoch(self, **kwargs: Any) -> None:
         """Nothing, where a resumed run has all its steps behind it; transformers would take one more."""
         if self.state.global_step >= self.state.max_steps:
@@ -110,7 +146,7 @@ class StageTrainer(_Base):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """transformers' evaluation, whose time does not count as training."""
-        with self.stage.paused():
+        with self.stage.paused(), during("evaluating"):
             return super().evaluate(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
@@ -144,6 +180,7 @@ class StageTrainer(_Base):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
         """transformers' hook for each batch of held-out rows; nothing is left for transformers to average."""
+        beat()
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = self.measure(model, inputs)
@@ -152,7 +189,9 @@ class StageTrainer(_Base):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """transformers' checkpoint, without the model card that TRL writes into each."""
-        with self.stage.paused(), full_disk_named(Path(self.args.output_dir)):
+        if self.stage.guard is not None:
+            self.stage.guard.check_weights()
+        with self.stage.paused(), during("writing a checkpoint"), full_disk_named(Path(self.args.output_dir)):
             transformers.Trainer._save_checkpoint(self, model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

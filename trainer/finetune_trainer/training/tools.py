@@ -9,6 +9,7 @@ from pathlib import Path
 from finetune_trainer.errors import Interrupted
 from finetune_trainer.progress.channel import WorkerEnd
 from finetune_trainer.progress.reporter import Progress
+from finetune_trainer.pulse import beat
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.peers import Peers
@@ -41,6 +42,7 @@ class StageTools:
 
     def progress(self, step: int, total: int, metrics: dict[str, float] | None = None) -> None:
         """So many of so many parts are done; the first worker tells it, at most twice a second and at the end."""
+        beat()
         self.first_step = step if self.first_step is None else self.first_step
         now = time.monotonic()
         if self.first and (now - self.told >= TELL_SECONDS or step >= total):

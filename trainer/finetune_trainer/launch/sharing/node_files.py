@@ -11,7 +11,6 @@ import ray
 
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.data.places import Places, places_used, use_tables
-from finetune_trainer.launch.fault_place import node_name
 from finetune_trainer.launch.sharing.carriers import (
     Carrier,
     OpenShelf,
@@ -24,6 +23,7 @@ from finetune_trainer.launch.sharing.carriers import (
 from finetune_trainer.launch.sharing.files import roots_here
 from finetune_trainer.launch.sharing.receiver import Receiver
 from finetune_trainer.plan.quantities import human_bytes
+from finetune_trainer.runtime import node_name
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.context import Placement
 from finetune_trainer.training.offer import Offer, Place

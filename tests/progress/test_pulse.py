@@ -1,0 +1,242 @@
+"""Pulses of real processes, some of which hang: what counts as progress, and what is found of them from outside."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune_api.report import AttemptReport
+from finetune_trainer.launch import attempt
+from finetune_trainer.launch.driver_watch import DriverWatch
+from finetune_trainer.launch.stacks import Stacks, collect, kill
+from finetune_trainer.launch.stall_inquiry import culprit, record
+from finetune_trainer.launch.stall_watch import LEAST_SECONDS, STEPS, Stall, StallWatch
+from finetune_trainer.progress.activity import activity, state
+from finetune_trainer.progress.attempt import AttemptReporter
+from finetune_trainer.progress.beats import Beat, PulseThread, place_of
+from finetune_trainer.pulse import Phase, Pulse, during, pulse
+
+WORKER = """
+import os, sys, threading, time
+from finetune_trainer.launch.stacks import answer_signals
+answer_signals()
+def a_read_that_hangs():
+    open(sys.argv[1]).read()
+def a_loader_that_sleeps():
+    threading.Event().wait()
+def a_long_merge():
+    while True: sum(range(1000))
+print("ready", flush=True)
+globals()[sys.argv[2]]()
+"""
+
+
+@pytest.fixture
+def begin(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Starts a process that does what its word says; `a_read_that_hangs` reads a pipe that nothing is written to."""
+    import os
+
+    pipe, begun = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+
+    def start(word: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", WORKER, str(pipe), word]
+        begun.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        assert begun[-1].stdout.readline() == "ready\n"
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("word", ["a_read_that_hangs", "a_loader_that_sleeps"])
+def test_the_stacks_of_a_process_that_hangs(begin: Callable[[str], subprocess.Popen[str]], word: str) -> None:
+    process = begin(word)
+    found = collect([process.pid])[process.pid]
+    assert f"in {word}" in found.text and found.told == ""
+    again = collect([process.pid])[process.pid]
+    assert again.text.count(f"in {word}") == found.text.count(f"in {word}"), "only what was written since"
+
+
+def test_a_stopped_process_is_told_by_its_state_and_can_be_ended(begin: Callable[[str], subprocess.Popen[str]]) -> None:
+    process = begin("a_loader_that_sleeps")
+    process.send_signal(signal.SIGSTOP)
+    found = collect([process.pid])[process.pid]
+    assert (found.state, found.told) == ("T", "stopped by a signal (SIGSTOP)")
+    assert "does not react" in found.text
+    kill([process.pid])
+    assert process.wait(timeout=10) == -signal.SIGKILL
+    assert collect([process.pid])[process.pid].told == "gone" and state(process.pid) == ""
+
+
+def test_a_process_without_the_handler_is_left_alive() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert "has not begun to answer" in collect([process.pid])[process.pid].text
+        assert process.poll() is None
+        process.kill()
+
+
+def test_work_shows_in_the_kernel_s_accounts_and_waiting_does_not(
+    begin: Callable[[str], subprocess.Popen[str]],
+) -> None:
+    pids = {word: begin(word).pid for word in ("a_long_merge", "a_read_that_hangs", "a_loader_that_sleeps")}
+    before = {word: activity(pid) for word, pid in pids.items()}
+    deadline = time.monotonic() + 20
+    while not activity(pids["a_long_merge"]).works_since(before["a_long_merge"], 1.0):
+        assert time.monotonic() < deadline
+    works = {word for word, pid in pids.items() if activity(pid).works_since(before[word], 1.0)}
+    assert works == {"a_long_merge"}
+
+
+class Heard:
+    """Receives beats."""
+
+    def __init__(self) -> None:
+        self.beats: list[Beat] = []
+        self.news = threading.Event()
+
+    def __call__(self, beat: Beat) -> None:
+        self.beats.append(beat)
+        self.news.set()
+
+    def next(self) -> Beat:
+        assert self.news.wait(20)
+        self.news.clear()
+        return self.beats[-1]
+
+
+def test_a_beat_and_a_phase_are_told() -> None:
+    heard, own = Heard(), Pulse()
+    with PulseThread(place_of(1, 2, "node-a", "id"), own, heard):
+        first = heard.next()
+        own.enter(Phase("forward pass", measured=True, step=3, order=1))
+        second = heard.next()
+    assert (first.rank, first.workers, first.host, first.progress) == (1, 2, "node-a", 1)
+    assert (second.phase.name, second.phase.step, second.progress) == ("forward pass", 3, 2)
+
+
+def test_work_counts_outside_of_measured_phases_alone() -> None:
+    """A worker that waits in NCCL spins: there its CPU time is no progress. A merge has no other progress to tell."""
+    heard, own = Heard(), Pulse()
+    with PulseThread(place_of(0, 1, "a", "id"), own, heard):
+        heard.next()
+        deadline = time.monotonic() + 20
+        while len(heard.beats) < 2:  # this loop is the work
+            assert time.monotonic() < deadline
+        own.enter(Phase("backward pass", measured=True))
+        deadline = time.monotonic() + 20
+        while heard.beats[-1].phase.name != "backward pass":
+            assert time.monotonic() < deadline
+        told, until = len(heard.beats), time.monotonic() + 2.5
+        while time.monotonic() < until:
+            pass
+        assert len(heard.beats) == told
+
+
+def test_a_phase_within_a_phase_keeps_its_place_and_gives_it_back() -> None:
+    with during("saving", step=7, order=3), during("waiting", measured=True, waits=True):
+        assert pulse().phase == Phase("waiting", True, True, 7, 3)
+    assert pulse().phase.name == "starting"
+
+
+def beat(
+    rank: int, progress: int, step: int = 4, order: int = 2, name: str = "backward pass", **fields: object
+) -> Beat:
+    phase = Phase(name, True, bool(fields.get("waits")), step, order)
+    return Beat(rank, 2, 100 + rank, f"node-{rank}", f"id-{rank}", progress, phase)
+
+
+def beats(*found: Beat) -> dict[int, Beat]:
+    return {one.rank: one for one in found}
+
+
+def test_any_worker_s_progress_is_progress_and_none_before_the_first_beat_is_a_stall() -> None:
+    watch = StallWatch(10)
+    assert watch.look(0, {}) is None and watch.look(100, {}) is None
+    assert watch.look(101, beats(beat(0, 1), beat(1, 1))) is None
+    assert watch.look(110, beats(beat(0, 2), beat(1, 1))) is None
+    assert watch.look(119, beats(beat(0, 2), beat(1, 1))) is None
+    stall = watch.look(120, beats(beat(0, 2), beat(1, 1)))
+    assert stall is not None and stall.seconds == 10
+
+
+@pytest.mark.parametrize(
+    ("found", "behind"),
+    [
+        (beats(beat(0, 9), beat(1, 9, order=0, name="loading rows")), 1),
+        (beats(beat(0, 9, step=5), beat(1, 9)), 1),
+        (beats(beat(0, 9, order=3, name="saving"), beat(1, 9, order=2, waits=True)), 0),
+        (beats(beat(0, 9)), 1),
+        (beats(beat(0, 9, waits=True), beat(1, 8, step=3, waits=True)), 1),
+    ],
+    ids=["loads rows", "a step behind", "saves while the other waits", "never began", "all wait"],
+)
+def test_who_is_behind(found: dict[int, Beat], behind: int) -> None:
+    assert Stall(60, found, 2).culprit == behind
+    assert f"worker {behind}" in Stall(60, found, 2).words(behind)
+
+
+def test_a_worker_that_cannot_run_is_the_one_behind_whatever_the_phases_say() -> None:
+    stall = Stall(60, beats(beat(0, 9, step=3), beat(1, 9)), 2)
+    fine, stopped = Stacks("S", "File x"), Stacks("T", "")
+    assert culprit(stall, {0: fine, 1: fine}) == 0
+    assert culprit(stall, {0: fine, 1: stopped}) == 1
+    assert culprit(stall, {0: fine}) == 1, "its node does not answer"
+    assert culprit(stall, {}) == 0, "no node answers: that says nothing about any of them"
+    text = record(stall, {0: fine})
+    assert "worker 1, node node-1 does not answer" in text and "File x" in text
+
+
+def test_the_limit_follows_the_job_s_own_steps_and_is_minutes_at_least() -> None:
+    watch = StallWatch("auto")
+    for step in range(5):
+        watch.look(step * 100.0, beats(beat(0, step, step=step)))
+    assert watch.limit == STEPS * 100
+    quick = StallWatch("auto")
+    for step in range(5):
+        quick.look(float(step), beats(beat(0, step, step=step)))
+    assert quick.limit == LEAST_SECONDS >= 60
+    assert StallWatch(0).limit is None
+    off = StallWatch(0)
+    off.look(0, beats(beat(0, 1)))
+    assert off.look(1e9, beats(beat(0, 1))) is None
+
+
+def test_a_driver_that_hangs_is_told_with_its_stacks_and_one_that_waits_for_others_is_not() -> None:
+    told: list[str] = []
+    ended = threading.Event()
+
+    def hung(text: str) -> None:
+        told.append(text)
+        ended.set()
+
+    def preparing(data: threading.Event) -> None:
+        data.wait()
+
+    with DriverWatch(2, hung) as watch:
+        with watch.paused():
+            assert not ended.wait(3.5)
+        never = threading.Event()
+        thread = threading.Thread(target=preparing, args=(never,), daemon=True)
+        thread.start()
+        assert ended.wait(20)
+        never.set()
+    assert "no progress of the driver for 2 s" in told[0] and "in preparing" in told[0]
+
+
+def test_the_last_word_of_a_driver_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "TERMINATION_LOG", tmp_path / "log")
+    monkeypatch.setenv("FINETUNE_NODE_NAME", "node-b")
+    code = attempt.end_hung(AttemptReporter(["sft"]), "no progress of the driver for 9 s; its stacks:\nFile x")
+    report = AttemptReport.model_validate_json((tmp_path / "log").read_text())
+    assert code == 1 and (report.node, report.exit_code) == ("node-b", 1)
+    assert report.stalled == "no progress of the driver for 9 s" and "File x" not in (report.message or "")

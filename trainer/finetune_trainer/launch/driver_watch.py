@@ -1,0 +1,84 @@
+"""Watches the driver's own work: preparing data, training a tokenizer, looking into storage, writing the report.
+
+Nothing can interrupt a thread that hangs in a read, so a driver that makes no progress ends its process.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from finetune_api.exit_codes import ExitCode
+from finetune_trainer.launch.stall_watch import StallWatch
+from finetune_trainer.progress.beats import Beat, PulseThread, place_of
+from finetune_trainer.pulse import pulse
+from finetune_trainer.runtime import node_name
+
+LOOK_SECONDS = 0.5
+
+
+class DriverWatch:
+    """Calls `hung`, from a thread of its own, once this process makes no progress. A context manager.
+
+    Args:
+        timeout: `runPolicy.stallTimeout`.
+        hung: receives what is known, with the stacks of all threads, and should end the process.
+    """
+
+    def __init__(self, timeout: int | str, hung: Callable[[str], None]) -> None:
+        self._timeout, self._hung = timeout, hung
+        self._beats: dict[int, Beat] = {}
+        self._watch: StallWatch | None = StallWatch(timeout)
+        self._over = threading.Event()
+        self._pulse = PulseThread(place_of(0, 1, node_name(), ""), pulse(), self._hear)
+        self._thread = threading.Thread(target=self._run, daemon=True, name="driver watch")
+
+    def __enter__(self) -> DriverWatch:
+        self._pulse.__enter__()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._pulse.__exit__()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, the driver waits for others, who are watched by themselves."""
+        self._watch = None
+        try:
+            yield
+        finally:
+            self._watch = StallWatch(self._timeout)
+
+    def _hear(self, beat: Beat) -> None:
+        self._beats = {0: beat}
+
+    def _run(self) -> None:
+        while not self._over.wait(LOOK_SECONDS):
+            watch = self._watch
+            stall = None if watch is None else watch.look(time.monotonic(), self._beats)
+            if stall is not None:
+                words = f"no progress of the driver for {stall.seconds:.0f} s while {stall.beats[0].phase.name}"
+                self._hung(f"{words}; its stacks:\n{_stacks()}")
+                return
+
+
+def end_process(text: str) -> None:
+    """Say what is known and end this process at once."""
+    print(f"stalled: {text}", file=sys.stderr, flush=True)
+    os._exit(ExitCode.FAILED)
+
+
+def _stacks() -> str:
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file=file, all_threads=True)
+        file.seek(0)
+        return file.read()
