@@ -1,4 +1,4 @@
-"""The plan's term for attention masks: in which stages layers get one, and its bytes by hand and as torch keeps them."""
+"""The plan's term for attention masks: which layers get one, and its bytes, by hand and as torch keeps them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FIELDS, IDS, SHAPE, tiny
+from tiny_models import IDS, SHAPE, tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.plan import PlanContext, plan_job, render
+from finetune_trainer.plan import PlanContext, plan_job
 from finetune_trainer.plan.attention_masks import MaskedLayers, mask_bytes
 from finetune_trainer.plan.devices import Device, known_device
 

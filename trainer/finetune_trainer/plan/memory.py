@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 from finetune_trainer.plan.attention_masks import MaskedLayers, mask_bytes
 from finetune_trainer.plan.model_size import AdapterSize, ModelSize
@@ -48,7 +48,7 @@ class Workload:
     checkpointing: bool = False
     eager: bool = False
     """Attention that materialises its scores."""
-    masked: MaskedLayers = MaskedLayers()
+    masked: MaskedLayers = field(default_factory=MaskedLayers)
     """Attention layers under `sdpa` that get a mask."""
     full_logits: bool = False
     """Logits of the whole batch at once (masked language modelling); else TRL's tiles."""
@@ -100,7 +100,7 @@ class Memory:
 
     def parts(self) -> dict[str, int]:
         """The device's parts by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "host"}
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "host"}
 
 
 def estimate(size: ModelSize, load: Workload) -> Memory:
