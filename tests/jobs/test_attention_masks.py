@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 Job = dict[str, Any]
 ROWS = [dialogue(f"{n} plus {n}", " ".join(str(m) for m in range(1 + (n * n) % 11))) for n in range(9)]
-PAIRS = [{"prompt": f"{n} plus 1", "chosen": " makes" * (1 + n % 3), "rejected": " says" * (1 + n % 4)} for n in range(9)]
+PAIRS = [
+    {"prompt": f"{n} plus 1", "chosen": " makes" * (1 + n % 3), "rejected": " says" * (1 + n % 4)} for n in range(9)
+]
 STAGES: dict[str, Callable[[Job], Job]] = {
     "packed": lambda common: {"sft": common | {"packing": True, "data": {"sources": [{"inline": ROWS}]}}},
     "padded": lambda common: {"sft": common | {"data": {"sources": [{"inline": ROWS}]}}},

@@ -1,4 +1,4 @@
-"""FlashAttention on a CPU: transformers' own code around functions of flash_attn's signature, which record their calls."""
+"""FlashAttention on a CPU: transformers' own code around functions of flash_attn's signature that record calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reaches attention for packed rows: each document's bounds and no mask of the row, with flash attention and sdpa."""
+"""What reaches attention for packed rows: each document's bounds and no mask, with flash attention and sdpa."""
 
 from __future__ import annotations
 
@@ -230,8 +230,10 @@ def test_torchs_kernel_gets_bounds_and_windows(monkeypatch: pytest.MonkeyPatch) 
     stand_in, module = FlashStandIn(monkeypatch), attention(groups=2)
     calls: list[dict[str, Any]] = []
 
-    def varlen_attn(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int,
-                    max_k: int, *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool) -> Tensor:  # fmt: skip
+    def varlen_attn(
+        query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
+        *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool,
+    ) -> Tensor:  # fmt: skip
         calls.append({"window": window_size, "longest": (max_q, max_k), "gqa": enable_gqa})
         return stand_in.varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, 0.0, scale, True, window_size)
 

@@ -1,4 +1,4 @@
-"""The plan's term for attention masks: in which stages layers get one, and its bytes by hand and as torch keeps them."""
+"""The plan's term for attention masks: which layers get one, and its bytes, by hand and as torch keeps them."""
 
 from __future__ import annotations
 

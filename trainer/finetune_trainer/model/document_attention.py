@@ -149,9 +149,7 @@ def _by_kernel(
     starts, longest = bounds.to(query.device, non_blocking=True), int(bounds.diff().max())
     rows = (states[0].transpose(0, 1) for states in (query, key, value))
     before = -1 if window is None else window - 1
-    out = varlen_attn(
-        *rows, starts, starts, longest, longest, scale=scaling, window_size=(before, 0), enable_gqa=True
-    )
+    out = varlen_attn(*rows, starts, starts, longest, longest, scale=scaling, window_size=(before, 0), enable_gqa=True)
     assert isinstance(out, Tensor)
     return out[None]
 

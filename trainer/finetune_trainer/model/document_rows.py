@@ -40,9 +40,10 @@ class OneRow:
     """Hooks around a decoder's forward pass that lay a packed batch's rows end to end, and its outputs back in rows.
 
     The decoder gets [1, B * L] in place of [B, L], positions that start again at 0 with each document, and the
-    documents' bounds: `cu_seq_lens_q`, `cu_seq_lens_k` (int32 [documents + 1]), `max_length_q`, `max_length_k` (int) and
-    `seq_idx` (int32 [1, B * L], the number of each token's document), which are the names of transformers'
-    `FlashAttentionKwargs`. Under `sdpa` the bounds take the attention mask's place. Padding is a document of its own.
+    documents' bounds: int32 `cu_seq_lens_q` and `cu_seq_lens_k` [documents + 1], the ints `max_length_q` and
+    `max_length_k`, and int32 `seq_idx` [1, B * L], the number of each token's document. These are the names of
+    transformers' `FlashAttentionKwargs`. Under `sdpa` the bounds take the attention mask's place. Padding is a
+    document of its own.
     """
 
     def __init__(self, decoder: Any) -> None:

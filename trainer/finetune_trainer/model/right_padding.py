@@ -56,6 +56,7 @@ def is_right_padded(mask: Tensor) -> bool:
 def _without_mask(backbone: nn.Module, args: Any, kwargs: Keywords) -> tuple[Any, Keywords]:
     mask = kwargs.get("attention_mask")
     # Positions come with packed rows (`document_masks`) and generation, whose padding is on the left.
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or kwargs.get("position_ids") is not None or is_generating(kwargs):
+    other = kwargs.get("position_ids") is not None or is_generating(kwargs)
+    if other or not isinstance(mask, Tensor) or mask.ndim != 2 or not is_right_padded(mask.to(torch.int8)):
         return args, kwargs
-    return args, kwargs | {"attention_mask": None} if is_right_padded(mask.to(torch.int8)) else kwargs
+    return args, kwargs | {"attention_mask": None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 from finetune_trainer.plan.activations import activation_bytes, drawing_bytes, loss_bytes
 from finetune_trainer.plan.attention_masks import MaskedLayers, mask_bytes
@@ -43,7 +43,7 @@ class Workload:
     """Attention that materialises its scores."""
     summed_stacks: bool = False
     """LoRA on stacked experts by sums `W + BA`; else by its factors."""
-    masked: MaskedLayers = MaskedLayers()
+    masked: MaskedLayers = field(default_factory=MaskedLayers)
     """Attention layers under `sdpa` that get a mask."""
     full_logits: bool = False
     """Logits of the whole batch at once (masked language modelling); else TRL's tiles."""
@@ -103,7 +103,7 @@ class Memory:
 
     def parts(self) -> dict[str, int]:
         """The device's parts by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "host"}
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "host"}
 
 
 def estimate(size: ModelSize, load: Workload) -> Memory:
