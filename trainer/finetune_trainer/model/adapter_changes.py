@@ -44,8 +44,9 @@ class Changes:
 def adapter_changes(model: PreTrainedModel, directory: str | Path) -> Changes | None:
     """Return what an adapter does to a model, which is on the meta device and gets the adapter's layers.
 
-    For PEFT the model's weights are zeros that take no memory, so that it computes on the CPU in float32. None where PEFT has to do it on the whole model: tuners other than LoRA, biases of adapters, and tied embeddings that
-    the adapter unties.
+    For PEFT the model's weights are zeros that take no memory, so that it computes on the CPU in float32. None where
+    PEFT has to do it on the whole model: tuners other than LoRA, biases of adapters, and tied embeddings that the
+    adapter unties.
 
     Raises:
         UserError: the adapter lacks weights or does not fit the model.

@@ -6,7 +6,7 @@ Memory: the tensors of one file of the result, and one weight in float32, whatev
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from finetune_trainer.model.adapter_changes import Changes, adapter_changes
 from finetune_trainer.model.saved_base import Reader, SavedBase, Tensors
 from finetune_trainer.model.weights import SHARD_SIZE
 
+_ALIGNED = 64
 _PATTERN = "model{suffix}.safetensors"
 
 
@@ -46,12 +47,13 @@ class MergePlan:
             UserError: a merged weight is not finite.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        split = split_torch_state_dict_into_shards(
-            self.written, filename_pattern=_PATTERN, max_shard_size=shard_size
-        )
-        values = _Values(self)
+        split = split_torch_state_dict_into_shards(self.written, filename_pattern=_PATTERN, max_shard_size=shard_size)
+        values, room = _Values(self), _Room(self.written, split.filename_to_tensors.values())
         for file, names in split.filename_to_tensors.items():
-            save_file({name: values.take(name) for name in names}, directory / file, metadata={"format": "pt"})
+            tensors = room.tensors(names)
+            for name, place in tensors.items():
+                place.copy_(values.take(name))
+            save_file(tensors, directory / file, metadata={"format": "pt"})
         if split.is_sharded:
             count = {"total_parameters": self.base.model.num_parameters()}
             index = {"metadata": count | split.metadata, "weight_map": split.tensor_to_filename}
@@ -131,6 +133,31 @@ def _shape_of(base: SavedBase, changes: Changes, weight: str) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
+class _Room:
+    """Memory for the tensors of one file, used for each file again.
+
+    Where each tensor was allocated by itself, the allocator would keep what the sums in float32 leave between them.
+    """
+
+    def __init__(self, written: Tensors, files: Iterable[list[str]]) -> None:
+        self.written = written
+        sizes = [sum(self._size(name) for name in names) for names in files]
+        self.memory = torch.empty(max(sizes, default=0), dtype=torch.uint8)
+
+    def tensors(self, names: list[str]) -> Tensors:
+        """Return tensors without values for one file's names, which do not overlap."""
+        found, start = {}, 0
+        for name in names:
+            one = self.written[name]
+            found[name] = self.memory[start : start + one.nbytes].view(one.dtype).view(one.shape)
+            start += self._size(name)
+        return found
+
+    def _size(self, name: str) -> int:
+        """Return a tensor's bytes, such that the next one is aligned."""
+        return -(-self.written[name].nbytes // _ALIGNED) * _ALIGNED
+
+
 class _Values:
     """The result's tensors, one at a time; what a conversion makes of one weight is kept until all of it is taken."""
 
@@ -151,7 +178,7 @@ class _Values:
             merged = self.pending.pop(name)
             if plan.groups[group][0] not in plan.changes.whole:
                 merged = self._float(name).add_(merged)
-        return _finite(name, merged.to(dtype).contiguous())
+        return _finite(name, merged.to(dtype))
 
     def _float(self, name: str) -> Tensor:
         """Return the base's value in float32, rounded to the result's precision before, as it loads."""

@@ -22,7 +22,7 @@ from finetune_trainer.model.vocabulary import resize_embeddings
 from finetune_trainer.model.weights import TensorFile, tensor_files
 
 Tensors = dict[str, Tensor]
-_MAPPED = 16 << 20
+_MAPPED = 1 << 20
 """Bytes that are read from a file before it is mapped anew: pages of a mapped file count as the process's memory."""
 
 
