@@ -23,6 +23,7 @@ from finetune_trainer.model.write_back import complete_result, in_base
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.expert_results import save_experts
 from finetune_trainer.training.merging import merge_adapter, whole_source
+from finetune_trainer.training.trained_weights import trained_weights
 
 
 def save_result(trainer: Any, context: StageContext, directory: Path) -> None:
@@ -67,7 +68,7 @@ def _save_weights(trainer: Any, context: StageContext, directory: Path) -> None:
     if adapter is None:
         _save_whole(trainer, context, directory)
         return
-    _save_adapter(trainer, adapter)
+    _save_adapter(trainer, context, adapter)
     if context.placement.rank == 0:
         _finish_adapter(context, adapter, directory)
         shutil.rmtree(adapter, ignore_errors=True)
@@ -101,10 +102,12 @@ def _in_base(model: PreTrainedModel, state: dict[str, Tensor], context: StageCon
     return whole
 
 
-def _save_adapter(trainer: Any, directory: Path) -> None:
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+def _save_adapter(trainer: Any, context: StageContext, directory: Path) -> None:
+    model, first = trainer.accelerator.unwrap_model(trainer.model_wrapped), trainer.is_world_process_zero()
+    rows = context.config.get_text_config().vocab_size
+    grown = model.get_base_model().config.get_text_config().vocab_size != rows
+    state = trained_weights(model, keep=first, embeddings=grown)
+    if first:
         model.save_pretrained(directory, state_dict=state, selected_adapters=["default"])
 
 
