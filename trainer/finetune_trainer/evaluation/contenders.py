@@ -72,10 +72,9 @@ def open_model(contender: Contender, context: StageContext, spec: EvaluateSpec) 
     source, job = contender.source, context.run.job.spec
     accelerator = context.placement.accelerator
     formats = precision(model_dtype(job.model.dtype, accelerator), trains_base=False, zero=0)
-    model: Any = load_model(
-        source, context.job_model, formats, trains=False, quantization=spec.quantization, seed=spec.seed
-    )
+    device = ray.train.torch.get_device() if accelerator else torch.device("cpu")
+    more: dict[str, Any] = {"quantization": spec.quantization, "seed": spec.seed, "device": device}
+    model: Any = load_model(source, context.job_model, formats, trains=False, **more)
     if source.name is not None and is_adapter(source.name):
         model = attach_adapter(model, source.name)
-    device = ray.train.torch.get_device() if accelerator else torch.device("cpu")
     return on_device(model, device).eval()

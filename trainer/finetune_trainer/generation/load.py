@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -68,20 +68,20 @@ def load(result_dir: str, device: str = "auto", dequantize_in: str | None = None
     place = _device(device)
     directory = find_result(result_dir)
     try:
-        loaded = _read(directory, dequantize_in)
+        loaded = _read(directory, dequantize_in, place)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{directory} can't be loaded: {str(error).strip().splitlines()[0]}") from error
     on_device(loaded.model, place).eval()
     return loaded
 
 
-def _read(directory: Path, dequantize_in: str | None) -> Loaded:
+def _read(directory: Path, dequantize_in: str | None, device: torch.device) -> Loaded:
     base = base_of(str(directory))
     tokenizer = _tokenizer(directory, base)
     plain = None
     if dequantize_in is not None:
         plain = JobModel(ModelSpec(path=base, dequantize=True), tokenizer, dequantize_in)
-    model, kind = read_whole(base, job=plain)
+    model, kind = read_whole(base, job=plain, device=device)
     whole = _with_adapter(model, directory, tokenizer) if is_adapter(directory) else model
     return Loaded(whole, tokenizer, kind, read_form(directory))
 
@@ -105,12 +105,15 @@ def open_result(directory: Path, dequantize_in: str) -> tuple[SavedBase | None, 
     return open_base(base, auto_class(_kind(config, root)), config=config, job=job, rows=rows), tokenizer
 
 
-def read_whole(name: str, revision: str | None = None, job: JobModel | None = None) -> tuple[PreTrainedModel, Kind]:
+def read_whole(
+    name: str, revision: str | None = None, job: JobModel | None = None, device: torch.device | None = None
+) -> tuple[PreTrainedModel, Kind]:
     """Return a whole model, or an expert adapter on its base, wherever a moved job now has it, in its own precision.
 
     Args:
         revision: branch, tag or commit of a hub model.
         job: whose changes the model is loaded with. Default: as it was saved.
+        device: that the weights are read onto. Default: the CPU.
 
     Raises:
         UserError: the checkpoint lacks weights, or the adapter does not fit.
@@ -118,7 +121,8 @@ def read_whole(name: str, revision: str | None = None, job: JobModel | None = No
     """
     config = read_config(root_of(name), revision)
     kind = _kind(config, root_of(name))
-    return load_whole(name, auto_class(kind), revision=revision, config=config, job=job, dtype="auto"), kind
+    more: dict[str, Any] = {"revision": revision, "config": config, "job": job, "device": device}
+    return load_whole(name, auto_class(kind), dtype="auto", **more), kind
 
 
 def _device(name: str) -> torch.device:

@@ -49,14 +49,17 @@ def load_model(
     trains: bool = True,
     quantization: Quantization | None = None,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Return the stage's model with its weights, on the CPU or, under ZeRO-3, divided among the workers as it loads.
+    """Return the stage's model with its weights, on a device or, under ZeRO-3, divided among the workers as it loads.
 
     A LoRA result carried on as an adapter loads as its base model; the adapter is attached by the caller.
 
     Args:
         trains: whether the model is to be trained or quantized; weights that were saved quantized serve no more than
             inference.
+        device: that the weights of a saved model are read onto, one tensor at a time, so that the host holds none of
+            them. Default: the CPU, or where ZeRO-3 or a quantizer puts them.
 
     Raises:
         UserError: as `load_whole`.
@@ -80,7 +83,8 @@ def load_model(
             skipped = composite_skips(config, auto)
             options["quantization_config"] = quantization_config(quantization, precision.compute, task, skipped)
         more = {"revision": source.revision, "config": config, "job": job, "new_head": task == "reward"}
-        model = load_whole(base_of(source.name), auto, **more, **options)
+        place = device if quantization is None else None
+        model = load_whole(base_of(source.name), auto, device=place, **more, **options)
     shrink_frozen(model, precision)
     model.config.get_text_config().use_cache = False
     return model
@@ -94,6 +98,7 @@ def load_whole(
     config: PretrainedConfig | None = None,
     job: JobModel | None = None,
     new_head: bool = False,
+    device: torch.device | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Return a saved model, or the base of an expert adapter with the adapter's experts in place.
@@ -104,6 +109,7 @@ def load_whole(
         config: in place of the saved one.
         job: of the job that trains the model. Default: it is loaded as it was saved.
         new_head: whether the checkpoint may lack the head of `auto`'s task.
+        device: see `load_model`.
         options: for `from_pretrained`.
 
     Raises:
@@ -112,13 +118,15 @@ def load_whole(
     """
     auto = auto or auto_class("causal")
     if is_expert_adapter(name):
-        model = load_whole(expert_base_of(name), auto, config=config, job=job, new_head=new_head, **options)
+        model = load_whole(
+            expert_base_of(name), auto, config=config, job=job, new_head=new_head, device=device, **options
+        )
         apply_adapter(model, name)
         model.name_or_path = name  # PEFT records it as the base of an adapter trained on top
         return model
     with hub_access(name, "model", revision):
         place, revision, config = plain_place(name, revision, config or read_config(name, revision), job)
-        model = _checked(place, auto, revision, config, new_head, options)
+        model = _checked(place, auto, revision, config, new_head, options | _onto(device, config))
     repair(model)
     if getattr(model, "is_loaded_in_4bit", False):
         keep_differentiable(model)
@@ -126,6 +134,16 @@ def load_whole(
         resize_embeddings(model, rows)
     model.name_or_path = name
     return model
+
+
+def _onto(device: torch.device | None, config: PretrainedConfig) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that read weights straight onto an accelerator.
+
+    Weights that were saved quantized go where their quantizer puts them.
+    """
+    if device is None or device.type == "cpu" or method_of(config) is not None:
+        return {}
+    return {"device_map": {"": device}}
 
 
 def plain_place(
@@ -157,6 +175,8 @@ def _checked(
     if lacking := sorted(set(info["missing_keys"]) - set(match.new)):
         raise UserError(f"{name}: {Match(type(model).__name__, missing=tuple(lacking)).summary()}")
     without_mapping(model, match)
+    if "device_map" in options:
+        del model.hf_device_map  # trainers take a model that has one for a model that they must not move or divide
     return model
 
 

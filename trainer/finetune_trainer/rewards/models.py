@@ -81,7 +81,7 @@ def load_reward_model(place: str, name: str, dtype: torch.dtype, device: torch.d
         raise UserError([Problem(where, message)])
     try:
         with undivided_loading():
-            model = load_whole(place, auto_class("reward"), config=config, dtype=dtype)
+            model = load_whole(place, auto_class("reward"), config=config, device=device, dtype=dtype)
     except UserError as error:
         raise UserError([Problem(where, problem.message) for problem in error.problems]) from error
     except (OSError, ValueError) as error:

@@ -113,4 +113,5 @@ def _base(context: StageContext, source: ModelSource | None = None) -> PreTraine
         task=task_of(spec),
         quantization=getattr(spec, "quantization", None),
         seed=spec.seed,
+        device=context.load_device,
     )

@@ -78,4 +78,5 @@ def _model(context: StageContext, spec: PretrainSpec) -> transformers.PreTrained
         context.precision,
         task=task_of(spec),
         seed=spec.seed,
+        device=context.load_device,
     )

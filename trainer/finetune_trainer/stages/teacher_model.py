@@ -149,6 +149,6 @@ def _load(context: StageContext, spec: SynthesizeSpec, device: str) -> Loaded:
         name = str(model_name(one, run))
     if Path(name).is_dir():
         return load(name, device)
-    model, kind = read_whole(name, given.revision)
+    model, kind = read_whole(name, given.revision, device=torch.device(device))
     tokenizer = load_tokenizer(ModelSource(name, None, given.revision, tokenizer=name))
     return Loaded(on_device(model, torch.device(device)).eval(), tokenizer, kind)

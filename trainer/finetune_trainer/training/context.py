@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import cast
 
+import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
@@ -121,6 +123,16 @@ class StageContext:
         """The number formats of this stage."""
         dtype = model_dtype(self.run.job.spec.model.dtype, self.placement.accelerator)
         return precision(dtype, trains_base=self.trains_base, zero=self.zero)
+
+    @property
+    def load_device(self) -> torch.device | None:
+        """Where a saved model's weights are read to: this worker's device; None where ZeRO-3 divides them as they load.
+
+        It is known once the stage's `TrainingArguments` are made.
+        """
+        if self.zero == 3 or not self.placement.accelerator:
+            return None
+        return torch.device(PartialState().device)
 
     @property
     def trains_base(self) -> bool:

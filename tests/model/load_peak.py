@@ -1,0 +1,32 @@
+"""Print by how much a model raises this process's memory at its peak: loading it, then reading all its weights; and the
+bytes of its weights.
+
+Usage: python load_peak.py MODEL WARM_UP_MODEL DTYPE
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from merge_peak import resident
+
+
+def main(model: str, warm_up: str, dtype: str) -> None:
+    import torch
+
+    from finetune_trainer.model.load import load_whole
+
+    torch.set_num_threads(1)
+    load_whole(warm_up, dtype=getattr(torch, dtype))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    before = resident("VmRSS")
+    loaded = load_whole(model, dtype=getattr(torch, dtype))
+    peak = resident("VmHWM") - before
+    for weight in loaded.parameters():
+        weight.detach().sum()
+    print(peak, resident("VmHWM") - before, sum(weight.nbytes for weight in loaded.parameters()))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
