@@ -78,6 +78,8 @@ class PlanReport(ApiModel):
     """Weights of the model."""
     memory_bytes: int | None = None
     """Peak memory per worker, as estimated."""
+    host_bytes: int | None = None
+    """Peak host memory of a node, as estimated. Of a job on CPUs, what comes on top of its workers' memory."""
     zero: int | None = None
     """The largest ZeRO stage that a stage of the job uses."""
     steps: int | None = None

@@ -113,7 +113,8 @@ class Controller:
 
     async def _carry_out(self, key: Key, seen: Observed, decision: Decision, now: datetime) -> None:
         """Make, then tell, then delete: at whatever point this ends, a second look comes to the same."""
-        operations = plan(seen.body, decision.actions, self._settings)
+        # With the status that is about to be written: it may hold the plan that a preflight has just told.
+        operations = plan(seen.body | {"status": decision.status}, decision.actions, self._settings)
         for operation in operations:
             if isinstance(operation, SetFinalizers) and operation.holds:
                 (answer,) = await apply(self._api, [operation])

@@ -185,7 +185,11 @@ def _mounts(run: Run) -> list[Json]:
 
 
 def _resources(run: Run, given: Json, gpus: bool) -> Json:
-    """Requests are limits where the job names an amount; what the template says otherwise (RDMA, …) stays."""
+    """Requests are limits where the job names an amount; what the template says otherwise (RDMA, …) stays.
+
+    A pod with GPUs requests the host memory that the preflight planned, where the user names none: without a request it
+    may land on a node whose memory other pods use. It is no limit, as it is an estimate.
+    """
     if not gpus:
         own = {"cpu": run.settings.preflight_cpu, "memory": run.settings.preflight_memory}
         return {"requests": own, "limits": {"memory": own["memory"]}}
@@ -200,6 +204,14 @@ def _resources(run: Run, given: Json, gpus: bool) -> Json:
         limits[GPU] = str(wanted.gpus_per_node)
     return {
         **given,
-        "requests": {**(given.get("requests") or {}), **amounts},
+        "requests": {**_planned(run, given), **(given.get("requests") or {}), **amounts},
         "limits": {**(given.get("limits") or {}), **limits},
     }
+
+
+def _planned(run: Run, given: Json) -> Json:
+    """Return the planned memory request of a pod with GPUs whose template names no memory."""
+    named = {**(given.get("requests") or {}), **(given.get("limits") or {})}
+    if run.planned_host_bytes is None or not run.resources.gpus_per_node or "memory" in named:
+        return {}
+    return {"memory": f"{-(-run.planned_host_bytes // (1 << 20))}Mi"}

@@ -79,6 +79,13 @@ class Run:
         return Kubernetes.model_validate(self.spec.get("kubernetes", {}))
 
     @property
+    def planned_host_bytes(self) -> int | None:
+        """Host memory that a node needs, as the preflight found."""
+        plan = (self.body.get("status") or {}).get("plan") or {}
+        found = plan.get("hostBytes")
+        return None if found is None else int(found)
+
+    @property
     def nodes(self) -> int:
         """Pods at most."""
         return self.resources.max_nodes or self.resources.nodes or 1

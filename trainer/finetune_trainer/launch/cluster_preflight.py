@@ -85,5 +85,6 @@ def _told(plan: JobPlan) -> Json:
         "parameters": max(stage.parameters for stage in plan.stages),
         "memoryBytes": max(stage.memory.total for stage in plan.stages),
         "zero": max(stage.zero for stage in plan.stages),
+        **({"hostBytes": plan.host_bytes} if plan.host_bytes is not None else {}),
         **({"steps": sum(filter(None, steps))} if all(steps) else {}),
     }

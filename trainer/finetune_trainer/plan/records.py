@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from finetune_trainer.plan.devices import Device
 from finetune_trainer.plan.experts import Alternative
+from finetune_trainer.plan.host import HostMemory
 from finetune_trainer.plan.memory import Memory
 from finetune_trainer.plan.steps import Steps
 
@@ -71,6 +72,8 @@ class StagePlan:
     """Warnings, and why something is not known."""
     comparison: tuple[Alternative, ...] = ()
     """What other ways to train the same would need (ESFT)."""
+    host: HostMemory | None = None
+    """Host memory of a node; None for a stage that only reads models."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +118,18 @@ class JobPlan:
         """Whether every stage fits the device."""
         return all(one.fits for one in (*self.stages, *self.teachers))
 
+    @property
+    def host_bytes(self) -> int | None:
+        """Host memory of a node in the stage that needs most; None where no stage trains."""
+        return max((stage.host.total for stage in self.stages if stage.host is not None), default=None)
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values, with `fits` and each stage's total memory."""
         value = asdict(self) | {"fits": self.fits}
         for name, plans in (("stages", self.stages), ("teachers", self.teachers)):
             for plain, one in zip(value[name], plans, strict=True):
                 plain["memory"]["total"] = one.memory.total
+        for plain, stage in zip(value["stages"], self.stages, strict=True):
+            if stage.host is not None:
+                plain["host"]["total"] = stage.host.total
         return value

@@ -63,6 +63,7 @@ def _stage(stage: StagePlan, device: Device) -> RenderableType:
         Text(stage.why),
         _verdict(stage, device),
     ]
+    lines += [Text(f"host memory of a node: {stage.host}")] if stage.host else []
     lines += [Text(f"  → {line}", style="yellow") for line in stage.advice]
     lines += [_comparison(stage)] if stage.comparison else []
     lines += [Text(f"note: {line}", style="dim") for line in stage.notes]

@@ -35,6 +35,7 @@ from finetune_trainer.pipeline import place
 from finetune_trainer.plan.advice import advise
 from finetune_trainer.plan.answering import answering, trained_per_prompt
 from finetune_trainer.plan.experts import ExpertPlan, compare, expert_plan
+from finetune_trainer.plan.host import host_estimate, host_work
 from finetune_trainer.plan.inference import (
     check_reading,
     inference_memory,
@@ -83,7 +84,9 @@ class StagePlanner:
         if experts is not None:
             whole = isinstance(spec, EsftSpec) and spec.train_non_experts
             load, notes = replace(load, tuned=experts.tuned, tuned_embeddings=whole), [*notes, *experts.notes]
-        return self.assemble(size, load, known, [*notes, *sharding_warnings(sharding, self.bits)], experts)
+        plan = self.assemble(size, load, known, [*notes, *sharding_warnings(sharding, self.bits)], experts)
+        work = host_work(self.run, spec, self.config, model, load.workers, load.dtype_bytes)
+        return replace(plan, host=host_estimate(size, with_zero(load, plan.zero), plan.memory, work))
 
     def evaluation(self, spec: EvaluateSpec, rows: Rows | None) -> StagePlan:
         """The plan of a stage that only reads models, one after the other, each worker all of each."""

@@ -11,12 +11,14 @@ from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import SynthesizeSpec
 from finetune_trainer.errors import UserError
+from finetune_trainer.host_memory import host_memory
 from finetune_trainer.launch.cluster import Workers, plan_workers
 from finetune_trainer.pipeline import place
 from finetune_trainer.plan.devices import Device, local_device
 from finetune_trainer.plan.records import JobPlan
 from finetune_trainer.preflight.data import data_problems
 from finetune_trainer.preflight.gpu_node import machine_problems
+from finetune_trainer.preflight.host import host_problems
 from finetune_trainer.preflight.model import model_plan
 from finetune_trainer.preflight.settings import setting_problems
 
@@ -31,7 +33,8 @@ def preflight(run: RunConfig, workers: Workers | None = None) -> JobPlan:
     unusable = list(_resources(run, workers))
     others = [*unusable, *data_problems(run)]
     try:
-        return plan_of_faultless(run, workers, local_device(workers.most), lambda: others)
+        machine = None if os.environ.get("RAY_ADDRESS") else host_memory()
+        return plan_of_faultless(run, workers, local_device(workers.most), lambda: others, machine)
     except RuntimeError:
         if unusable:  # torch fails in its own words on GPUs that have been found unusable
             raise UserError(others) from None
@@ -39,19 +42,25 @@ def preflight(run: RunConfig, workers: Workers | None = None) -> JobPlan:
 
 
 def plan_of_faultless(
-    run: RunConfig, workers: Workers, device: Device, others: Callable[[], Iterable[Problem]]
+    run: RunConfig,
+    workers: Workers,
+    device: Device,
+    others: Callable[[], Iterable[Problem]],
+    machine: int | None = None,
 ) -> JobPlan:
     """The plan of a job that has no faults.
 
     Args:
         device: what each worker will have.
         others: tells what was found elsewhere; called once the model has been looked at.
+        machine: bytes of host memory that this machine lets the job use; None where the job runs on others.
 
     Raises:
         UserError: one problem per fault.
     """
     plan, of_model = _model(run, workers, device)
     problems = [*setting_problems(run, workers), *others()]
+    problems += host_problems(run, plan, machine) if plan is not None else []
     problems += [problem for problem in of_model if not _is_told(problem, problems, run)]
     if problems or plan is None:
         raise UserError(list(dict.fromkeys(problems)))
