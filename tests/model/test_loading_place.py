@@ -26,7 +26,7 @@ META = torch.device("meta")
 def test_weights_are_read_straight_onto_the_device(family: str, request: pytest.FixtureRequest) -> None:
     model = load_whole(str(request.getfixturevalue(family)), dtype="auto", device=META)
     assert {weight.device for weight in model.parameters()} == {META}
-    assert not hasattr(model, "hf_device_map")
+    assert not hasattr(model, "hf_device_map")  # trainers neither move nor divide a model that has one
 
 
 def test_a_stage_reads_onto_its_workers_device(

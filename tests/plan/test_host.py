@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from finetune_trainer.launch.cluster_preflight import _told
 from finetune_trainer.plan import PlanContext, plan_job
 from finetune_trainer.plan.devices import Device, known_device
 from finetune_trainer.plan.host import DATA_WORKER, DRIVER, PROCESS, HostMemory
+from finetune_trainer.plan.records import JobPlan
 from finetune_trainer.preflight.host import host_problems
 
 LLAMA_70B = {
@@ -26,6 +28,11 @@ QLORA = {"data": DATA, "maxLength": 1024, "lora": {"r": 16}, "quantization": {"b
 SHARD = 5_000_000_000
 
 
+@cache
+def qlora() -> JobPlan:
+    return plan_job(run({"sft": QLORA}, model=LLAMA_70B, resources=NODE), GPUS)
+
+
 def host(
     stage: dict[str, Any], resources: dict[str, Any] = NODE, context: PlanContext = GPUS, **spec: Any
 ) -> HostMemory:
@@ -37,7 +44,8 @@ def host(
 def test_merging_qlora_of_a_70b_model() -> None:
     """One file of the result; the largest merged weight, an MLP's, as read in bfloat16, in float32, and what is added
     to it; the adapter in float32. In float32 as a whole, the base alone would take 282 GB."""
-    found = host(QLORA)
+    found = qlora().stages[0].host
+    assert found is not None
     mlp, layers, r = 8192 * 28672, 80, 16
     kv = 8 * 128
     features = (8192 + 8192) * 2 + (8192 + kv) * 2 + (8192 + 28672) * 3
@@ -69,7 +77,7 @@ def test_full_training_and_what_it_offloads() -> None:
 
 
 def test_the_plan_shows_it_and_tells_the_operator() -> None:
-    plan = plan_job(run({"sft": QLORA}, model=LLAMA_70B, resources=NODE), GPUS)
+    plan = qlora()
     (stage,) = plan.stages
     assert stage.host is not None
     assert "host memory of a node: 15.8 GiB (processes 8 GiB, loading 7.83 GiB" in text_of(plan)
@@ -90,7 +98,7 @@ def test_too_little_is_told_before_anything_starts(
     memory: str | None, machine: int | None, expected: str | None
 ) -> None:
     job = run({"sft": QLORA}, model=LLAMA_70B, resources=NODE | ({"memoryPerNode": memory} if memory else {}))
-    problems = list(host_problems(job, plan_job(job, GPUS), machine))
+    problems = list(host_problems(job, qlora(), machine))
     assert [problem.path for problem in problems] == ([] if expected is None else ["resources.memoryPerNode"])
     assert expected is None or problems[0].message.startswith(expected)
     assert memory != "8Gi" or "set it to at least 16Gi" in problems[0].message
