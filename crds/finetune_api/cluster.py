@@ -79,7 +79,8 @@ class Resources(ApiModel):
     cpus_per_node: Quantity | None = None
     """CPUs per node, such as `8`. Default: on one machine all it has."""
     memory_per_node: Quantity | None = None
-    """Memory per node, such as `64Gi`. Default: on one machine all it has."""
+    """Host memory per node, such as `64Gi`, as request and limit. Default: on one machine all it has; on a cluster a
+    pod with GPUs requests what the preflight plans, without a limit."""
     pod_template: dict[str, Any] | None = Field(
         default=None, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True}
     )

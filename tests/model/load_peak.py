@@ -1,4 +1,5 @@
-"""Print by how much loading a model raises this process's memory at its peak, and the bytes of its weights.
+"""Print by how much a model raises this process's memory at its peak: loading it, then reading all its weights; and the
+bytes of its weights.
 
 Usage: python load_peak.py MODEL WARM_UP_MODEL DTYPE
 """
@@ -21,8 +22,10 @@ def main(model: str, warm_up: str, dtype: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
     before = resident("VmRSS")
     loaded = load_whole(model, dtype=getattr(torch, dtype))
-    print(resident("VmHWM") - before, sum(weight.nbytes for weight in loaded.parameters()))
-    print(sum(float(weight.sum()) for weight in loaded.parameters()), resident("VmHWM") - before, resident("RssAnon"))
+    peak = resident("VmHWM") - before
+    for weight in loaded.parameters():
+        weight.detach().sum()
+    print(peak, resident("VmHWM") - before, sum(weight.nbytes for weight in loaded.parameters()))
 
 
 if __name__ == "__main__":

@@ -59,6 +59,33 @@ def test_a_pod_is_a_node_with_all_its_gpus() -> None:
     assert resources["requests"] == {"cpu": "64", "memory": "512Gi"}
 
 
+@pytest.mark.parametrize(
+    ("resources", "expected"),
+    [
+        ({"gpusPerNode": 2}, "2049Mi"),
+        ({"gpusPerNode": 2, "memoryPerNode": "64Gi"}, "64Gi"),
+        ({"workersPerNode": 2}, None),
+    ],
+)
+def test_a_gpu_pod_requests_the_planned_host_memory_where_the_user_names_none(
+    resources: Json, expected: str | None
+) -> None:
+    job = body(resources=resources) | {"status": {"plan": {"parameters": 1, "hostBytes": 2**31 + 1}}}
+    made = [item.body for item in plan(job, (StartRun(1),), SETTINGS) if isinstance(item, Create)]
+    found = trainer(made[-1]["spec"]["template"]["spec"])["resources"]
+    assert found["requests"].get("memory") == expected
+    assert found["limits"].get("memory") == resources.get("memoryPerNode")
+
+
+def test_a_template_s_own_memory_stays() -> None:
+    template = {"spec": {"containers": [{"name": "trainer", "resources": {"limits": {"memory": "9Gi"}}}]}}
+    job = body(resources={"gpusPerNode": 1, "podTemplate": template})
+    job |= {"status": {"plan": {"parameters": 1, "hostBytes": 2**31}}}
+    made = [item.body for item in plan(job, (StartRun(1),), SETTINGS) if isinstance(item, Create)]
+    found = trainer(made[-1]["spec"]["template"]["spec"])["resources"]
+    assert "memory" not in found["requests"] and found["limits"]["memory"] == "9Gi"
+
+
 def test_the_user_s_template_stays_and_the_operator_s_part_is_added() -> None:
     own = {
         "name": "trainer",

@@ -74,9 +74,9 @@ def _fill(model: nn.Module, brought: set[str]) -> None:
         zero = torch.zeros(weight.shape) if name in brought else torch.zeros(()).expand(weight.shape)
         zeros[id(weight)] = weight, nn.Parameter(zero, requires_grad=False)
     for module in model.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                module._parameters[name] = zeros[id(weight)][1]
+        for name, own in module._parameters.items():
+            if own is not None:
+                module._parameters[name] = zeros[id(own)][1]
 
 
 def _brought(model: nn.Module, directory: str | Path) -> set[str]:

@@ -88,7 +88,8 @@ def plan_merge(base: SavedBase, adapter: str | Path | None = None) -> MergePlan 
         return None
     base = brought
     groups = _groups(base, changes)
-    group_of, given = {}, set()
+    group_of: dict[str, str] = {}
+    given: set[str] = set()
     for group, weights in groups.items():
         kinds = {_kind(changes, weight) for weight in weights}
         outputs = base.reverted({weight: _shape_of(base, changes, weight) for weight in weights})
@@ -129,7 +130,7 @@ def _kind(changes: Changes, weight: str) -> str:
 
 def _shape_of(base: SavedBase, changes: Changes, weight: str) -> Tensor:
     one = changes.whole.get(weight)
-    shape = base.model.get_parameter_or_buffer(weight).shape if one is None else one.shape  # type: ignore[no-untyped-call]
+    shape = base.model.get_parameter_or_buffer(weight).shape if one is None else one.shape
     return torch.empty(shape, device="meta")
 
 

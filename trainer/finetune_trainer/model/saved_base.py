@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class SavedBase:
     held: Mapping[str, Tensor] = field(default_factory=dict)
     """Values that stand in no file: embeddings that got more rows, experts that an ESFT stage trained."""
 
-    @property
+    @cached_property
     def written(self) -> Tensors:
         """Return the tensors that `save_pretrained` writes, on the meta device."""
         ignored = set(self.model._keys_to_ignore_on_save or ())
@@ -119,7 +120,7 @@ class SavedBase:
         A weight that is only renamed is a group of its own, and its group's name is the weight's.
         """
         conversions = getattr(self.model, "_weight_conversions", None) or []
-        reverse = [one.reverse_transform() for one in reversed(conversions) if isinstance(one, WeightConverter)]
+        reverse: Any = [one.reverse_transform() for one in reversed(conversions) if isinstance(one, WeightConverter)]
         found = {}
         for name in names:
             group, pattern = apply_converters(name, reverse)

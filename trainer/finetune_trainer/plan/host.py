@@ -136,11 +136,11 @@ def merges_by_tensor(run: RunConfig, config: PretrainedConfig) -> bool:
     """
     if run.job.spec.model.config is not None or method_of(config) is not None:
         return True
-    source = base_source(run, Storage(run.root))
-    name = root_of(str(source.name))
-    if not is_here(name, source.revision):
-        return True
     try:
+        source = base_source(run, Storage(run.root))
+        name = root_of(str(source.name))
+        if not is_here(name, source.revision):
+            return True
         base = open_base(name, auto_class("causal"), revision=source.revision)
         return base is not None and not base.lacking(base.written)
     except (UserError, Outage, OSError, ValueError):
