@@ -144,7 +144,7 @@ def _validate(config: Callable[[], RunConfig], schema_only: bool) -> None:
             print(f"model: {note}")
         for stage in plan.stages:
             for warning in stage.warnings:
-                print(f"warning: stages[{stage.index}]: {warning}")
+                print(f"warning: {warning}")
     stages = ", ".join(stage.title for stage in run.job.spec.stages)
     print(f"{run.job.metadata.name}: valid ({stages})")
 

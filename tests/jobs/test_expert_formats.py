@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from expert_models import build
 from in_process import open_stage, trained
 from tiny_rows import dialogue
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from finetune_cli.main import app
 from finetune_trainer.model.expert_products import FactoredStack
 
 Job = dict[str, Any]
@@ -49,9 +51,7 @@ def test_experts_are_multiplied_in_bfloat16(
     name: str, operands: list[Operand], base_job: Job, tiny_model: Path, tmp_path: Path
 ) -> None:
     """At ZeRO-0, whose masters are float32: a GPU has no fast grouped product in that format."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    build("qwen3_moe", vocab_size=len(tokenizer)).to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    tokenizer.save_pretrained(tmp_path / "half")
+    _save_mixture(tiny_model, tmp_path / "half")
     ((kind, fields),) = STAGES[name].items()
     data = {"sources": [{"inline": PAIRS if kind == "dpo" else ROWS}]}
     stage = {kind: {"data": data, "maxLength": 64, "maxSteps": 1, "perDeviceTrainBatchSize": 2, **fields}}
@@ -63,3 +63,21 @@ def test_experts_are_multiplied_in_bfloat16(
     assert operands and {dtype for dtype, _ in operands} == {torch.bfloat16}
     factored = {kind is FactoredStack for _, kind in operands}
     assert factored == {"lora" in name}
+
+
+def _save_mixture(tokenizer: Path, directory: Path) -> None:
+    """Save a tiny mixture of experts in bfloat16, with that model's tokenizer."""
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    build("qwen3_moe", vocab_size=len(words)).to(torch.bfloat16).save_pretrained(directory)
+    words.save_pretrained(directory)
+
+
+def test_validate_warns_of_adapters_on_all_experts(
+    base_job: Job, tiny_model: Path, tmp_path: Path, write_job: Callable[[Job], Path]
+) -> None:
+    _save_mixture(tiny_model, tmp_path / "half")
+    base_job["spec"]["model"] = {"path": str(tmp_path / "half")}
+    base_job["spec"]["stages"][0]["sft"]["lora"] = {"r": 2}
+    result = CliRunner().invoke(app, ["validate", str(write_job(base_job))])
+    assert result.exit_code == 0, result.output
+    assert "warning: stages[0].sft.lora.targetModules adapts all experts" in result.output

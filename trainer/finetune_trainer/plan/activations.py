@@ -75,7 +75,7 @@ def key_value_bytes(size: ModelSize, load: Workload) -> int:
 def _mixed(load: Workload) -> bool:
     """Whether float32 weights compute under autocast, so that the residual stream is float32 too.
 
-    Modules that are trained in full beside adapters give their output in the base's format.
+    Modules that are trained in full next to adapters give their output in the base's format.
     """
     trained = load.tuned_embeddings or not load.frozen
     return load.zero == 0 and trained and load.dtype_bytes < MASTER

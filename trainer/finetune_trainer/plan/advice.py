@@ -116,7 +116,7 @@ def _lora(load: Workload, path: str, adapter: Callable[[], AdapterSize]) -> tupl
 def _no_experts(
     load: Workload, path: str, lean: Callable[[], tuple[AdapterSize, list[str]]]
 ) -> tuple[str, Workload] | None:
-    """Adapters on the layers beside the stacked experts alone."""
+    """Adapters on linear layers alone, without the stacked experts."""
     if load.adapter is None or not load.adapter.stack_weights:
         return None
     adapter, names = lean()

@@ -54,7 +54,7 @@ def expert_warnings(size: ModelSize, load: Workload, path: str) -> Iterator[str]
     if casts and load.tuned is None and load.kind == "cuda":
         copies = human_bytes(casts * load.dtype_bytes)
         yield (
-            f"at ZeRO-0 the experts are float32, and each forward pass casts {copies} of them: "
+            f"{path}: at ZeRO-0 the experts are float32, and each forward pass casts {copies} of them: "
             "set sharding.zero to 1, which keeps them in half precision"
         )
 

@@ -192,6 +192,12 @@ def adapter_size(model: PreTrainedModel, spec: Lora, path: str = "lora") -> Adap
     )
 
 
+def without_experts(model: PreTrainedModel, spec: Lora) -> tuple[AdapterSize, list[str]]:
+    """Return the size of an adapter on the linear layers alone, without stacked experts, and the layers' names."""
+    names = sorted({name.rpartition(".")[2] for name in find_targets(model).linears})
+    return adapter_size(model, spec.model_copy(update={"target_modules": names})), names
+
+
 def _layer_lists(modules: list[nn.Module]) -> list[nn.Module]:
     """The repeated layers: the longest list of modules by parameters."""
     lists = [module for module in modules if isinstance(module, nn.ModuleList)]

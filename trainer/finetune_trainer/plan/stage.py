@@ -12,22 +12,18 @@ from transformers import PretrainedConfig
 
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import (
-    DpoSpec,
     EsftSpec,
     EvaluateSpec,
-    OnlineSpec,
     PairSpec,
     PretrainSpec,
     PromptSpec,
     RewardSpec,
-    RlhfSpec,
     Stage,
     SupervisedSpec,
     TokenizerSpec,
     TrainedSpec,
 )
 from finetune_api.training import Lora
-from finetune_trainer.adapters import find_targets
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.composite import frozen_note
 from finetune_trainer.model.config import context_length
@@ -48,8 +44,16 @@ from finetune_trainer.plan.inference import (
     reading_length,
 )
 from finetune_trainer.plan.memory import Workload, estimate, with_zero
-from finetune_trainer.plan.model_size import AdapterSize, ModelSize, adapter_size, meta_model, model_size
+from finetune_trainer.plan.model_size import (
+    AdapterSize,
+    ModelSize,
+    adapter_size,
+    meta_model,
+    model_size,
+    without_experts,
+)
 from finetune_trainer.plan.records import DataSize, PlanContext, Rows, StagePlan
+from finetune_trainer.plan.references import has_reference, second_model
 from finetune_trainer.plan.saving import checkpoint_bytes
 from finetune_trainer.plan.sharding_choice import HEADROOM, choose_zero, sharding_problems, sharding_warnings
 from finetune_trainer.plan.states import trainable
@@ -150,10 +154,9 @@ class StagePlanner:
         limit = round(HEADROOM * device.memory_bytes)
         fix = partial(advise, size, load, spec, self.path, limit, self._spare_adapter, self._lean_adapter)
         adapter_parameters = load.adapter.parameters if load.adapter else None
-        has_reference = _has_reference(spec)
         if experts is None:
-            active = load.adapter and load.adapter.active(size)
-            flops = flops_per_token(size, load.length, active, reference=has_reference)
+            adapted = load.adapter and load.adapter.active(size)
+            flops = flops_per_token(size, load.length, adapted, reference=has_reference(spec))
         else:
             flops = flops_per_token(size, load.length, 0) + 2 * experts.active
         return StagePlan(
@@ -197,7 +200,7 @@ class StagePlanner:
             summed_stacks=summed,
             full_logits=_is_masked(spec),
             no_logits=isinstance(spec, RewardSpec),
-            reference=_second_model(spec),
+            reference=second_model(spec),
             offload_optimizer=sharding.offload_optimizer,
             offload_param=sharding.offload_param,
             kind=self.context.device.kind,
@@ -239,11 +242,10 @@ class StagePlanner:
         return adapter_size(meta_model(self.config, task_of(self.spec)), Lora())
 
     def _lean_adapter(self) -> tuple[AdapterSize, list[str]]:
-        """Return the size of the stage's adapter without stacked experts, and the layers that it then adapts."""
-        lora, model = _lora(self.spec), meta_model(self.config, task_of(self.spec))
+        """The stage's adapter without stacked experts, for advice."""
+        lora = _lora(self.spec)
         assert lora is not None
-        names = sorted({name.rpartition(".")[2] for name in find_targets(model).linears})
-        return adapter_size(model, lora.model_copy(update={"target_modules": names})), names
+        return without_experts(meta_model(self.config, task_of(self.spec)), lora)
 
     def _attention(self, model: Any) -> str:
         """Return the implementation that the job asks for, or transformers picks."""
@@ -279,23 +281,6 @@ def _sequences(spec: TrainedSpec) -> int:
     if isinstance(spec, PromptSpec):
         return spec.per_device_train_batch_size * trained_per_prompt(spec)
     return spec.per_device_train_batch_size * (2 if isinstance(spec, PairSpec) else 1)
-
-
-def _has_reference(spec: TrainedSpec) -> bool:
-    """Whether each token costs a forward pass of a reference too."""
-    if isinstance(spec, RlhfSpec):
-        return spec.beta > 0
-    return isinstance(spec, DpoSpec) and spec.reference != "precomputed"
-
-
-def _second_model(spec: TrainedSpec) -> bool:
-    if isinstance(spec, RlhfSpec):
-        return spec.beta > 0 and spec.lora is None
-    if isinstance(spec, OnlineSpec):
-        return spec.reference == "start" and spec.lora is None
-    if not isinstance(spec, DpoSpec):
-        return False
-    return spec.reference == "model" or (spec.reference == "auto" and spec.lora is None)
 
 
 def _tokens_per_step(spec: TrainedSpec, steps: Steps, length: int, data: DataSize | None) -> int | None:

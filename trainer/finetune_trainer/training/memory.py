@@ -48,7 +48,7 @@ def reset_peaks(accelerator: bool) -> None:
 
 
 def context_bytes(accelerator: bool) -> int:
-    """Return what the driver counts on this worker's device beside torch's share, in bytes; 0 on a CPU.
+    """Return what the driver counts on this worker's device without torch's share, in bytes; 0 on a CPU.
 
     The first call creates the CUDA context. Before the workers' first exchange by NCCL it is all that there is.
     """
