@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import IDS, SHAPE, tiny
+from tiny_models import FIELDS, IDS, SHAPE, tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -89,6 +89,17 @@ def test_families_that_are_packed_by_masks() -> None:
     """Attention in chunks: each layer has a mask, of one of two kinds."""
     assert masks("sft", LLAMA4, packing=True, **LONG) == PAIRS * (2 + 2 * 2)
     assert masks("sft", LLAMA4, **LONG) == PAIRS * (1 + 2)
+
+
+def test_encoders() -> None:
+    """Blocks are full; layers with a window of 128 tokens have a mask."""
+    fields = {"model_type": "modernbert", "dtype": "bfloat16"} | FIELDS["modernbert"]
+    encoder = fields | {"num_hidden_layers": 6, "max_position_embeddings": 8192, "global_attn_every_n_layers": 3}
+    rows = {"blockSize": 8192, "perDeviceTrainBatchSize": 8}
+    assert masks("pretrain", encoder, objective="masked", **rows) == PAIRS * (1 + 4 * 2)
+    bert = {"model_type": "bert", "dtype": "bfloat16"} | FIELDS["bert"] | {"max_position_embeddings": 8192}
+    assert masks("pretrain", bert, objective="masked", **rows) == 0
+    assert masks("reward", bert, **LONG) == 2 * PAIRS * (1 + 2 * 2)
 
 
 def test_what_sdpa_is_not() -> None:

@@ -80,9 +80,11 @@ def documents_separated(model: Any, form: Form) -> Iterator[None]:
 
 
 def decoder_of(model: Any) -> Any:
-    """Return the decoder of a transformers model, or of a PEFT model around one."""
+    """Return the decoder of a transformers model, or of a PEFT model around one; of an encoder, its backbone."""
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return whole.get_decoder()
+    decoder = whole.get_decoder()
+    # The head of masked models (modernbert) may have the name `decoder`.
+    return decoder if hasattr(decoder, "config") else whole.base_model
 
 
 def is_generating(kwargs: Keywords) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from finetune_api.stages import PretrainSpec, PromptSpec, SupervisedSpec, TrainedSpec
+from finetune_api.stages import PretrainSpec, RlhfSpec, SupervisedSpec, TrainedSpec
 from finetune_trainer.model.document_attention import CHUNKED, SLIDING, attention_kind
 from finetune_trainer.model.document_masks import decoder_of
 from finetune_trainer.model.document_rows import takes_bounds
@@ -76,8 +76,8 @@ def _padded(spec: TrainedSpec) -> bool:
 
 
 def _on_the_right(spec: TrainedSpec) -> bool:
-    """Return whether padding is behind the tokens alone. Prompts that answers are drawn for are padded in front."""
-    return not isinstance(spec, PromptSpec)
+    """Return whether padding is behind the tokens alone. TRL pads the prompts of its policy trainers in front."""
+    return not isinstance(spec, RlhfSpec)
 
 
 def _kinds(decoder: Any) -> list[str | None]:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune_api.stages import SupervisedSpec
 from finetune_trainer.data import PackedCollator
 from finetune_trainer.errors import UserError
-from finetune_trainer.model.document_masks import Form, separate_documents
+from finetune_trainer.model.document_masks import Form, forms, separate_documents
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.packing_probe import NotMeasurable, Probe, log_probs, packed_rows, packing_problem
 
@@ -47,7 +47,9 @@ class PackingCheck(TrainerCallback):
         try:
             finding = Probe(model, packed_rows(spec), self.context.precision.compute, log_probs).find()
         except NotMeasurable as error:
-            self._tell(f"packing could not be checked: {error}")
+            likeliest = forms(model)[0]
+            self._apply(likeliest, model)
+            self._tell(f"packing could not be checked: {error}. Documents are given apart by {_MEANS[likeliest]}")
             return
         if finding.form is None:
             raise UserError([packing_problem(self.context.where, model.config, finding)])
