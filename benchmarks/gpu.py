@@ -32,13 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the checks and print their lines; returns the exit code."""
     asked = _parser().parse_args(arguments)
     environment.set_up(asked.tiny, with_ray=not asked.no_ray)
-    if not asked.tiny and not environment.has_gpu():
-        print(f"{NEEDS_GPU}: use --tiny on a machine without one", file=sys.stderr)
-        return 2
     started = time.monotonic()
     if not asked.no_preload and not environment.preload(asked.tiny):
         print("an import opened the GPU: each check imports the libraries by itself", file=sys.stderr)
         os.execv(sys.executable, [sys.executable, *sys.argv, "--no-preload"])
+    if not asked.tiny and not environment.has_gpu():
+        print(f"{NEEDS_GPU}: use --tiny on a machine without one", file=sys.stderr)
+        return 2
     from gpu_checks.catalog import CHECKS
 
     parts = (1, 2) if asked.part is None else (asked.part,)

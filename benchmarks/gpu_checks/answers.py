@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from typing import Any
 
@@ -37,7 +36,6 @@ def _timed(options: Options, setting: str | None) -> Json:
     """Milliseconds per token of answers after prompts of growing lengths, and whether cuDNN was allowed meanwhile."""
     from finetune_trainer.generation.attention import VARIABLE
     from finetune_trainer.generation.load import load
-    from finetune_trainer.generation.options import GenerationOptions
 
     os.environ.pop(VARIABLE, None)
     os.environ |= {VARIABLE: setting} if setting is not None else {}
@@ -45,18 +43,20 @@ def _timed(options: Options, setting: str | None) -> Json:
     allowed: list[bool] = []
     loaded.model.register_forward_pre_hook(lambda *_: allowed.append(torch.backends.cuda.cudnn_sdp_enabled()))
     lengths, tokens = ((16, 32), 4) if options.tiny else ((128, 512, 1024), 48)
-    asked = GenerationOptions(max_new_tokens=tokens)
-    found = []
-    for length in lengths:
-        ids = make_tokenizer(options)(text_of(options, length))["input_ids"]
-        found.append(1000 * statistics.median(_seconds(loaded, ids, asked) for _ in range(2)) / tokens)
+    _seconds_per_token(options, loaded, lengths[0] // 2, tokens)  # loads kernels
+    found = [1000 * _seconds_per_token(options, loaded, length, tokens) for length in lengths]
     return {"lengths": list(lengths), "ms_per_token": found, "cudnn": any(allowed)}
 
 
-def _seconds(loaded: Any, ids: list[int], asked: Any) -> float:
-    """Seconds of a batch of two prompts, one shorter so that the batch is padded."""
-    from finetune_trainer.generation.batches import generate_batch
+def _seconds_per_token(options: Options, loaded: Any, length: int, tokens: int) -> float:
+    """Seconds per token of answers to two prompts, one shorter so that the batch is padded.
 
+    Once only: cuDNN keeps its plans, so the same lengths would be fast the second time.
+    """
+    from finetune_trainer.generation.batches import generate_batch
+    from finetune_trainer.generation.options import GenerationOptions
+
+    ids = make_tokenizer(options)(text_of(options, length))["input_ids"]
     started = time.perf_counter()
-    generate_batch(loaded.model, loaded.tokenizer, [ids, ids[:-3]], asked)
-    return time.perf_counter() - started
+    answers = generate_batch(loaded.model, loaded.tokenizer, [ids, ids[:-3]], GenerationOptions(max_new_tokens=tokens))
+    return (time.perf_counter() - started) / max(len(answer.tokens) for answer in answers)

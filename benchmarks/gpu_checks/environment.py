@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("crds", "trainer", "cli", "operator")
+ASK_SECONDS = 120
 SAFE = (
     "torch",
     "datasets",
@@ -65,8 +66,11 @@ def preload(tiny: bool) -> bool:
 
 
 def has_gpu() -> bool:
-    """Whether the kernel has an NVIDIA GPU. CUDA is not asked: that opens it."""
-    return any(path.name.removeprefix("nvidia").isdecimal() for path in Path("/dev").glob("nvidia*"))
+    """Whether torch finds a GPU. A fork asks, since asking opens it."""
+    from gpu_checks.processes import run_alone
+
+    answer, _ = run_alone(lambda: {"gpu": importlib.import_module("torch").cuda.is_available()}, ASK_SECONDS)
+    return bool(answer and answer["gpu"])
 
 
 def opened_devices() -> list[str]:

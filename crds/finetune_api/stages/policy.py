@@ -130,7 +130,8 @@ class RlhfSpec(PromptSpec):
     epsilon: Annotated[float, Field(ge=0, le=1)] = 0.2
     """How far the likelihood of an answer may move from where it was drawn before its gradient is clipped."""
     vllm: Literal["auto", "off"] = "auto"
-    """`auto`: vLLM draws the answers where it is installed and there is a GPU. `off`: transformers does."""
+    """What generates the answers. `auto`: vLLM on GPUs, where it is installed and can take the model in training; the
+    plan says which and why, and another version of vLLM than the supported one is refused. `off`: transformers."""
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()
