@@ -29,6 +29,8 @@ def training_arguments(context: StageContext) -> dict[str, Any]:
         "dataloader_num_workers": spec.dataloader_num_workers,
         "dataloader_pin_memory": context.placement.accelerator,
         "ddp_find_unused_parameters": False,
+        # No model here changes its buffers. To exchange them before each pass would make fast workers wait there.
+        "ddp_broadcast_buffers": False,
         "deepspeed": deepspeed_config(
             context.run.job.spec.sharding,
             context.zero,
