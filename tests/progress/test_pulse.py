@@ -28,12 +28,14 @@ import os, sys, threading, time
 from finetune_trainer.launch.stacks import answer_signals
 answer_signals()
 def a_read_that_hangs():
+    print("ready", flush=True)
     open(sys.argv[1]).read()
 def a_loader_that_sleeps():
+    print("ready", flush=True)
     threading.Event().wait()
 def a_long_merge():
+    print("ready", flush=True)
     while True: sum(range(1000))
-print("ready", flush=True)
 globals()[sys.argv[2]]()
 """
 

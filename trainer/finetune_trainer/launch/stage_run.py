@@ -242,6 +242,7 @@ class StageRun:
         progress = ProgressCallback(self.context, self.peers, self.end, self.work)
         progress.trainer, trainer.stage.paused = trainer, progress.paused
         trainer.stage.times = StepTimes(self.context.placement.accelerator)
+        trainer.stage.times.leave_out(trainer.accelerator)
         LossGuard(self.context, self.peers, DroppedSteps(self.store), self._log).attach(trainer)
         trainer.stage.routing = watch_routing(trainer.model)
         trainer.stage.tools = StageTools(self.context, self.storage, self.peers, self.end, self.scratch)

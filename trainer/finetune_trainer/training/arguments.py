@@ -30,6 +30,8 @@ def training_arguments(context: StageContext) -> dict[str, Any]:
         "dataloader_pin_memory": context.placement.accelerator,
         "ddp_find_unused_parameters": False,
         "ddp_timeout": context.run.job.spec.run_policy.ddp_timeout,
+        # No model here changes its buffers. To exchange them before each pass would make fast workers wait there.
+        "ddp_broadcast_buffers": False,
         "deepspeed": deepspeed_config(
             context.run.job.spec.sharding,
             context.zero,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -47,26 +47,53 @@ class StepTimes:
 
     def __init__(self, accelerator: bool) -> None:
         self._accelerator = accelerator
-        self._begin: Any = None
-        self._open: list[tuple[Any, Any]] = []
+        self._began: Any = None
+        self._parts: list[tuple[Any, Any]] = []
+        self._steps: list[list[tuple[Any, Any]]] = []
         self._seconds: deque[float] = deque(maxlen=WINDOW)
 
     def begin(self) -> None:
         """A step begins, with the loading of its rows."""
-        self._begin = self._mark()
+        self._parts, self._began = [], self._mark()
+
+    def leave_out(self, accelerator: Any) -> None:
+        """Leave out what the workers exchange within a step, such as its number of tokens and TRL's metrics, and their
+        waits for each other in it."""
+        for name in ("gather", "gather_for_metrics", "reduce"):
+            setattr(accelerator, name, self._paused(getattr(accelerator, name)))
+
+    def _paused(self, exchange: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            running = self._began is not None
+            self._stop()
+            try:
+                return exchange(*args, **kwargs)
+            finally:
+                if running:
+                    self._began = self._mark()
+
+        return timed
+
+    def _stop(self) -> None:
+        if self._began is not None:
+            self._parts.append((self._began, self._mark()))
+            self._began = None
 
     def exchange(self) -> None:
         """The last backward pass of the step begins."""
-        if self._begin is not None:
-            self._open.append((self._begin, self._mark()))
-            self._begin = None
+        self._stop()
+        if self._parts:
+            self._steps.append(self._parts)
+            self._parts = []
 
     def own(self) -> float | None:
         """Return the median seconds of the last steps; None before there are enough. Every step until now is over."""
-        for first, last in self._open:
-            self._seconds.append(first.elapsed_time(last) / 1000 if self._accelerator else last - first)
-        self._open = []
+        self._seconds.extend(sum(self._between(*part) for part in parts) for parts in self._steps)
+        self._steps = []
         return median(self._seconds) if len(self._seconds) >= LEAST else None
+
+    def _between(self, first: Any, last: Any) -> float:
+        return first.elapsed_time(last) / 1000 if self._accelerator else last - first
 
     def _mark(self) -> Any:
         if not self._accelerator:

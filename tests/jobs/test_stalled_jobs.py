@@ -17,6 +17,7 @@ from running import curve, start, workers
 
 Job = dict[str, Any]
 STEPS, TIMEOUT = 160, 5
+AGAIN = "starting again from the last checkpoint"
 
 
 @pytest.fixture
@@ -52,16 +53,19 @@ def test_a_stopped_worker_a_hanging_read_and_a_sleeping_loader(
     assert f"process {victim.pid}" in told and "stopped by a signal (SIGSTOP)" in told
     assert "in run_stages" in "".join(seen.lines), "the stack of the worker that waits for it"
     os.mkfifo(stage / "dropped.json")
+    seen.until(driver, AGAIN)
 
     told = seen.until(driver, "stalled: no progress")
     assert "behind is worker" in told and "in read_bytes" in "".join(seen.lines)
     (stage / "dropped.json").unlink()
+    seen.until(driver, AGAIN)
 
     seen.until(driver, r"\] \d+/160 ")
     (loader,) = _loaders(workers(driver.pid)[0])
     loader.send_signal(signal.SIGSTOP)
     told = seen.until(driver, "stalled: no progress")
     assert "loading rows" in told
+    seen.until(driver, AGAIN)
     assert f"child {loader.pid}: stopped by a signal" in "".join(seen.lines)
 
     output = seen.rest(driver)
