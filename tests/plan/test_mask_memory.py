@@ -94,7 +94,8 @@ def test_families_that_are_packed_by_masks() -> None:
 def test_encoders() -> None:
     """Blocks are full; layers with a window of 128 tokens have a mask."""
     fields = {"model_type": "modernbert", "dtype": "bfloat16"} | FIELDS["modernbert"]
-    encoder = fields | {"num_hidden_layers": 6, "max_position_embeddings": 8192, "global_attn_every_n_layers": 3}
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"] * 2
+    encoder = fields | {"num_hidden_layers": 6, "max_position_embeddings": 8192, "layer_types": kinds}
     rows = {"blockSize": 8192, "perDeviceTrainBatchSize": 8}
     assert masks("pretrain", encoder, objective="masked", **rows) == PAIRS * (1 + 4 * 2)
     bert = {"model_type": "bert", "dtype": "bfloat16"} | FIELDS["bert"] | {"max_position_embeddings": 8192}
