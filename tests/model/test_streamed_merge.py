@@ -30,7 +30,7 @@ from finetune_trainer.model.vocabulary import resize_embeddings
 SHARD = 60_000
 AUTO = auto_class("causal")
 CLOSE = 1e-5
-"""Logits in float32: the adapter beside its layer or in it, two orders of the same sum."""
+"""Logits in float32: the adapter next to its layer or in it, two orders of the same sum."""
 PEAK_SHARD = 32 << 20
 
 

@@ -1,4 +1,4 @@
-"""Host memory of a node in the plan, each term beside a calculation by hand."""
+"""Host memory of a node in the plan, each term next to a calculation by hand."""
 
 from __future__ import annotations
 
