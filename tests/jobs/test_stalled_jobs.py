@@ -36,6 +36,7 @@ def job(base_job: Job) -> Job:
     return base_job
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_stopped_worker_a_hanging_read_and_a_sleeping_loader(
     job: Job, write_job: Callable[[Job], Path], tmp_path: Path
