@@ -144,6 +144,39 @@ def test_deepspeed_keeps_float32_copies(
         assert not trainer.is_deepspeed_enabled  # a stage without sharding after one with it, in the same process
 
 
+def test_zero3_adapts_experts_too(base_job: Job, tiny_model: Path, tmp_path: Path, one_worker: None) -> None:
+    """`all-linear` finds stacked experts where ZeRO-3 has divided them into flat shares."""
+    _save_base(tiny_model, tmp_path / "half", experts=True)
+    base_job["spec"] |= {"model": {"path": str(tmp_path / "half")}, "stages": [stage({"sft": {"lora": {"r": 2}}})]}
+    join_process_group(3, accelerator=False)
+    with trained(open_stage(base_job, tmp_path, zero=3)) as trainer:
+        adapted = {name for name in _trained(trainer.model) if ".experts." in name}
+        layers = trainer.model.config.num_hidden_layers
+    assert len(adapted) == 2 * 2 * layers  # two stacks with two factors each
+
+
+def test_gradients_are_views_of_the_exchanged_buckets(
+    base_job: Job, tiny_model: Path, tmp_path: Path, one_worker: None
+) -> None:
+    """Else DDP, which one worker is wrapped in too, holds another 4 bytes per trained weight."""
+    base_job["spec"] |= {"model": {"path": str(tiny_model)}, "stages": [stage({"sft": {}})]}
+    seen = _Storages()
+    with trained(open_stage(base_job, tmp_path), callbacks=[seen]) as trainer:
+        assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+        count = len(_trained(trainer.model))
+    assert seen.storages < count / 2
+
+
+class _Storages(TrainerCallback):
+    """The number of storages that hold the gradients: a bucket holds many."""
+
+    storages = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        grads = [weight.grad for weight in _trained(model).values() if weight.grad is not None]
+        self.storages = len({grad.untyped_storage().data_ptr() for grad in grads})
+
+
 class _Copies(TrainerCallback):
     """DeepSpeed's float32 copies at the beginning."""
 

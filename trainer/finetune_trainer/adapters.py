@@ -85,7 +85,9 @@ def find_targets(model: PreTrainedModel) -> Targets:
     output = score_head(model) or model.get_output_embeddings()  # type: ignore[no-untyped-call]
     head = next((name for name, module in named.items() if module is output), None)
     experts = tuple(
-        name for name, weight in model.named_parameters() if weight.ndim == 3 and ".experts." in name and inside(name)
+        name
+        for name, weight in model.named_parameters()
+        if len(_shape(weight)) == 3 and ".experts." in name and inside(name)
     )
     routed = bool(experts) or is_moe(model)
     linears = tuple(
@@ -96,6 +98,11 @@ def find_targets(model: PreTrainedModel) -> Targets:
     embeddings = tuple(name for name, module in named.items() if isinstance(module, nn.Embedding))
     frozen = tuple(name for name, _ in model.named_modules() if name and not inside(name))
     return Targets(linears, experts, embeddings, head, frozen)
+
+
+def _shape(weight: nn.Parameter) -> tuple[int, ...]:
+    """Return a weight's shape, also where ZeRO-3 has divided it: what a worker holds is flat then."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def is_moe(model: PreTrainedModel) -> bool:

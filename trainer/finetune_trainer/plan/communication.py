@@ -32,17 +32,16 @@ def nccl_bytes(load: Workload) -> int:
 def buffer_bytes(size: ModelSize, load: Workload) -> int:
     """Return the bytes of copies and buckets.
 
-    ZeRO-0: autocast's half-precision weights (experts have a part of their own), and DDP's buckets. ZeRO-1 to 3: a
-    bucket of gradients in their own format, two where communication overlaps with computation (`setup_buckets` in
-    `stage_1_and_2.py`; `stage3.py` has one), the float32 copy of the worker's share of the gradients, and under ZeRO-3
-    gathered weights. All-gathers of ZeRO-1 and 2 write into the weights themselves, whatever `allgather_bucket_size` is
-    (`all_gather_dp_groups`).
+    ZeRO-0: autocast's half-precision weights (experts have a part of their own); gradients are views of DDP's
+    buckets. ZeRO-1 to 3: a bucket of gradients in their own format, two where communication overlaps with computation
+    (`setup_buckets` in `stage_1_and_2.py`; `stage3.py` has one), the float32 copy of the worker's share of the
+    gradients, and under ZeRO-3 gathered weights. All-gathers of ZeRO-1 and 2 write into the weights themselves,
+    whatever `allgather_bucket_size` is (`all_gather_dp_groups`).
     """
     count, half = trainable(size, load), load.dtype_bytes < MASTER
     if load.zero == 0:
         stacks = load.adapter.stack_parameters if load.adapter is not None else cast_elements(size, load)
-        autocast = load.dtype_bytes * (count - stacks) if half else 0
-        return autocast + (MASTER * count if load.workers > 1 else 0)
+        return load.dtype_bytes * (count - stacks) if half else 0
     gradient_slice = share(MASTER * count, load, 1) if half else 0
     buffers = 2 if load.kind == "cuda" and load.zero < 3 else 1
     buckets = buffers * bucket_size(count) * load.dtype_bytes
