@@ -2,7 +2,8 @@
 
 Its workers are forked where a server for that is there. Its autoscaler, its client's server and its dashboard, three
 processes of some seconds of CPU each, are left out, and the dashboard's agent is an idle one (`agent`): nothing of a
-job asks them.
+job asks them. KubeRay does: it submits its jobs to the head's dashboard, and asks each node's agent whether the node is
+well. Where `DASHBOARD_VARIABLE` is set, a head has both of Ray's own, and the other nodes' idle agents answer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from finetune_trainer.forks.wire import SOCKET_VARIABLE
 
+DASHBOARD_VARIABLE = "FINETUNE_RAY_DASHBOARD"
 WORKER, AGENT = Path(__file__).with_name("worker.py"), Path(__file__).with_name("agent.py")
 
 
@@ -36,10 +38,16 @@ def lean() -> None:
             self.setup_worker_path = str(WORKER)
 
     RayParams.__init__, RayParams.lean = ours, True
+    if _has_dashboard():
+        return
     Node.start_api_server = _no_dashboard
     services._build_python_executable_command_memory_profileable = _python(
         services._build_python_executable_command_memory_profileable
     )
+
+
+def _has_dashboard() -> bool:
+    return bool(os.environ.get(DASHBOARD_VARIABLE)) and "--head" in sys.argv
 
 
 def _python(plain: Callable[..., list[str]]) -> Callable[..., list[str]]:
