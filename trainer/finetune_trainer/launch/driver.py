@@ -24,7 +24,7 @@ from finetune_trainer.patience import listen
 from finetune_trainer.pipeline import layouts
 from finetune_trainer.plan.records import StagePlan
 from finetune_trainer.preflight.job import preflight
-from finetune_trainer.progress.channel import CheckpointSaved, Event, StageBegun, StageDone, Waiting
+from finetune_trainer.progress.channel import CheckpointSaved, Event, Placing, StageBegun, StageDone, Waiting
 from finetune_trainer.progress.reporter import Progress, Reporter
 from finetune_trainer.storage import Storage
 from finetune_trainer.training.work import StageWork
@@ -157,6 +157,8 @@ class Pipeline:
             self.reporter.stage_started(event.index, layout.title, len(self.layouts), message)
         elif isinstance(event, Waiting):
             self.reporter.waiting(event.text)
+        elif isinstance(event, Placing):
+            self.reporter.placing(event.text)
         elif isinstance(event, CheckpointSaved):
             place = self.storage.path(self.layouts[event.index].checkpoint(event.step))
             self.reporter.checkpoint_saved(event.index, event.step, place)

@@ -18,12 +18,14 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback
 
+from finetune_api.ray_words import RAY_FIELD
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch.cluster import Workers
 from finetune_trainer.launch.failures import Failure, classify, place_of
+from finetune_trainer.launch.placement import Placement
 from finetune_trainer.launch.slots import asked
 from finetune_trainer.launch.worker import train_loop
-from finetune_trainer.progress.channel import Event, open_channel
+from finetune_trainer.progress.channel import Event, Placing, open_channel
 from finetune_trainer.training.work import StageWork, WorkOrder
 
 LISTEN_SECONDS = 0.2
@@ -82,13 +84,15 @@ class GroupFit:
 
     def _listen(self, channel: Any, thread: threading.Thread) -> None:
         """Pass on what the workers say, and once the wish to stop, until the workers are gone."""
-        passed_on = False
+        passed_on, placement = False, Placement(lambda text: self.hear(Placing(text)))
         while thread.is_alive():
             thread.join(LISTEN_SECONDS)
+            placement.look()
             if self.stop.is_set() and not passed_on:
                 channel.stop.remote()
                 passed_on = True
             for event in ray.get(channel.collect.remote()):
+                placement.begun()
                 self.hear(event)
         for event in ray.get(channel.collect.remote()):
             self.hear(event)
@@ -157,5 +161,5 @@ def _again(failure: Failure) -> str:
 
 
 def _last_line(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line.strip()]
+    lines = [line for line in text.strip().splitlines() if line.strip() and not RAY_FIELD.match(line)]
     return lines[-1].strip()[:300] if lines else ""

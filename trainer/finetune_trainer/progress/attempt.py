@@ -66,6 +66,12 @@ class AttemptReporter:
             if message:
                 self._rest["waiting"] = _tail(redact(message), 4096)
 
+    def placing(self, message: str) -> None:
+        with self._lock:
+            self._rest.pop("placing", None)
+            if message:
+                self._rest["placing"] = _tail(redact(message), 4096)
+
     def restarting(self, message: str) -> None:
         with self._lock:
             self._rest["restarting"] = _tail(redact(message), 4096)

@@ -27,6 +27,9 @@ class Reporters:
     def waiting(self, message: str) -> None:
         self._tell(lambda reporter: reporter.waiting(message))
 
+    def placing(self, message: str) -> None:
+        self._tell(lambda reporter: reporter.placing(message))
+
     def restarting(self, message: str) -> None:
         self._tell(lambda reporter: reporter.restarting(message))
 

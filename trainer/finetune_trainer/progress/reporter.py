@@ -62,6 +62,9 @@ class Reporter(Protocol):
     def waiting(self, message: str) -> None:
         """What storage is waited for; empty: it answers again. From any thread."""
 
+    def placing(self, message: str) -> None:
+        """The workers wait for room on Ray's nodes; empty: they have it."""
+
     def restarting(self, message: str) -> None:
         """The workers have failed, and start again from the last checkpoint; `message` says why."""
 
@@ -86,6 +89,9 @@ class LineReporter(ABC):
 
     def waiting(self, message: str) -> None:
         self.log(f"waiting for storage: {message}" if message else "storage answers again")
+
+    def placing(self, message: str) -> None:
+        self.log(message or "there is room for the workers now")
 
     def restarting(self, message: str) -> None:
         self.log(f"{message}; starting again from the last checkpoint")
