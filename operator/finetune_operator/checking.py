@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from finetune_operator.actions import DeleteRun, StartRun
 from finetune_operator.advice import with_preflight_advice
 from finetune_operator.classify import Ending, classify, termination_report, waiting
-from finetune_operator.conditions import Reason, Type
+from finetune_operator.conditions import Reason, Type, moment
 from finetune_operator.draft import Draft
 from finetune_operator.names import PREFLIGHT_RUN
-from finetune_operator.observed import RunState
+from finetune_operator.observed import RunState, RunView
 from finetune_operator.settings import Settings
 
 
@@ -46,7 +46,9 @@ def preflight(draft: Draft) -> bool:
     limit = patience(stuck[0], draft.settings) if stuck is not None else 0
     if stuck is None or not limit:
         return True
-    end = run.created + timedelta(seconds=limit * (draft.policy.backoff_limit + 1))  # as long as attempts would try
+    end = begun(draft, run) + timedelta(
+        seconds=limit * (draft.policy.backoff_limit + 1)
+    )  # as long as attempts would try
     if end > draft.now:
         draft.wake_at(end)
         return True
@@ -66,3 +68,10 @@ def patience(reason: Reason, settings: Settings) -> int:
     if reason is Reason.UNSCHEDULABLE:
         return settings.start_seconds
     return settings.image_pull_seconds if reason in (Reason.IMAGE_PULL, Reason.POD_CONFIG) else 0
+
+
+def begun(draft: Draft, run: RunView) -> datetime:
+    """Return since when a run may begin, and has its pods: its time in a queue does not count."""
+    created = [moment(pod.created) for pod in draft.seen.pods_of(run.run) if pod.created and not pod.gone]
+    admitted = draft.admitted() if run.run > 0 else None
+    return max(run.created, min(created, default=run.created), admitted or run.created)

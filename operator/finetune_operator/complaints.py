@@ -120,7 +120,7 @@ def _subject(seen: Observed, run: RunView) -> str | None:
     """Name of the object that knows: who makes the pods where there are none, else a pod that its node can't start."""
     pods = [pod for pod in seen.pods_of(run.run) if not pod.gone and pod.grace_over is None]
     if not pods:
-        return (run.pods_owner if run.engine == "kuberay" else "") or run.name
+        return run.pods_maker or run.name
     if waiting(pods) is not None:
         return None
     return next((pod.name for pod in pods if pod.node is not None and pod.phase == "Pending"), None)

@@ -30,6 +30,7 @@ from finetune_operator.plan import (
     engine_for,
     event,
     job_path,
+    owned_by,
     patch_status,
     plan,
     pods_query,
@@ -114,13 +115,16 @@ class Controller:
     async def _carry_out(self, key: Key, seen: Observed, decision: Decision, now: datetime) -> None:
         """Make, then tell, then delete: at whatever point this ends, a second look comes to the same."""
         operations = plan(seen.body, decision.actions, self._settings)
+        main: Json = {}
         for operation in operations:
             if isinstance(operation, SetFinalizers) and operation.holds:
                 (answer,) = await apply(self._api, [operation])
                 self._cache.put_job(answer)
             if isinstance(operation, Create):
-                (answer,) = await apply(self._api, [operation])
+                wanted = owned_by(operation, main) if operation.with_run else operation
+                (answer,) = await apply(self._api, [wanted])
                 self._remember(answer)
+                main = answer if operation.run else main
         if operations:
             self._cache.troubles.pop(key, None)
         for action in decision.actions:

@@ -12,12 +12,12 @@ from finetune_api.report import AttemptReport
 from finetune_operator import attempts
 from finetune_operator.actions import AbandonRun, Decision, DeleteJob, DeleteRun, HoldJob, StartRun
 from finetune_operator.advice import with_advice
-from finetune_operator.checking import patience, preflight
+from finetune_operator.checking import begun, patience, preflight
 from finetune_operator.classify import classify, lost, termination_report, waiting
 from finetune_operator.conditions import Reason, Type, moment, stamp
 from finetune_operator.draft import Draft
 from finetune_operator.names import CLEANUP_RUN
-from finetune_operator.observed import ENDED, Observed, RunState, RunView
+from finetune_operator.observed import ENDED, Observed, PodView, RunState, RunView
 from finetune_operator.reports import clean
 from finetune_operator.settings import Settings
 from finetune_operator.spec_check import spec_faults
@@ -103,8 +103,10 @@ def _record(draft: Draft) -> bool:
         if run.run < 1 or run.owner != draft.seen.uid:
             continue
         record = draft.attempt_seen(run)
+        if run.orphaned and run.state is RunState.FAILED and not run.deleting:
+            draft.do(DeleteRun(run.run, run.engine))
         if run.state is RunState.FAILED and "endTime" not in record:
-            pods = draft.seen.pods_of(run.run)
+            pods = _of_its_end(run, draft.seen.pods_of(run.run))
             draft.learn(next(filter(None, map(termination_report, pods[:1])), None))
             ending = with_advice(classify(run, pods, draft.seen.report), draft.seen.body, draft.status)
             draft.attempt_ended(run, ending)
@@ -112,6 +114,11 @@ def _record(draft: Draft) -> bool:
     draft.attempts_gone()
     _give_up_lost(draft)
     return False
+
+
+def _of_its_end(run: RunView, pods: tuple[PodView, ...]) -> tuple[PodView, ...]:
+    """Return the pods that tell how a run ended: without a driver's pod that the engine has made since."""
+    return tuple(pod for pod in pods if pod.ended or pod.index) if run.orphaned else pods
 
 
 def _give_up_lost(draft: Draft) -> None:
@@ -209,9 +216,20 @@ def _follow(draft: Draft) -> bool:
         _stuck(draft, run, *stuck)
     elif draft.stopping() and not held:
         draft.set(Type.RUNNING, "False", Reason.STOPPING, "pods have ended, the others follow")
+    elif held:
+        draft.set(Type.RUNNING, "False", Reason.QUEUED)
     else:
-        draft.set(Type.RUNNING, "False", Reason.QUEUED if held else Reason.STARTING)
+        _starting(draft, run)
     return True
+
+
+def _starting(draft: Draft, run: RunView) -> None:
+    """Say what the engine waits for; after a while delete the run, where nothing but the engine holds it."""
+    draft.set(Type.RUNNING, "False", Reason.STARTING, run.message)
+    pods = draft.seen.pods_of(run.run)
+    trains = draft.seen.report is not None and draft.seen.report.step is not None
+    if run.message and not trains and all(pod.ready for pod in pods):
+        _limit(draft, run, Reason.NOT_STARTED, run.message, draft.settings.engine_seconds)
 
 
 def _trains_but(draft: Draft, run: RunView) -> str:
@@ -219,7 +237,7 @@ def _trains_but(draft: Draft, run: RunView) -> str:
     report = draft.seen.report or AttemptReport()
     waits = f"waits for storage: {clean(report.waiting)}" if report.waiting else ""
     again = f"starts again from the last checkpoint: {clean(report.restarting)}" if report.restarting else ""
-    return _unready(draft, run) or waits or again
+    return _unready(draft, run) or clean(report.placing or "") or waits or again
 
 
 def _unready(draft: Draft, run: RunView) -> str:
@@ -235,10 +253,19 @@ def _stuck(draft: Draft, run: RunView, reason: Reason, message: str) -> None:
     if reason is Reason.UNSCHEDULABLE and avoided:
         message += f" (kept away from {', '.join(avoided)}: a GPU failed there)"
     draft.set(Type.RUNNING, "False", reason, message)
-    limit = patience(reason, draft.settings)
-    if not limit:
+    if reason is Reason.POD_CONFIG and draft.token_name(run) in message:
+        draft.do(StartRun(run.run))  # the operator ended before it had made the Secret
+    if reason is Reason.STARTING and run.message:  # an event of the engine's, which has its own words as well
+        _limit(draft, run, Reason.NOT_STARTED, message, draft.settings.engine_seconds)
+    else:
+        _limit(draft, run, reason, message, patience(reason, draft.settings))
+
+
+def _limit(draft: Draft, run: RunView, reason: Reason, message: str, seconds: int) -> None:
+    """Delete a run that has waited for so long: it then counts as failed. 0 is for ever."""
+    if not seconds:
         return
-    end = run.created + timedelta(seconds=limit)
+    end = begun(draft, run) + timedelta(seconds=seconds)
     if end > draft.now:
         draft.wake_at(end)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from typing import Any
@@ -17,7 +17,7 @@ from finetune_operator.names import run_of
 
 Json = dict[str, Any]
 COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
-_EXIT_CODE = re.compile(r"exit code:? (\d+)")
+_EXIT_CODE = re.compile(r"exit code:? (-?\d+)")
 RAY_NODE_TYPE = "ray.io/node-type"
 
 
@@ -83,6 +83,11 @@ class PodView:
         """Whether it has ended or is gone."""
         return self.gone or self.phase in ("Succeeded", "Failed")
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has run, and runs no more: its trainer has ended, or the pod is over."""
+        return self.exit_code is not None or (self.over and self.phase != "Pending")
+
 
 @dataclass(frozen=True, slots=True)
 class RunView:
@@ -98,6 +103,13 @@ class RunView:
     engine: str = "job"
     pods_owner: str = ""
     """What its pods have as their `owner`: any other pod with its labels is somebody else's."""
+    pods_maker: str = ""
+    """Name of the object whose events say why pods are not made, where it isn't the run's own."""
+    ends_with_driver: bool = False
+    """Whether the run is over once its driver's pod is, although its engine would go on without it."""
+    orphaned: bool = False
+    """Whether its driver's pod has ended and its engine has not noticed."""
+    uid: str = ""
     version: int = field(default=0, compare=False)
     """Of the object, as a number: the larger one is the newer."""
     ended: datetime | None = None
@@ -174,16 +186,6 @@ class Observed:
     def run(self, number: int) -> RunView | None:
         return next((run for run in self.runs if run.run == number and run.owner == self.uid), None)
 
-    def settled(self) -> Observed:
-        """The same, where a Job whose driver ended well has succeeded, whatever became of its other pods: they end with
-        it, and where its node does not answer, their ends are told first. (KubeRay's head pod is no driver.)"""
-        return replace(self, runs=tuple(self._settled(run) for run in self.runs))
-
-    def _settled(self, run: RunView) -> RunView:
-        pods = self.pods_of(run.run) if run.owner == self.uid and run.engine == "job" else ()
-        done = any(pod.index == 0 and pod.phase == "Succeeded" for pod in pods)
-        return replace(run, state=RunState.SUCCEEDED) if done and run.state is RunState.FAILED else run
-
     def pods_of(self, number: int) -> tuple[PodView, ...]:
         """The pods that a run of this job has made, by index; of those with one index the newest first."""
         run = self.run(number)
@@ -235,8 +237,12 @@ def pod_view(body: Json) -> PodView | None:
     )
 
 
-def run_view(body: Json, engine: str, state: RunState, told: Told) -> RunView | None:
-    """An engine's object as a run; None for one that is nobody's of ours."""
+def run_view(body: Json, engine: str, state: RunState, told: Told, **of_engine: Any) -> RunView | None:
+    """Return an engine's object as a run, or None for one that is not the operator's.
+
+    Args:
+        of_engine: fields of `RunView` that only the engine knows.
+    """
     metadata = body["metadata"]
     run, job = run_of(metadata), (metadata.get("labels") or {}).get(JOB_LABEL)
     if run is None or job is None:
@@ -252,13 +258,19 @@ def run_view(body: Json, engine: str, state: RunState, told: Told) -> RunView | 
         created=created(metadata),
         version=int(metadata.get("resourceVersion", 0)),
         engine=engine,
-        pods_owner=_pods_owner(body, engine),
+        uid=str(metadata.get("uid", "")),
         ended=moment(told.ended) if over and told.ended else None,
         deleting="deletionTimestamp" in metadata,
         reason=told.reason,
         message=told.message,
-        exit_code=int(code[1]) if code else None,
+        exit_code=_shell_code(int(code[1])) if code else None,
+        **of_engine,
     )
+
+
+def _shell_code(code: int) -> int:
+    """As a container has it: Ray tells a process that signal 9 has ended by -9, Kubernetes by 137."""
+    return code if code >= 0 else 128 - code
 
 
 def _index(metadata: Json) -> int:
@@ -267,12 +279,6 @@ def _index(metadata: Json) -> int:
         return 0 if marks[RAY_NODE_TYPE] == "head" else 1
     index = str(marks.get(COMPLETION_INDEX, 0))
     return int(index) if index.isdecimal() else 1
-
-
-def _pods_owner(body: Json, engine: str) -> str:
-    if engine == "kuberay":
-        return str((body.get("status") or {}).get("rayClusterName", ""))
-    return str(body["metadata"].get("uid", ""))
 
 
 def _maker(metadata: Json) -> str:

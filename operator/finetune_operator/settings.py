@@ -43,6 +43,9 @@ class Settings:
     """How long an image may fail to be pulled before the attempt counts as failed."""
     start_seconds: int = 0
     """How long pods may wait for a node before the attempt counts as failed; 0 is for ever."""
+    engine_seconds: int = 600
+    """How long KubeRay may take to start a RayJob, once its pods are ready, before the attempt counts as failed; 0 is
+    for ever."""
     backoff_seconds: int = 10
     """Wait before the first retry; it doubles with each further one."""
     backoff_cap_seconds: int = 300

@@ -7,15 +7,17 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from worlds import NOW, VALID, ago, attempt, conditions, pod, run, said, seen
+from worlds import NOW, UID, VALID, ago, attempt, conditions, pod, run, said, seen
 
 from finetune_operator.actions import AbandonRun, Decision, DeleteJob, DeleteRun, StartRun, StopRun
 from finetune_operator.conditions import Reason
 from finetune_operator.decide import decide
-from finetune_operator.observed import Complaint, Observed, RunState, Trouble
+from finetune_operator.names import support_name
+from finetune_operator.observed import Complaint, Observed, RunState, RunView, Trouble
 from finetune_operator.settings import Settings
 
 SETTINGS = Settings(backoff_seconds=10, backoff_cap_seconds=300)
+TOKEN = support_name("tiny", 1, UID, SETTINGS.token_key)
 RUNNING = {"conditions": [*VALID, *conditions(Running="True/Training")], "attempts": [attempt(1)], "attempt": 1}
 STARTING = {"conditions": [*VALID, *conditions(Running="False/Starting")], "attempts": [attempt(1)], "attempt": 1}
 QUEUED = {"conditions": [*VALID, *conditions(Running="False/Queued")], "attempts": [attempt(1)], "attempt": 1}
@@ -24,6 +26,11 @@ OVER = {"conditions": [*VALID, *conditions(Succeeded="True/Completed")], "comple
 
 def failed(*records: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"conditions": VALID, "attempts": list(records), **more}
+
+
+def kuberay(state: RunState = RunState.RUNNING, **fields: Any) -> RunView:
+    """An attempt as engine `kuberay` observes it."""
+    return run(state=state, engine="kuberay", ends_with_driver=True, **fields)
 
 
 def own_error(number: int, ended: float, **fields: Any) -> dict[str, Any]:
@@ -63,9 +70,34 @@ CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
     "a driver that ended well, and a worker that left first": (
         seen(RUNNING, run(state=RunState.FAILED), pod(phase="Succeeded", exit_code=0),
              pod(index=1, phase="Failed", exit_code=1)), "Succeeded", ()),
-    "KubeRay's head pod, which ends well however the job ended": (
-        seen(RUNNING, run(state=RunState.FAILED, engine="kuberay"), pod(phase="Succeeded", exit_code=0)), "Retrying",
+    "a lost head, which KubeRay would replace": (
+        seen(RUNNING, kuberay(), pod(gone=True), pod(index=1)), "Retrying", (DeleteRun(1, "kuberay"),)),
+    "a lost head that KubeRay has replaced": (
+        seen(RUNNING, kuberay(), pod(name="new", created=ago(1)), pod(name="old", created=ago(60), phase="Failed",
+             exit_code=2, termination_message=said(2, "bad"))), "Failed", (DeleteRun(1, "kuberay"),)),
+    "a lost head of a RayJob that a queue has suspended": (
+        seen(RUNNING, kuberay(state=RunState.QUEUED), pod(gone=True)), "Queued", ()),
+    "a head that never ran is replaced": (
+        seen(STARTING, kuberay(state=RunState.PENDING), pod(phase="Pending", gone=True)), "Pending", ()),
+    "a worker's pod that is lost comes again": (
+        seen(RUNNING, kuberay(), pod(), pod(index=1, phase="Failed", exit_code=1)), "Running", ()),
+    "a worker's node that does not suit the job": (
+        seen(RUNNING, kuberay(), pod(), pod(index=1, exit_code=2, termination_message=said(2, "no GPU"))), "Failed",
+        (DeleteRun(1, "kuberay"),)),
+    "a RayJob's end waits for the head's last word": (
+        seen(RUNNING, kuberay(state=RunState.FAILED, ended=NOW - timedelta(seconds=5)), pod()), "Running", ()),
+    "but not for ever": (
+        seen(RUNNING, kuberay(state=RunState.FAILED, ended=NOW - timedelta(seconds=21)), pod()), "Pending",
+        (StartRun(2),)),
+    "a RayJob that KubeRay does not start": (
+        seen(STARTING, kuberay(state=RunState.PENDING, age=601, message="KubeRay: Initializing"), pod()), "Stopping",
+        (DeleteRun(1, "kuberay"),)),
+    "a RayJob that KubeRay has a while to start": (
+        seen(STARTING, kuberay(state=RunState.PENDING, age=599, message="KubeRay: Initializing"), pod()), "Pending",
         ()),
+    "the time in a queue does not count": (
+        seen({"conditions": VALID + conditions(Admitted="True/NotQueued")} | {"attempts": [attempt(1)], "attempt": 1},
+             kuberay(state=RunState.PENDING, age=5000, message="KubeRay: Initializing")), "Pending", ()),
     "a user error ends it": (
         seen(RUNNING, run(state=RunState.FAILED), pod(exit_code=2, termination_message=said(2, "bad"))), "Failed", ()),
     "a gate that is not passed ends it": (
@@ -217,6 +249,16 @@ def test_deciding_again_from_the_result_settles(name: str) -> None:
     assert third.events == ()
 
 
+def test_the_secret_that_an_operator_did_not_get_to_make() -> None:
+    """It ended between a RayJob and its Secret: the pods' kubelet says what is missing, until it is there."""
+    message = f'secret "{TOKEN}" not found'
+    waits = pod(phase="Pending", waiting=("CreateContainerConfigError", message))
+    assert decide(seen(STARTING, kuberay(RunState.PENDING), waits), SETTINGS, NOW).actions == (StartRun(1),)
+    events = (Complaint("FailedMount", f'MountVolume.SetUp failed for volume "finetune-token" : {message}'),)
+    world = replace(seen(STARTING, kuberay(RunState.PENDING), pod(phase="Pending")), complaints=events)
+    assert decide(world, SETTINGS, NOW).actions == (StartRun(1),)
+
+
 def test_of_the_pods_of_a_preflight_the_newest_counts() -> None:
     first = pod(0, name="tiny-preflight-a", created=ago(60), exit_code=1, termination_message=said(1, "no network"))
     last = pod(0, name="tiny-preflight-b", created=ago(30), exit_code=2, termination_message=said(2, "no such file"))
@@ -364,3 +406,9 @@ def test_what_kubernetes_complains_of_is_told_while_nothing_begins() -> None:
     status = decide(replace(world, complaints=(complaint,)), SETTINGS, NOW).status
     running = next(item for item in status["conditions"] if item["type"] == "Running")
     assert (running["reason"], "PodSecurity" in running["message"]) == ("Forbidden", True)
+
+
+def test_workers_that_ray_has_no_room_for_are_told() -> None:
+    world = seen(RUNNING, run(), pod(), report={"stages": [], "placing": "no room for 2 workers of 1 CPU each"})
+    told = next(item for item in decide(world, SETTINGS, NOW).status["conditions"] if item["type"] == "Running")
+    assert (told["status"], told["message"]) == ("True", "no room for 2 workers of 1 CPU each")

@@ -76,7 +76,8 @@ def observe(body: Json) -> RunView | None:
     conditions = {item["type"]: item for item in status.get("conditions") or [] if item.get("status") == "True"}
     state, telling = _state(body, status, conditions)
     ended = status.get("completionTime") or telling.get("lastTransitionTime")
-    return run_view(body, "job", state, Told(telling.get("reason", ""), telling.get("message", ""), ended))
+    told = Told(telling.get("reason", ""), telling.get("message", ""), ended)
+    return run_view(body, "job", state, told, pods_owner=str(body["metadata"].get("uid", "")))
 
 
 def _state(body: Json, status: Json, conditions: dict[str, Json]) -> tuple[RunState, Json]:
