@@ -11,6 +11,7 @@ from finetune_operator.conditions import Reason, Type, moment
 from finetune_operator.draft import Draft
 from finetune_operator.names import PREFLIGHT_RUN
 from finetune_operator.observed import RunState, RunView
+from finetune_operator.queued import queue_limit, queue_message
 from finetune_operator.settings import Settings
 
 
@@ -39,8 +40,7 @@ def preflight(draft: Draft) -> bool:
         ending = with_preflight_advice(classify(run, pods, None), draft.settings.preflight_memory)
         return _preflight_failed(draft, ending)
     if run.state is RunState.QUEUED:
-        draft.set(Type.PLANNED, "Unknown", Reason.QUEUED, run.message)
-        return True
+        return _held(draft, run)
     stuck = waiting(pods, draft.seen.complaints)
     draft.set(Type.PLANNED, "Unknown", *(stuck or (Reason.PREFLIGHT_RUNNING, "")))
     limit = patience(stuck[0], draft.settings) if stuck is not None else 0
@@ -54,6 +54,18 @@ def preflight(draft: Draft) -> bool:
         return True
     draft.do(DeleteRun(run.run, run.engine))
     return _preflight_failed(draft, Ending(*stuck, retryable=False))
+
+
+def _held(draft: Draft, run: RunView) -> bool:
+    """A queue holds the check: say so, and give up after a while."""
+    message = queue_message(draft, run)
+    draft.set(Type.PLANNED, "Unknown", Reason.QUEUED, message)
+    end = queue_limit(draft, run)
+    if end is None or end > draft.now:
+        return True
+    draft.do(DeleteRun(run.run, run.engine))
+    message = f"its queue held the preflight for {draft.settings.helper_queue_seconds} s: {message}"
+    return _preflight_failed(draft, Ending(Reason.QUEUED, message, retryable=False))
 
 
 def _preflight_failed(draft: Draft, ending: Ending) -> bool:

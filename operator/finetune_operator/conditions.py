@@ -113,6 +113,8 @@ class Reason(StrEnum):
     """A quota, a policy or a missing right keeps the run's objects from being made; tried again."""
     REPEATED_ERROR = "RepeatedError"
     """The same error ended two attempts in a row at the same step."""
+    CLEANING_UP = "CleaningUp"
+    """The job is deleted, and its storage is being emptied; the message says what that waits for."""
     CLEANUP_FAILED = "CleanupFailed"
     """The job is deleted and its storage could not be emptied."""
     UNKNOWN = "TrainingFailed"

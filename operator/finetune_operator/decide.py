@@ -18,6 +18,7 @@ from finetune_operator.conditions import Reason, Type, moment, stamp
 from finetune_operator.draft import Draft
 from finetune_operator.names import CLEANUP_RUN
 from finetune_operator.observed import ENDED, Observed, PodView, RunState, RunView
+from finetune_operator.queued import cleanup_words, held, queue_limit, queue_message, refuse
 from finetune_operator.reports import clean
 from finetune_operator.settings import Settings
 from finetune_operator.spec_check import spec_faults
@@ -86,15 +87,31 @@ def _empty(draft: Draft) -> bool:
             draft.do(DeleteRun(run.run, run.engine))
     cleanup = draft.seen.run(CLEANUP_RUN)
     if runs:
-        return True
-    if cleanup is None:
+        names = ", ".join(run.name for run in runs)
+        draft.set(Type.RUNNING, "False", Reason.CLEANING_UP, f"waits for the pods of {names} to end")
+    elif cleanup is None:
         draft.do(StartRun(CLEANUP_RUN))
     elif cleanup.state in ENDED:
-        if cleanup.state is RunState.FAILED:
-            message = "its storage could not be emptied, what is there stays: " + cleanup.message
-            draft.event("Warning", Reason.CLEANUP_FAILED.value, message)
-        draft.do(HoldJob(False))
+        _let_go(draft, cleanup.message if cleanup.state is RunState.FAILED else "")
+    else:
+        _await_cleanup(draft, cleanup)
     return True
+
+
+def _await_cleanup(draft: Draft, cleanup: RunView) -> None:
+    """Say what the clean-up waits for, and let the job go once a queue has held it for too long."""
+    draft.set(Type.RUNNING, "False", Reason.CLEANING_UP, f"empties its storage: {cleanup_words(draft, cleanup)}")
+    end = queue_limit(draft, cleanup)
+    if end is not None and end <= draft.now:
+        draft.do(DeleteRun(cleanup.run, cleanup.engine))
+        _let_go(draft, f"its clean-up was held by its queue for too long: {queue_message(draft, cleanup)}")
+
+
+def _let_go(draft: Draft, trouble: str) -> None:
+    if trouble:
+        message = f"its storage could not be emptied, what is there stays: {trouble}"
+        draft.event("Warning", Reason.CLEANUP_FAILED.value, message)
+    draft.do(HoldJob(False))
 
 
 def _record(draft: Draft) -> bool:
@@ -201,11 +218,11 @@ def _follow(draft: Draft) -> bool:
     """An attempt is on its way: say how it does."""
     run = draft.active()
     assert run is not None
-    held = run.state is RunState.QUEUED
-    if held:
-        draft.set(Type.ADMITTED, "False", Reason.QUEUED, run.message)
-    else:
-        draft.set(Type.ADMITTED, "True", Reason.NOT_QUEUED)
+    if run.elsewhere:
+        return refuse(draft, run)
+    if run.state is RunState.QUEUED:
+        return held(draft, run)
+    draft.set(Type.ADMITTED, "True", Reason.NOT_QUEUED)
     stuck = waiting(draft.seen.pods_of(run.run), draft.seen.complaints)
     if run.deleting:
         draft.set(Type.RUNNING, "False", Reason.STOPPING, "the run is being deleted")
@@ -214,10 +231,8 @@ def _follow(draft: Draft) -> bool:
         draft.running_since(run)
     elif stuck is not None:
         _stuck(draft, run, *stuck)
-    elif draft.stopping() and not held:
+    elif draft.stopping():
         draft.set(Type.RUNNING, "False", Reason.STOPPING, "pods have ended, the others follow")
-    elif held:
-        draft.set(Type.RUNNING, "False", Reason.QUEUED)
     else:
         _starting(draft, run)
     return True

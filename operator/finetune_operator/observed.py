@@ -109,6 +109,8 @@ class RunView:
     """Whether the run is over once its driver's pod is, although its engine would go on without it."""
     orphaned: bool = False
     """Whether its driver's pod has ended and its engine has not noticed."""
+    elsewhere: str = ""
+    """The controller that runs it, where that is not this cluster's own: MultiKueue sends it to another cluster."""
     uid: str = ""
     version: int = field(default=0, compare=False)
     """Of the object, as a number: the larger one is the newer."""

@@ -51,6 +51,10 @@ class Settings:
     backoff_cap_seconds: int = 300
     preflight_cpu: str = "1"
     preflight_memory: str = "4Gi"
+    helper_queue: str = ""
+    """LocalQueue of preflights and clean-ups; where it is empty, that of their job."""
+    helper_queue_seconds: int = 86400
+    """How long a queue may hold a preflight or a clean-up before it counts as failed; 0 is for ever."""
     poll_seconds: float = 5.0
     """Pause between two looks at a running attempt."""
     status_seconds: float = 10.0

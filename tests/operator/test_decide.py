@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from worlds import NOW, UID, VALID, ago, attempt, conditions, pod, run, said, seen
 
-from finetune_operator.actions import AbandonRun, Decision, DeleteJob, DeleteRun, StartRun, StopRun
+from finetune_operator.actions import AbandonRun, Decision, DeleteJob, DeleteRun, HoldJob, StartRun, StopRun
 from finetune_operator.conditions import Reason
 from finetune_operator.decide import decide
-from finetune_operator.names import support_name
+from finetune_operator.names import FINALIZER, support_name
 from finetune_operator.observed import Complaint, Observed, RunState, RunView, Trouble
 from finetune_operator.settings import Settings
 
@@ -412,3 +412,71 @@ def test_workers_that_ray_has_no_room_for_are_told() -> None:
     world = seen(RUNNING, run(), pod(), report={"stages": [], "placing": "no room for 2 workers of 1 CPU each"})
     told = next(item for item in decide(world, SETTINGS, NOW).status["conditions"] if item["type"] == "Running")
     assert (told["status"], told["message"]) == ("True", "no room for 2 workers of 1 CPU each")
+
+
+PREEMPTED = Complaint("Queued", "Preempted: to accommodate a workload")
+
+
+def told(world: Observed, kind: str, settings: Settings = SETTINGS) -> dict[str, Any]:
+    """A condition as decided."""
+    conditions: list[dict[str, Any]] = decide(world, settings, NOW).status["conditions"]
+    return next(item for item in conditions if item["type"] == kind)
+
+
+def test_a_queue_s_own_words_and_no_deadline_while_it_holds_the_attempt() -> None:
+    """The deadline begins again with the admission, as after a suspension."""
+    policy = {"activeDeadlineSeconds": 60}
+    world = seen(RUNNING | {"startTime": ago(59)}, run(state=RunState.QUEUED), pod(), runPolicy=policy)
+    world = replace(world, complaints=(PREEMPTED,))
+    decision = decide(world, SETTINGS, NOW)
+    assert "startTime" not in decision.status and decision.status["phase"] == "Queued"
+    assert told(world, "Admitted")["message"] == "Preempted: to accommodate a workload"
+    assert told(world, "Running")["message"] == "its pods save a checkpoint and end"
+    later = replace(world, body={**world.body, "status": decision.status})
+    assert decide(later, SETTINGS, NOW + timedelta(seconds=3600)).status["phase"] == "Queued"
+
+
+def test_a_queue_s_time_is_not_the_image_s() -> None:
+    """Image patience begins when the pods are made, and not while a queue holds the run that is older."""
+    since = ago(10)
+    pulls = pod(phase="Pending", created=since, waiting=("ImagePullBackOff", "no such image"))
+    world = seen(QUEUED, run(state=RunState.PENDING, age=5000), pulls)
+    assert decide(world, SETTINGS, NOW).actions == ()
+    assert decide(world, SETTINGS, NOW + timedelta(seconds=300)).actions == (DeleteRun(1, "job"),)
+
+
+def test_a_queue_may_not_hold_a_preflight_for_ever() -> None:
+    limited = Settings(helper_queue_seconds=100)
+    waits = seen({"conditions": VALID[:1]}, run(0, RunState.QUEUED, age=99), kubernetes={})
+    waits = replace(waits, complaints=(Complaint("Queued", "Pending: no quota"),))
+    assert told(waits, "Planned", limited)["message"] == "Pending: no quota"
+    late = replace(waits, runs=(run(0, RunState.QUEUED, age=101),))
+    decision = decide(late, limited, NOW)
+    assert decision.actions == (DeleteRun(0, "job"),) and decision.status["phase"] == "Failed"
+    assert "held the preflight for 100 s: Pending: no quota" in told(late, "Failed", limited)["message"]
+
+
+def deleted(*things: Any) -> Observed:
+    """A job that is deleted and whose storage is to be emptied."""
+    world = seen({"conditions": VALID}, *things, storage={"uri": "s3://b/runs", "deletionPolicy": "Delete"})
+    marks = {"deletionTimestamp": ago(10), "finalizers": [FINALIZER]}
+    return replace(world, body={**world.body, "metadata": {**world.body["metadata"], **marks}})
+
+
+def test_a_deleted_job_says_what_it_waits_for_and_a_queue_may_not_hold_it_for_ever() -> None:
+    assert "waits for the pods of tiny-1 to end" in told(deleted(run(), pod()), "Running")["message"]
+    limited = Settings(helper_queue_seconds=100)
+    waits = replace(deleted(run(-1, RunState.QUEUED, age=99)), complaints=(PREEMPTED,))
+    assert "its queue holds the clean-up: Preempted" in told(waits, "Running", limited)["message"]
+    assert decide(waits, limited, NOW).actions == ()
+    late = decide(replace(waits, runs=(run(-1, RunState.QUEUED, age=101),)), limited, NOW)
+    assert late.actions == (DeleteRun(-1, "job"), HoldJob(False))
+    assert "held by its queue for too long" in late.events[-1].message
+
+
+def test_a_job_that_its_queue_sends_to_another_cluster_is_refused() -> None:
+    world = seen(STARTING, run(state=RunState.PENDING, elsewhere="kueue.x-k8s.io/multikueue"))
+    decision = decide(world, SETTINGS, NOW)
+    assert decision.actions == (DeleteRun(1, "job"),)
+    failed = told(world, "Failed")
+    assert failed["reason"] == "Rejected" and "kueue.x-k8s.io/multikueue" in failed["message"]

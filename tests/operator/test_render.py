@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -278,6 +279,43 @@ def test_a_ray_job_s_exit_code(said: int, code: int) -> None:
     message = f"Job entrypoint command failed with exit code {said}, last available logs (truncated to 20,000 chars): …"
     ended = ENGINES["kuberay"].observe(ray_job({"jobDeploymentStatus": "Failed", "message": message}))
     assert ended is not None and ended.exit_code == code
+
+
+@pytest.mark.parametrize(("own", "queue"), [("", "gpu"), ("cpu", "cpu")])
+@pytest.mark.parametrize("number", [names.PREFLIGHT_RUN, names.CLEANUP_RUN])
+def test_preflight_and_clean_up_are_queued_too(number: int, own: str, queue: str) -> None:
+    """Else a cluster that queues every Job suspends them for ever."""
+    queued = body()
+    queued["metadata"]["labels"] = {names.QUEUE_LABEL: "gpu", "kueue.x-k8s.io/priority-class": "high"}
+    made = plan(queued, (StartRun(number),), replace(SETTINGS, helper_queue=own))
+    job = next(item.body for item in made if isinstance(item, Create) and item.run)
+    assert job["metadata"]["labels"][names.QUEUE_LABEL] == queue
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "high"
+
+
+def test_an_interruption_does_not_fail_the_job() -> None:
+    """A Job that Kueue suspends ends its pods by exit code 75, and must go on once it is admitted again."""
+    rules = objects()["Job"]["spec"]["podFailurePolicy"]["rules"]
+    codes = [code for rule in rules for code in rule.get("onExitCodes", {}).get("values", [])]
+    assert codes == [2, 3, 4]
+
+
+def test_a_queue_may_admit_an_elastic_job_in_part() -> None:
+    elastic = objects(resources={"minNodes": 2, "maxNodes": 5})["Job"]["metadata"]["annotations"]
+    assert elastic[names.PARTIAL_ANNOTATION] == "2" and elastic[names.EQUAL_ANNOTATION] == "true"
+    assert names.PARTIAL_ANNOTATION not in objects(resources={"nodes": 2})["Job"]["metadata"]["annotations"]
+
+
+@pytest.mark.parametrize("engine", ["job", "kuberay"])
+def test_who_runs_it_elsewhere(engine: str) -> None:
+    kinds = {"job": "Job", "kuberay": "RayJob"}
+    made = objects(kubernetes={"engine": engine})[kinds[engine]]
+    made["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
+    here = ENGINES[engine].observe(made)
+    made["spec"]["managedBy"] = "kueue.x-k8s.io/multikueue"
+    there = ENGINES[engine].observe(made)
+    assert here is not None and there is not None
+    assert (here.elsewhere, there.elsewhere) == ("", "kueue.x-k8s.io/multikueue")
 
 
 @pytest.mark.parametrize("engine", ["job", "kuberay"])

@@ -26,6 +26,7 @@ ANNOTATIONS = {
     "ray.io/overwrite-container-cmd": "true",
     "ray.io/disable-provisioned-head-restart": "true",  # a new head knows nothing of the driver that was lost
 }
+_OWN_CONTROLLER = "ray.io/kuberay-operator"
 _OWN_AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "FINETUNE_HEAD_ADDRESS")
 _TELLING = {"ReplicaFailure": "True", "HeadPodReady": "False", "RayClusterProvisioned": "False"}
 """Conditions of a RayCluster that say why it does not begin, with the status in which they do."""
@@ -91,7 +92,10 @@ def observe(body: Json) -> RunView | None:
     words = "; ".join(_held_by(status)) if state is RunState.PENDING else status.get("message", "")
     told = Told(status.get("reason", ""), words, status.get("endTime"))
     cluster = str(status.get("rayClusterName", ""))
-    return run_view(body, NAME, state, told, pods_owner=cluster, pods_maker=cluster, ends_with_driver=True)
+    manager = (body.get("spec") or {}).get("managedBy") or _OWN_CONTROLLER
+    elsewhere = "" if manager == _OWN_CONTROLLER else manager
+    pods = {"pods_owner": cluster, "pods_maker": cluster}
+    return run_view(body, NAME, state, told, **pods, ends_with_driver=True, elsewhere=elsewhere)
 
 
 def _state(body: Json, status: Json) -> RunState:
