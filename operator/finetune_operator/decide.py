@@ -8,18 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
-from finetune_api.report import AttemptReport
 from finetune_operator import attempts
 from finetune_operator.actions import AbandonRun, Decision, DeleteJob, DeleteRun, HoldJob, StartRun
 from finetune_operator.advice import with_advice
-from finetune_operator.checking import begun, patience, preflight
-from finetune_operator.classify import classify, lost, termination_report, waiting
+from finetune_operator.checking import preflight
+from finetune_operator.classify import classify, lost, termination_report
 from finetune_operator.conditions import Reason, Type, moment, stamp
 from finetune_operator.draft import Draft
+from finetune_operator.follow import follow
 from finetune_operator.names import CLEANUP_RUN
 from finetune_operator.observed import ENDED, Observed, PodView, RunState, RunView
-from finetune_operator.queued import cleanup_words, held, queue_limit, queue_message, refuse
-from finetune_operator.reports import clean
+from finetune_operator.queued import cleanup_words, queue_limit, queue_message
 from finetune_operator.settings import Settings
 from finetune_operator.spec_check import spec_faults
 from finetune_operator.stopping import deadline, suspend
@@ -214,80 +213,6 @@ def _start(draft: Draft) -> bool:
     return True
 
 
-def _follow(draft: Draft) -> bool:
-    """An attempt is on its way: say how it does."""
-    run = draft.active()
-    assert run is not None
-    if run.elsewhere:
-        return refuse(draft, run)
-    if run.state is RunState.QUEUED:
-        return held(draft, run)
-    draft.set(Type.ADMITTED, "True", Reason.NOT_QUEUED)
-    stuck = waiting(draft.seen.pods_of(run.run), draft.seen.complaints)
-    if run.deleting:
-        draft.set(Type.RUNNING, "False", Reason.STOPPING, "the run is being deleted")
-    elif draft.trains(run):
-        draft.set(Type.RUNNING, "True", Reason.TRAINING, _trains_but(draft, run) if stuck is None else stuck[1])
-        draft.running_since(run)
-    elif stuck is not None:
-        _stuck(draft, run, *stuck)
-    elif draft.stopping():
-        draft.set(Type.RUNNING, "False", Reason.STOPPING, "pods have ended, the others follow")
-    else:
-        _starting(draft, run)
-    return True
-
-
-def _starting(draft: Draft, run: RunView) -> None:
-    """Say what the engine waits for; after a while delete the run, where nothing but the engine holds it."""
-    draft.set(Type.RUNNING, "False", Reason.STARTING, run.message)
-    pods = draft.seen.pods_of(run.run)
-    trains = draft.seen.report is not None and draft.seen.report.step is not None
-    if run.message and not trains and all(pod.ready for pod in pods):
-        _limit(draft, run, Reason.NOT_STARTED, run.message, draft.settings.engine_seconds)
-
-
-def _trains_but(draft: Draft, run: RunView) -> str:
-    """What keeps an attempt from training well, or from training at all for a while."""
-    report = draft.seen.report or AttemptReport()
-    waits = f"waits for storage: {clean(report.waiting)}" if report.waiting else ""
-    again = f"starts again from the last checkpoint: {clean(report.restarting)}" if report.restarting else ""
-    return _unready(draft, run) or clean(report.placing or "") or waits or again
-
-
-def _unready(draft: Draft, run: RunView) -> str:
-    silent = next((pod for pod in draft.seen.pods_of(run.run) if pod.runs and not pod.ready), None)
-    if run.state is RunState.RUNNING or silent is None:
-        return ""
-    return f"pod {silent.name} is not ready: its node {silent.node} may be away; the job runs on as long as it does"
-
-
-def _stuck(draft: Draft, run: RunView, reason: Reason, message: str) -> None:
-    """Say what holds the pods up; after a while delete the run, which then counts as failed."""
-    avoided = attempts.avoided(draft.status)
-    if reason is Reason.UNSCHEDULABLE and avoided:
-        message += f" (kept away from {', '.join(avoided)}: a GPU failed there)"
-    draft.set(Type.RUNNING, "False", reason, message)
-    if reason is Reason.POD_CONFIG and draft.token_name(run) in message:
-        draft.do(StartRun(run.run))  # the operator ended before it had made the Secret
-    if reason is Reason.STARTING and run.message:  # an event of the engine's, which has its own words as well
-        _limit(draft, run, Reason.NOT_STARTED, message, draft.settings.engine_seconds)
-    else:
-        _limit(draft, run, reason, message, patience(reason, draft.settings))
-
-
-def _limit(draft: Draft, run: RunView, reason: Reason, message: str, seconds: int) -> None:
-    """Delete a run that has waited for so long: it then counts as failed. 0 is for ever."""
-    if not seconds:
-        return
-    end = begun(draft, run) + timedelta(seconds=seconds)
-    if end > draft.now:
-        draft.wake_at(end)
-    else:
-        draft.stop_reason(run.run, reason, message)
-        draft.do(DeleteRun(run.run, run.engine))
-
-
 _STEPS: tuple[Callable[[Draft], bool], ...] = (
     _over,
     _invalid,
@@ -299,6 +224,6 @@ _STEPS: tuple[Callable[[Draft], bool], ...] = (
     suspend,
     preflight,
     _start,
-    _follow,
+    follow,
 )
 _LAST_STEPS: tuple[Callable[[Draft], bool], ...] = (_record, _empty)

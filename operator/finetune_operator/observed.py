@@ -57,6 +57,8 @@ class PodView:
     """Deleted by now; kept for what it says of its run's end."""
     ready: bool = True
     """As its node says, or as is said of a node that says nothing any more."""
+    ready_since: str = ""
+    """RFC 3339; empty where it isn't ready."""
     reason: str | None = None
     """The pod's own: `Evicted`, `NodeLost`, …"""
     message: str = ""
@@ -227,6 +229,7 @@ def pod_view(body: Json) -> PodView | None:
         grace_over=moment(metadata["deletionTimestamp"]) if "deletionTimestamp" in metadata else None,
         forced=at_once and status.get("phase") == "Running" and not ended,
         ready=conditions.get("Ready", {}).get("status") == "True",
+        ready_since=_since(conditions.get("Ready", {})),
         reason=status.get("reason"),
         message=status.get("message", ""),
         unschedulable=_condition_text(conditions.get("PodScheduled"), "False", "Unschedulable"),
@@ -307,6 +310,10 @@ def _waiting(status: Json) -> tuple[str, str] | None:
         if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
             return waiting["reason"], waiting.get("message", "")
     return None
+
+
+def _since(condition: Json) -> str:
+    return str(condition.get("lastTransitionTime") or "") if condition.get("status") == "True" else ""
 
 
 def _condition_text(condition: Json | None, status: str, reason: str) -> str | None:

@@ -95,6 +95,9 @@ CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
     "a RayJob that KubeRay has a while to start": (
         seen(STARTING, kuberay(state=RunState.PENDING, age=599, message="KubeRay: Initializing"), pod()), "Pending",
         ()),
+    "a RayJob whose pods took long to be ready": (
+        seen(STARTING, kuberay(state=RunState.PENDING, age=5000, message="KubeRay: Initializing"),
+             pod(created=ago(5000), ready_since=ago(10))), "Pending", ()),
     "the time in a queue does not count": (
         seen({"conditions": VALID + conditions(Admitted="True/NotQueued")} | {"attempts": [attempt(1)], "attempt": 1},
              kuberay(state=RunState.PENDING, age=5000, message="KubeRay: Initializing")), "Pending", ()),
