@@ -17,7 +17,7 @@ import psutil
 
 from finetune_api.cluster import Resources
 from finetune_api.slots import LEAST_CPUS, offered
-from finetune_trainer.forks.start import DASHBOARD_VARIABLE
+from finetune_trainer.forks.start import HEAD, NODE, WATCHED_VARIABLE
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 HEAD_VARIABLE = "FINETUNE_HEAD_ADDRESS"
@@ -42,7 +42,7 @@ class Seat:
     @property
     def environment(self) -> dict[str, str]:
         """Variables of the `ray start` process beside those of this one."""
-        return {DASHBOARD_VARIABLE: "1"} if self.watched else {}
+        return {WATCHED_VARIABLE: HEAD if self.head else NODE} if self.watched else {}
 
 
 def seat(resources: Resources, environment: Mapping[str, str] = os.environ) -> Seat:
