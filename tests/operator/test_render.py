@@ -242,6 +242,7 @@ def ray_job(status: Json, **spec: Any) -> Json:
     [
         ({}, RunState.PENDING),
         ({"jobDeploymentStatus": "Initializing"}, RunState.PENDING),
+        ({"jobDeploymentStatus": "Running"}, RunState.PENDING),
         ({"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}, RunState.RUNNING),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, RunState.SUCCEEDED),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, RunState.FAILED),
@@ -269,6 +270,8 @@ def test_what_a_ray_job_waits_for_is_in_kuberay_s_words() -> None:
     view = ENGINES["kuberay"].observe(ray_job({"jobDeploymentStatus": "Initializing", "rayClusterStatus": conditions}))
     assert view is not None
     assert view.message == "KubeRay: Initializing; ReplicaFailure: FailedCreateHeadPod: quota exceeded"
+    unsent = ENGINES["kuberay"].observe(ray_job({"jobDeploymentStatus": "Running"}))
+    assert unsent is not None and unsent.message.endswith("it has not submitted the job to Ray's dashboard yet")
     unseen = ENGINES["kuberay"].observe(ray_job({}))
     assert unseen is not None and unseen.message == "KubeRay has not taken the RayJob up yet"
 

@@ -104,6 +104,8 @@ def _state(body: Json, status: Json) -> RunState:
         return RunState.SUCCEEDED if job == "SUCCEEDED" else RunState.FAILED
     if (body.get("spec") or {}).get("suspend") and deployment != "Failed":
         return RunState.QUEUED
+    if deployment == "Running" and not job:
+        return RunState.PENDING
     return _STATES.get(deployment, RunState.PENDING)
 
 
@@ -111,6 +113,8 @@ def _held_by(status: Json) -> Iterator[str]:
     """Yield KubeRay's own words on what a RayJob that has not begun waits for."""
     deployment = status.get("jobDeploymentStatus", "")
     yield f"KubeRay: {deployment}" if deployment else "KubeRay has not taken the RayJob up yet"
+    if deployment == "Running":
+        yield "it has not submitted the job to Ray's dashboard yet"
     if status.get("message"):
         yield str(status["message"])
     for item in (status.get("rayClusterStatus") or {}).get("conditions") or []:
