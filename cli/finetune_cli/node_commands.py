@@ -1,4 +1,4 @@
-"""`node`, `drive`, `preflight` and `cleanup`: what the operator's pods run; the help leaves them out."""
+"""`node`, `await-driver`, `preflight` and `cleanup`: what the operator's pods run; the help leaves them out."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ RunConfigFile = Annotated[Path, typer.Option("--run-config", help="The attempt's
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
     app.command("node", hidden=True)(node_command)
-    app.command("drive", hidden=True)(drive_command)
+    app.command("await-driver", hidden=True)(await_driver_command)
     app.command("preflight", hidden=True)(preflight_command)
     app.command("cleanup", hidden=True)(cleanup_command)
 
 
 def node_command(run_config: RunConfigFile) -> None:
-    """Be a node of an attempt: pod 0 starts the Ray head and drives, the others join it."""
+    """Be a node of an attempt: one starts the Ray head and drives, the others join it."""
     from finetune_trainer.launch.node import run_node
 
     raise typer.Exit(run_node(run_config))
 
 
-def drive_command(run_config: RunConfigFile) -> None:
-    """Drive an attempt on the Ray cluster that this runs in."""
-    from finetune_trainer.launch.attempt import drive
+def await_driver_command() -> None:
+    """Wait for the driver of this pod and end as it did: the entrypoint of a RayJob."""
+    from finetune_trainer.launch.driver_end import await_end
 
-    raise typer.Exit(int(drive(run_config, linger=True)))
+    raise typer.Exit(await_end())
 
 
 def preflight_command(run_config: RunConfigFile) -> None:

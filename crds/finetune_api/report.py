@@ -130,6 +130,8 @@ class AttemptReport(ApiModel):
     """Asked to stop, and saving a checkpoint."""
     waiting: Text | None = None
     """What it waits for: a store that doesn't answer."""
+    placing: Text | None = None
+    """What its workers ask for and Ray's nodes don't offer, while a placement group is pending."""
     restarting: Text | None = None
     """Why its workers have been started again, until they train on."""
     transport: TransportReport | None = None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from finetune_operator.actions import DeleteRun, StartRun
 from finetune_operator.advice import with_preflight_advice
 from finetune_operator.classify import Ending, classify, termination_report, waiting
-from finetune_operator.conditions import Reason, Type
+from finetune_operator.conditions import Reason, Type, moment
 from finetune_operator.draft import Draft
 from finetune_operator.names import PREFLIGHT_RUN
-from finetune_operator.observed import RunState
+from finetune_operator.observed import RunState, RunView
+from finetune_operator.queued import queue_limit, queue_message
 from finetune_operator.settings import Settings
 
 
@@ -39,19 +40,32 @@ def preflight(draft: Draft) -> bool:
         ending = with_preflight_advice(classify(run, pods, None), draft.settings.preflight_memory)
         return _preflight_failed(draft, ending)
     if run.state is RunState.QUEUED:
-        draft.set(Type.PLANNED, "Unknown", Reason.QUEUED, run.message)
-        return True
+        return _held(draft, run)
     stuck = waiting(pods, draft.seen.complaints)
     draft.set(Type.PLANNED, "Unknown", *(stuck or (Reason.PREFLIGHT_RUNNING, "")))
     limit = patience(stuck[0], draft.settings) if stuck is not None else 0
     if stuck is None or not limit:
         return True
-    end = run.created + timedelta(seconds=limit * (draft.policy.backoff_limit + 1))  # as long as attempts would try
+    end = begun(draft, run) + timedelta(
+        seconds=limit * (draft.policy.backoff_limit + 1)
+    )  # as long as attempts would try
     if end > draft.now:
         draft.wake_at(end)
         return True
     draft.do(DeleteRun(run.run, run.engine))
     return _preflight_failed(draft, Ending(*stuck, retryable=False))
+
+
+def _held(draft: Draft, run: RunView) -> bool:
+    """A queue holds the check: say so, and give up after a while."""
+    message = queue_message(draft, run)
+    draft.set(Type.PLANNED, "Unknown", Reason.QUEUED, message)
+    end = queue_limit(draft, run)
+    if end is None or end > draft.now:
+        return True
+    draft.do(DeleteRun(run.run, run.engine))
+    message = f"its queue held the preflight for {draft.settings.helper_queue_seconds} s: {message}"
+    return _preflight_failed(draft, Ending(Reason.QUEUED, message, retryable=False))
 
 
 def _preflight_failed(draft: Draft, ending: Ending) -> bool:
@@ -66,3 +80,10 @@ def patience(reason: Reason, settings: Settings) -> int:
     if reason is Reason.UNSCHEDULABLE:
         return settings.start_seconds
     return settings.image_pull_seconds if reason in (Reason.IMAGE_PULL, Reason.POD_CONFIG) else 0
+
+
+def begun(draft: Draft, run: RunView) -> datetime:
+    """Return since when a run may begin, and has its pods: its time in a queue does not count."""
+    created = [moment(pod.created) for pod in draft.seen.pods_of(run.run) if pod.created and not pod.gone]
+    admitted = draft.admitted() if run.run > 0 else None
+    return max(run.created, min(created, default=run.created), admitted or run.created)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from finetune_api.exit_codes import ExitCode
+from finetune_api.ray_words import RAY_FIELD
 from finetune_api.redact import redact
 from finetune_api.report import AttemptReport
 from finetune_operator.conditions import Reason, stamp
@@ -234,7 +235,7 @@ def _place(pods: Iterable[PodView]) -> tuple[str | None, str | None]:
 
 def _last_line(text: str) -> str:
     """A traceback's last line is the error itself; one that is torn off below some code has an earlier one, or none."""
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.splitlines() if line.strip() and not RAY_FIELD.match(line)]
     if lines and not _WORD.search(lines[-1]):
         lines = [line for line in lines if _ERROR.match(line)] or [line for line in lines if _WORD.search(line)]
     return _clip(lines[-1].strip() if lines else "")

@@ -1,4 +1,4 @@
-"""Kubernetes' own warnings about a run that does not begin.
+"""Kubernetes' own warnings about a run that does not begin, and Kueue's words on one that a queue holds.
 
 A pod that is not made (a quota, Pod Security), and a volume that can't be mounted, are told of in events alone. Events
 are read where nothing else says what holds a run up, and seldom: a job that goes well costs no call.
@@ -28,6 +28,12 @@ PAUSE_SECONDS = 60.0
 EVERY_SECONDS = 2.0
 """Between two questions, all jobs together: an API server looks through all events of a namespace for each, and is slow
 already where thousands of runs wait for their pods."""
+QUEUE_FIRST_SECONDS, QUEUE_SECONDS = 2.0, 15.0
+"""The same two for Kueue, which makes its Workload a moment after a run's object."""
+QUEUE_VERSIONS = ("v1beta2", "v1beta1")
+"""Of Kueue's API, the newest first."""
+_TELLING = {"Evicted": "True", "QuotaReserved": "False", "Requeued": "False"}
+"""Conditions of a Workload that say why it waits, with the status in which they do."""
 MOST = 50
 log = logging.getLogger(__name__)
 
@@ -59,17 +65,20 @@ class Complaints:
         if run is None or subject is None:
             self.forget(key)
             return ()
-        young = FIRST_SECONDS - (now - run.created).total_seconds()
+        held = run.state is RunState.QUEUED
+        pause = QUEUE_SECONDS if held else PAUSE_SECONDS
+        young = (QUEUE_FIRST_SECONDS if held else FIRST_SECONDS) - (now - run.created).total_seconds()
         if young > 0:
             self._again(key, young)
             return ()
         known = self._answers.get(key)
-        if known is not None and known.subject == subject and now - known.asked < timedelta(seconds=PAUSE_SECONDS):
-            self._again(key, PAUSE_SECONDS - (now - known.asked).total_seconds())
+        if known is not None and known.subject == subject and now - known.asked < timedelta(seconds=pause):
+            self._again(key, pause - (now - known.asked).total_seconds())
         elif self._has_turn(key, now):
-            known = _Answer(subject, now, await self._ask(key[0], subject, run))
+            said = await (self._ask_queue(key[0], run) if held else self._ask(key[0], subject, run))
+            known = _Answer(subject, now, said)
             self._answers[key] = known
-            self._again(key, PAUSE_SECONDS)
+            self._again(key, pause)
         return known.said if known is not None and known.subject == subject else ()
 
     def _has_turn(self, key: Key, now: datetime) -> bool:
@@ -96,6 +105,25 @@ class Complaints:
             return ()
         return complaints_of(page.get("items") or [], run.created)
 
+    async def _ask_queue(self, namespace: str, run: RunView) -> tuple[Complaint, ...]:
+        query = f"namespaces/{namespace}/workloads?labelSelector=kueue.x-k8s.io%2Fjob-uid%3D{run.uid}"
+        try:
+            for version in QUEUE_VERSIONS:
+                page = await self._api.get(f"/apis/kueue.x-k8s.io/{version}/{query}")
+                if page is not None:
+                    return tuple(filter(None, map(queue_words, page.get("items") or [])))
+        except ApiException as error:  # without that right the job queues as well, and says less
+            log.warning("workloads of %s/%s: %s", namespace, run.name, error.reason)
+        return ()
+
+
+def queue_words(workload: Json) -> Complaint | None:
+    """Return Kueue's own words on a Workload that is not admitted: who preempted it, and what it waits for."""
+    found = (workload.get("status") or {}).get("conditions") or []
+    told = [item for item in found if item.get("status") == _TELLING.get(item.get("type"))]
+    words = [f"{item['reason']}: {item.get('message', '')}".removesuffix(": ") for item in told]
+    return Complaint("Queued", "; ".join(dict.fromkeys(words))) if words else None
+
 
 def complaints_of(events: list[Json], since: datetime) -> tuple[Complaint, ...]:
     """Events since then, newest first: an older object may have had the same name."""
@@ -111,16 +139,22 @@ def _time(event: Json) -> datetime:
 
 
 def _not_begun(seen: Observed) -> RunView | None:
-    """The newest run of the job that is to begin; a held one waits for its queue alone."""
-    runs = [run for run in seen.runs if run.owner == seen.uid and run.state is RunState.PENDING and not run.deleting]
+    """The newest run of the job that is to begin, or that a queue holds."""
+    waits = (RunState.PENDING, RunState.QUEUED)
+    runs = [run for run in seen.runs if run.owner == seen.uid and run.state in waits and not run.deleting]
     return max(runs, key=lambda run: run.run, default=None)
 
 
 def _subject(seen: Observed, run: RunView) -> str | None:
-    """Name of the object that knows: who makes the pods where there are none, else a pod that its node can't start."""
+    """Name of the object that knows: who makes the pods where there are none, else a pod that its node can't start.
+
+    For a run that a queue holds it is the run's uid, by which the queue's own object is found.
+    """
+    if run.state is RunState.QUEUED:
+        return run.uid
     pods = [pod for pod in seen.pods_of(run.run) if not pod.gone and pod.grace_over is None]
     if not pods:
-        return (run.pods_owner if run.engine == "kuberay" else "") or run.name
+        return run.pods_maker or run.name
     if waiting(pods) is not None:
         return None
     return next((pod.name for pod in pods if pod.node is not None and pod.phase == "Pending"), None)

@@ -31,6 +31,7 @@ from finetune_operator.plan import (
     engine_for,
     event,
     job_path,
+    owned_by,
     patch_status,
     plan,
     pods_query,
@@ -118,13 +119,16 @@ class Controller:
         """Make, then tell, then delete: at whatever point this ends, a second look comes to the same."""
         # With the status that is about to be written: it may hold the plan that a preflight has just told.
         operations = plan(seen.body | {"status": decision.status}, decision.actions, self._settings)
+        main: Json = {}
         for operation in operations:
             if isinstance(operation, SetFinalizers) and operation.holds:
                 (answer,) = await apply(self._api, [operation])
                 self._cache.put_job(answer)
             if isinstance(operation, Create):
-                (answer,) = await apply(self._api, [operation])
+                wanted = owned_by(operation, main) if operation.with_run else operation
+                (answer,) = await apply(self._api, [wanted])
                 self._remember(answer)
+                main = answer if operation.run else main
         if any(isinstance(operation, Create) for operation in operations):
             self._cache.troubles.pop(key, None)
         for action in decision.actions:

@@ -8,21 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
-from finetune_api.report import AttemptReport
 from finetune_operator import attempts
 from finetune_operator.actions import AbandonRun, Decision, DeleteJob, DeleteRun, HoldJob, StartRun
 from finetune_operator.advice import with_advice
-from finetune_operator.checking import patience, preflight
-from finetune_operator.checkpoint_marks import mark_checkpoint
-from finetune_operator.classify import classify, lost, termination_report, waiting
+from finetune_operator.checking import preflight
+from finetune_operator.classify import classify, lost, termination_report
 from finetune_operator.conditions import Reason, Type, moment, stamp
 from finetune_operator.draft import Draft
+from finetune_operator.follow import follow
 from finetune_operator.names import CLEANUP_RUN
-from finetune_operator.observed import ENDED, Observed, RunState, RunView
-from finetune_operator.reports import clean
+from finetune_operator.observed import ENDED, Observed, PodView, RunState, RunView
+from finetune_operator.queued import cleanup_words, queue_limit, queue_message
 from finetune_operator.settings import Settings
 from finetune_operator.spec_check import spec_faults
-from finetune_operator.stalls import follow_stall, slow_node, told_away
 from finetune_operator.stopping import deadline, suspend
 
 
@@ -88,15 +86,31 @@ def _empty(draft: Draft) -> bool:
             draft.do(DeleteRun(run.run, run.engine))
     cleanup = draft.seen.run(CLEANUP_RUN)
     if runs:
-        return True
-    if cleanup is None:
+        names = ", ".join(run.name for run in runs)
+        draft.set(Type.RUNNING, "False", Reason.CLEANING_UP, f"waits for the pods of {names} to end")
+    elif cleanup is None:
         draft.do(StartRun(CLEANUP_RUN))
     elif cleanup.state in ENDED:
-        if cleanup.state is RunState.FAILED:
-            message = "its storage could not be emptied, what is there stays: " + cleanup.message
-            draft.event("Warning", Reason.CLEANUP_FAILED.value, message)
-        draft.do(HoldJob(False))
+        _let_go(draft, cleanup.message if cleanup.state is RunState.FAILED else "")
+    else:
+        _await_cleanup(draft, cleanup)
     return True
+
+
+def _await_cleanup(draft: Draft, cleanup: RunView) -> None:
+    """Say what the clean-up waits for, and let the job go once a queue has held it for too long."""
+    draft.set(Type.RUNNING, "False", Reason.CLEANING_UP, f"empties its storage: {cleanup_words(draft, cleanup)}")
+    end = queue_limit(draft, cleanup)
+    if end is not None and end <= draft.now:
+        draft.do(DeleteRun(cleanup.run, cleanup.engine))
+        _let_go(draft, f"its clean-up was held by its queue for too long: {queue_message(draft, cleanup)}")
+
+
+def _let_go(draft: Draft, trouble: str) -> None:
+    if trouble:
+        message = f"its storage could not be emptied, what is there stays: {trouble}"
+        draft.event("Warning", Reason.CLEANUP_FAILED.value, message)
+    draft.do(HoldJob(False))
 
 
 def _record(draft: Draft) -> bool:
@@ -105,8 +119,10 @@ def _record(draft: Draft) -> bool:
         if run.run < 1 or run.owner != draft.seen.uid:
             continue
         record = draft.attempt_seen(run)
+        if run.orphaned and run.state is RunState.FAILED and not run.deleting:
+            draft.do(DeleteRun(run.run, run.engine))
         if run.state is RunState.FAILED and "endTime" not in record:
-            pods = draft.seen.pods_of(run.run)
+            pods = _of_its_end(run, draft.seen.pods_of(run.run))
             draft.learn(next(filter(None, map(termination_report, pods[:1])), None))
             ending = with_advice(classify(run, pods, draft.seen.report), draft.seen.body, draft.status)
             draft.attempt_ended(run, ending)
@@ -114,6 +130,11 @@ def _record(draft: Draft) -> bool:
     draft.attempts_gone()
     _give_up_lost(draft)
     return False
+
+
+def _of_its_end(run: RunView, pods: tuple[PodView, ...]) -> tuple[PodView, ...]:
+    """Return the pods that tell how a run ended: without a driver's pod that the engine has made since."""
+    return tuple(pod for pod in pods if pod.ended or pod.index) if run.orphaned else pods
 
 
 def _give_up_lost(draft: Draft) -> None:
@@ -192,66 +213,6 @@ def _start(draft: Draft) -> bool:
     return True
 
 
-def _follow(draft: Draft) -> bool:
-    """An attempt is on its way: say how it does."""
-    run = draft.active()
-    assert run is not None
-    held = run.state is RunState.QUEUED
-    if held:
-        draft.set(Type.ADMITTED, "False", Reason.QUEUED, run.message)
-    else:
-        draft.set(Type.ADMITTED, "True", Reason.NOT_QUEUED)
-    stuck = waiting(draft.seen.pods_of(run.run), draft.seen.complaints)
-    if run.deleting:
-        draft.set(Type.RUNNING, "False", Reason.STOPPING, "the run is being deleted")
-    elif draft.trains(run):
-        draft.set(Type.RUNNING, "True", Reason.TRAINING, _trains_but(draft, run) if stuck is None else stuck[1])
-        draft.running_since(run)
-        follow_stall(draft, run)
-        mark_checkpoint(draft, run)
-    elif stuck is not None:
-        _stuck(draft, run, *stuck)
-    elif draft.stopping() and not held:
-        draft.set(Type.RUNNING, "False", Reason.STOPPING, "pods have ended, the others follow")
-    else:
-        said = "" if held else told_away(draft.status)
-        draft.set(Type.RUNNING, "False", Reason.QUEUED if held else Reason.STARTING, said)
-    return True
-
-
-def _trains_but(draft: Draft, run: RunView) -> str:
-    """What keeps an attempt from training well, or from training at all for a while."""
-    report = draft.seen.report or AttemptReport()
-    waits = f"waits for storage: {clean(report.waiting)}" if report.waiting else ""
-    again = f"starts again from the last checkpoint: {clean(report.restarting)}" if report.restarting else ""
-    transport = clean(report.transport.warning or "") if report.transport else ""
-    return _unready(draft, run) or waits or again or slow_node(report) or transport
-
-
-def _unready(draft: Draft, run: RunView) -> str:
-    silent = next((pod for pod in draft.seen.pods_of(run.run) if pod.runs and not pod.ready), None)
-    if run.state is RunState.RUNNING or silent is None:
-        return ""
-    return f"pod {silent.name} is not ready: its node {silent.node} may be away; the job runs on as long as it does"
-
-
-def _stuck(draft: Draft, run: RunView, reason: Reason, message: str) -> None:
-    """Say what holds the pods up; after a while delete the run, which then counts as failed."""
-    avoided = attempts.avoided(draft.status)
-    if reason is Reason.UNSCHEDULABLE and avoided:
-        message += f" (kept away from {', '.join(avoided)}: a GPU failed there)"
-    draft.set(Type.RUNNING, "False", reason, message)
-    limit = patience(reason, draft.settings)
-    if not limit:
-        return
-    end = run.created + timedelta(seconds=limit)
-    if end > draft.now:
-        draft.wake_at(end)
-    else:
-        draft.stop_reason(run.run, reason, message)
-        draft.do(DeleteRun(run.run, run.engine))
-
-
 _STEPS: tuple[Callable[[Draft], bool], ...] = (
     _over,
     _invalid,
@@ -263,6 +224,6 @@ _STEPS: tuple[Callable[[Draft], bool], ...] = (
     suspend,
     preflight,
     _start,
-    _follow,
+    follow,
 )
 _LAST_STEPS: tuple[Callable[[Draft], bool], ...] = (_record, _empty)

@@ -18,13 +18,14 @@ from finetune_operator.literals import hidden, secret_literals, without
 from finetune_operator.observed import Observed, RunState, RunView
 from finetune_operator.reports import cleaned, fits
 from finetune_operator.settings import Settings
+from finetune_operator.settled import settled
 from finetune_operator.stalls import disliked, told_away
 
 Json = dict[str, Any]
 PROGRESS_FIELDS = ("step", "loss", "eta", "progress", "stages", "lastCheckpoint")
 _OPEN = (RunState.QUEUED, RunState.PENDING, RunState.RUNNING)
 _TROUBLES = (Reason.UNSCHEDULABLE, Reason.IMAGE_PULL, Reason.POD_CONFIG, Reason.ENGINE_MISSING, Reason.BACK_OFF,
-             Reason.REJECTED, Reason.FORBIDDEN)  # fmt: skip
+             Reason.REJECTED, Reason.FORBIDDEN, Reason.NOT_STARTED)  # fmt: skip
 _NEWS = {
     (Type.PLANNED, Reason.PREFLIGHT_PASSED),
     (Type.ADMITTED, Reason.QUEUED),
@@ -41,14 +42,14 @@ class Draft:
     """One decision in the making. Everything but this object stays as it is."""
 
     def __init__(self, seen: Observed, settings: Settings, now: datetime) -> None:
-        self.seen, self.settings, self.now = seen.settled(), settings, now
+        self.settings, self.now = settings, now
+        self.seen, self._wake = settled(seen, now)
         self.spec: Json = seen.body.get("spec", {})
         self.before: Json = seen.body.get("status") or {}
         self.status: Json = copy.deepcopy(self.before)
         self._conditions = {item["type"]: _condition(item) for item in self.status.get("conditions", [])}
         self._actions: list[Action] = []
         self._events: list[Event] = []
-        self._wake: datetime | None = None
 
     # what stands
 
@@ -86,9 +87,24 @@ class Draft:
         """Whether an attempt counts as ended, whatever may still be there of it."""
         return attempts.closed(self.status, number)
 
+    def admitted(self) -> datetime | None:
+        """Return since when no queue holds the attempt, as the status that stands has it; None where it says nothing.
+
+        That is now, where a queue did hold it.
+        """
+        found = (item for item in self.before.get("conditions", []) if item["type"] == Type.ADMITTED.value)
+        before = next(found, None)
+        if before is None:
+            return None
+        return moment(before["lastTransitionTime"]) if before["status"] == "True" else self.now
+
     def stop_asked(self, number: int) -> datetime | None:
         record = attempts.record_of(self.status, number) or {}
         return moment(record["stopRequestedTime"]) if "stopRequestedTime" in record else None
+
+    def token_name(self, run: RunView) -> str:
+        """Name of the Secret with an attempt's token."""
+        return names.support_name(run.job, run.run, self.seen.uid, self.settings.token_key)
 
     def going(self) -> bool:
         """Whether somebody has asked for the job's deletion."""
@@ -314,7 +330,7 @@ def _gone(record: Json) -> Ending:
     reason = Reason(record.get("stopReason", Reason.DELETED.value))
     message = record.get("stopMessage") or ""
     if reason is Reason.DELETED:
-        message = "its Job was deleted; the next attempt goes on from the last checkpoint"
+        message = "its object was deleted; the next attempt goes on from the last checkpoint"
     return Ending(reason, message, retryable=reason is not Reason.DEADLINE, counts=reason not in
                   (Reason.SUSPENDED, Reason.DEADLINE, Reason.DELETED))  # fmt: skip
 

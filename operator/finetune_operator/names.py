@@ -24,6 +24,9 @@ _WORDS = {PREFLIGHT_RUN: PREFLIGHT, CLEANUP_RUN: CLEANUP}
 KUEUE = "kueue.x-k8s.io/"
 QUEUE_LABEL = f"{KUEUE}queue-name"
 """Kueue's labels are a job's own, and go on to its runs: the queue, the priority class, …"""
+PARTIAL_ANNOTATION = f"{KUEUE}job-min-parallelism"
+EQUAL_ANNOTATION = f"{KUEUE}job-completions-equal-parallelism"
+"""By these Kueue may admit an elastic Job with fewer nodes than it would take (partial admission)."""
 RAY_PORT = 6379
 CONFIG_FILE = "run.json"
 TOKEN_KEY = "auth_token"  # KubeRay's name for the key

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from typing import Any
@@ -17,7 +17,7 @@ from finetune_operator.names import mark_of, run_of
 
 Json = dict[str, Any]
 COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
-_EXIT_CODE = re.compile(r"exit code:? (\d+)")
+_EXIT_CODE = re.compile(r"exit code:? (-?\d+)")
 RAY_NODE_TYPE = "ray.io/node-type"
 
 
@@ -57,6 +57,8 @@ class PodView:
     """Deleted by now; kept for what it says of its run's end."""
     ready: bool = True
     """As its node says, or as is said of a node that says nothing any more."""
+    ready_since: str = ""
+    """RFC 3339; empty where it isn't ready."""
     reason: str | None = None
     """The pod's own: `Evicted`, `NodeLost`, …"""
     message: str = ""
@@ -85,6 +87,11 @@ class PodView:
         """Whether it has ended or is gone."""
         return self.gone or self.phase in ("Succeeded", "Failed")
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has run, and runs no more: its trainer has ended, or the pod is over."""
+        return self.exit_code is not None or (self.over and self.phase != "Pending")
+
 
 @dataclass(frozen=True, slots=True)
 class RunView:
@@ -100,6 +107,15 @@ class RunView:
     engine: str = "job"
     pods_owner: str = ""
     """What its pods have as their `owner`: any other pod with its labels is somebody else's."""
+    pods_maker: str = ""
+    """Name of the object whose events say why pods are not made, where it isn't the run's own."""
+    ends_with_driver: bool = False
+    """Whether the run is over once its driver's pod is, although its engine would go on without it."""
+    orphaned: bool = False
+    """Whether its driver's pod has ended and its engine has not noticed."""
+    elsewhere: str = ""
+    """The controller that runs it, where that is not this cluster's own: MultiKueue sends it to another cluster."""
+    uid: str = ""
     version: int = field(default=0, compare=False)
     """Of the object, as a number: the larger one is the newer."""
     ended: datetime | None = None
@@ -178,16 +194,6 @@ class Observed:
     def run(self, number: int) -> RunView | None:
         return next((run for run in self.runs if run.run == number and run.owner == self.uid), None)
 
-    def settled(self) -> Observed:
-        """The same, where a Job whose driver ended well has succeeded, whatever became of its other pods: they end with
-        it, and where its node does not answer, their ends are told first. (KubeRay's head pod is no driver.)"""
-        return replace(self, runs=tuple(self._settled(run) for run in self.runs))
-
-    def _settled(self, run: RunView) -> RunView:
-        pods = self.pods_of(run.run) if run.owner == self.uid and run.engine == "job" else ()
-        done = any(pod.index == 0 and pod.phase == "Succeeded" for pod in pods)
-        return replace(run, state=RunState.SUCCEEDED) if done and run.state is RunState.FAILED else run
-
     def pods_of(self, number: int) -> tuple[PodView, ...]:
         """The pods that a run of this job has made, by index; of those with one index the newest first."""
         run = self.run(number)
@@ -227,6 +233,7 @@ def pod_view(body: Json) -> PodView | None:
         grace_over=moment(metadata["deletionTimestamp"]) if "deletionTimestamp" in metadata else None,
         forced=at_once and status.get("phase") == "Running" and not ended,
         ready=conditions.get("Ready", {}).get("status") == "True",
+        ready_since=_since(conditions.get("Ready", {})),
         reason=status.get("reason"),
         message=status.get("message", ""),
         unschedulable=_condition_text(conditions.get("PodScheduled"), "False", "Unschedulable"),
@@ -240,8 +247,12 @@ def pod_view(body: Json) -> PodView | None:
     )
 
 
-def run_view(body: Json, engine: str, state: RunState, told: Told) -> RunView | None:
-    """An engine's object as a run; None for one that is nobody's of ours."""
+def run_view(body: Json, engine: str, state: RunState, told: Told, **of_engine: Any) -> RunView | None:
+    """Return an engine's object as a run, or None for one that is not the operator's.
+
+    Args:
+        of_engine: fields of `RunView` that only the engine knows.
+    """
     metadata = body["metadata"]
     run, job = run_of(metadata), (metadata.get("labels") or {}).get(JOB_LABEL)
     if run is None or job is None:
@@ -257,14 +268,20 @@ def run_view(body: Json, engine: str, state: RunState, told: Told) -> RunView | 
         created=created(metadata),
         version=int(metadata.get("resourceVersion", 0)),
         engine=engine,
-        pods_owner=_pods_owner(body, engine),
+        uid=str(metadata.get("uid", "")),
         ended=moment(told.ended) if over and told.ended else None,
         deleting="deletionTimestamp" in metadata,
         reason=told.reason,
         message=told.message,
-        exit_code=int(code[1]) if code else None,
+        exit_code=_shell_code(int(code[1])) if code else None,
         checkpoint=mark_of(metadata.get("annotations") or {}),
+        **of_engine,
     )
+
+
+def _shell_code(code: int) -> int:
+    """As a container has it: Ray tells a process that signal 9 has ended by -9, Kubernetes by 137."""
+    return code if code >= 0 else 128 - code
 
 
 def _index(metadata: Json) -> int:
@@ -273,12 +290,6 @@ def _index(metadata: Json) -> int:
         return 0 if marks[RAY_NODE_TYPE] == "head" else 1
     index = str(marks.get(COMPLETION_INDEX, 0))
     return int(index) if index.isdecimal() else 1
-
-
-def _pods_owner(body: Json, engine: str) -> str:
-    if engine == "kuberay":
-        return str((body.get("status") or {}).get("rayClusterName", ""))
-    return str(body["metadata"].get("uid", ""))
 
 
 def _maker(metadata: Json) -> str:
@@ -305,6 +316,10 @@ def _waiting(status: Json) -> tuple[str, str] | None:
         if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
             return waiting["reason"], waiting.get("message", "")
     return None
+
+
+def _since(condition: Json) -> str:
+    return str(condition.get("lastTransitionTime") or "") if condition.get("status") == "True" else ""
 
 
 def _condition_text(condition: Json | None, status: str, reason: str) -> str | None:

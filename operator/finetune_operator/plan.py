@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -38,6 +39,8 @@ class Create:
     path: str
     body: Json = field(repr=False)
     run: bool = False
+    with_run: bool = False
+    """Whether the run's main object, made just before, owns it too: it then goes after that object."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,28 @@ def engine_for(run: Run) -> Engine:
 
 
 def _start(run: Run) -> list[Operation]:
-    """The main object last: it finds all that it needs, and its presence says that the attempt has begun."""
-    main = engine_for(run).render(run)
-    return [*(Create(_collection(item), item) for item in support_objects(run)), Create(_collection(main), main, True)]
+    """The main object last: it finds all that it needs, and its presence says that the attempt has begun.
+
+    A Secret that it is to own can only come after it. The pods wait for the Secret.
+    """
+    engine = engine_for(run)
+    main, support = engine.render(run), support_objects(run)
+    later = [item for item in support if engine.needs_token_to_go and item["kind"] == "Secret"]
+    before = [Create(_collection(item), item) for item in support if item not in later]
+    after = [Create(_collection(item), item, with_run=True) for item in later]
+    return [*before, Create(_collection(main), main, True), *after]
+
+
+def owned_by(create: Create, main: Json) -> Create:
+    """Return the operation with the run's main object, as the API server has it, as one more owner."""
+    body = copy.deepcopy(create.body)
+    owner = {"apiVersion": main["apiVersion"], "kind": main["kind"], **_identity(main)}
+    body["metadata"]["ownerReferences"].append(owner | {"controller": False, "blockOwnerDeletion": False})
+    return replace(create, body=body)
+
+
+def _identity(body: Json) -> Json:
+    return {name: body["metadata"][name] for name in ("name", "uid")}
 
 
 def run_path(run: Run, engine: Engine) -> str:

@@ -43,11 +43,18 @@ class Settings:
     """How long an image may fail to be pulled before the attempt counts as failed."""
     start_seconds: int = 0
     """How long pods may wait for a node before the attempt counts as failed; 0 is for ever."""
+    engine_seconds: int = 600
+    """How long KubeRay may take to start a RayJob, once its pods are ready, before the attempt counts as failed; 0 is
+    for ever."""
     backoff_seconds: int = 10
     """Wait before the first retry; it doubles with each further one."""
     backoff_cap_seconds: int = 300
     preflight_cpu: str = "1"
     preflight_memory: str = "4Gi"
+    helper_queue: str = ""
+    """LocalQueue of preflights and clean-ups; where it is empty, that of their job."""
+    helper_queue_seconds: int = 86400
+    """How long a queue may hold a preflight or a clean-up before it counts as failed; 0 is for ever."""
     poll_seconds: float = 5.0
     """Pause between two looks at a running attempt."""
     status_seconds: float = 10.0

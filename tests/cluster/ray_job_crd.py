@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 Json = dict[str, Any]
-NAME = "rayjobs.ray.io"
+NAME, CLUSTER_NAME = "rayjobs.ray.io", "rayclusters.ray.io"
 TEXT, WHOLE, NUMBER, YES_NO = ({"type": kind} for kind in ("string", "integer", "number", "boolean"))
 OPAQUE: Json = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
 TEXTS: Json = {"type": "object", "additionalProperties": TEXT}
@@ -74,17 +74,27 @@ SPEC = closed(
 
 def ray_job_crd() -> Json:
     """The CRD, with KubeRay's own names; its status is open."""
+    names = {"kind": "RayJob", "listKind": "RayJobList", "plural": "rayjobs", "singular": "rayjob"}
+    return _crd(NAME, names, SPEC)
+
+
+def ray_cluster_crd() -> Json:
+    """The CRD of what a RayJob makes, as far as the garbage collector must know it: who owns whom."""
+    names = {"kind": "RayCluster", "listKind": "RayClusterList", "plural": "rayclusters", "singular": "raycluster"}
+    return _crd(CLUSTER_NAME, names, OPAQUE)
+
+
+def _crd(name: str, names: Json, spec: Json) -> Json:
     version = {
         "name": "v1",
         "served": True,
         "storage": True,
         "subresources": {"status": {}},
-        "schema": {"openAPIV3Schema": closed(spec=SPEC, status=OPAQUE)},
+        "schema": {"openAPIV3Schema": closed(spec=spec, status=OPAQUE)},
     }
-    names = {"kind": "RayJob", "listKind": "RayJobList", "plural": "rayjobs", "singular": "rayjob"}
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": NAME},
+        "metadata": {"name": name},
         "spec": {"group": "ray.io", "names": names, "scope": "Namespaced", "versions": [version]},
     }

@@ -65,7 +65,8 @@ def watching() -> set[Right]:
     """Kopf lists and watches what it has handlers for; a run is also read by name, ahead of the watch."""
     seen = {(group, resource, verb) for group, resource in WATCHED for verb in ("list", "watch")}
     events = ("", "events", "list")  # of a run that does not begin
-    return seen | {events} | {(group, resource, "get") for group, resource in WATCHED if resource != "pods"}
+    queue = ("kueue.x-k8s.io", "workloads", "list")  # of a run that a queue holds
+    return seen | {events, queue} | {(group, resource, "get") for group, resource in WATCHED if resource != "pods"}
 
 
 @pytest.mark.parametrize("walls", [False, True])
@@ -79,7 +80,7 @@ def test_the_rules_are_what_the_operator_asks_for_and_no_more(tmp_path: Path, wa
 def test_without_kuberay_there_is_no_right_to_rayjobs(tmp_path: Path) -> None:
     manifests = render(tmp_path, {"jobs": {"kuberay": {"enabled": False}}})
     role = only(manifests, "ClusterRole", "finetune-finetune-operator")
-    assert {group for group, _, _ in rights(role["rules"])} == {"", "batch", GROUP}
+    assert {group for group, _, _ in rights(role["rules"])} == {"", "batch", "kueue.x-k8s.io", GROUP}
 
 
 def may(access: Access, namespace: str, verb: str, *what: str) -> bool:

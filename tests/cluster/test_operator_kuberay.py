@@ -1,24 +1,27 @@
-"""The engine `kuberay` on a real API server. RayJobs are moved through their states as KubeRay would move them."""
+"""The engine `kuberay` on a real API server, with a stand-in that does to RayJobs what KubeRay does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from access import Access, namespace_of, until, until_gone
-from finetune_jobs import Jobs, condition, job
+from finetune_jobs import Jobs, condition, driver, job
 from helm_chart import Installed
+from kubelet_stand_in import KubeletStandIn
+from kuberay_stand_in import KubeRayStandIn
 from kubernetes import client
-from operator_process import FAST, OperatorProcess
-from ray_job_crd import NAME, ray_job_crd
+from operator_process import FAST, OperatorProcess, eventually
+from ray_job_crd import CLUSTER_NAME, NAME, ray_cluster_crd, ray_job_crd
 
 from finetune_operator.actions import StartRun
 from finetune_operator.plan import Create, plan
 from finetune_operator.settings import Settings
 
-Status = Callable[..., None]
+Json = dict[str, Any]
 KUBERAY = {"preflight": False, "engine": "kuberay"}
+QUICK = {"FINETUNE_ENGINE_SECONDS": "3"}
 SIDE = {"name": "side", "image": "x"}
 
 
@@ -36,12 +39,12 @@ def kuberay(
     directory = tmp_path_factory.mktemp("kuberay")
     operator.kill()  # no two operators may watch one namespace
     extensions = client.ApiextensionsV1Api(api)
-    with OperatorProcess(operator_access, directory, **(release.environment | FAST)) as running:
+    with OperatorProcess(operator_access, directory, **(release.environment | FAST | QUICK)) as running:
         admin.kubectl("create", "namespace", "waits-for-kuberay")
         waiting = Jobs(finetune_jobs, "waits-for-kuberay")
         waiting.create(job("early", kubernetes=KUBERAY))
         waiting.until(lambda status: "EngineMissing" in str(status.get("conditions")), "early")
-        admin.apply(ray_job_crd())
+        admin.apply(ray_job_crd(), ray_cluster_crd())
         until(extensions.list_custom_resource_definition, _established, field_selector=f"metadata.name={NAME}")
         waiting.patch("early", {"runPolicy": {"backoffLimit": 2}})  # a reason to look again before the minute is over
         assert running.wait_for_death(30), "it did not start again"
@@ -49,8 +52,9 @@ def kuberay(
         waiting.until(lambda status: status.get("attempt") == 1, "early")
         yield running
     admin.kubectl("delete", "namespace", "waits-for-kuberay", "--wait=false")
-    extensions.delete_custom_resource_definition(NAME)
-    until_gone(extensions.list_custom_resource_definition, NAME)
+    for name in (NAME, CLUSTER_NAME):
+        extensions.delete_custom_resource_definition(name)
+        until_gone(extensions.list_custom_resource_definition, name)
     operator.start()
 
 
@@ -65,48 +69,183 @@ def ray_jobs(kuberay: OperatorProcess, finetune_jobs: client.CustomObjectsApi, n
 
 
 @pytest.fixture
-def say(finetune_jobs: client.CustomObjectsApi, namespace: str) -> Status:
-    """Write a RayJob's status, once the RayJob is there."""
-    place = {"group": "ray.io", "version": "v1", "namespace": namespace, "plural": "rayjobs"}
-
-    def write(name: str, **status: Any) -> None:
-        until(finetune_jobs.list_namespaced_custom_object, lambda item: item["metadata"]["name"] == name, **place)
-        finetune_jobs.patch_namespaced_custom_object_status(*place.values(), name, {"status": status})
-
-    return write
+def ray(api: client.ApiClient, ray_jobs: Jobs) -> Iterator[KubeRayStandIn]:
+    with KubeRayStandIn(api, ray_jobs.namespace) as stand_in:
+        yield stand_in
 
 
-def test_a_ray_job_s_life(ray_jobs: Jobs, say: Status) -> None:
+class Pods:
+    """The pods of an attempt, with the kubelet that moves them."""
+
+    def __init__(self, kubelet: KubeletStandIn, namespace: str) -> None:
+        self.kubelet, self.namespace = kubelet, namespace
+
+    def head(self, attempt: int = 1) -> str:
+        """Name of its head pod, once it is there."""
+        selector = f"finetune.dev/run={attempt},ray.io/node-type=head"
+        return self.kubelet.pods(self.namespace, 1, selector=selector)[0]
+
+    def run(self, attempt: int = 1, count: int = 1, ip: str = "127.0.0.1") -> str:
+        """Have all of them run; the head's name."""
+        for name in self.kubelet.pods(self.namespace, count, selector=f"finetune.dev/run={attempt}"):
+            self.kubelet.running(self.namespace, name, ip=ip)
+        return self.head(attempt)
+
+    def end(self, name: str, code: int = 0, **how: str) -> None:
+        self.kubelet.finished(self.namespace, name, code, **how)
+
+    def end_all(self, attempt: int) -> None:
+        """What a kubelet does for pods that are being deleted."""
+        for pod in self.kubelet.core.list_namespaced_pod(self.namespace).items:
+            if pod.metadata.labels.get("finetune.dev/run") == str(attempt) and pod.metadata.deletion_timestamp:
+                self.kubelet.end_deletion(self.namespace, pod.metadata.name)
+
+
+@pytest.fixture
+def pods(kubelet: KubeletStandIn, namespace: str) -> Pods:
+    return Pods(kubelet, namespace)
+
+
+def ray_objects(jobs: Jobs, plural: str = "rayjobs") -> dict[str, Json]:
+    """Objects of KubeRay in the test's namespace, by name."""
+    found = jobs.api.list_namespaced_custom_object("ray.io", "v1", jobs.namespace, plural)["items"]
+    return {item["metadata"]["name"]: item for item in found}
+
+
+def test_a_ray_job_s_life(ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods) -> None:
     ray_jobs.create(job(kubernetes=KUBERAY, resources={"nodes": 2, "gpusPerNode": 1}))
-    say("tiny-1", jobDeploymentStatus="Initializing")
-    assert condition(ray_jobs.until(lambda status: status.get("attempt") == 1), "Running")["reason"] == "Starting"
-    say("tiny-1", jobDeploymentStatus="Running", jobStatus="RUNNING")
+    pods.head()
+    waiting = ray_jobs.until(lambda status: "ContainersNotReady" in str(status.get("conditions")))
+    assert "KubeRay: Initializing; HeadPodReady: ContainersNotReady" in condition(waiting, "Running")["message"]
+    head = pods.run(count=2)
     ray_jobs.until_phase("Running")
-    say("tiny-1", jobDeploymentStatus="Complete", jobStatus="SUCCEEDED")
+    eventually(lambda: ray.submissions == {"tiny-1": 1})
+    ray.finish("tiny-1")
+    pods.end(head, message='{"exitCode": 0, "stages": []}')
     ray_jobs.until_phase("Succeeded")
 
 
-def test_a_user_error_by_the_entrypoint_s_exit_code(ray_jobs: Jobs, say: Status) -> None:
+def test_what_kuberay_refuses_is_told_and_ends_after_a_limit(ray_jobs: Jobs, pods: Pods, api: client.ApiClient) -> None:
+    """No KubeRay takes the RayJobs up, as where its operator is away: the attempts end, and so does the job."""
+    with KubeRayStandIn(api, ray_jobs.namespace, away=True):
+        ray_jobs.create(job(kubernetes=KUBERAY, runPolicy={"backoffLimit": 0}))
+        failed = ray_jobs.until_phase("Failed")
+    told = condition(failed, "Failed")
+    assert (told["reason"], "KubeRay has not taken the RayJob up yet" in told["message"]) == ("NotStarted", True)
+
+
+def test_a_ray_job_without_a_dashboard_port_is_refused_by_the_stand_in(
+    ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods
+) -> None:
+    """As KubeRay does, which says so in its log alone."""
     ray_jobs.create(job(kubernetes=KUBERAY))
-    message = "Job entrypoint command failed with exit code 2, last available logs: stages[0].data: no such file"
-    say("tiny-1", jobDeploymentStatus="Failed", jobStatus="FAILED", message=message)
+    pods.run()
+    eventually(lambda: "tiny-1" in ray_objects(ray_jobs))
+    good = ray_objects(ray_jobs)["tiny-1"]
+    trainer = good["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    trainer["ports"] = [port for port in trainer["ports"] if port["name"] != "dashboard"]
+    body = {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": "bad"}, "spec": good["spec"]}
+    ray_jobs.api.create_namespaced_custom_object("ray.io", "v1", ray_jobs.namespace, "rayjobs", body)
+    eventually(lambda: len(ray_objects(ray_jobs, "rayclusters")) == 2)
+    for pod in pods.kubelet.pods(ray_jobs.namespace, 2):
+        pods.kubelet.running(ray_jobs.namespace, pod)
+    eventually(lambda: ray.errors["bad"] == {"dashboard port is not found"})
+    ray_jobs.until_phase("Running")
+    assert not ray.errors["tiny-1"]
+
+
+def test_a_user_error_by_the_head_s_termination_message(ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods) -> None:
+    """The RayJob tells of the end first; the head pod tells why, a moment later."""
+    ray_jobs.create(job(kubernetes=KUBERAY))
+    head = pods.run()
+    ray_jobs.until_phase("Running")
+    ray.finish("tiny-1", 2, "some line of a log")
+    eventually(lambda: ray_objects(ray_jobs)["tiny-1"]["status"]["jobDeploymentStatus"] == "Failed")
+    pods.end(head, 2, message='{"exitCode": 2, "message": "stages[0].data: no such file"}')
+    failed = condition(ray_jobs.until_phase("Failed"), "Failed")
+    assert (failed["reason"], failed["message"]) == ("UserError", "stages[0].data: no such file")
+
+
+def test_memory_that_runs_out_in_the_head(ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods) -> None:
+    ray_jobs.create(job(kubernetes=KUBERAY))
+    head = pods.run()
+    ray_jobs.until_phase("Running")
+    pods.kubelet.oom_killed(ray_jobs.namespace, head)
     failed = ray_jobs.until_phase("Failed")
-    assert condition(failed, "Failed")["reason"] == "UserError"
+    assert condition(failed, "Failed")["reason"] == "OOMKilled"
+    assert "memoryPerNode" in failed["status"]["failure"]["message"]
+    eventually(
+        lambda: (
+            "deletionTimestamp"
+            in ray_objects(ray_jobs).get("tiny-1", {"metadata": {"deletionTimestamp": 1}})["metadata"]
+        )
+    )
 
 
-def test_a_lost_cluster_is_tried_again(ray_jobs: Jobs, say: Status) -> None:
+@pytest.mark.parametrize("annotated", [True, False])
+def test_a_lost_head_ends_the_attempt(ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods, annotated: bool) -> None:
+    """Where KubeRay makes a new one, as its older versions do, and where it makes none."""
     ray_jobs.create(job(kubernetes=KUBERAY))
-    say("tiny-1", jobDeploymentStatus="Failed", jobStatus="FAILED", message="failed to connect to GCS")
-    say("tiny-2", jobDeploymentStatus="Running", jobStatus="RUNNING")
-    seen = ray_jobs.until(lambda status: status.get("attempt") == 2)
-    assert seen["status"]["attempts"][0]["reason"] == "RendezvousFailed"
+    head = pods.run()
+    ray_jobs.until_phase("Running")
+    if not annotated:
+        ray_jobs.api.patch_namespaced_custom_object(
+            "ray.io", "v1", ray_jobs.namespace, "rayjobs", "tiny-1", {"metadata": {"annotations": None}}
+        )
+    pods.kubelet.core.delete_namespaced_pod(head, ray_jobs.namespace, grace_period_seconds=0)
+    second = ray_jobs.until(lambda status: status.get("attempt") == 2)
+    assert second["status"]["attempts"][0]["reason"] == "PodDeleted"
+    pods.end_all(1)
+    pods.run(2)
+    ray_jobs.until_phase("Running")
 
 
-def test_a_queue_holds_a_ray_job(ray_jobs: Jobs, say: Status, finetune_jobs: client.CustomObjectsApi) -> None:
+def test_a_queue_holds_a_ray_job(ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods) -> None:
+    """Suspended by a queue while it trains, it goes on in the same attempt once the queue lets it."""
     ray_jobs.create(job(kubernetes=KUBERAY))
-    say("tiny-1", jobDeploymentStatus="Suspended")
+    head = pods.run()
+    ray_jobs.until_phase("Running")
+    _suspend(ray_jobs, True)
     held = ray_jobs.until_phase("Queued")
     assert condition(held, "Admitted")["status"] == "False"
+    pods.kubelet.until_deleted(ray_jobs.namespace, head)
+    pods.kubelet.end_deletion(ray_jobs.namespace, head, 75)
+    eventually(lambda: ray_objects(ray_jobs)["tiny-1"]["status"]["jobDeploymentStatus"] == "Suspended")
+    _suspend(ray_jobs, False)
+    pods.run()
+    assert [item["number"] for item in ray_jobs.until_phase("Running")["status"]["attempts"]] == [1]
+
+
+def _suspend(jobs: Jobs, wanted: bool) -> None:
+    body = {"spec": {"suspend": wanted}}
+    jobs.api.patch_namespaced_custom_object("ray.io", "v1", jobs.namespace, "rayjobs", "tiny-1", body)
+
+
+def test_a_deleted_job_leaves_nothing(ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods, core: client.CoreV1Api) -> None:
+    """KubeRay needs the Secret until the RayJob has gone; the garbage collector takes it after that."""
+    ray_jobs.create(job(kubernetes=KUBERAY))
+    head = pods.run()
+    ray_jobs.until_phase("Running")
+    ray_jobs.delete()
+    pods.kubelet.until_deleted(ray_jobs.namespace, head)
+    pods.kubelet.end_deletion(ray_jobs.namespace, head)
+    eventually(lambda: not ray_objects(ray_jobs) and not core.list_namespaced_secret(ray_jobs.namespace).items)
+    assert not ray.errors["tiny-1"]
+
+
+def test_a_secret_that_the_operator_did_not_get_to_make(
+    ray_jobs: Jobs, pods: Pods, core: client.CoreV1Api, ray: KubeRayStandIn
+) -> None:
+    """The operator ended between the RayJob and its Secret: the pods' kubelet says what is missing."""
+    ray_jobs.create(job(kubernetes=KUBERAY))
+    head = pods.head()
+    (secret,) = core.list_namespaced_secret(ray_jobs.namespace).items
+    core.delete_namespaced_secret(secret.metadata.name, ray_jobs.namespace)
+    pods.kubelet.config_error(ray_jobs.namespace, head, f'secret "{secret.metadata.name}" not found')
+    eventually(lambda: core.list_namespaced_secret(ray_jobs.namespace).items)
+    (made,) = core.list_namespaced_secret(ray_jobs.namespace).items
+    kinds = [owner.kind for owner in made.metadata.owner_references]
+    assert (made.metadata.name, kinds) == (secret.metadata.name, ["FineTuneJob", "RayJob"])
 
 
 FULL = {
@@ -132,8 +271,8 @@ def test_kuberay_s_own_fields_and_no_others(
     settings = Settings(token_key=b"k", ray_version="2.60.0", image="trainer:1")
     with namespace_of(admin, "strict", {"pod-security.kubernetes.io/enforce": "restricted"}) as namespace:
         body["metadata"]["namespace"] = namespace
-        made = plan(body, (StartRun(999999),), settings)[-1]
-        assert isinstance(made, Create) and len(made.body["metadata"]["name"]) == 47
+        made = next(item for item in plan(body, (StartRun(999999),), settings) if isinstance(item, Create) and item.run)
+        assert len(made.body["metadata"]["name"]) == 47
         strict = {"field_validation": "Strict", "dry_run": "All"}
         finetune_jobs.create_namespaced_custom_object("ray.io", "v1", namespace, "rayjobs", made.body, **strict)
         cluster = made.body["spec"]["rayClusterSpec"]
@@ -142,21 +281,24 @@ def test_kuberay_s_own_fields_and_no_others(
             core.create_namespaced_pod(namespace, pod, **strict)
 
 
-def test_the_first_container_is_ray_s(ray_jobs: Jobs, say: Status, finetune_jobs: client.CustomObjectsApi) -> None:
+def test_the_first_container_is_ray_s(ray_jobs: Jobs) -> None:
     """KubeRay takes it for that, whatever its name is."""
     ray_jobs.create(job(kubernetes=KUBERAY, resources={"podTemplate": {"spec": {"containers": [SIDE]}}}))
-    say("tiny-1", jobDeploymentStatus="Initializing")
-    made = finetune_jobs.get_namespaced_custom_object("ray.io", "v1", ray_jobs.namespace, "rayjobs", "tiny-1")
-    containers = made["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
-    assert [item["name"] for item in containers] == ["trainer", "side"]
+    eventually(lambda: "tiny-1" in ray_objects(ray_jobs))
+    spec = ray_objects(ray_jobs)["tiny-1"]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert [item["name"] for item in spec["containers"]] == ["trainer", "side"]
 
 
-def test_suspension_deletes_the_ray_job_once_its_driver_was_asked(ray_jobs: Jobs, say: Status) -> None:
-    ray_jobs.create(job(kubernetes={**KUBERAY, "checkpointGraceSeconds": 1}))
-    say("tiny-1", jobDeploymentStatus="Running", jobStatus="RUNNING")
-    ray_jobs.until_phase("Running")
-    ray_jobs.patch("tiny", {"runPolicy": {"suspend": True}})
+def test_suspension_deletes_the_ray_job_once_its_driver_was_asked(
+    ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods
+) -> None:
+    made = ray_jobs.create(job(kubernetes={**KUBERAY, "checkpointGraceSeconds": 20}))
+    with driver(made["metadata"]["uid"], 1) as trainer:
+        head = pods.run()
+        ray_jobs.until_phase("Running")
+        ray_jobs.patch("tiny", {"runPolicy": {"suspend": True}})
+        assert trainer.asked_to_stop.wait(20)
+    ray.finish("tiny-1", 75)
+    pods.end(head, 75, message='{"exitCode": 75, "message": "stopped"}')
     suspended = ray_jobs.until_phase("Suspended")
-    assert suspended["status"]["attempts"][0]["reason"] == "Suspended"
-    place = {"group": "ray.io", "version": "v1", "namespace": ray_jobs.namespace, "plural": "rayjobs"}
-    until_gone(ray_jobs.api.list_namespaced_custom_object, "tiny-1", **place)
+    assert suspended["status"]["attempts"][0]["requested"] is True

@@ -24,6 +24,7 @@ from finetune_trainer.doctor.facts import Driver, Facts
 from finetune_trainer.errors import TrainingFailed, UserError
 from finetune_trainer.launch import attempt, node
 from finetune_trainer.launch.cluster_preflight import run_preflight
+from finetune_trainer.launch.seat import Seat
 from finetune_trainer.preflight.gpu_node import fault_of, image_problems, machine_problems
 
 BROKEN = "AcceleratorError: CUDA error: uncorrectable ECC error encountered"
@@ -140,7 +141,7 @@ def test_gpus_on_an_old_driver_are_a_user_error_in_every_pod(
     if index == "0":
         code = attempt.say_last_word(attempt.AttemptReporter(["sft"]), lambda: attempt._train(run, None, None))  # type: ignore[arg-type]
     else:
-        code = node._worker(run, "no-such-host:1")
+        code = node._worker(run, Seat(False, "no-such-host:1", ()))
     report = json.loads(log.read_text())
     assert code == 2 and report["exitCode"] == 2
     assert "NVIDIA driver: found one for CUDA 12.4, needed 580 or newer" in report["message"]

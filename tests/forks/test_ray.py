@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import urllib.request
+from pathlib import Path
 
 import pytest
+from operator_process import eventually
+from servers import free_port
+
+from finetune_trainer.forks import start
 
 PROGRAM = """
 import json, os, sys, time
@@ -59,3 +66,46 @@ def test_what_no_job_needs_does_not_run(told: dict[str, object]) -> None:
     assert "raylet" in running and "gcs_server" in running and "agent.py" in running
     for name in ("monitor.py", "dashboard.py", "client.server", "log_monitor", "DashboardAgent"):
         assert name not in running
+
+
+AGENT = Path(start.__file__).with_name("agent.py")
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_the_idle_agent_answers_kuberay_s_probes(tmp_path: Path, watched: bool) -> None:
+    """It says that the node is well while its raylet lives, and ends with it."""
+    port = free_port()
+    options = [f"--session-dir={tmp_path}", "--node-id=n", f"--listen-port={port}"]
+    environment = os.environ | ({start.WATCHED_VARIABLE: start.NODE} if watched else {})
+    raylet = f"import subprocess, sys; subprocess.run({[sys.executable, '-I', '-S', str(AGENT), *options]!r})"
+    with subprocess.Popen([sys.executable, "-c", raylet], env=environment) as process:
+        try:
+            eventually(lambda: len(list(tmp_path.glob("*_n"))) == 3)
+            if watched:
+                eventually(lambda: answers(port))
+            else:
+                assert not answers(port)
+        finally:
+            process.kill()
+    eventually(lambda: not answers(port))
+
+
+def test_kuberay_s_head_tells_the_ports_before_ray_s_agent_has_imported_anything(tmp_path: Path) -> None:
+    """The raylet would abort after 15 seconds, in which a busy machine does not get that far."""
+    agent = tmp_path / "agent.py"
+    agent.write_text("import json, sys, pathlib; pathlib.Path(sys.argv[0] + '.told').write_text(json.dumps(sys.argv))")
+    options = [f"--session-dir={tmp_path}", "--node-id=n", "--listen-port=52365", "--grpc-port=0", "--minimal"]
+    command = [sys.executable, "-I", "-S", str(AGENT), str(agent), *options]
+    subprocess.run(command, env=os.environ | {start.WATCHED_VARIABLE: start.HEAD}, check=True, timeout=60)
+    ports = {path.name: path.read_text() for path in tmp_path.glob("*_n")}
+    given = json.loads(Path(f"{agent}.told").read_text())
+    assert ports["dashboard_agent_listen_port_n"] == "52365" and int(ports["metrics_agent_port_n"]) > 0
+    assert f"--grpc-port={ports['metrics_agent_port_n']}" in given and "--minimal" in given
+
+
+def answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/healthz", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False

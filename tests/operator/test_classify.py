@@ -241,3 +241,9 @@ def test_the_trainer_s_own_end_counts_and_not_another_container_s() -> None:
     assert (both.exit_code, both.failed_container) == (0, "")
     one = view(container("side", exitCode=3, reason="Error"), container("trainer"))
     assert (one.exit_code, one.failed_container) == (3, "side")
+
+
+def test_ray_s_list_of_what_an_actor_was_is_no_message() -> None:
+    text = "ray.exceptions.ActorDiedError: The actor died\n\tclass_name: _Channel\n\tactor_id: 9a\n\tpid: 7"
+    ended = classify(run(state=RunState.FAILED), (pod(exit_code=1, termination_message=said(1, text)),), None)
+    assert ended.message == "ray.exceptions.ActorDiedError: The actor died"

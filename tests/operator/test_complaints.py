@@ -8,7 +8,7 @@ from typing import Any
 
 from worlds import NOW, pod, run, seen
 
-from finetune_operator.complaints import EVERY_SECONDS, FIRST_SECONDS, PAUSE_SECONDS, Complaints
+from finetune_operator.complaints import EVERY_SECONDS, FIRST_SECONDS, PAUSE_SECONDS, QUEUE_SECONDS, Complaints
 from finetune_operator.observed import Observed, RunState
 
 Json = dict[str, Any]
@@ -55,9 +55,32 @@ def test_pods_that_explain_themselves_and_runs_that_go_well_are_not_asked_about(
     events, _, complaints = made()
     unschedulable = pod(phase="Pending", node=None, unschedulable="0/3 nodes")
     for state, *pods in ((RunState.PENDING, unschedulable), (RunState.PENDING, pod(phase="Pending", node=None)),
-                         (RunState.RUNNING,), (RunState.QUEUED,)):  # fmt: skip
+                         (RunState.RUNNING,)):  # fmt: skip
         assert ask(complaints, "a", seen(None, run(state=state, age=100), *pods)) == ()
     assert events.asked == []
+
+
+def test_a_run_that_a_queue_holds_is_told_in_the_queue_s_words() -> None:
+    """Those of Kueue 0.19's Workload, which is found by the run's uid."""
+    preempted = "Preempted to accommodate a workload (UID: 1, JobUID: 2) due to prioritization in the ClusterQueue"
+    quota = "couldn't assign flavors to pod set main: insufficient unused quota for cpu in flavor default"
+    found = {"status": {"conditions": [
+        {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": quota},
+        {"type": "Evicted", "status": "True", "reason": "Preempted", "message": preempted},
+        {"type": "PodsReady", "status": "False", "reason": "WaitForStart", "message": "not ready"}]}}  # fmt: skip
+    asked: list[str] = []
+
+    class Kueue:
+        async def get(self, path: str) -> Json | None:
+            asked.append(path)
+            return {"items": [found]} if "/v1beta1/" in path else None
+
+    complaints = Complaints(Kueue(), lambda key, seconds: None)  # type: ignore[arg-type]
+    world = seen(None, run(state=RunState.QUEUED, age=5, uid="u-1"))
+    assert ask(complaints, "a", world) == (f"Pending: {quota}; Preempted: {preempted}",)
+    assert asked[-1].endswith("/namespaces/team/workloads?labelSelector=kueue.x-k8s.io%2Fjob-uid%3Du-1")
+    ask(complaints, "a", world, QUEUE_SECONDS - 1)
+    assert len(asked) == 2, "the second is for a cluster with an older Kueue"
 
 
 def test_thousands_that_wait_ask_in_turn_and_no_faster() -> None:

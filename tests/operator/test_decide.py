@@ -7,16 +7,18 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from worlds import NOW, VALID, ago, attempt, conditions, pod, run, said, seen
+from worlds import NOW, UID, VALID, ago, attempt, conditions, pod, run, said, seen
 
-from finetune_operator.actions import AbandonRun, Decision, DeleteJob, DeleteRun, StartRun, StopRun
+from finetune_operator.actions import AbandonRun, Decision, DeleteJob, DeleteRun, HoldJob, StartRun, StopRun
 from finetune_operator.conditions import Reason
 from finetune_operator.decide import decide
 from finetune_operator.display import plan_words
-from finetune_operator.observed import Complaint, Observed, RunState, Trouble
+from finetune_operator.names import FINALIZER, support_name
+from finetune_operator.observed import Complaint, Observed, RunState, RunView, Trouble
 from finetune_operator.settings import Settings
 
 SETTINGS = Settings(backoff_seconds=10, backoff_cap_seconds=300)
+TOKEN = support_name("tiny", 1, UID, SETTINGS.token_key)
 RUNNING = {"conditions": [*VALID, *conditions(Running="True/Training")], "attempts": [attempt(1)], "attempt": 1}
 STARTING = {"conditions": [*VALID, *conditions(Running="False/Starting")], "attempts": [attempt(1)], "attempt": 1}
 QUEUED = {"conditions": [*VALID, *conditions(Running="False/Queued")], "attempts": [attempt(1)], "attempt": 1}
@@ -25,6 +27,11 @@ OVER = {"conditions": [*VALID, *conditions(Succeeded="True/Completed")], "comple
 
 def failed(*records: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"conditions": VALID, "attempts": list(records), **more}
+
+
+def kuberay(state: RunState = RunState.RUNNING, **fields: Any) -> RunView:
+    """An attempt as engine `kuberay` observes it."""
+    return run(state=state, engine="kuberay", ends_with_driver=True, **fields)
 
 
 def own_error(number: int, ended: float, **fields: Any) -> dict[str, Any]:
@@ -64,9 +71,37 @@ CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
     "a driver that ended well, and a worker that left first": (
         seen(RUNNING, run(state=RunState.FAILED), pod(phase="Succeeded", exit_code=0),
              pod(index=1, phase="Failed", exit_code=1)), "Succeeded", ()),
-    "KubeRay's head pod, which ends well however the job ended": (
-        seen(RUNNING, run(state=RunState.FAILED, engine="kuberay"), pod(phase="Succeeded", exit_code=0)), "Retrying",
+    "a lost head, which KubeRay would replace": (
+        seen(RUNNING, kuberay(), pod(gone=True), pod(index=1)), "Retrying", (DeleteRun(1, "kuberay"),)),
+    "a lost head that KubeRay has replaced": (
+        seen(RUNNING, kuberay(), pod(name="new", created=ago(1)), pod(name="old", created=ago(60), phase="Failed",
+             exit_code=2, termination_message=said(2, "bad"))), "Failed", (DeleteRun(1, "kuberay"),)),
+    "a lost head of a RayJob that a queue has suspended": (
+        seen(RUNNING, kuberay(state=RunState.QUEUED), pod(gone=True)), "Queued", ()),
+    "a head that never ran is replaced": (
+        seen(STARTING, kuberay(state=RunState.PENDING), pod(phase="Pending", gone=True)), "Pending", ()),
+    "a worker's pod that is lost comes again": (
+        seen(RUNNING, kuberay(), pod(), pod(index=1, phase="Failed", exit_code=1)), "Running", ()),
+    "a worker's node that does not suit the job": (
+        seen(RUNNING, kuberay(), pod(), pod(index=1, exit_code=2, termination_message=said(2, "no GPU"))), "Failed",
+        (DeleteRun(1, "kuberay"),)),
+    "a RayJob's end waits for the head's last word": (
+        seen(RUNNING, kuberay(state=RunState.FAILED, ended=NOW - timedelta(seconds=5)), pod()), "Running", ()),
+    "but not for ever": (
+        seen(RUNNING, kuberay(state=RunState.FAILED, ended=NOW - timedelta(seconds=21)), pod()), "Pending",
+        (StartRun(2),)),
+    "a RayJob that KubeRay does not start": (
+        seen(STARTING, kuberay(state=RunState.PENDING, age=601, message="KubeRay: Initializing"), pod()), "Stopping",
+        (DeleteRun(1, "kuberay"),)),
+    "a RayJob that KubeRay has a while to start": (
+        seen(STARTING, kuberay(state=RunState.PENDING, age=599, message="KubeRay: Initializing"), pod()), "Pending",
         ()),
+    "a RayJob whose pods took long to be ready": (
+        seen(STARTING, kuberay(state=RunState.PENDING, age=5000, message="KubeRay: Initializing"),
+             pod(created=ago(5000), ready_since=ago(10))), "Pending", ()),
+    "the time in a queue does not count": (
+        seen({"conditions": VALID + conditions(Admitted="True/NotQueued")} | {"attempts": [attempt(1)], "attempt": 1},
+             kuberay(state=RunState.PENDING, age=5000, message="KubeRay: Initializing")), "Pending", ()),
     "a user error ends it": (
         seen(RUNNING, run(state=RunState.FAILED), pod(exit_code=2, termination_message=said(2, "bad"))), "Failed", ()),
     "a gate that is not passed ends it": (
@@ -216,6 +251,16 @@ def test_deciding_again_from_the_result_settles(name: str) -> None:
     assert third.status == second.status
     assert not any(isinstance(action, StartRun) for action in second.actions)
     assert third.events == ()
+
+
+def test_the_secret_that_an_operator_did_not_get_to_make() -> None:
+    """It ended between a RayJob and its Secret: the pods' kubelet says what is missing, until it is there."""
+    message = f'secret "{TOKEN}" not found'
+    waits = pod(phase="Pending", waiting=("CreateContainerConfigError", message))
+    assert decide(seen(STARTING, kuberay(RunState.PENDING), waits), SETTINGS, NOW).actions == (StartRun(1),)
+    events = (Complaint("FailedMount", f'MountVolume.SetUp failed for volume "finetune-token" : {message}'),)
+    world = replace(seen(STARTING, kuberay(RunState.PENDING), pod(phase="Pending")), complaints=events)
+    assert decide(world, SETTINGS, NOW).actions == (StartRun(1),)
 
 
 def test_of_the_pods_of_a_preflight_the_newest_counts() -> None:
@@ -378,3 +423,77 @@ def test_what_kubernetes_complains_of_is_told_while_nothing_begins() -> None:
     status = decide(replace(world, complaints=(complaint,)), SETTINGS, NOW).status
     running = next(item for item in status["conditions"] if item["type"] == "Running")
     assert (running["reason"], "PodSecurity" in running["message"]) == ("Forbidden", True)
+
+
+def test_workers_that_ray_has_no_room_for_are_told() -> None:
+    world = seen(RUNNING, run(), pod(), report={"stages": [], "placing": "no room for 2 workers of 1 CPU each"})
+    told = next(item for item in decide(world, SETTINGS, NOW).status["conditions"] if item["type"] == "Running")
+    assert (told["status"], told["message"]) == ("True", "no room for 2 workers of 1 CPU each")
+
+
+PREEMPTED = Complaint("Queued", "Preempted: to accommodate a workload")
+
+
+def told(world: Observed, kind: str, settings: Settings = SETTINGS) -> dict[str, Any]:
+    """A condition as decided."""
+    conditions: list[dict[str, Any]] = decide(world, settings, NOW).status["conditions"]
+    return next(item for item in conditions if item["type"] == kind)
+
+
+def test_a_queue_s_own_words_and_no_deadline_while_it_holds_the_attempt() -> None:
+    """The deadline begins again with the admission, as after a suspension."""
+    policy = {"activeDeadlineSeconds": 60}
+    world = seen(RUNNING | {"startTime": ago(59)}, run(state=RunState.QUEUED), pod(), runPolicy=policy)
+    world = replace(world, complaints=(PREEMPTED,))
+    decision = decide(world, SETTINGS, NOW)
+    assert "startTime" not in decision.status and decision.status["phase"] == "Queued"
+    assert told(world, "Admitted")["message"] == "Preempted: to accommodate a workload"
+    assert told(world, "Running")["message"] == "its pods save a checkpoint and end"
+    later = replace(world, body={**world.body, "status": decision.status})
+    assert decide(later, SETTINGS, NOW + timedelta(seconds=3600)).status["phase"] == "Queued"
+
+
+def test_a_queue_s_time_is_not_the_image_s() -> None:
+    """Image patience begins when the pods are made, and not while a queue holds the run that is older."""
+    since = ago(10)
+    pulls = pod(phase="Pending", created=since, waiting=("ImagePullBackOff", "no such image"))
+    world = seen(QUEUED, run(state=RunState.PENDING, age=5000), pulls)
+    assert decide(world, SETTINGS, NOW).actions == ()
+    assert decide(world, SETTINGS, NOW + timedelta(seconds=300)).actions == (DeleteRun(1, "job"),)
+
+
+def test_a_queue_may_not_hold_a_preflight_for_ever() -> None:
+    limited = Settings(helper_queue_seconds=100)
+    waits = seen({"conditions": VALID[:1]}, run(0, RunState.QUEUED, age=99), kubernetes={})
+    waits = replace(waits, complaints=(Complaint("Queued", "Pending: no quota"),))
+    assert told(waits, "Planned", limited)["message"] == "Pending: no quota"
+    late = replace(waits, runs=(run(0, RunState.QUEUED, age=101),))
+    decision = decide(late, limited, NOW)
+    assert decision.actions == (DeleteRun(0, "job"),) and decision.status["phase"] == "Failed"
+    assert "held the preflight for 100 s: Pending: no quota" in told(late, "Failed", limited)["message"]
+
+
+def deleted(*things: Any) -> Observed:
+    """A job that is deleted and whose storage is to be emptied."""
+    world = seen({"conditions": VALID}, *things, storage={"uri": "s3://b/runs", "deletionPolicy": "Delete"})
+    marks = {"deletionTimestamp": ago(10), "finalizers": [FINALIZER]}
+    return replace(world, body={**world.body, "metadata": {**world.body["metadata"], **marks}})
+
+
+def test_a_deleted_job_says_what_it_waits_for_and_a_queue_may_not_hold_it_for_ever() -> None:
+    assert "waits for the pods of tiny-1 to end" in told(deleted(run(), pod()), "Running")["message"]
+    limited = Settings(helper_queue_seconds=100)
+    waits = replace(deleted(run(-1, RunState.QUEUED, age=99)), complaints=(PREEMPTED,))
+    assert "its queue holds the clean-up: Preempted" in told(waits, "Running", limited)["message"]
+    assert decide(waits, limited, NOW).actions == ()
+    late = decide(replace(waits, runs=(run(-1, RunState.QUEUED, age=101),)), limited, NOW)
+    assert late.actions == (DeleteRun(-1, "job"), HoldJob(False))
+    assert "held by its queue for too long" in late.events[-1].message
+
+
+def test_a_job_that_its_queue_sends_to_another_cluster_is_refused() -> None:
+    world = seen(STARTING, run(state=RunState.PENDING, elsewhere="kueue.x-k8s.io/multikueue"))
+    decision = decide(world, SETTINGS, NOW)
+    assert decision.actions == (DeleteRun(1, "job"),)
+    failed = told(world, "Failed")
+    assert failed["reason"] == "Rejected" and "kueue.x-k8s.io/multikueue" in failed["message"]

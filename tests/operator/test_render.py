@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from finetune_operator import names
 from finetune_operator.actions import DeleteRun, StartRun
 from finetune_operator.engines import ENGINES
 from finetune_operator.observed import RunState
-from finetune_operator.plan import Create, patch_status, plan
+from finetune_operator.plan import Create, owned_by, patch_status, plan
 from finetune_operator.render.run import Run
 from finetune_operator.settings import Settings
 
@@ -246,9 +248,15 @@ def test_a_ray_job_by_kuberay_s_rules() -> None:
     assert cluster["rayVersion"] == "2.60.0"
     (group,) = cluster["workerGroupSpecs"]
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (2, 2, 2)
+    for params in (group["rayStartParams"], cluster["headGroupSpec"]["rayStartParams"]):
+        assert shlex.split(params["resources"]) == ['{"finetune_worker": 8}'] and int(params["num-cpus"]) >= 64
+    marks = made["metadata"]["annotations"]
+    assert marks["ray.io/overwrite-container-cmd"] == marks["ray.io/disable-provisioned-head-restart"] == "true"
     for template in (cluster["headGroupSpec"]["template"], group["template"]):
         container = template["spec"]["containers"][0]
-        assert "command" not in container and container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+        assert container["command"][:2] == ["finetune", "node"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+        assert "dashboard" in [port["name"] for port in container["ports"]]
         assert not any(item["name"].startswith("RAY_AUTH") for item in container["env"])
 
 
@@ -257,6 +265,19 @@ def test_kuberay_takes_the_attempt_s_own_token() -> None:
     auth = made["RayJob"]["spec"]["rayClusterSpec"]["authOptions"]
     assert auth == {"mode": "token", "secretName": made["Secret"]["metadata"]["name"]}
     assert list(made["Secret"]["stringData"]) == ["auth_token"]
+
+
+def test_a_ray_job_owns_its_secret_which_comes_after_it() -> None:
+    """KubeRay reads it while the RayJob is being deleted."""
+    made = plan(body(kubernetes={"engine": "kuberay"}), (StartRun(1),), SETTINGS)
+    secret = made[-1]
+    assert isinstance(secret, Create) and secret.with_run and secret.body["kind"] == "Secret"
+    ray_job = {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": "tiny-1", "uid": "u"}}
+    owners = owned_by(secret, ray_job).body["metadata"]["ownerReferences"]
+    assert [(owner["kind"], owner["uid"], owner["controller"]) for owner in owners] == [
+        ("FineTuneJob", UID, True),
+        ("RayJob", "u", False),
+    ]
 
 
 def test_an_elastic_ray_job_begins_with_its_least() -> None:
@@ -276,13 +297,14 @@ def ray_job(status: Json, **spec: Any) -> Json:
     [
         ({}, RunState.PENDING),
         ({"jobDeploymentStatus": "Initializing"}, RunState.PENDING),
+        ({"jobDeploymentStatus": "Running"}, RunState.PENDING),
         ({"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}, RunState.RUNNING),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, RunState.SUCCEEDED),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, RunState.FAILED),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "FAILED"}, RunState.FAILED),
         ({"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}, RunState.FAILED),
         ({"jobDeploymentStatus": "ValidationFailed"}, RunState.FAILED),
-        ({"jobDeploymentStatus": "Suspended"}, RunState.QUEUED),
+        ({"jobDeploymentStatus": "Suspended"}, RunState.PENDING),
     ],
 )
 def test_the_states_of_a_ray_job(status: Json, state: RunState) -> None:
@@ -290,12 +312,68 @@ def test_the_states_of_a_ray_job(status: Json, state: RunState) -> None:
     assert view is not None and view.state is state
 
 
-def test_a_ray_job_held_by_a_queue_and_its_exit_code() -> None:
-    held = ENGINES["kuberay"].observe(ray_job({}, suspend=True))
-    assert held is not None and held.state is RunState.QUEUED
-    message = "Job entrypoint command failed with exit code 2, last available logs (truncated to 20,000 chars): …"
+@pytest.mark.parametrize("deployment", ["", "Initializing", "Running", "Suspending", "Suspended"])
+def test_a_queue_holds_a_suspended_ray_job(deployment: str) -> None:
+    view = ENGINES["kuberay"].observe(ray_job({"jobDeploymentStatus": deployment}, suspend=True))
+    assert view is not None and view.state is RunState.QUEUED
+
+
+def test_what_a_ray_job_waits_for_is_in_kuberay_s_words() -> None:
+    failure = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreateHeadPod", "message": "quota exceeded"}
+    suspending = {"type": "RayClusterSuspending", "status": "False", "reason": "RayClusterSuspending"}
+    conditions = {"conditions": [failure, suspending]}
+    view = ENGINES["kuberay"].observe(ray_job({"jobDeploymentStatus": "Initializing", "rayClusterStatus": conditions}))
+    assert view is not None
+    assert view.message == "KubeRay: Initializing; ReplicaFailure: FailedCreateHeadPod: quota exceeded"
+    unsent = ENGINES["kuberay"].observe(ray_job({"jobDeploymentStatus": "Running"}))
+    assert unsent is not None and unsent.message.endswith("it has not submitted the job to Ray's dashboard yet")
+    unseen = ENGINES["kuberay"].observe(ray_job({}))
+    assert unseen is not None and unseen.message == "KubeRay has not taken the RayJob up yet"
+
+
+@pytest.mark.parametrize(("said", "code"), [(2, 2), (-9, 137), (-15, 143)])
+def test_a_ray_job_s_exit_code(said: int, code: int) -> None:
+    """Ray tells a process that a signal has ended by the signal's negative number."""
+    message = f"Job entrypoint command failed with exit code {said}, last available logs (truncated to 20,000 chars): …"
     ended = ENGINES["kuberay"].observe(ray_job({"jobDeploymentStatus": "Failed", "message": message}))
-    assert ended is not None and ended.exit_code == 2
+    assert ended is not None and ended.exit_code == code
+
+
+@pytest.mark.parametrize(("own", "queue"), [("", "gpu"), ("cpu", "cpu")])
+@pytest.mark.parametrize("number", [names.PREFLIGHT_RUN, names.CLEANUP_RUN])
+def test_preflight_and_clean_up_are_queued_too(number: int, own: str, queue: str) -> None:
+    """Else a cluster that queues every Job suspends them for ever."""
+    queued = body()
+    queued["metadata"]["labels"] = {names.QUEUE_LABEL: "gpu", "kueue.x-k8s.io/priority-class": "high"}
+    made = plan(queued, (StartRun(number),), replace(SETTINGS, helper_queue=own))
+    job = next(item.body for item in made if isinstance(item, Create) and item.run)
+    assert job["metadata"]["labels"][names.QUEUE_LABEL] == queue
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "high"
+
+
+def test_an_interruption_does_not_fail_the_job() -> None:
+    """A Job that Kueue suspends ends its pods by exit code 75, and must go on once it is admitted again."""
+    rules = objects()["Job"]["spec"]["podFailurePolicy"]["rules"]
+    codes = [code for rule in rules for code in rule.get("onExitCodes", {}).get("values", [])]
+    assert codes == [2, 3, 4]
+
+
+def test_a_queue_may_admit_an_elastic_job_in_part() -> None:
+    elastic = objects(resources={"minNodes": 2, "maxNodes": 5})["Job"]["metadata"]["annotations"]
+    assert elastic[names.PARTIAL_ANNOTATION] == "2" and elastic[names.EQUAL_ANNOTATION] == "true"
+    assert names.PARTIAL_ANNOTATION not in objects(resources={"nodes": 2})["Job"]["metadata"]["annotations"]
+
+
+@pytest.mark.parametrize("engine", ["job", "kuberay"])
+def test_who_runs_it_elsewhere(engine: str) -> None:
+    kinds = {"job": "Job", "kuberay": "RayJob"}
+    made = objects(kubernetes={"engine": engine})[kinds[engine]]
+    made["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
+    here = ENGINES[engine].observe(made)
+    made["spec"]["managedBy"] = "kueue.x-k8s.io/multikueue"
+    there = ENGINES[engine].observe(made)
+    assert here is not None and there is not None
+    assert (here.elsewhere, there.elsewhere) == ("", "kueue.x-k8s.io/multikueue")
 
 
 @pytest.mark.parametrize("engine", ["job", "kuberay"])
@@ -303,8 +381,7 @@ def test_the_queue_s_labels_are_on_the_run_alone(engine: str) -> None:
     queued = body(kubernetes={"engine": engine, "preflight": False})
     given = {names.QUEUE_LABEL: "gpu", "kueue.x-k8s.io/priority-class": "high"}
     queued["metadata"]["labels"] = {**given, "team": "a"}
-    made = plan(queued, (StartRun(1),), SETTINGS)[-1]
-    assert isinstance(made, Create)
+    made = next(item for item in plan(queued, (StartRun(1),), SETTINGS) if isinstance(item, Create) and item.run)
     assert made.body["metadata"]["labels"] == {**names.labels("tiny", 1), **given}
     assert not any(label in json.dumps(made.body["spec"]) for label in given)
 

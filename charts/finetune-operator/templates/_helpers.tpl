@@ -65,6 +65,9 @@ tests/cluster/test_chart.py compares them with what the operator makes. */ -}}
   resources: [rayjobs]
   verbs: [get, list, watch, create, patch, delete]
 {{- end }}
+- apiGroups: [kueue.x-k8s.io]
+  resources: [workloads]
+  verbs: [list]
 - apiGroups: [""]
   resources: [pods]
   verbs: [list, watch, patch]

@@ -16,7 +16,6 @@ from finetune_cli.cluster.pods import (
     by_node,
     has_ended,
     has_started,
-    has_the_driver_elsewhere,
     log_path,
     pods_path,
     run_words,
@@ -31,7 +30,6 @@ from finetune_trainer.errors import UserError
 Json = dict[str, Any]
 LOOK_SECONDS = 5.0
 """While a pod is awaited, how often the job is looked at: it may go on without that pod."""
-RAY_DRIVER_LOG = "/tmp/ray/session_latest/logs/job-driver-*.log"
 PAUSE_SECONDS = 1.0
 """Between a log that broke off and the next try."""
 
@@ -56,7 +54,6 @@ class Logs:
             raise self._absent(job, number)
         if not has_started(pod):
             raise UserError(f"{self._waiting(number, pod)}; -f waits for it")
-        _remark(pod)
         with self.jobs.telling(self.name):
             for line in self.jobs.cluster.lines(log_path(pod), self._query(), None):
                 _write(line)
@@ -70,7 +67,6 @@ class Logs:
             if pod is None and run is not None:
                 raise self._absent(self.jobs.read(self.name), run)
             if pod is not None:
-                _remark(pod)
                 with self.jobs.telling(self.name):
                     self._stream(pod)
             number = None if run is not None else self._next(number)
@@ -188,11 +184,6 @@ def _after(last: str, lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
 def _whole(stamp: str) -> str:
     """The stamp in whole seconds, which is all that `sinceTime` takes."""
     return stamp.partition(".")[0] + "Z"
-
-
-def _remark(pod: Json) -> None:
-    if has_the_driver_elsewhere(pod):
-        _note(f"KubeRay keeps the driver's own lines in {pod['metadata']['name']}:{RAY_DRIVER_LOG}")
 
 
 def _write(line: bytes) -> None:

@@ -51,11 +51,6 @@ def by_node(pods: list[Json]) -> dict[int, Json]:
     return found
 
 
-def has_the_driver_elsewhere(pod: Json) -> bool:
-    """Whether Ray's job agent runs the driver, as with KubeRay, and keeps what it prints."""
-    return pod["metadata"].get("labels", {}).get(RAY_NODE_TYPE) == "head"
-
-
 def has_started(pod: Json) -> bool:
     """Whether its trainer runs or ran: before that there is no log."""
     return bool({"running", "terminated"} & _state(pod).keys())

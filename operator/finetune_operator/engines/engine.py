@@ -24,3 +24,6 @@ class Engine:
     """The object that runs an attempt, given what `render.support` makes beside it."""
     observe: Callable[[Json], RunView | None]
     """The state of such an object; None for one that isn't the operator's."""
+    needs_token_to_go: bool = False
+    """Whether its controller reads the run's Secret while the object is being deleted. The object then owns the Secret
+    too, so that the Secret goes after it."""

@@ -23,18 +23,20 @@ _DISRUPTED: Json = {
     "action": "FailJob",
     "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
 }
-_TELLING = [
-    code.value for code in (ExitCode.USER_ERROR, ExitCode.OUT_OF_MEMORY, ExitCode.GATE_NOT_PASSED, ExitCode.INTERRUPTED)
-]
+_TELLING = [code.value for code in (ExitCode.USER_ERROR, ExitCode.OUT_OF_MEMORY, ExitCode.GATE_NOT_PASSED)]
+"""Not INTERRUPTED: a Job that a queue suspends ends its pods by that code, and would fail once it is admitted again."""
+_OWN_CONTROLLER = "kubernetes.io/job-controller"
 
 
 def render(run: Run) -> Json:
     """The Job of an attempt, of the preflight, or of the clean-up."""
     spec = _attempt_spec(run) if run.is_attempt else _helper_spec(run)
     metadata = run.metadata(run.name)
-    metadata["annotations"] = {names.LEAST_ANNOTATION: str(run.resources.min_nodes or run.nodes)}
-    if run.is_attempt:
-        metadata["labels"] |= run.queue_labels
+    least = str(run.resources.min_nodes or run.nodes)
+    metadata["annotations"] = {names.LEAST_ANNOTATION: least}
+    if run.is_attempt and int(least) < run.nodes:
+        metadata["annotations"] |= {names.PARTIAL_ANNOTATION: least, names.EQUAL_ANNOTATION: "true"}
+    metadata["labels"] |= run.queue_labels
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 
 
@@ -76,7 +78,10 @@ def observe(body: Json) -> RunView | None:
     conditions = {item["type"]: item for item in status.get("conditions") or [] if item.get("status") == "True"}
     state, telling = _state(body, status, conditions)
     ended = status.get("completionTime") or telling.get("lastTransitionTime")
-    return run_view(body, "job", state, Told(telling.get("reason", ""), telling.get("message", ""), ended))
+    told = Told(telling.get("reason", ""), telling.get("message", ""), ended)
+    manager = (body.get("spec") or {}).get("managedBy") or _OWN_CONTROLLER
+    elsewhere = "" if manager == _OWN_CONTROLLER else manager
+    return run_view(body, "job", state, told, pods_owner=str(body["metadata"].get("uid", "")), elsewhere=elsewhere)
 
 
 def _state(body: Json, status: Json, conditions: dict[str, Json]) -> tuple[RunState, Json]:

@@ -68,9 +68,12 @@ class Run:
 
     @property
     def queue_labels(self) -> dict[str, str]:
-        """What a queue knows the job's runs by."""
+        """Return what a queue knows the run by; preflight and clean-up may have a queue of their own."""
         labels = self.body["metadata"].get("labels") or {}
-        return {name: value for name, value in labels.items() if name.startswith(names.KUEUE)}
+        found = {name: value for name, value in labels.items() if name.startswith(names.KUEUE)}
+        if not self.is_attempt and self.settings.helper_queue:
+            found[names.QUEUE_LABEL] = self.settings.helper_queue
+        return found
 
     @property
     def resources(self) -> Resources:

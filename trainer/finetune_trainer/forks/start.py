@@ -2,7 +2,9 @@
 
 Its workers are forked where a server for that is there. Its autoscaler, its client's server and its dashboard, three
 processes of some seconds of CPU each, are left out, and the dashboard's agent is an idle one (`agent`): nothing of a
-job asks them.
+job asks them. KubeRay does: it submits its jobs to the head's dashboard, and asks each node's agent whether the node is
+well. Where `WATCHED_VARIABLE` is set, a head has Ray's own agent, and of the dashboard what KubeRay needs
+(`dashboard`); the other nodes' idle agents answer.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from typing import Any
 
 from finetune_trainer.forks.wire import SOCKET_VARIABLE
 
-WORKER, AGENT = Path(__file__).with_name("worker.py"), Path(__file__).with_name("agent.py")
+WATCHED_VARIABLE, HEAD, NODE = "FINETUNE_RAY_WATCHED", "head", "node"
+"""Environment variable of a `ray start` that KubeRay watches, with what it starts there."""
+WORKER, AGENT, DASHBOARD = (Path(__file__).with_name(f"{name}.py") for name in ("worker", "agent", "dashboard"))
 
 
 def lean() -> None:
@@ -36,16 +40,23 @@ def lean() -> None:
             self.setup_worker_path = str(WORKER)
 
     RayParams.__init__, RayParams.lean = ours, True
-    Node.start_api_server = _no_dashboard
+    if not _has_dashboard():
+        Node.start_api_server = _no_dashboard
     services._build_python_executable_command_memory_profileable = _python(
         services._build_python_executable_command_memory_profileable
     )
 
 
+def _has_dashboard() -> bool:
+    return os.environ.get(WATCHED_VARIABLE) == HEAD
+
+
 def _python(plain: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    """How Ray runs its own programs; of the dashboard's agent it runs ours, which is given Ray's path and options."""
+    """Return how Ray runs its own programs, with ours in place of some: these are given Ray's path and options."""
 
     def ours(component: str, *args: Any, **options: Any) -> list[str]:
+        if component == "dashboard":
+            return [sys.executable, str(DASHBOARD)]
         if component == "dashboard_agent":
             return [sys.executable, "-I", "-S", str(AGENT)]
         return plain(component, *args, **options)

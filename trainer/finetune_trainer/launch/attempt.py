@@ -25,16 +25,14 @@ from finetune_trainer.runtime import apply_environment, node_name, quiet_environ
 TERMINATION_LOG = Path("/dev/termination-log")
 TOKEN_FILE_VARIABLE = "FINETUNE_TOKEN_FILE"
 TRACEBACK_LINES = 20
-LINGER_SECONDS = 15.0
 log = logging.getLogger(__name__)
 
 
-def drive(config: Path, *, linger: bool = False) -> ExitCode:
+def drive(config: Path) -> ExitCode:
     """Run an attempt to its end, going on from whatever storage holds of earlier ones.
 
     Args:
         config: the RunConfig's file.
-        linger: stay until the operator has read how it ended, for engines that keep no termination message.
     """
     run = RunConfig.model_validate_json(config.read_text())
     apply_environment(quiet_environment(accelerator=bool(run.job.spec.resources.gpus_per_node)))
@@ -47,19 +45,13 @@ def drive(config: Path, *, linger: bool = False) -> ExitCode:
 
     signal.signal(signal.SIGTERM, ask_to_stop)
     signal.signal(signal.SIGINT, ask_to_stop)
-    with ReportServer(reporter.report, ask_to_stop, _token()) as server:
+    with ReportServer(reporter.report, ask_to_stop, _token()):
 
         def hung(text: str) -> None:
-            """The last word of a driver whose main thread hangs."""
-            last = end_hung(reporter, text)
-            if linger:
-                server.last_read.wait(LINGER_SECONDS)
-            os._exit(last)
+            """End a driver whose main thread hangs."""
+            os._exit(end_hung(reporter, text))
 
-        code = say_last_word(reporter, lambda: _train(run, reporter, stop, hung))
-        if linger:
-            server.last_read.wait(LINGER_SECONDS)
-    return code
+        return say_last_word(reporter, lambda: _train(run, reporter, stop, hung))
 
 
 def say_last_word(reporter: AttemptReporter, work: Callable[[], None]) -> ExitCode:

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 
 from finetune_api.cluster import Resources
+from finetune_api.slots import workers_per_node
 from finetune_trainer.forks.start import lean
-from finetune_trainer.launch.slots import workers_per_node
 from finetune_trainer.launch.threads import threads_per_worker
 from finetune_trainer.runtime import allocator_environment, quiet_environment
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from finetune_api.exit_codes import ExitCode
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
+from finetune_api.slots import workers_per_node
 from finetune_trainer.launch.attempt import say_last_word
 from finetune_trainer.launch.cluster import Workers, plan_workers
-from finetune_trainer.launch.slots import workers_per_node
 from finetune_trainer.preflight.gpu_node import image_problems
 from finetune_trainer.progress.attempt import AttemptReporter, Json
 from finetune_trainer.runtime import apply_environment, quiet_environment

@@ -30,7 +30,15 @@ from finetune_trainer.pipeline import layouts
 from finetune_trainer.plan.records import StagePlan
 from finetune_trainer.preflight.job import preflight
 from finetune_trainer.preflight.saving import room_problems
-from finetune_trainer.progress.channel import CheckpointSaved, Event, StageBegun, StageDone, TransportFound, Waiting
+from finetune_trainer.progress.channel import (
+    CheckpointSaved,
+    Event,
+    Placing,
+    StageBegun,
+    StageDone,
+    TransportFound,
+    Waiting,
+)
 from finetune_trainer.progress.reporter import Progress, Reporter
 from finetune_trainer.pulse import beat, enter
 from finetune_trainer.runtime import nccl_log_variables
@@ -209,6 +217,8 @@ class Pipeline:
             self.reporter.waiting(event.text)
         elif isinstance(event, TransportFound):
             self.reporter.transport(event.network, event.gpu_direct, event.words, event.warning)
+        elif isinstance(event, Placing):
+            self.reporter.placing(event.text)
         elif isinstance(event, CheckpointSaved):
             place = self.storage.path(self.layouts[event.index].checkpoint(event.step))
             self.reporter.checkpoint_saved(event.index, event.step, place)

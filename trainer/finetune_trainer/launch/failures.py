@@ -16,6 +16,7 @@ from torch.distributed import DistError
 
 from finetune_api.device_faults import FaultKind, Found, device_fault
 from finetune_api.problems import Problem
+from finetune_api.ray_words import RAY_FIELD
 from finetune_trainer.errors import GateNotPassed, Interrupted, NotMet, UserError
 from finetune_trainer.launch.fault_place import node_of
 from finetune_trainer.patience import passing
@@ -150,8 +151,8 @@ def place_of(error: BaseException) -> Place | None:
 
 
 def last_line(text: str) -> str:
-    """The last line of a text that is not blank."""
-    lines = [line for line in text.strip().splitlines() if line.strip()]
+    """Return the last line of a text that is a message: not blank, and none of Ray's fields of an actor."""
+    lines = [line for line in text.strip().splitlines() if line.strip() and not RAY_FIELD.match(line)]
     return lines[-1].strip()[:300] if lines else ""
 
 

@@ -22,10 +22,11 @@ from ray.train.v2._internal.execution.callback import RayTrainCallback
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch.cluster import Workers
 from finetune_trainer.launch.failures import Failure, classify, place_of
+from finetune_trainer.launch.placement import Placement
 from finetune_trainer.launch.slots import asked
 from finetune_trainer.launch.stall_watch import Stall, StallWatch
 from finetune_trainer.launch.worker import train_loop
-from finetune_trainer.progress.channel import Event, open_channel
+from finetune_trainer.progress.channel import Event, Placing, open_channel
 from finetune_trainer.training.offer import Offer
 from finetune_trainer.training.work import StageWork, WorkOrder
 
@@ -107,8 +108,10 @@ class GroupFit:
         Returns the failure of workers that stalled.
         """
         passed_on, watch = False, StallWatch(self.run.job.spec.run_policy.stall_timeout)
+        placement = Placement(lambda text: self.hear(Placing(text)))
         while thread.is_alive():
             thread.join(LISTEN_SECONDS)
+            placement.look()
             if thread.is_alive() and (stall := watch.look(time.monotonic(), ray.get(channel.beats.remote()))):
                 failure = self.stalls(stall)
                 thread.join(END_SECONDS)
@@ -117,6 +120,7 @@ class GroupFit:
                 channel.stop.remote()
                 passed_on = True
             for event in ray.get(channel.collect.remote()):
+                placement.begun()
                 self.hear(event)
         for event in ray.get(channel.collect.remote()):
             self.hear(event)

@@ -1,4 +1,4 @@
-"""A pod of an Indexed Job: pod 0 starts the Ray head and drives; the others join it and leave with it.
+"""A pod of an attempt, on either engine: one starts the Ray head and drives; the others join it and leave with it.
 
 While Ray starts, a process beside it imports the libraries; the driver and Ray's workers are its forks (`forks`), where
 the job uses no GPUs.
@@ -17,28 +17,23 @@ import time
 import urllib.request
 from pathlib import Path
 
-import psutil
-
-from finetune_api.cluster import Resources
 from finetune_api.exit_codes import ExitCode
 from finetune_api.report import PORT, STOP_PATH
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.forks.client import run_fork
+from finetune_trainer.launch.driver_end import Farewell, write_end
 from finetune_trainer.launch.preload import forks
-from finetune_trainer.launch.slots import offered
+from finetune_trainer.launch.seat import Seat, seat
 from finetune_trainer.launch.threads import threads_per_worker
 from finetune_trainer.progress.attempt import AttemptReporter
 from finetune_trainer.runtime import apply_environment, quiet_environment
 
-INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
-HEAD_VARIABLE = "FINETUNE_HEAD_ADDRESS"
 HEAD_SECONDS = 1800.0
 """How long a node waits for the head: its image may still be on its way."""
 RETRY_SECONDS = 0.5
 LOST_SECONDS = 5.0
 """A driver that is not reached for so long has ended."""
 SIGTERM_EXIT = 128 + signal.SIGTERM
-OBJECT_STORE_BYTES = 256 * 2**20
 _RAY = [sys.executable, "-m", "finetune_trainer.forks.start"]
 _DRIVE = Path(__file__).with_name("drive.py")
 
@@ -53,23 +48,31 @@ def run_node(config: Path) -> int:
     # A lost head ends its nodes soon, so that the pods make room for the next attempt's.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_worker(resources)))
-    address, first = os.environ[HEAD_VARIABLE], int(os.environ.get(INDEX_VARIABLE, "0")) == 0
+    place = seat(resources)
     with forks(run, print):
-        return _head(config, address, resources) if first else _worker(run, address)
+        return _head(config, place) if place.head else _worker(run, place)
 
 
-def _head(config: Path, address: str, resources: Resources) -> int:
+def _head(config: Path, place: Seat) -> int:
+    """Start Ray, then drive. With KubeRay stay after that until the cluster is taken down (`driver_end`)."""
     from finetune_trainer.launch.attempt import drive
 
-    ip = socket.gethostbyname(socket.gethostname())
-    port = address.rpartition(":")[2]
-    _start(["--head", f"--node-ip-address={ip}", f"--port={port}", "--include-dashboard=false", *_share(resources)])
-    os.environ["RAY_ADDRESS"] = f"{ip}:{port}"
+    farewell = Farewell() if place.watched else None
+    subprocess.run([*_RAY, "start", *place.options], check=True, stdout=subprocess.DEVNULL, env=_environment(place))
+    os.environ["RAY_ADDRESS"] = place.address
     code = run_fork([str(_DRIVE), str(config)])
-    return int(drive(config)) if code is None else code
+    code = int(drive(config)) if code is None else code
+    if farewell is not None:
+        write_end(code)
+        farewell.wait()
+    return code
 
 
-def _worker(run: RunConfig, address: str) -> int:
+def _environment(place: Seat) -> dict[str, str]:
+    return {**os.environ, **place.environment}
+
+
+def _worker(run: RunConfig, place: Seat) -> int:
     """Join, stay as long as the head does.
 
     Returns FAILED where the head never came or left; the Job then ends, and this pod with it. A node that does not suit
@@ -78,11 +81,11 @@ def _worker(run: RunConfig, address: str) -> int:
     resources = run.job.spec.resources
     if resources.gpus_per_node and (code := _unfit(run)):
         return int(code)
-    host, _, port = address.rpartition(":")
+    host, _, port = place.address.rpartition(":")
     if not _reachable(host, int(port)):
-        print(f"no Ray head at {address} within {HEAD_SECONDS:.0f} s", file=sys.stderr)
+        print(f"no Ray head at {place.address} within {HEAD_SECONDS:.0f} s", file=sys.stderr)
         return ExitCode.FAILED
-    ray = subprocess.Popen([*_RAY, "start", f"--address={address}", "--block", *_share(resources)])
+    ray = subprocess.Popen([*_RAY, "start", "--block", *place.options], env=_environment(place))
     signal.signal(signal.SIGTERM, lambda *_: _leave(host, ray))
     ray.wait()
     return ExitCode.FAILED
@@ -126,27 +129,6 @@ def _until_driver_ends(host: str) -> None:
             if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
                 return
         time.sleep(RETRY_SECONDS)  # there is no event to wait for
-
-
-def _start(options: list[str]) -> None:
-    """Start Ray's daemons.
-
-    Raises:
-        subprocess.CalledProcessError: they don't start.
-    """
-    subprocess.run([*_RAY, "start", *options], check=True, stdout=subprocess.DEVNULL)
-
-
-def _share(resources: Resources) -> list[str]:
-    """What this node offers: more CPUs than there are, which helpers ask for, too; and places for its workers."""
-    cpus = max(psutil.cpu_count() or 1, 64)
-    return [
-        f"--num-cpus={cpus}",
-        f"--num-gpus={resources.gpus_per_node or 0}",
-        f"--resources={offered(resources)}",
-        f"--object-store-memory={OBJECT_STORE_BYTES}",
-        "--disable-usage-stats",
-    ]
 
 
 def _reachable(host: str, port: int) -> bool:

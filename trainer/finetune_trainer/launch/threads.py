@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from finetune_api.cluster import Resources
-from finetune_trainer.launch.slots import workers_per_node
+from finetune_api.slots import workers_per_node
 from finetune_trainer.plan.quantities import parse_quantity
 
 

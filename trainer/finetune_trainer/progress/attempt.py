@@ -77,6 +77,12 @@ class AttemptReporter:
         with self._lock:
             self._rest["transport"] = found | ({"warning": _head(redact(warning), 1024)} if warning else {})
 
+    def placing(self, message: str) -> None:
+        with self._lock:
+            self._rest.pop("placing", None)
+            if message:
+                self._rest["placing"] = _tail(redact(message), 4096)
+
     def restarting(self, message: str) -> None:
         with self._lock:
             self._rest["restarting"] = _tail(redact(message), 4096)

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from finetune_trainer.progress.beats import Beat
 from finetune_trainer.progress.reporter import Progress
@@ -57,7 +58,14 @@ class TransportFound:
     """What makes it slow, and the remedy; empty where nothing does."""
 
 
-Event = str | Progress | StageBegun | StageDone | CheckpointSaved | Waiting | TransportFound
+@dataclass(frozen=True)
+class Placing:
+    """Ray has no room for the workers yet; with an empty text, it has."""
+
+    text: str
+
+
+Event = str | Progress | StageBegun | StageDone | CheckpointSaved | Waiting | TransportFound | Placing
 """A line for people, a step's progress, a checkpoint, a change of stage, a wait, or the GPUs' transport."""
 
 
@@ -91,9 +99,10 @@ class _Channel:
 
 
 def open_channel() -> ActorHandle:
-    """Start the actor. It needs no CPU of its own, and none of the libraries."""
+    """Start the actor on this node, so that another node's loss never takes it along. It needs no CPU of its own."""
     actor: Any = ray.remote(_Channel)
-    return actor.options(num_cpus=0).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return actor.options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 class WorkerEnd:

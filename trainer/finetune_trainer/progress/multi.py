@@ -30,6 +30,9 @@ class Reporters:
     def transport(self, network: str, gpu_direct: bool, words: str, warning: str) -> None:
         self._tell(lambda reporter: reporter.transport(network, gpu_direct, words, warning))
 
+    def placing(self, message: str) -> None:
+        self._tell(lambda reporter: reporter.placing(message))
+
     def restarting(self, message: str) -> None:
         self._tell(lambda reporter: reporter.restarting(message))
 

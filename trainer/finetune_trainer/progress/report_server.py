@@ -34,9 +34,7 @@ class ReportServer:
         token: str,
         address: tuple[str, int] = ("", PORT),
     ) -> None:
-        self.last_read = threading.Event()
-        """Set once a report that says how the attempt ended has been read."""
-        self._server = ThreadingHTTPServer(address, _handler(report, stop, token, self.last_read))
+        self._server = ThreadingHTTPServer(address, _handler(report, stop, token))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True)
 
@@ -50,9 +48,7 @@ class ReportServer:
         self._thread.join()
 
 
-def _handler(
-    report: Callable[[], AttemptReport], stop: Callable[[], None], token: str, last_read: threading.Event
-) -> type[BaseHTTPRequestHandler]:
+def _handler(report: Callable[[], AttemptReport], stop: Callable[[], None], token: str) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         timeout = 5
 
@@ -62,10 +58,7 @@ def _handler(
 
         def do_GET(self) -> None:
             if self._allowed(REPORT_PATH):
-                now = report()
-                self._answer(200, now.model_dump_json(by_alias=True, exclude_none=True))
-                if now.exit_code is not None:
-                    last_read.set()
+                self._answer(200, report().model_dump_json(by_alias=True, exclude_none=True))
 
         def do_POST(self) -> None:
             if self._allowed(STOP_PATH):

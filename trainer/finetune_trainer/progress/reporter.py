@@ -79,6 +79,9 @@ class Reporter(Protocol):
     def transport(self, network: str, gpu_direct: bool, words: str, warning: str) -> None:
         """How the GPUs of several nodes reach each other; `warning` may be empty."""
 
+    def placing(self, message: str) -> None:
+        """The workers wait for room on Ray's nodes; empty: they have it."""
+
     def restarting(self, message: str) -> None:
         """The workers have failed, and start again from the last checkpoint; `message` says why."""
 
@@ -111,6 +114,9 @@ class LineReporter(ABC):
         self.log(f"NCCL: {words}")
         if warning:
             self.log(f"warning: {warning}")
+
+    def placing(self, message: str) -> None:
+        self.log(message or "there is room for the workers now")
 
     def restarting(self, message: str) -> None:
         self.log(f"{message}; starting again from the last checkpoint")

@@ -1,0 +1,58 @@
+"""Runs as they stand once their drivers' pods are asked, which know first how an attempt ended (pure)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from finetune_api.exit_codes import ExitCode
+from finetune_operator.classify import termination_report
+from finetune_operator.observed import ENDED, Observed, PodView, RunState, RunView
+
+LAST_WORD_SECONDS = 20
+"""How long the driver's pod of a run that has ended may take to end: it says more than the engine does."""
+
+
+def settled(seen: Observed, now: datetime) -> tuple[Observed, datetime | None]:
+    """Return what is observed with each run's state as its driver's pod has it, and when to look again.
+
+    A run whose driver ended well has succeeded, whatever became of its other pods: they end with it, and where its node
+    does not answer, their ends are told first. A run of an engine that would go on without its driver is over when the
+    driver's pod is. A run that its engine calls ended still runs while its driver's pod has its last word to say.
+    """
+    runs = tuple(_settled(run, seen.pods_of(run.run), now) if run.owner == seen.uid else run for run in seen.runs)
+    waits = [due for run in seen.runs if (due := _due(seen, run)) is not None and due > now]
+    return replace(seen, runs=runs), min(waits, default=None)
+
+
+def _settled(run: RunView, pods: tuple[PodView, ...], now: datetime) -> RunView:
+    drivers = [pod for pod in pods if pod.index == 0]
+    if run.state is RunState.FAILED and any(pod.phase == "Succeeded" for pod in drivers):
+        return replace(run, state=RunState.SUCCEEDED)
+    if not run.ends_with_driver or run.state is RunState.QUEUED:
+        return run
+    if run.state in ENDED:
+        due = _last_word(run, drivers)
+        return replace(run, state=RunState.RUNNING) if due is not None and due > now else run
+    ended = [pod for pod in pods if (pod.ended if pod.index == 0 else _refuses(pod))]
+    if not ended:
+        return run
+    well = all(pod.index == 0 and pod.exit_code == ExitCode.OK for pod in ended)
+    return replace(run, state=RunState.SUCCEEDED if well else RunState.FAILED, orphaned=True)
+
+
+def _refuses(pod: PodView) -> bool:
+    """Whether a node beside the driver's has found itself unfit for the job, and says so."""
+    return pod.ended and termination_report(pod) is not None
+
+
+def _due(seen: Observed, run: RunView) -> datetime | None:
+    return _last_word(run, [pod for pod in seen.pods_of(run.run) if pod.index == 0])
+
+
+def _last_word(run: RunView, drivers: list[PodView]) -> datetime | None:
+    """Return until when the driver's pod is waited for; None where there is nothing to wait for."""
+    waited_for = run.ends_with_driver and run.state in ENDED and run.ended is not None
+    if not waited_for or not drivers or drivers[0].ended or run.ended is None:
+        return None
+    return run.ended + timedelta(seconds=LAST_WORD_SECONDS)
