@@ -17,8 +17,6 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from gpu_checks import environment
 from gpu_checks.record import NEEDS_GPU, Check, Options, Result
 
