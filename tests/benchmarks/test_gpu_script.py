@@ -1,4 +1,4 @@
-"""The check script for GPUs: all of its code runs on a CPU, a check that hangs or fails is told as such."""
+"""The check script for GPUs: all of its code runs on a CPU, a check that hangs or fails is reported as failed."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class KubeRayStandIn:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
-        for job in self._list("rayjobs"):  # nobody would take it off now
+        for job in self._list("rayjobs"):  # nothing else would remove it now
             with contextlib.suppress(ApiException):
                 self._patch(job["metadata"]["name"], {"metadata": {"finalizers": None}})
         if self._error is not None:
@@ -140,7 +140,7 @@ class KubeRayStandIn:
         self._patch(job["metadata"]["name"], {"metadata": {"finalizers": kept}})
 
     def _suspend(self, name: str, status: Json) -> None:
-        """The cluster is deleted, and nobody asks the driver for a checkpoint."""
+        """The cluster is deleted, and nothing asks the driver for a checkpoint."""
         self._delete_cluster(status["rayClusterName"])
         if not self._pods(status["rayClusterName"]):
             self._say(name, jobDeploymentStatus="Suspended", rayClusterName="", jobId="", jobStatus="", message="")

@@ -123,7 +123,7 @@ def test_a_model_that_an_update_has_ruined_is_not_saved(policy: str, base_job: J
 
 
 def garbage(base_job: Job, policy: str, *places: int) -> Job:
-    """Many equal rows, and at these places of the order (a row a step) others that nobody could foretell."""
+    """Many equal rows, and at these places of the order (a row a step) others with random text."""
     data = [dialogue("one plus one", "makes two") for _ in range(40)]
     for place in places:
         data[order(40)[place]] = dialogue("#%$", f"~^{place}|`\\{{}}=+")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from composite_models import build
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from saved_models import logits, make_model, make_tokenizer, save
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -41,12 +41,22 @@ def _base(directory: Path, family: str, dtype: torch.dtype = torch.float32, **fi
 
 
 def _adapter(base: Path, directory: Path, rows: int | None = None, **lora: Any) -> Path:
-    """Save an adapter whose every trained weight is away from where it started."""
-    torch.manual_seed(1)
+    """Save a job's adapter whose every trained weight is away from where it started."""
     model = load_whole(str(base), AUTO, dtype="auto")
     if rows is not None:
         resize_embeddings(model, rows)
-    adapted: Any = get_peft_model(model, lora_config(Lora.model_validate({"r": 4} | lora), model))
+    return _trained_adapter(model, lora_config(Lora.model_validate({"r": 4} | lora), model), base, directory)
+
+
+def _peft_adapter(base: Path, directory: Path, modules: list[str], **more: Any) -> Path:
+    """Save an adapter that PEFT makes and a job does not."""
+    config = LoraConfig(r=4, target_modules=modules, task_type="CAUSAL_LM", **more)
+    return _trained_adapter(load_whole(str(base), AUTO, dtype="auto"), config, base, directory)
+
+
+def _trained_adapter(model: PreTrainedModel, config: LoraConfig, base: Path, directory: Path) -> Path:
+    torch.manual_seed(1)
+    adapted: Any = get_peft_model(model, config)
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.data = (weight.data.float() + 0.05 * torch.randn(weight.shape)).to(weight.dtype)
@@ -133,7 +143,7 @@ def test_embeddings_with_added_rows_are_merged(tmp_path: Path) -> None:
 def test_an_adapter_on_tied_embeddings_is_added_once(tmp_path: Path) -> None:
     """PEFT's own merge adds it twice: once for the embedding and once for the head, which are one weight."""
     base = _base(tmp_path, "qwen3", tie_word_embeddings=True)
-    adapter = _adapter(base, tmp_path, targetModules=["q_proj", "embed_tokens"])
+    adapter = _peft_adapter(base, tmp_path, ["q_proj", "embed_tokens"], ensure_weight_tying=True)
     expected = logits(attach_adapter(load_whole(str(base), AUTO, dtype="auto"), adapter).eval())
     merge(str(adapter), tmp_path / "merged")
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
@@ -153,15 +163,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 def test_what_cannot_be_streamed_is_merged_as_a_whole(tmp_path: Path) -> None:
     """An adapter with biases of its own changes weights that are not told from the files of the layer's weight."""
     base = _base(tmp_path, "qwen2")
-    model = load_whole(str(base), AUTO, dtype="auto")
-    config = lora_config(Lora.model_validate({"r": 4, "targetModules": ["q_proj"]}), model)
-    config.lora_bias, config.base_model_name_or_path = True, str(base)
-    adapted: Any = get_peft_model(model, config)
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight)
-    adapted.save_pretrained(tmp_path / "adapter")
-    make_tokenizer().save_pretrained(tmp_path / "adapter")
+    _peft_adapter(base, tmp_path, ["q_proj"], lora_bias=True)
     assert _plan(base, tmp_path / "adapter") is None
     merge(str(tmp_path / "adapter"), tmp_path / "merged")
     expected = logits(PeftModel.from_pretrained(load_whole(str(base), AUTO, dtype="auto"), tmp_path / "adapter"))

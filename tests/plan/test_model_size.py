@@ -119,6 +119,14 @@ def test_attention_adapters_of_an_expert_model_take_dropout() -> None:
     assert config.target_modules == {"q_proj"} and config.target_parameters is None
 
 
+def test_tied_embeddings_take_no_adapter() -> None:
+    """PEFT would adapt the head with them, and TRL's trainers raise a ValueError once the model is loaded."""
+    asked = Lora(targetModules=["q_proj", "embed_tokens"])
+    with pytest.raises(UserError, match="'embed_tokens' is tied to the output head, which takes no adapter"):
+        lora_config(asked, meta_model(tiny("qwen3")))
+    assert lora_config(asked, meta_model(tiny("llama"))).target_modules == {"q_proj", "embed_tokens"}
+
+
 def test_tied_embeddings_stay_tied() -> None:
     saved = Lora(targetModules=["q_proj"], modulesToSave=["embed_tokens"])
     assert lora_config(saved, meta_model(tiny("qwen3"))).ensure_weight_tying

@@ -22,6 +22,10 @@ from finetune_trainer.model.task import SCORE, score_head
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+_TIED = (
+    "{!r} is tied to the output head, which takes no adapter (TRL's losses read its weights): "
+    "put it in modulesToSave to train it in full"
+)
 _ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate|wg)(\.|$)")
 
 
@@ -36,6 +40,8 @@ class Targets:
     embeddings: tuple[str, ...]
     head: str | None
     """The output head; a reward model's score."""
+    tied: str | None = None
+    """The embedding whose weights the output head has too."""
     frozen: tuple[str, ...] = ()
     """Modules of a composite model's other parts (vision tower, projector), which take no adapter."""
 
@@ -97,12 +103,19 @@ def find_targets(model: PreTrainedModel) -> Targets:
     )
     embeddings = tuple(name for name, module in named.items() if isinstance(module, nn.Embedding))
     frozen = tuple(name for name, _ in model.named_modules() if name and not inside(name))
-    return Targets(linears, experts, embeddings, head, frozen)
+    inputs = model.get_input_embeddings() if is_tied(model) and score_head(model) is None else None
+    tied = next((name for name, module in named.items() if module is inputs), None)
+    return Targets(linears, experts, embeddings, head, tied, frozen)
 
 
 def _shape(weight: nn.Parameter) -> tuple[int, ...]:
     """Return a weight's shape, also where ZeRO-3 has divided it: what a worker holds is flat then."""
     return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Return whether the input embeddings are the output head's weights, by the model's configuration."""
+    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
 
 
 def is_moe(model: PreTrainedModel) -> bool:
@@ -129,6 +142,8 @@ def _resolve(
         layers = _of_language(given, [*usable, *targets.embeddings], targets)
         parameters |= _stacks(stacked, targets)
         modules |= layers
+        if any(_goes_by(name, given) for name in targets.embeddings if name == targets.tied):
+            problems.append(Problem(f"{path}.targetModules", _TIED.format(given)))
         if not stacked and not layers:
             problems.append(Problem(f"{path}.targetModules", _no_match(given, usable, targets)))
     return modules, parameters, problems
@@ -200,8 +215,7 @@ def _needs_tying(spec: Lora, model: PreTrainedModel, modules: set[str]) -> bool:
     from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
     touched = {_leaf(name) for name in (*modules, *(spec.modules_to_save or []))}
-    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
-    return tied and bool(touched & set(EMBEDDING_LAYER_NAMES))
+    return is_tied(model) and bool(touched & set(EMBEDDING_LAYER_NAMES))
 
 
 def _rewritten_by_peft(model: PreTrainedModel) -> frozenset[str]:

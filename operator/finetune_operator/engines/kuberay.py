@@ -49,7 +49,7 @@ def render(run: Run) -> Json:
 
 
 def _cluster(run: Run) -> Json:
-    """KubeRay's job begins once all replicas run: so an elastic job begins with its least, and whoever scales
+    """KubeRay's job begins once all replicas run: so an elastic job begins with `minNodes`; what scales
     RayClusters there may add to it."""
     workers = run.nodes - 1
     least = (run.resources.min_nodes or run.nodes) - 1
