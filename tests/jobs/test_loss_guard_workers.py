@@ -79,4 +79,4 @@ def test_fail_ends_both_workers_alike(base_job: Job, tmp_path: Path) -> None:
 
     one, other = on_two_workers(failed)
     assert one == other and f"rows {bad}" in one and "step 3" in one
-    assert torch.distributed.is_initialized() is False, "the workers were forks"
+    assert torch.distributed.is_initialized() is False, "the workers are other processes"
