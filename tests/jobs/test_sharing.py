@@ -17,6 +17,7 @@ import torch.distributed as dist
 from sample_job import JOB
 from servers import free_port
 from transformers import AutoTokenizer
+from two_workers import on_two_workers
 
 from finetune_api.cluster import RunPolicy
 from finetune_api.runconfig import RunConfig
@@ -246,10 +247,8 @@ def test_the_others_name_the_first_worker() -> None:
     assert all("worker 0 (node node-0) of 3" in found[rank] for rank in (1, 2)), found
 
 
-def _node(rank: int, port: int, job: dict[str, Any], directory: Path, end: Any) -> None:
-    """A worker of a node of its own, which prepares data that no driver could prepare."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+def _node(rank: int, job: dict[str, Any], directory: Path) -> tuple[Any, ...]:
+    """Return what a worker of a node of its own prepares, where no driver could prepare it, and what it said."""
     run = RunConfig.model_validate(
         {"job": job, "root": "/pvc/x", "baseDir": str(directory), "cacheDir": str(directory / f"node-{rank}")}
     )
@@ -265,21 +264,12 @@ def _node(rank: int, port: int, job: dict[str, Any], directory: Path, end: Any) 
         return prepare(spec, tokenizer, None, where="stages[0].sft", num_proc=1, **directories(run))
 
     prepared = files.prepare_once(work)
-    end.send((prepared.train[0]["input_ids"], prepared.report.seconds, prepared.key, said))
-    os._exit(0)
+    return prepared.train[0]["input_ids"], prepared.report.seconds, prepared.key, said
 
 
 def test_data_that_the_run_itself_makes_is_prepared_by_one_node(base_job: dict[str, Any], tmp_path: Path) -> None:
     base_job["spec"]["storage"] = {"uri": "pvc://claim/x"}
-    context, port = multiprocessing.get_context("fork"), free_port()
-    ends = [context.Pipe(duplex=False) for _ in range(2)]
-    workers = [context.Process(target=_node, args=(rank, port, base_job, tmp_path, ends[rank][1])) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    assert all(end.poll(60) for end, _ in ends)
-    first, second = (end.recv() for end, _ in ends)
-    for worker in workers:
-        worker.join(30)
+    first, second = on_two_workers(lambda rank: _node(rank, base_job, tmp_path))
     assert first[:3] == second[:3], "the second node has prepared other data, or by itself"
     assert first[3] == [] and len(second[3]) == 2 and all("got" in line for line in second[3])
 
