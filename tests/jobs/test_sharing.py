@@ -299,6 +299,8 @@ def test_the_time_limit_of_collectives_goes_to_torch(tmp_path: Path, monkeypatch
     job["spec"]["runPolicy"] = {"ddpTimeout": 77}
     places = {"root": str(tmp_path), "baseDir": "/", "cacheDir": str(tmp_path)}
     run = RunConfig.model_validate({"job": job, **places})
-    fit = group_fit.GroupFit(run, Workers(2, 2, False, 1), print, threading.Event())
+    fit = group_fit.GroupFit(
+        run, Workers(2, 2, False, 1), print, threading.Event(), lambda stall: pytest.fail(str(stall))
+    )
     assert fit._trainer([], None).backend_config.timeout_s == 77
     assert RunPolicy().ddp_timeout == 1800 and RunPolicy().loading_timeout_seconds == 7200
