@@ -78,7 +78,8 @@ class _Run:
     reported: list[Usage]
     needs = ((40 * GIB, 60 * GIB), (3 * GIB, 4 * GIB))
 
-    def __init__(self, context: Any, *_: Any) -> None:
+    def __init__(self, context: Any, *_: Any, several_nodes: bool) -> None:
+        assert not several_nodes
         self.context = context
 
     def train(self) -> None:
@@ -94,10 +95,12 @@ def test_a_stage_does_not_report_the_peak_of_the_one_before(
     _Run.device, _Run.reported = gpu, []
     alone = SimpleNamespace(get_world_rank=int, get_local_rank=int, get_world_size=lambda: 1)
     monkeypatch.setattr(ray.train, "get_context", lambda: alone)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=str))
     for name, value in {
-        "WorkerEnd": lambda channel: SimpleNamespace(send=lambda event: None),
+        "WorkerEnd": lambda channel: SimpleNamespace(send=lambda event: None, beat=lambda beat: None),
+        "answer_signals": lambda: None,
         "join_process_group": lambda zero, accelerator: None,
-        "stage_context": lambda run, work, threads, placement, storage: SimpleNamespace(placement=placement),
+        "stage_context": lambda run, work, threads, placement, *_: SimpleNamespace(placement=placement),
         "StageRun": _Run,
         "require_gate": lambda *_: None,
         "listen": lambda tell: None,
