@@ -85,7 +85,7 @@ def run_stage(
     from finetune_trainer.training.context import Placement
     from finetune_trainer.training.deepspeed import join_process_group
     from finetune_trainer.training.forget import forget_stage, release
-    from finetune_trainer.training.memory import peak_memory
+    from finetune_trainer.training.memory import usage
     from finetune_trainer.training.work import StageWork
 
     run = run_config(options, name, shape, stage, zero, model)
@@ -102,7 +102,7 @@ def run_stage(
     clock = clocked(trainer)
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    measured = peak_memory(options.accelerator)
+    measured = usage(options.accelerator, context=0).peak
     release(trainer)
     del trainer
     forget_stage()
@@ -113,7 +113,7 @@ def run_stage(
         flops_per_token=plan.flops_per_token,
         peak_flops=peak_flops,
         measured=measured,
-        planned=plan.memory.total - plan.memory.runtime,
+        planned=plan.memory.total - plan.memory.context - plan.memory.nccl,
         left=_held(options) - before,
     )
 

@@ -108,7 +108,7 @@ def end_state(jobs: Jobs, life: Life) -> dict[str, Any]:
     return {
         "phase": status["phase"],
         "attempts": [(item["number"], item["reason"]) for item in status["attempts"]],
-        "checkpoint": status["lastCheckpoint"],
+        "checkpoint": {name: value for name, value in status["lastCheckpoint"].items() if name != "savedAt"},
         "plan": status["plan"],
         "conditions": {item["type"]: (item["status"], item["reason"]) for item in status["conditions"]},
         "pods": {run: len(names) for run, names in life.pods.items()},

@@ -11,6 +11,7 @@ from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
 from operator_process import OperatorProcess, eventually
 
+from finetune_operator.conditions import moment
 from finetune_trainer.progress.reporter import Progress
 
 SELECTOR = "finetune.dev/job=tiny,finetune.dev/run={}"
@@ -37,6 +38,7 @@ def test_from_apply_to_succeeded(jobs: Jobs, kubelet: KubeletStandIn, core: clie
         trainer.reporter.checkpoint_saved(1, 4, "/pvc/c-4")
         seen = jobs.until(lambda status: status.get("step") == "4/10" and "lastCheckpoint" in status)["status"]
         assert (seen["stage"], seen["loss"], seen["eta"], seen["attempt"]) == ("2/2 pretrain", "3.25", "1m", 1)
+        assert moment(seen["lastCheckpoint"].pop("savedAt")) >= moment(made["metadata"]["creationTimestamp"])
         assert seen["lastCheckpoint"] == {"stage": 1, "step": 4, "uri": "/pvc/c-4"}
         assert seen["stages"][0]["metrics"] == {"bytes_per_token": 2.5}
     kubelet.finished(namespace, first)

@@ -139,7 +139,7 @@ def test_gpus_on_an_old_driver_are_a_user_error_in_every_pod(
         monkeypatch.setenv(name, value)
     run = run_config(tmp_path)
     if index == "0":
-        code = attempt.say_last_word(attempt.AttemptReporter(["sft"]), lambda: attempt._train(run, None, None))  # type: ignore[arg-type]
+        code = attempt.say_last_word(attempt.AttemptReporter(["sft"]), lambda: attempt._train(run, None, None, print))  # type: ignore[arg-type]
     else:
         code = node._worker(run, Seat(False, "no-such-host:1", ()))
     report = json.loads(log.read_text())

@@ -38,6 +38,8 @@ HOOKS = {
     "_calculate_rewards",
     "_compute_loss",
     "_generate_single_turn",
+    "_get_grad_norm",
+    "training_step",
     "_load_from_checkpoint",
     "_precompute_ref_logps",
     "_prepare_dataset",

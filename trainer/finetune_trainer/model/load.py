@@ -180,7 +180,9 @@ def _checked(
         raise UserError(f"{name}: {Match(type(model).__name__, missing=tuple(lacking)).summary()}")
     without_mapping(model, match)
     if "device_map" in options:
-        del model.hf_device_map  # trainers take a model that has one for a model that they must not move or divide
+        vars(model).pop(
+            "hf_device_map", None
+        )  # trainers take a model that has one for a model that they must not move or divide
     return model
 
 
