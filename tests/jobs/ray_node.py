@@ -12,10 +12,10 @@ import threading
 from pathlib import Path
 
 from finetune_api.runconfig import RunConfig
+from finetune_api.slots import offered
 from finetune_trainer.forks.client import run_fork
 from finetune_trainer.launch.node import _RAY, _reachable
 from finetune_trainer.launch.preload import forks
-from finetune_api.slots import offered
 from finetune_trainer.runtime import apply_environment, quiet_environment
 
 HERE = "127.0.0.1"
