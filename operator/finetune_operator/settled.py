@@ -16,9 +16,10 @@ LAST_WORD_SECONDS = 20
 def settled(seen: Observed, now: datetime) -> tuple[Observed, datetime | None]:
     """Return what is observed with each run's state as its driver's pod has it, and when to look again.
 
-    A run whose driver ended well has succeeded, whatever became of its other pods: they end with it, and where its node
-    does not answer, their ends are told first. A run of an engine that would go on without its driver is over when the
-    driver's pod is. A run that its engine calls ended still runs while its driver's pod has its last word to say.
+    A run whose driver ended well has succeeded, whatever became of its other pods: they end with it, and where its
+    node does not answer, their ends are told first. A run of an engine that would go on without its driver is over
+    when the driver's pod is. A run that its engine calls ended still runs while its driver's pod has its last word to
+    say; on the engine `job` this is a success whose pod's end the watch of pods has not brought yet.
     """
     runs = tuple(_settled(run, seen.pods_of(run.run), now) if run.owner == seen.uid else run for run in seen.runs)
     waits = [due for run in seen.runs if (due := _due(seen, run)) is not None and due > now]
@@ -29,11 +30,11 @@ def _settled(run: RunView, pods: tuple[PodView, ...], now: datetime) -> RunView:
     drivers = [pod for pod in pods if pod.index == 0]
     if run.state is RunState.FAILED and any(pod.phase == "Succeeded" for pod in drivers):
         return replace(run, state=RunState.SUCCEEDED)
-    if not run.ends_with_driver or run.state is RunState.QUEUED:
-        return run
     if run.state in ENDED:
         due = _last_word(run, drivers)
         return replace(run, state=RunState.RUNNING) if due is not None and due > now else run
+    if not run.ends_with_driver or run.state is RunState.QUEUED:
+        return run
     ended = [pod for pod in pods if (pod.ended if pod.index == 0 else _refuses(pod))]
     if not ended:
         return run
@@ -52,7 +53,8 @@ def _due(seen: Observed, run: RunView) -> datetime | None:
 
 def _last_word(run: RunView, drivers: list[PodView]) -> datetime | None:
     """Return until when the driver's pod is waited for; None where there is nothing to wait for."""
-    waited_for = run.ends_with_driver and run.state in ENDED and run.ended is not None
+    by_driver = run.ends_with_driver and run.state in ENDED
+    waited_for = (by_driver or run.state is RunState.SUCCEEDED) and run.ended is not None
     if not waited_for or not drivers or drivers[0].ended or run.ended is None:
         return None
     return run.ended + timedelta(seconds=LAST_WORD_SECONDS)

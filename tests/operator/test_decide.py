@@ -85,6 +85,10 @@ CASES: dict[str, tuple[Observed, str, tuple[Any, ...]]] = {
     "a worker's node that does not suit the job": (
         seen(RUNNING, kuberay(), pod(), pod(index=1, exit_code=2, termination_message=said(2, "no GPU"))), "Failed",
         (DeleteRun(1, "kuberay"),)),
+    "a Job's success waits for the driver's last word": (
+        seen(RUNNING, run(state=RunState.SUCCEEDED, ended=NOW - timedelta(seconds=5)), pod()), "Running", ()),
+    "but not for long": (
+        seen(RUNNING, run(state=RunState.SUCCEEDED, ended=NOW - timedelta(seconds=21)), pod()), "Succeeded", ()),
     "a RayJob's end waits for the head's last word": (
         seen(RUNNING, kuberay(state=RunState.FAILED, ended=NOW - timedelta(seconds=5)), pod()), "Running", ()),
     "but not for ever": (
