@@ -54,7 +54,7 @@ def test_there_are_no_times_before_enough_steps() -> None:
     assert times.own() is not None
 
 
-SLEEP = 0.05
+SLEEP = 0.5
 
 
 def test_the_slow_worker_shows_though_both_take_equally_long(base_job: dict[str, Any], tmp_path: Path) -> None:
