@@ -16,10 +16,11 @@ LAST_WORD_SECONDS = 20
 def settled(seen: Observed, now: datetime) -> tuple[Observed, datetime | None]:
     """Return what is observed with each run's state as its driver's pod has it, and when to look again.
 
-    A run whose driver ended well has succeeded, whatever became of its other pods: they end with it, and where its
-    node does not answer, their ends are told first. A run of an engine that would go on without its driver is over
-    when the driver's pod is. A run that its engine calls ended still runs while its driver's pod has its last word to
-    say; on the engine `job` this is a success whose pod's end the watch of pods has not brought yet.
+    A run whose driver ended well has succeeded, however its other pods ended: the worker pods stop when the driver
+    does, and where the driver's node does not answer, the API server shows their ends first. With an engine that
+    keeps a run going without its driver (`ends_with_driver`), the run is over when the driver's pod has ended. A run
+    that its engine reports as ended counts as running until the driver's pod has ended too, because that pod's
+    termination message says more; on the engine `job` this holds for a success, whose Job may be seen before its pod.
     """
     runs = tuple(_settled(run, seen.pods_of(run.run), now) if run.owner == seen.uid else run for run in seen.runs)
     waits = [due for run in seen.runs if (due := _due(seen, run)) is not None and due > now]

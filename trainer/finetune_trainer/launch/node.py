@@ -1,7 +1,7 @@
 """A pod of an attempt, on either engine: one starts the Ray head and drives; the others join it and leave with it.
 
-While Ray starts, a process beside it imports the libraries; the driver and Ray's workers are its forks (`forks`), where
-the job uses no GPUs.
+In jobs without GPUs a second process imports the libraries while Ray starts, and the driver and Ray's workers are
+forked from it (`forks`), so that they need not import them again.
 """
 
 from __future__ import annotations
