@@ -85,7 +85,7 @@ def run_stage(
     from finetune_trainer.training.context import Placement
     from finetune_trainer.training.deepspeed import join_process_group
     from finetune_trainer.training.forget import forget_stage, release
-    from finetune_trainer.training.memory import usage
+    from finetune_trainer.training.memory import reset_peaks, usage
     from finetune_trainer.training.work import StageWork
 
     run = run_config(options, name, shape, stage, zero, model)
@@ -96,8 +96,7 @@ def run_stage(
     context = stage_context(run, work, threads, Placement(0, 0, 1, options.accelerator), Storage(run.root))
     plan, peak_flops = plan_of(run, context)
     before = _held(options)
-    if options.accelerator:
-        torch.cuda.reset_peak_memory_stats()
+    reset_peaks(options.accelerator)
     trainer = make_trainer(context)
     clock = clocked(trainer)
     trainer.train()

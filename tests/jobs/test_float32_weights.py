@@ -5,7 +5,6 @@ bfloat16 has 8 bits of precision: of a weight of 0.02 an update of 1e-5 is lost 
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from expert_models import build
 from in_process import open_stage, trained
 from safetensors.torch import load_file
+from servers import free_port
 from tiny_rows import dialogue
 from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -111,7 +111,7 @@ def one_worker() -> Iterator[None]:
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_PORT", str(_free_port()))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     distributed.init_process_group("gloo", rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
@@ -187,12 +187,6 @@ class _Copies(TrainerCallback):
         from deepspeed.utils import safe_get_full_fp32_param
 
         self.start |= {name: safe_get_full_fp32_param(weight).clone() for name, weight in _trained(model).items()}
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _save_base(tiny_model: Path, directory: Path, experts: bool) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from ray import cloudpickle
+from servers import free_port
 
 SECONDS = 120
 IMPORTS = ["finetune_trainer.launch.stage_run", "finetune_trainer.stages.sft"]
@@ -30,9 +30,7 @@ def on_two_workers(work: Callable[[int], Any]) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTS)
     cloudpickle.register_pickle_by_value(sys.modules[work.__module__])  # no worker can import a test's module
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        environment = _environment(free.getsockname()[1])
+    environment = _environment(free_port())
     pairs = [context.Pipe(duplex=False) for _ in range(2)]
     processes = [
         context.Process(target=_run, args=(rank, environment, pairs[rank][1], cloudpickle.dumps(work)), daemon=True)

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import saved_models
 from transformers import AutoConfig, PretrainedConfig
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 128,
-    "max_position_embeddings": 64,
-}
+SHAPE: dict[str, Any] = saved_models.SHAPE | {"vocab_size": 128}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 

@@ -81,12 +81,13 @@ def load_model(
         assert source.name is not None
         if trains or quantization is not None:
             _require_trainable(source.name, config, job.spec)
-        if quantization is not None:
+        if quantization is None:
+            options["device"] = device
+        else:
             skipped = composite_skips(config, auto)
             options["quantization_config"] = quantization_config(quantization, precision.compute, task, skipped)
         more = {"revision": source.revision, "config": config, "job": job, "new_head": task == "reward"}
-        place = device if quantization is None else None
-        model = load_whole(base_of(source.name), auto, device=place, **more, **options)
+        model = load_whole(base_of(source.name), auto, **more, **options)
     shrink_frozen(model, precision)
     compute_by_autocast(model)
     drop_right_padding(model)

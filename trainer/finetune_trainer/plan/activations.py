@@ -61,15 +61,15 @@ def drawing_bytes(size: ModelSize, load: Workload) -> int:
     whole model, which is gathered meanwhile."""
     if not load.drawn:
         return 0
-    cache = key_value_bytes(size, load)
+    cache = key_value_bytes(size, load.length, load.dtype_bytes)
     logits = size.vocab * (load.dtype_bytes + 2 * MASTER)
     whole = size.total * load.dtype_bytes if load.zero == 3 and load.quantized_bits is None else 0
     return load.drawn * (cache + logits) + whole
 
 
-def key_value_bytes(size: ModelSize, load: Workload) -> int:
-    """Return the bytes of one sequence's keys and values in all layers, at its full length."""
-    return 2 * size.layers * size.key_value_heads * size.head_dim * load.dtype_bytes * load.length
+def key_value_bytes(size: ModelSize, length: int, dtype_bytes: int) -> int:
+    """Return the bytes of the keys and values of one sequence of `length` tokens, in all layers."""
+    return 2 * size.layers * size.key_value_heads * size.head_dim * dtype_bytes * length
 
 
 def _mixed(load: Workload) -> bool:

@@ -17,7 +17,7 @@ from finetune_api.stages.evaluation import PERPLEXITY
 from finetune_api.training import Quantization
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.config import context_length
-from finetune_trainer.plan.activations import layer_activations
+from finetune_trainer.plan.activations import key_value_bytes, layer_activations
 from finetune_trainer.plan.memory import CONTEXT, Memory, Workload
 from finetune_trainer.plan.model_size import AdapterSize, ModelSize
 from finetune_trainer.plan.quantities import human_bytes
@@ -56,15 +56,9 @@ def inference_memory(size: ModelSize, load: Reading) -> Memory:
         activations=round(tokens * layer_activations(size, work)),
         loss=_logits(size, load, read),
         reference=0,
-        buffers=key_value_bytes(size, load) if load.generates else 0,
+        buffers=load.batch * key_value_bytes(size, load.length, load.dtype_bytes) if load.generates else 0,
         context=CONTEXT[load.kind],
     )
-
-
-def key_value_bytes(size: ModelSize, load: Reading) -> int:
-    """The cache of a batch's keys and values, in all layers."""
-    each = 2 * size.layers * size.key_value_heads * size.head_dim * load.dtype_bytes
-    return load.batch * load.length * each
 
 
 def reading(spec: EvaluateSpec, length: int, dtype_bytes: int, kind: str) -> Reading:

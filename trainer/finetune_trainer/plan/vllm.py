@@ -94,7 +94,7 @@ def vllm_bytes(size: ModelSize, load: Workload) -> int:
     width = 4 * size.hidden + 3 * max(size.intermediate, size.expert_intermediate * size.experts_per_token)
     logits = 3 * MASTER * load.drawn * size.vocab  # float32: as given, sorted, and their probabilities
     working = PROFILED_TOKENS * width * load.dtype_bytes + logits
-    return weights + load.drawn * key_value_bytes(size, load) + working + CONTEXT["cuda"]
+    return weights + load.drawn * key_value_bytes(size, load.length, load.dtype_bytes) + working + CONTEXT["cuda"]
 
 
 def utilization(bytes_: int, device_bytes: int) -> float:
