@@ -26,11 +26,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_api.training import Lora
-from finetune_trainer.adapters import lora_config
 from finetune_trainer.esft.families import expert_layers
 from finetune_trainer.esft.scores import measure_scores
 from finetune_trainer.esft.selection import ExpertConfig, select_layers
 from finetune_trainer.esft.trainable import prepare
+from finetune_trainer.model.lora import lora_config
 from finetune_trainer.plan.quantities import human_bytes
 
 METHODS = ("esft", "full", "masking", "lora")

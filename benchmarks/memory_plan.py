@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from finetune_api.training import Lora
-from finetune_trainer.adapters import lora_config
+from finetune_trainer.model.lora import lora_config
 from finetune_trainer.plan.memory import Workload, estimate
 from finetune_trainer.plan.model_size import adapter_size, meta_model, model_size
 from finetune_trainer.plan.quantities import human_bytes

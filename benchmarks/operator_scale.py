@@ -37,7 +37,7 @@ from kubernetes import client
 from operator_process import OperatorProcess
 
 from finetune_api.job import GROUP, PLURAL, VERSION
-from finetune_operator.names import MANAGED_SELECTOR, RUN_LABEL
+from finetune_operator.core.names import MANAGED_SELECTOR, RUN_LABEL
 
 Json = dict[str, Any]
 NAMESPACES = 10

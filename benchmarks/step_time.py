@@ -143,7 +143,7 @@ def make_inputs(directory: Path, size: dict[str, int]) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from finetune_api.stages import TokenizerSpec
-    from finetune_trainer.stages.tokenizer import train_tokenizer
+    from finetune_trainer.stages.tokenizer.stage import train_tokenizer
 
     rows = [conversation(number) for number in range(2000)]
     texts = [message["content"] for row in rows for message in row["messages"]]

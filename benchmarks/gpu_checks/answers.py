@@ -34,7 +34,7 @@ def generation(options: Options) -> Json:
 
 def _timed(options: Options, setting: str | None) -> Json:
     """Milliseconds per token of answers after prompts of growing lengths, and whether cuDNN was allowed meanwhile."""
-    from finetune_trainer.generation.attention import VARIABLE
+    from finetune_trainer.generation.attention_kernels import VARIABLE
     from finetune_trainer.generation.load import load
 
     os.environ.pop(VARIABLE, None)

@@ -34,7 +34,7 @@ ALL = (
     "finetune_trainer.launch.failures",
     "finetune_trainer.generation.load",
     "finetune_trainer.plan.job",
-    "finetune_trainer.stages.sft",
+    "finetune_trainer.stages.sft.stage",
 )
 
 

@@ -77,7 +77,7 @@ def make_tokenizer(options: Options) -> Any:
 @cache
 def _tokenizer(context: int) -> Any:
     from finetune_api.stages import TokenizerSpec
-    from finetune_trainer.stages.tokenizer import train_tokenizer
+    from finetune_trainer.stages.tokenizer.stage import train_tokenizer
 
     spec = TokenizerSpec.model_validate({"data": {"sources": [{"inline": [{"text": "x"}]}]}, "vocabSize": 400})
     return train_tokenizer(spec, WORDS, context)

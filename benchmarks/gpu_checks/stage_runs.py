@@ -81,12 +81,12 @@ def run_stage(
     """
     from finetune_trainer.launch.stage_run import stage_context
     from finetune_trainer.stages import make_trainer
-    from finetune_trainer.storage import Storage
+    from finetune_trainer.storage.filesystem import Storage
     from finetune_trainer.training.context import Placement
     from finetune_trainer.training.deepspeed import join_process_group
-    from finetune_trainer.training.forget import forget_stage, release
     from finetune_trainer.training.memory import reset_peaks, usage
-    from finetune_trainer.training.work import StageWork
+    from finetune_trainer.training.reset_state import forget_stage, release
+    from finetune_trainer.training.stage_work import StageWork
 
     run = run_config(options, name, shape, stage, zero, model)
     join_group(options)

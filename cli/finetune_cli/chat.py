@@ -157,8 +157,8 @@ def _generate(
 def _answers(
     loaded: Loaded, options: GenerationOptions, prompts: list[Prompt], raw: bool | None
 ) -> Iterator[dict[str, Any]]:
-    from finetune_trainer.generation.fill import fill
     from finetune_trainer.generation.generate import generate
+    from finetune_trainer.generation.mask_filling import fill
 
     if loaded.kind == "causal":
         yield from (

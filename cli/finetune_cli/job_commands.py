@@ -90,7 +90,7 @@ def _run(config: Callable[[], RunConfig], resume: bool, fresh: bool) -> None:
     from finetune_trainer.runtime import apply_environment, quiet_environment
 
     apply_environment(quiet_environment(accelerator=True))
-    from finetune_trainer.launch.preload import forks
+    from finetune_trainer.launch.fork_imports import forks
 
     # It imports what the workers need while this process imports the same and looks at the job.
     with forks(run, logging.getLogger(__name__).info):
@@ -98,8 +98,8 @@ def _run(config: Callable[[], RunConfig], resume: bool, fresh: bool) -> None:
 
 
 def _execute(run: RunConfig, resume: bool, fresh: bool) -> None:
-    from finetune_trainer.launch.driver import Pipeline
-    from finetune_trainer.progress.console import reporter_for
+    from finetune_trainer.launch.pipeline import Pipeline
+    from finetune_trainer.progress.console_reporter import reporter_for
 
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from finetune_cli import (
-    cluster_commands,
-    doctor_command,
-    expert_commands,
-    job_commands,
-    node_commands,
-    talk_commands,
-)
+from finetune_cli import chat_commands, cluster_commands, doctor_command, expert_commands, job_commands, node_commands
 
 app = typer.Typer(
     name="finetune",
@@ -24,7 +17,7 @@ app = typer.Typer(
 job_commands.register(app)
 doctor_command.register(app)
 cluster_commands.register(app)
-talk_commands.register(app)
+chat_commands.register(app)
 expert_commands.register(app)
 node_commands.register(app)
 

@@ -10,14 +10,14 @@ from rich.console import Console
 from finetune_api.problems import Problem, did_you_mean
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.errors import UserError
-from finetune_trainer.launch.cluster import Workers, plan_workers
 from finetune_trainer.launch.preparation import Preparation
 from finetune_trainer.plan import PlanContext, plan_job, render
 from finetune_trainer.plan.devices import MEMORIES, Device, known_device, local_device
 from finetune_trainer.plan.job import job_config
 from finetune_trainer.plan.quantities import parse_quantity
+from finetune_trainer.plan.workers import Workers, plan_workers
 from finetune_trainer.preflight.packing import packing_problems
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.filesystem import Storage
 
 
 def show_plan(run: RunConfig, device: str | None, as_json: bool) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from finetune_api.base import Json
 from finetune_api.crd import structural_schema
 from finetune_api.job import FineTuneJob
+from finetune_api.messages import Loc, counted, field_path, place, shown
 from finetune_api.problems import Problem, did_you_mean
-from finetune_api.wording import Loc, counted, field_path, place, shown
 
 _PART = re.compile(r"\.?([^.\[\]=\s]+)|\[([^\[\]]+)\]")
 

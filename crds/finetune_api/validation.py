@@ -16,8 +16,8 @@ from pydantic.fields import FieldInfo
 from finetune_api.base import ApiModel, Json
 from finetune_api.crd import structural_schema
 from finetune_api.job import FineTuneJob
+from finetune_api.messages import Loc, expected, field_path, first_sentence, mismatch, place, shown
 from finetune_api.problems import Problem, did_you_mean, nearest
-from finetune_api.wording import Loc, expected, field_path, first_sentence, mismatch, place, shown
 
 SERVER_METADATA = (
     "creationTimestamp",

@@ -7,8 +7,8 @@ from typing import Any
 from kubernetes.aio.client import ApiException
 
 from finetune_operator.api import Api, reason_of
-from finetune_operator.conditions import Reason
-from finetune_operator.observed import owner_uid
+from finetune_operator.core.conditions import Reason
+from finetune_operator.core.snapshot import owner_uid
 from finetune_operator.plan import Annotate, Create, Delete, Operation, SetFinalizers
 
 Json = dict[str, Any]

@@ -10,18 +10,21 @@ from datetime import UTC, datetime, timedelta
 
 from kubernetes.aio.client import ApiException
 
-from finetune_operator.actions import Decision, StopRun
 from finetune_operator.api import Api
 from finetune_operator.apply import Outdated, Refused, apply
-from finetune_operator.cache import Cache, Key
-from finetune_operator.classify import MESSAGE_LIMIT
-from finetune_operator.complaints import Complaints
-from finetune_operator.decide import decide
+from finetune_operator.core.names import FINALIZER
+from finetune_operator.core.report_validation import clean
+from finetune_operator.core.settings import Settings
+from finetune_operator.core.snapshot import Observed, Trouble, pod_view
+from finetune_operator.decide.actions import Decision, StopRun
+from finetune_operator.decide.classify import MESSAGE_LIMIT
+from finetune_operator.decide.decide import decide
 from finetune_operator.engines import ENGINES, engine_of
-from finetune_operator.lagging import untold_ends, untold_runs
 from finetune_operator.metrics import Metrics
-from finetune_operator.names import FINALIZER
-from finetune_operator.observed import Observed, Trouble, pod_view
+from finetune_operator.observe.cache import Cache, Key
+from finetune_operator.observe.cache_staleness import untold_ends, untold_runs
+from finetune_operator.observe.poller import Poller
+from finetune_operator.observe.warning_events import Complaints
 from finetune_operator.plan import (
     Annotate,
     Create,
@@ -37,11 +40,8 @@ from finetune_operator.plan import (
     pods_query,
     run_path,
 )
-from finetune_operator.poller import Poller
 from finetune_operator.queue import WorkQueue
 from finetune_operator.render.run import Run
-from finetune_operator.reports import clean
-from finetune_operator.settings import Settings
 
 AGAIN_SECONDS = 0.5
 log = logging.getLogger(__name__)

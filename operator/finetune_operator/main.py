@@ -6,8 +6,8 @@ import asyncio
 import logging
 import sys
 
+from finetune_operator.core.settings import from_environment
 from finetune_operator.operator import run
-from finetune_operator.settings import from_environment
 
 
 def main() -> None:

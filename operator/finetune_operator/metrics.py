@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from finetune_operator.cache import Key
-from finetune_operator.conditions import moment
+from finetune_operator.core.conditions import moment
+from finetune_operator.observe.cache import Key
 
 Json = dict[str, Any]
 SECONDS = (1, 5, 15, 60, 300, 900, 3600, 14400, 86400, 604800)

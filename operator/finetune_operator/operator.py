@@ -13,16 +13,16 @@ import kopf
 from kubernetes.aio.client import Configuration
 
 from finetune_api.job import GROUP, PLURAL, VERSION
-from finetune_operator import names
 from finetune_operator.api import PAGE, Api, configuration, connect
-from finetune_operator.cache import Cache, Key
 from finetune_operator.controller import Controller
+from finetune_operator.core import names
+from finetune_operator.core.settings import Settings
+from finetune_operator.core.snapshot import PodView, RunView, pod_view
 from finetune_operator.engines import ENGINES, Engine
-from finetune_operator.leadership import Leadership
+from finetune_operator.leader_election import Leadership
 from finetune_operator.metrics import Metrics
-from finetune_operator.observed import PodView, RunView, pod_view
-from finetune_operator.reflector import Reflector
-from finetune_operator.settings import Settings
+from finetune_operator.observe.cache import Cache, Key
+from finetune_operator.observe.reflector import Reflector
 from finetune_operator.token_key import with_token_key
 
 Json = dict[str, Any]

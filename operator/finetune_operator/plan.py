@@ -9,13 +9,22 @@ from datetime import datetime
 from typing import Any
 
 from finetune_api.job import API_VERSION, GROUP, KIND, PLURAL, VERSION
-from finetune_operator import names
-from finetune_operator.actions import AbandonRun, Action, DeleteJob, DeleteRun, Event, HoldJob, MarkCheckpoint, StartRun
-from finetune_operator.conditions import stamp
+from finetune_operator.core import names
+from finetune_operator.core.conditions import stamp
+from finetune_operator.core.settings import Settings
+from finetune_operator.decide.actions import (
+    AbandonRun,
+    Action,
+    DeleteJob,
+    DeleteRun,
+    Event,
+    HoldJob,
+    MarkCheckpoint,
+    StartRun,
+)
 from finetune_operator.engines import ENGINES, Engine, engine_of, indexed_job
 from finetune_operator.render.run import Run
 from finetune_operator.render.support import support_objects
-from finetune_operator.settings import Settings
 
 Json = dict[str, Any]
 _PLURALS = {

@@ -9,7 +9,7 @@ import secrets
 from kubernetes.aio.client import ApiException
 
 from finetune_operator.api import Api, Json
-from finetune_operator.settings import Settings
+from finetune_operator.core.settings import Settings
 
 KEY = "key"
 

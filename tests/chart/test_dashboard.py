@@ -9,7 +9,7 @@ import promql_parser as promql
 import pytest
 from helm_chart import CHART, only
 
-from finetune_operator.conditions import Reason
+from finetune_operator.core.conditions import Reason
 from finetune_operator.metrics import Metrics
 
 Json = dict[str, Any]

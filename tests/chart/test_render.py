@@ -14,9 +14,9 @@ import pytest
 import yaml
 from helm_chart import CHART, RELEASE, HelmError, environment, helm, only
 
-from finetune_operator import names
+from finetune_operator.core import names
+from finetune_operator.core.settings import PREFIX, Settings, from_environment
 from finetune_operator.render.pods import USER
-from finetune_operator.settings import PREFIX, Settings, from_environment
 
 Json = dict[str, Any]
 Render = Callable[..., list[Json]]

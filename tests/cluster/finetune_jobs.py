@@ -14,7 +14,7 @@ from operator_process import KEY
 from finetune_api.job import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from finetune_api.report import PORT
 from finetune_operator.render.support import token
-from finetune_trainer.progress.attempt import AttemptReporter
+from finetune_trainer.progress.attempt_report import AttemptReporter
 from finetune_trainer.progress.report_server import ReportServer
 
 Json = dict[str, Any]

@@ -12,7 +12,7 @@ from finetune_jobs import Driver, Jobs, driver
 from kubelet_stand_in import KubeletStandIn
 from kubernetes import client, watch
 
-from finetune_operator.names import JOB_LABEL, RUN_LABEL
+from finetune_operator.core.names import JOB_LABEL, RUN_LABEL
 
 PLAN = json.dumps({"plan": {"parameters": 35936, "steps": 20}})
 CRASH = json.dumps({"exitCode": 1, "message": "RuntimeError: a crash"})

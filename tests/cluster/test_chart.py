@@ -18,10 +18,10 @@ from kubernetes import client
 from operator_process import OperatorProcess
 
 from finetune_api.job import GROUP, PLURAL, VERSION
-from finetune_operator.actions import DeleteJob, DeleteRun, Event, HoldJob, MarkCheckpoint, StartRun
+from finetune_operator.core.settings import Settings
+from finetune_operator.decide.actions import DeleteJob, DeleteRun, Event, HoldJob, MarkCheckpoint, StartRun
 from finetune_operator.engines import ENGINES
 from finetune_operator.plan import Create, Delete, Operation, event, patch_status, plan
-from finetune_operator.settings import Settings
 
 Json = dict[str, Any]
 Right = tuple[str, str, str]

@@ -15,7 +15,7 @@ from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
 from log_stand_in import LogStandIn, PodLog
 
-from finetune_operator import names
+from finetune_operator.core import names
 
 Json = dict[str, Any]
 NODE = "log-node"

@@ -12,7 +12,7 @@ from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
 from operator_process import OperatorProcess
 
-from finetune_operator import names
+from finetune_operator.core import names
 from finetune_trainer.progress.reporter import Progress
 
 ADDRESS = "127.0.0.77"

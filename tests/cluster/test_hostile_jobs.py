@@ -17,7 +17,7 @@ from kubernetes import client
 from operator_process import OperatorProcess, eventually
 
 from finetune_api.job import GROUP, NAME_MAX, PLURAL, VERSION
-from finetune_operator.names import JOB_LABEL, MANAGED_BY, OPERATOR, RUN_LABEL
+from finetune_operator.core.names import JOB_LABEL, MANAGED_BY, OPERATOR, RUN_LABEL
 
 Json = dict[str, Any]
 SELECTOR = "finetune.dev/job={},finetune.dev/run={}"

@@ -18,7 +18,7 @@ from kubernetes import client
 from life import PLAN, Life, end_state
 from operator_process import OperatorProcess, eventually
 
-from finetune_operator.names import JOB_LABEL, RUN_LABEL
+from finetune_operator.core.names import JOB_LABEL, RUN_LABEL
 
 NAMES = ("one", "two", "three")
 RATE = 0.2

@@ -15,9 +15,9 @@ from kubernetes import client
 from operator_process import FAST, OperatorProcess, eventually
 from ray_job_crd import CLUSTER_NAME, NAME, ray_cluster_crd, ray_job_crd
 
-from finetune_operator.actions import StartRun
+from finetune_operator.core.settings import Settings
+from finetune_operator.decide.actions import StartRun
 from finetune_operator.plan import Create, plan
-from finetune_operator.settings import Settings
 
 Json = dict[str, Any]
 KUBERAY = {"preflight": False, "engine": "kuberay"}

@@ -9,7 +9,7 @@ from access import Access
 from helm_chart import Installed
 from operator_process import FAST, OperatorProcess, eventually
 
-from finetune_operator.leadership import DURATION_SECONDS, LOOK_SECONDS
+from finetune_operator.leader_election import DURATION_SECONDS, LOOK_SECONDS
 
 TAKES = DURATION_SECONDS + 2 * LOOK_SECONDS + 10
 LEASE = "finetune-operator-twins"

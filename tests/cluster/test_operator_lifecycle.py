@@ -11,7 +11,7 @@ from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
 from operator_process import OperatorProcess, eventually
 
-from finetune_operator.conditions import moment
+from finetune_operator.core.conditions import moment
 from finetune_trainer.progress.reporter import Progress
 
 SELECTOR = "finetune.dev/job=tiny,finetune.dev/run={}"

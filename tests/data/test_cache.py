@@ -9,7 +9,7 @@ import pytest
 from data_cases import inline, made, pretrain, sft, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
-from finetune_trainer.data import DataReport, corpus_texts, eval_prompts, tasks
+from finetune_trainer.data import DataReport, corpus_texts, eval_prompts, tokenization
 from finetune_trainer.errors import UserError
 
 Tok = PreTrainedTokenizerFast
@@ -38,8 +38,8 @@ def test_hit_and_miss(tokenizer: Tok, tmp_path: Path) -> None:
 def test_bytes_do_not_depend_on_processes(
     kind: str, tokenizer: Tok, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "ROW_TASK", 16 << 10)
-    monkeypatch.setattr(tasks, "TEXT_TASK", 16 << 10)
+    monkeypatch.setattr(tokenization, "ROW_TASK", 16 << 10)
+    monkeypatch.setattr(tokenization, "TEXT_TASK", 16 << 10)
     data = {"sources": [{"file": str(write_jsonl(tmp_path / "x.jsonl", ROWS))}], "validationSplit": 0.1}
     stage = pretrain(data, blockSize=32) if kind == "text" else sft(data, maxLength=128, packing=True)
     made(stage, tokenizer, tmp_path / "one", num_proc=1)

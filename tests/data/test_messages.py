@@ -10,9 +10,9 @@ from data_cases import inline, made, sft
 from transformers import PreTrainedTokenizerFast
 
 from finetune_api.data import DataSpec
-from finetune_trainer.data.forms import FormError, normalise
 from finetune_trainer.data.messages import name_tool_role, read_messages
-from finetune_trainer.data.questions import prompt_of
+from finetune_trainer.data.prompts import prompt_of
+from finetune_trainer.data.row_formats import FormError, normalise
 from finetune_trainer.errors import UserError
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}

@@ -10,7 +10,7 @@ from data_cases import dpo, inline, made
 from transformers import PreTrainedTokenizerFast
 
 from finetune_api.data import DataSpec
-from finetune_trainer.data.forms import EmptyRow, FormError, normalise
+from finetune_trainer.data.row_formats import EmptyRow, FormError, normalise
 from finetune_trainer.errors import UserError
 
 SYSTEM, OTHER = {"role": "system", "content": "Be terse."}, {"role": "system", "content": "Rhyme."}

@@ -13,7 +13,7 @@ from finetune_api.data import DataSpec
 from finetune_api.stages import RlhfSpec
 from finetune_trainer.data import eval_prompts, inspect, prepare
 from finetune_trainer.data.checks import column_problems
-from finetune_trainer.data.forms import EmptyRow, FormError, normalise
+from finetune_trainer.data.row_formats import EmptyRow, FormError, normalise
 from finetune_trainer.errors import UserError
 
 ASK, REPLY = {"role": "user", "content": "2 plus 2"}, {"role": "assistant", "content": "makes 4"}

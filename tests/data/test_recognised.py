@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from finetune_api.data import DataSpec
 from finetune_api.stages import SftSpec
 from finetune_trainer.data import Kind, inspect, prepare, reading_notes
-from finetune_trainer.data.forms import EmptyRow, FormError, normalise, reading
+from finetune_trainer.data.row_formats import EmptyRow, FormError, normalise, reading
 
 SYSTEM = {"role": "system", "content": "s"}
 ASK, REPLY = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

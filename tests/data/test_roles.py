@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune_api.data import DataSpec
-from finetune_trainer.data.forms import FormError, normalise
+from finetune_trainer.data.row_formats import FormError, normalise
 
 SPEC = DataSpec.model_validate({"sources": [{"inline": [{"text": "x"}]}]})
 

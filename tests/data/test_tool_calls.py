@@ -23,11 +23,11 @@ from data_cases import inline, made, sft
 from transformers import PreTrainedTokenizerFast
 
 from finetune_trainer.data.encode import Encoder, Encoding
-from finetune_trainer.data.questions import prompt_of
+from finetune_trainer.data.prompts import prompt_of
 from finetune_trainer.data.report import Stats
 from finetune_trainer.data.summary import data_line
 from finetune_trainer.generation.prompts import encode
-from finetune_trainer.rewards.models import RewardModel
+from finetune_trainer.rewards.reward_models import RewardModel
 from finetune_trainer.training.answers import prompt_row
 from finetune_trainer.training.samples import _prompt_ids
 

@@ -12,9 +12,9 @@ from data_cases import write_jsonl
 
 from finetune_api.data import DataSpec
 from finetune_trainer.data import Kind
-from finetune_trainer.data.forms import FormError, normalise
 from finetune_trainer.data.preparation import open_table
-from finetune_trainer.data.questions import prompt_of
+from finetune_trainer.data.prompts import prompt_of
+from finetune_trainer.data.row_formats import FormError, normalise
 from finetune_trainer.data.tools import read_tools
 
 ASK, REPLY = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

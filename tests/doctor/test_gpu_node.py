@@ -22,9 +22,9 @@ from finetune_api.runconfig import RunConfig
 from finetune_trainer.doctor.examine import examine
 from finetune_trainer.doctor.facts import Driver, Facts
 from finetune_trainer.errors import TrainingFailed, UserError
-from finetune_trainer.launch import attempt, node
+from finetune_trainer.launch import drive, node
 from finetune_trainer.launch.cluster_preflight import run_preflight
-from finetune_trainer.launch.seat import Seat
+from finetune_trainer.launch.node_role import Seat
 from finetune_trainer.preflight.gpu_node import fault_of, image_problems, machine_problems
 
 BROKEN = "AcceleratorError: CUDA error: uncorrectable ECC error encountered"
@@ -75,7 +75,7 @@ def without_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where a pod's termination message goes; what its commands set in the environment goes again."""
-    monkeypatch.setattr(attempt, "TERMINATION_LOG", tmp_path / "termination-log")
+    monkeypatch.setattr(drive, "TERMINATION_LOG", tmp_path / "termination-log")
     for name in list(os.environ):
         monkeypatch.setenv(name, os.environ[name])
     before = set(os.environ)
@@ -139,7 +139,7 @@ def test_gpus_on_an_old_driver_are_a_user_error_in_every_pod(
         monkeypatch.setenv(name, value)
     run = run_config(tmp_path)
     if index == "0":
-        code = attempt.say_last_word(attempt.AttemptReporter(["sft"]), lambda: attempt._train(run, None, None, print))  # type: ignore[arg-type]
+        code = drive.say_last_word(drive.AttemptReporter(["sft"]), lambda: drive._train(run, None, None, print))  # type: ignore[arg-type]
     else:
         code = node._worker(run, Seat(False, "no-such-host:1", ()))
     report = json.loads(log.read_text())

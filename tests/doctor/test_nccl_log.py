@@ -13,7 +13,7 @@ from sample_job import JOB
 from finetune_api.job import FineTuneJob
 from finetune_trainer.doctor.facts import Fabric
 from finetune_trainer.doctor.nccl_log import Transport, joined, parse_log
-from finetune_trainer.progress.attempt import AttemptReporter
+from finetune_trainer.progress.attempt_report import AttemptReporter
 from finetune_trainer.runtime import nccl_log_variables
 from finetune_trainer.training.transport import log_file, slow_network, transport_here
 

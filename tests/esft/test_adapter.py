@@ -19,7 +19,7 @@ from finetune_trainer.esft.families import expert_layers
 from finetune_trainer.esft.selection import ExpertConfig
 from finetune_trainer.esft.trainable import prepare
 from finetune_trainer.model.load import load_whole
-from finetune_trainer.model.saved import root_of
+from finetune_trainer.model.saved_model import root_of
 
 HUB = {
     "mixtral": "model.layers.0.block_sparse_moe.experts.6.w1.weight",

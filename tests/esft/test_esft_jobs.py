@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from finetune_api.stages import TokenizerSpec
 from finetune_cli.main import app
 from finetune_trainer.generation.load import load
-from finetune_trainer.stages.tokenizer import train_tokenizer
+from finetune_trainer.stages.tokenizer.stage import train_tokenizer
 
 Run = Callable[..., Path]
 TEXTS = [f"{a} plus {b} makes {a + b}, says the teacher. <|im_start|>" for a in range(10) for b in range(10)]

@@ -11,7 +11,7 @@ import pytest
 from finetune_api.stages import EsftSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.esft.selection import ExpertConfig, select
-from finetune_trainer.model.given_experts import given_config
+from finetune_trainer.model.expert_selection import given_config
 
 SIZES = {1: 4, 2: 4, 10: 4}
 ROWS = {"1": [0.1, 0.4, 0.2, 0.3], "10": [0.25, 0.25, 0.25, 0.25], "2": [0.7, 0.1, 0.1, 0.1]}

@@ -16,7 +16,7 @@ from finetune_cli.main import app
 from finetune_trainer.esft.adapter import trained_tensors, write_adapter
 from finetune_trainer.esft.selection import ExpertConfig
 from finetune_trainer.esft.trainable import prepare
-from finetune_trainer.stages.tokenizer import train_tokenizer
+from finetune_trainer.stages.tokenizer.stage import train_tokenizer
 
 TEXTS = [f"{a} plus {b} makes {a + b}." for a in range(10) for b in range(10)]
 TRAINED = {"model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"}

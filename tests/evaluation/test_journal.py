@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.evaluation.journal import Journal
+from finetune_trainer.evaluation.results_log import Journal
 from finetune_trainer.evaluation.rows import EvalRow, Piece
 from finetune_trainer.layout import StageLayout
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.filesystem import Storage
 
 
 def journal(root: Path, *texts: str) -> Journal:

@@ -12,7 +12,7 @@ import pytest
 
 from finetune_api.stages import Database
 from finetune_trainer.errors import UserError
-from finetune_trainer.evaluation.queries import execution, open_database, query_in, returned, same
+from finetune_trainer.evaluation.query_execution import execution, open_database, query_in, returned, same
 from finetune_trainer.queries.sandbox import Sandbox
 
 SCRIPT = """

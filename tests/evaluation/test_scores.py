@@ -10,8 +10,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu import corpus_bleu, corpus_chrf
 
 from finetune_api.stages import EvaluateSpec, Gate
+from finetune_trainer.evaluation.harness_tasks import task_metrics, task_problems
 from finetune_trainer.evaluation.scores import Scorer, perplexity, totals
-from finetune_trainer.evaluation.tasks import task_metrics, task_problems
 from finetune_trainer.gate import verdicts
 
 DATA = {"sources": [{"inline": [{"prompt": "a", "completion": "b"}]}]}

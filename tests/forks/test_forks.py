@@ -20,7 +20,7 @@ from finetune_api.runconfig import RunConfig
 from finetune_trainer.forks import client, wire
 from finetune_trainer.forks.server import opened_gpu
 from finetune_trainer.forks.start import WORKER
-from finetune_trainer.launch import preload
+from finetune_trainer.launch import fork_imports
 
 TELL = """
 import json, os, random, sys
@@ -246,19 +246,19 @@ def test_jobs_on_gpus_do_without_the_server(
     gpus: int | None, devices: tuple[str, ...], visible: str | None, uses: bool, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(preload, "DEVICES", tmp_path)
+    monkeypatch.setattr(fork_imports, "DEVICES", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     for name in devices:
         (tmp_path / name).touch()
-    assert preload.uses_gpus(config(gpus)) is uses
+    assert fork_imports.uses_gpus(config(gpus)) is uses
 
 
 def test_why_there_is_no_server_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(wire.SOCKET_VARIABLE, "")
     said: list[str] = []
-    with preload.forks(config(8), said.append):
+    with fork_imports.forks(config(8), said.append):
         assert client.run_fork(["x.py"]) is None
     assert len(said) == 1 and "without the fork server" in said[0]
 

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune_trainer.errors import UserError
-from finetune_trainer.generation.fill import fill
 from finetune_trainer.generation.generate import generate, stream
 from finetune_trainer.generation.load import Loaded, load
+from finetune_trainer.generation.mask_filling import fill
 from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.generation.prompts import encode, stop_ids
 

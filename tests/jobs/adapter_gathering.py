@@ -20,7 +20,7 @@ from transformers import PrinterCallback
 from finetune_trainer.stages import make_trainer
 from finetune_trainer.training.context import Placement
 from finetune_trainer.training.deepspeed import join_process_group
-from finetune_trainer.training.results import save_result
+from finetune_trainer.training.stage_result import save_result
 
 
 def watch() -> list[int]:

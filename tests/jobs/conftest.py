@@ -23,7 +23,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from finetune_api.stages import TokenizerSpec
-    from finetune_trainer.stages.tokenizer import train_tokenizer
+    from finetune_trainer.stages.tokenizer.stage import train_tokenizer
 
     spec = TokenizerSpec.model_validate({"data": {"sources": [{"inline": [{"text": "x"}]}]}, "vocabSize": 400})
     tokenizer = train_tokenizer(spec, TEXTS, 64)

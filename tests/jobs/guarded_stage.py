@@ -14,14 +14,14 @@ import torch
 from tiny_rows import dialogue
 from transformers import PrinterCallback, TrainerCallback
 
-from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.stages import make_trainer
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.checkpoints import CheckpointStore
+from finetune_trainer.storage.filesystem import Storage
+from finetune_trainer.training.collectives import Peers
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.dropped_steps import DroppedSteps
-from finetune_trainer.training.forget import forget_stage
 from finetune_trainer.training.loss_guard import LossGuard
-from finetune_trainer.training.peers import Peers
+from finetune_trainer.training.reset_state import forget_stage
 
 Job = dict[str, Any]
 BAD = "@"

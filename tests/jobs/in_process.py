@@ -15,10 +15,10 @@ from transformers import PrinterCallback, TrainerCallback
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch.stage_context import stage_context
 from finetune_trainer.stages import make_trainer
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.filesystem import Storage
 from finetune_trainer.training.context import Placement, ResumePoint, StageContext
-from finetune_trainer.training.forget import forget_stage
-from finetune_trainer.training.work import StageWork
+from finetune_trainer.training.reset_state import forget_stage
+from finetune_trainer.training.stage_work import StageWork
 
 Job = dict[str, Any]
 torch.set_num_threads(1)  # tiny models gain nothing by more, and lose much where other processes want the cores

@@ -14,8 +14,8 @@ from pathlib import Path
 from finetune_api.runconfig import RunConfig
 from finetune_api.slots import offered
 from finetune_trainer.forks.client import run_fork
+from finetune_trainer.launch.fork_imports import forks
 from finetune_trainer.launch.node import _RAY, _reachable
-from finetune_trainer.launch.preload import forks
 from finetune_trainer.runtime import apply_environment, quiet_environment
 
 HERE = "127.0.0.1"
@@ -44,8 +44,8 @@ def node(role: str, config: Path, port: str) -> int:
 def drive(config: Path) -> int:
     """Run the job by the nodes that are there."""
     from finetune_trainer.errors import UserError, exit_code_of
-    from finetune_trainer.launch.driver import Pipeline
-    from finetune_trainer.progress.plain import PlainReporter
+    from finetune_trainer.launch.pipeline import Pipeline
+    from finetune_trainer.progress.plain_reporter import PlainReporter
 
     run = RunConfig.model_validate_json(config.read_text())
     try:

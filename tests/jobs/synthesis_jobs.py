@@ -15,9 +15,9 @@ from in_process import open_stage
 
 from finetune_trainer.errors import Interrupted
 from finetune_trainer.stages import perform
-from finetune_trainer.storage import Storage
-from finetune_trainer.training.peers import Peers
-from finetune_trainer.training.tools import StageTools
+from finetune_trainer.storage.filesystem import Storage
+from finetune_trainer.training.collectives import Peers
+from finetune_trainer.training.stage_io import StageTools
 
 Job = dict[str, Any]
 SCRIPT = """

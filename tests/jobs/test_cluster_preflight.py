@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.launch import attempt
+from finetune_trainer.launch import drive
 from finetune_trainer.launch.cluster_preflight import run_preflight
 
 CONFIG = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
@@ -22,7 +22,7 @@ ROWS = [{"text": "to be or not to be, that is the question"}] * 40
 @pytest.fixture
 def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the pod's termination message goes."""
-    monkeypatch.setattr(attempt, "TERMINATION_LOG", tmp_path / "termination-log")
+    monkeypatch.setattr(drive, "TERMINATION_LOG", tmp_path / "termination-log")
     for name in list(os.environ):
         monkeypatch.setenv(name, os.environ[name])  # what the command sets goes again
     return tmp_path / "termination-log"

@@ -16,7 +16,7 @@ from trl.trainer.utils import add_fused_lm_head
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.composite import AutoLanguageModel, AutoScoringModel, language_names
 from finetune_trainer.model.composite_families import POSITION_ROWS, REFUSED, TRAINED, is_composite
-from finetune_trainer.model.write_back import complete_result, in_base
+from finetune_trainer.model.composite_result import complete_result, in_base
 from finetune_trainer.plan.model_size import meta_model
 
 WITHOUT_GRADIENT = "e_score_correction_bias"

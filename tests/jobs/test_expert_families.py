@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.stages import TokenizerSpec
 from finetune_trainer.launch.stage_run import _prompts
-from finetune_trainer.stages.tokenizer import train_tokenizer
-from finetune_trainer.storage import Storage
-from finetune_trainer.training.peers import Peers
-from finetune_trainer.training.results import save_result
+from finetune_trainer.stages.tokenizer.stage import train_tokenizer
+from finetune_trainer.storage.filesystem import Storage
+from finetune_trainer.training.collectives import Peers
 from finetune_trainer.training.samples import SamplesCallback
+from finetune_trainer.training.stage_result import save_result
 
 Job = dict[str, Any]
 QUESTIONS = ["1 plus 1", "what makes 2 plus 2, teacher", "3"]

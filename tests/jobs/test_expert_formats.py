@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from finetune_cli.main import app
-from finetune_trainer.model.expert_products import FactoredStack
+from finetune_trainer.model.expert_matmul import FactoredStack
 
 Job = dict[str, Any]
 ROWS = [dialogue(f"{n} plus {n}", f"makes {n + n}") for n in range(8)]

@@ -20,11 +20,11 @@ from torch.distributed import DistBackendError
 from finetune_api.device_faults import FaultKind, device_fault
 from finetune_api.report import AttemptReport
 from finetune_trainer.errors import TrainingFailed, UserError
-from finetune_trainer.launch import attempt
+from finetune_trainer.launch import drive
 from finetune_trainer.launch.failures import Failure, Kind, classify, place_of, placed
-from finetune_trainer.launch.fault_place import faults_with_node
-from finetune_trainer.launch.group_fit import keep_trying
-from finetune_trainer.progress.attempt import AttemptReporter
+from finetune_trainer.launch.fault_location import faults_with_node
+from finetune_trainer.launch.worker_group import keep_trying
+from finetune_trainer.progress.attempt_report import AttemptReporter
 from finetune_trainer.training.dropped_steps import RolledBack
 
 
@@ -105,13 +105,13 @@ def in_worker(error: BaseException) -> BaseException:
 def test_the_report_of_an_attempt_names_the_node_of_a_broken_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempt, "TERMINATION_LOG", tmp_path / "log")
+    monkeypatch.setattr(drive, "TERMINATION_LOG", tmp_path / "log")
     reporter = AttemptReporter(["sft"])
 
     def work() -> None:
         raise TrainingFailed("a\nGPU fault on node gpu-7: CUDA error: uncorrectable ECC error", node="gpu-7")
 
-    assert attempt.say_last_word(reporter, work) == 1
+    assert drive.say_last_word(reporter, work) == 1
     report = AttemptReport.model_validate_json((tmp_path / "log").read_text())
     assert (report.node, report.exit_code) == ("gpu-7", 1)
 

@@ -25,7 +25,7 @@ from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.plan import PlanContext, plan_job
 from finetune_trainer.plan.devices import Device
 from finetune_trainer.training.deepspeed import join_process_group
-from finetune_trainer.training.results import save_result
+from finetune_trainer.training.stage_result import save_result
 
 Job = dict[str, Any]
 ROWS = [dialogue(f"{n} plus {n}", f"makes {n + n}") for n in range(8)]

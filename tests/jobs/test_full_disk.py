@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from in_process import open_stage, trained
 
-from finetune_trainer.checkpoint.space import full_disk_named
+from finetune_trainer.storage.disk_full import full_disk_named
 
 Job = dict[str, Any]
 TAKES_THE_WEIGHTS = "900k"

@@ -17,10 +17,10 @@ from two_workers import on_two_workers
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.errors import UserError
 from finetune_trainer.launch.stage_run import stage_context
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.filesystem import Storage
 from finetune_trainer.training.context import Placement
 from finetune_trainer.training.deepspeed import join_process_group
-from finetune_trainer.training.work import StageWork
+from finetune_trainer.training.stage_work import StageWork
 
 Job = dict[str, Any]
 COUNT, ROWS_PER_STEP, BAD_STEP = 16, 4, 2

@@ -11,8 +11,8 @@ from in_process import open_stage, trained
 from tiny_rows import TEXTS
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from finetune_trainer.stages.masking import MaskingCollator
-from finetune_trainer.training.results import save_result
+from finetune_trainer.stages.pretrain.masking import MaskingCollator
+from finetune_trainer.training.stage_result import save_result
 
 Job = dict[str, Any]
 BLOCK, ROWS, PROBABILITY = 64, 4000, 0.15

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from finetune_trainer.training.results import save_result
+from finetune_trainer.training.stage_result import save_result
 
 Job = dict[str, Any]
 Tensors = dict[str, torch.Tensor]

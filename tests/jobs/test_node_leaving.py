@@ -13,7 +13,7 @@ from servers import free_port
 
 from finetune_api.report import AttemptReport
 from finetune_trainer.launch import node
-from finetune_trainer.launch.attempt import TOKEN_FILE_VARIABLE
+from finetune_trainer.launch.drive import TOKEN_FILE_VARIABLE
 from finetune_trainer.progress.report_server import ReportServer
 
 HERE = "127.0.0.1"

@@ -13,8 +13,8 @@ PROGRAM = """
 import sys, threading
 from pathlib import Path
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.launch.driver import Pipeline
-from finetune_trainer.progress.plain import PlainReporter
+from finetune_trainer.launch.pipeline import Pipeline
+from finetune_trainer.progress.plain_reporter import PlainReporter
 run = RunConfig.model_validate_json(Path(sys.argv[1]).read_text())
 Pipeline(run, PlainReporter(sys.stdout), threading.Event()).execute(resume=True, checked=True)
 """

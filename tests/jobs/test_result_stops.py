@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from finetune_cli.main import app
 from finetune_trainer.form import read_form
 from finetune_trainer.generation.merge import merge
-from finetune_trainer.training.results import adapter_note, save_result
+from finetune_trainer.training.stage_result import adapter_note, save_result
 
 Job = dict[str, Any]
 QUESTION = "2 plus 2"

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typer.testing import CliRunner
 
 from finetune_cli.main import app
-from finetune_trainer.training.results import save_result
+from finetune_trainer.training.stage_result import save_result
 
 Job = dict[str, Any]
 CLOSE = 1e-5

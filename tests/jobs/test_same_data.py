@@ -17,14 +17,14 @@ from transformers import AutoTokenizer
 
 from finetune_api.runconfig import RunConfig
 from finetune_cli.jobfile import read_job, run_config
-from finetune_trainer.checkpoint.store import CheckpointStore, Manifest
 from finetune_trainer.errors import UserError
-from finetune_trainer.launch.cluster import plan_workers
 from finetune_trainer.launch.preparation import Preparation
 from finetune_trainer.launch.resume import open_run
 from finetune_trainer.launch.same_data import Comparison, compare_data
-from finetune_trainer.pipeline import layouts
-from finetune_trainer.storage import Storage
+from finetune_trainer.plan.workers import plan_workers
+from finetune_trainer.stage_graph import layouts
+from finetune_trainer.storage.checkpoints import CheckpointStore, Manifest
+from finetune_trainer.storage.filesystem import Storage
 from finetune_trainer.training.context import StageContext
 
 Job = dict[str, Any]

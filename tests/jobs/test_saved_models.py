@@ -25,12 +25,12 @@ from transformers import (
 from typer.testing import CliRunner
 
 from finetune_cli.main import app
-from finetune_trainer.evaluation.contenders import contenders, open_model
+from finetune_trainer.evaluation.compared_models import contenders, open_model
 from finetune_trainer.evaluation.likelihood import likelihoods
 from finetune_trainer.evaluation.rows import eval_rows
 from finetune_trainer.generation.load import load
-from finetune_trainer.storage import Storage
-from finetune_trainer.training.results import save_result
+from finetune_trainer.storage.filesystem import Storage
+from finetune_trainer.training.stage_result import save_result
 
 Job = dict[str, Any]
 Write = Callable[[Job], Path]

@@ -20,9 +20,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from finetune_trainer.model.score import read_at_last_token, score_pad
-from finetune_trainer.rewards.models import load_reward_model
-from finetune_trainer.training.results import save_result
+from finetune_trainer.model.reward_score import read_at_last_token, score_pad
+from finetune_trainer.rewards.reward_models import load_reward_model
+from finetune_trainer.training.stage_result import save_result
 
 Job = dict[str, Any]
 END = "<|end|>"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune_api.cluster import Resources
-from finetune_trainer.launch.seat import Seat, replaces_nodes, seat
+from finetune_trainer.launch.node_role import Seat, replaces_nodes, seat
 
 RESOURCES = Resources.model_validate({"workersPerNode": 2})
 PLACES = '--resources={"finetune_worker": 2}'

@@ -22,9 +22,8 @@ from two_workers import on_two_workers
 from finetune_api.cluster import RunPolicy
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.data import Prepared, prepare
-from finetune_trainer.data.places import note_prepared
-from finetune_trainer.launch import group_fit
-from finetune_trainer.launch.cluster import Workers
+from finetune_trainer.data.cache_usage import note_prepared
+from finetune_trainer.launch import worker_group
 from finetune_trainer.launch.failures import Kind, _kind
 from finetune_trainer.launch.sharing.carriers import (
     IN_FLIGHT_BYTES,
@@ -37,12 +36,13 @@ from finetune_trainer.launch.sharing.files import Entry, Roots, entries_of, read
 from finetune_trainer.launch.sharing.node_files import NodeFiles
 from finetune_trainer.launch.sharing.offer import Offers
 from finetune_trainer.launch.sharing.receiver import Receiver
-from finetune_trainer.pipeline import directories
-from finetune_trainer.storage import Storage
+from finetune_trainer.launch.sharing.records import Place
+from finetune_trainer.plan.workers import Workers
+from finetune_trainer.stage_graph import directories
+from finetune_trainer.storage.filesystem import Storage
+from finetune_trainer.training.collectives import Peers, missing_ranks
 from finetune_trainer.training.context import Placement
 from finetune_trainer.training.deepspeed import set_group_timeout
-from finetune_trainer.training.offer import Place
-from finetune_trainer.training.peers import Peers, missing_ranks
 
 DATA = Place("cache", "prepared/abc")
 CHUNK = 1000
@@ -294,12 +294,12 @@ def test_an_entry_says_where_a_link_leads(tmp_path: Path) -> None:
 
 
 def test_the_time_limit_of_collectives_goes_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_fit, "asked", dict)  # what a running cluster would say
+    monkeypatch.setattr(worker_group, "asked", dict)  # what a running cluster would say
     job = copy.deepcopy(JOB)
     job["spec"]["runPolicy"] = {"ddpTimeout": 77}
     places = {"root": str(tmp_path), "baseDir": "/", "cacheDir": str(tmp_path)}
     run = RunConfig.model_validate({"job": job, **places})
-    fit = group_fit.GroupFit(
+    fit = worker_group.GroupFit(
         run, Workers(2, 2, False, 1), print, threading.Event(), lambda stall: pytest.fail(str(stall))
     )
     assert fit._trainer([], None).backend_config.timeout_s == 77

@@ -16,12 +16,14 @@ from in_process import open_stage
 
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch import cluster, stage_run
-from finetune_trainer.launch.cluster import Workers, start_ray
+from finetune_trainer.launch.cluster import start_ray
+from finetune_trainer.launch.work_order import WorkOrder
+from finetune_trainer.plan.workers import Workers
 from finetune_trainer.progress.channel import WorkerEnd
 from finetune_trainer.runtime import allocator_environment
 from finetune_trainer.training.memory import Usage, reset_peaks, usage
-from finetune_trainer.training.tools import StageTools
-from finetune_trainer.training.work import StageWork, WorkOrder
+from finetune_trainer.training.stage_io import StageTools
+from finetune_trainer.training.stage_work import StageWork
 
 Job = dict[str, Any]
 GIB = 1 << 30

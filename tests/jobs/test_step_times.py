@@ -14,11 +14,11 @@ from two_workers import on_two_workers
 
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch.stage_run import stage_context
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.filesystem import Storage
+from finetune_trainer.training.collectives import Peers
 from finetune_trainer.training.context import Placement
-from finetune_trainer.training.peers import Peers
+from finetune_trainer.training.stage_work import StageWork
 from finetune_trainer.training.step_times import LEAST, StepTimes, spread
-from finetune_trainer.training.work import StageWork
 
 
 def test_the_node_that_is_slower_than_the_others_is_named() -> None:

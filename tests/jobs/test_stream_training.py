@@ -13,7 +13,7 @@ from transformers import PrinterCallback, TrainerCallback
 from finetune_trainer.data import StreamedRows
 from finetune_trainer.stages import make_trainer
 from finetune_trainer.training.context import ResumePoint, StageContext
-from finetune_trainer.training.forget import forget_stage
+from finetune_trainer.training.reset_state import forget_stage
 
 Job = dict[str, Any]
 STEPS, KEPT = 6, 3

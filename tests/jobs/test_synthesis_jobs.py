@@ -16,7 +16,7 @@ import running
 from faulty_teacher import KEY, FaultyTeacher
 from synthesis_jobs import DOCUMENTS, SCRIPT, account, brain, end_whole_tree, files, journaled, rows, stage
 
-from finetune_trainer.progress.format import percent
+from finetune_trainer.progress.formatting import percent
 
 Job = dict[str, Any]
 Write = Callable[[Job], Path]

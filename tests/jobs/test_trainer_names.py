@@ -16,15 +16,15 @@ import pytest
 import transformers
 import trl
 
-from finetune_trainer.stages.dpo import DpoTrainer
-from finetune_trainer.stages.esft import EsftTrainer
-from finetune_trainer.stages.online import OnlineTrainer
-from finetune_trainer.stages.policy import PolicyTrainer
-from finetune_trainer.stages.pretrain import CausalTrainer, MaskedTrainer
-from finetune_trainer.stages.reward import RewardTrainer
-from finetune_trainer.stages.rlhf import GrpoTrainer, RlooTrainer
-from finetune_trainer.stages.round_trainer import RoundTrainer
-from finetune_trainer.stages.sft import SftTrainer
+from finetune_trainer.stages.dpo.stage import DpoTrainer
+from finetune_trainer.stages.esft.stage import EsftTrainer
+from finetune_trainer.stages.online.round_trainer import RoundTrainer
+from finetune_trainer.stages.online.stage import OnlineTrainer
+from finetune_trainer.stages.pretrain.stage import CausalTrainer, MaskedTrainer
+from finetune_trainer.stages.reward.stage import RewardTrainer
+from finetune_trainer.stages.rlhf.policy import PolicyTrainer
+from finetune_trainer.stages.rlhf.stage import GrpoTrainer, RlooTrainer
+from finetune_trainer.stages.sft.stage import SftTrainer
 from finetune_trainer.training.pair_trainer import PairTrainer
 from finetune_trainer.training.stage_trainer import StageTrainer
 

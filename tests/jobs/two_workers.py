@@ -18,7 +18,7 @@ from ray import cloudpickle
 from servers import free_port
 
 SECONDS = 120
-IMPORTS = ["finetune_trainer.launch.stage_run", "finetune_trainer.stages.sft"]
+IMPORTS = ["finetune_trainer.launch.stage_run", "finetune_trainer.stages.sft.stage"]
 
 
 def on_two_workers(work: Callable[[int], Any]) -> list[Any]:

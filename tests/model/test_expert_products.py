@@ -11,8 +11,8 @@ from expert_models import batch, build
 from peft import get_peft_model
 
 from finetune_api.training import Lora
-from finetune_trainer.adapters import lora_config
-from finetune_trainer.model.expert_products import FactoredStack, compute_by_autocast, factor_adapters
+from finetune_trainer.model.expert_matmul import FactoredStack, compute_by_autocast, factor_adapters
+from finetune_trainer.model.lora import lora_config
 
 Gradients = dict[str, torch.Tensor]
 

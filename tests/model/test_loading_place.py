@@ -14,9 +14,9 @@ from in_process import open_stage
 from saved_models import make_model, save
 
 from finetune_trainer.model.load import load_whole
-from finetune_trainer.stages.adapted import starting_model
+from finetune_trainer.training.adapter_model import starting_model
 from finetune_trainer.training.context import Placement
-from finetune_trainer.training.forget import forget_stage
+from finetune_trainer.training.reset_state import forget_stage
 
 META = torch.device("meta")
 """Stands in for an accelerator: what is read onto it never was in the host's memory."""

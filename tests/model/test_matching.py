@@ -15,9 +15,9 @@ from saved_models import WEIGHTS, changed, configure, logits, make_model, save
 from torch import Tensor
 
 from finetune_trainer.errors import UserError
+from finetune_trainer.model.checkpoint_matching import match_checkpoint
 from finetune_trainer.model.config import read_config
 from finetune_trainer.model.load import load_whole
-from finetune_trainer.model.matching import match_checkpoint
 from finetune_trainer.model.task import auto_class
 
 Tensors = dict[str, Tensor]

@@ -17,12 +17,12 @@ from saved_models import logits, make_model, make_tokenizer, save
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from finetune_api.training import Lora
-from finetune_trainer.adapters import lora_config
 from finetune_trainer.errors import UserError
 from finetune_trainer.generation.merge import merge
 from finetune_trainer.model.adapter import attach_adapter
 from finetune_trainer.model.base_files import open_base
 from finetune_trainer.model.load import load_whole
+from finetune_trainer.model.lora import lora_config
 from finetune_trainer.model.merged_files import MergePlan, plan_merge
 from finetune_trainer.model.task import auto_class
 from finetune_trainer.model.vocabulary import resize_embeddings

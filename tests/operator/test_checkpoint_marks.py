@@ -7,12 +7,12 @@ from typing import Any
 
 from worlds import NOW, VALID, attempt, body, conditions, pod, run, seen
 
-from finetune_operator.actions import MarkCheckpoint
-from finetune_operator.decide import decide
-from finetune_operator.names import mark_of
-from finetune_operator.observed import RunState, pod_view
+from finetune_operator.core.names import mark_of
+from finetune_operator.core.settings import Settings
+from finetune_operator.core.snapshot import RunState, pod_view
+from finetune_operator.decide.actions import MarkCheckpoint
+from finetune_operator.decide.decide import decide
 from finetune_operator.plan import Annotate, plan
-from finetune_operator.settings import Settings
 
 SETTINGS = Settings()
 RUNNING = {"conditions": [*VALID, *conditions(Running="True/Training")], "attempts": [attempt(1)], "attempt": 1}

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from worlds import NOW, ago, body, pod, run, said
 
-from finetune_operator.advice import with_advice, with_preflight_advice
-from finetune_operator.classify import Ending, classify, waiting
-from finetune_operator.complaints import complaints_of
-from finetune_operator.conditions import Reason
-from finetune_operator.observed import Complaint, PodView, RunState, pod_view
+from finetune_operator.core.conditions import Reason
+from finetune_operator.core.snapshot import Complaint, PodView, RunState, pod_view
+from finetune_operator.decide.classify import Ending, classify, waiting
+from finetune_operator.decide.oom_advice import with_advice, with_preflight_advice
+from finetune_operator.observe.warning_events import complaints_of
 
 FRAMES = 'Traceback (most recent call last):\n  File "/x.py", line 1, in step\n    loss.backward()\n'
 FAILED = run(state=RunState.FAILED)

@@ -8,8 +8,14 @@ from typing import Any
 
 from worlds import NOW, pod, run, seen
 
-from finetune_operator.complaints import EVERY_SECONDS, FIRST_SECONDS, PAUSE_SECONDS, QUEUE_SECONDS, Complaints
-from finetune_operator.observed import Observed, RunState
+from finetune_operator.core.snapshot import Observed, RunState
+from finetune_operator.observe.warning_events import (
+    EVERY_SECONDS,
+    FIRST_SECONDS,
+    PAUSE_SECONDS,
+    QUEUE_SECONDS,
+    Complaints,
+)
 
 Json = dict[str, Any]
 MESSAGE = "pods are forbidden: exceeded quota"

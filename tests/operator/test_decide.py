@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from worlds import NOW, UID, VALID, ago, attempt, conditions, pod, run, said, seen
 
-from finetune_operator.actions import AbandonRun, Decision, DeleteJob, DeleteRun, HoldJob, StartRun, StopRun
-from finetune_operator.conditions import Reason
-from finetune_operator.decide import decide
-from finetune_operator.display import plan_words
-from finetune_operator.names import FINALIZER, support_name
-from finetune_operator.observed import Complaint, Observed, RunState, RunView, Trouble
-from finetune_operator.settings import Settings
+from finetune_operator.core.conditions import Reason
+from finetune_operator.core.names import FINALIZER, support_name
+from finetune_operator.core.settings import Settings
+from finetune_operator.core.snapshot import Complaint, Observed, RunState, RunView, Trouble
+from finetune_operator.decide.actions import AbandonRun, Decision, DeleteJob, DeleteRun, HoldJob, StartRun, StopRun
+from finetune_operator.decide.decide import decide
+from finetune_operator.decide.printer_columns import plan_words
 
 SETTINGS = Settings(backoff_seconds=10, backoff_cap_seconds=300)
 TOKEN = support_name("tiny", 1, UID, SETTINGS.token_key)

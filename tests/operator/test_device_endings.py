@@ -10,16 +10,16 @@ from device_texts import TEXTS, DeviceText
 from worlds import NOW, VALID, attempt, body, pod, run, said, seen
 
 from finetune_api.device_faults import FaultKind, Retry, device_fault
-from finetune_operator.actions import StartRun
-from finetune_operator.advice import with_advice
-from finetune_operator.attempts import avoided
-from finetune_operator.classify import Ending, classify
-from finetune_operator.conditions import Reason
-from finetune_operator.decide import decide
+from finetune_operator.core.conditions import Reason
+from finetune_operator.core.settings import Settings
+from finetune_operator.core.snapshot import PodView, RunState
+from finetune_operator.decide.actions import StartRun
+from finetune_operator.decide.attempts import avoided
+from finetune_operator.decide.classify import Ending, classify
+from finetune_operator.decide.decide import decide
+from finetune_operator.decide.oom_advice import with_advice
 from finetune_operator.engines import ENGINES
-from finetune_operator.observed import PodView, RunState
 from finetune_operator.render.run import Run
-from finetune_operator.settings import Settings
 
 FRAMES = 'Traceback (most recent call last):\n  File "/x.py", line 1, in step\n    loss.backward()\n'
 FAILED = run(state=RunState.FAILED)

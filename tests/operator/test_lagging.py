@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from worlds import UID, attempt, conditions, pod, run, seen
 
-from finetune_operator.lagging import untold_ends, untold_runs
-from finetune_operator.observed import Observed, RunState
+from finetune_operator.core.snapshot import Observed, RunState
+from finetune_operator.observe.cache_staleness import untold_ends, untold_runs
 
 OPEN = {"attempts": [attempt(1)]}
 CLOSED = {"attempts": [attempt(1, "TrainingFailed", 10)]}

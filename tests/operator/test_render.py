@@ -11,13 +11,13 @@ import pytest
 from worlds import UID, body
 
 from finetune_api.runconfig import RunConfig
-from finetune_operator import names
-from finetune_operator.actions import DeleteRun, StartRun
+from finetune_operator.core import names
+from finetune_operator.core.settings import Settings
+from finetune_operator.core.snapshot import RunState
+from finetune_operator.decide.actions import DeleteRun, StartRun
 from finetune_operator.engines import ENGINES
-from finetune_operator.observed import RunState
 from finetune_operator.plan import Create, owned_by, patch_status, plan
 from finetune_operator.render.run import Run
-from finetune_operator.settings import Settings
 
 SETTINGS = Settings(token_key=b"k", ray_version="2.60.0", image="trainer:1")
 Json = dict[str, Any]

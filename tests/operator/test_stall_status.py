@@ -7,17 +7,17 @@ from typing import Any
 from prometheus_client import generate_latest
 from worlds import NOW, VALID, attempt, body, conditions, pod, run, said, seen
 
-from finetune_operator.actions import Decision, StartRun
-from finetune_operator.attempts import failures
-from finetune_operator.classify import classify
-from finetune_operator.conditions import Reason
-from finetune_operator.decide import decide
+from finetune_operator.core.conditions import Reason
+from finetune_operator.core.settings import Settings
+from finetune_operator.core.snapshot import RunState
+from finetune_operator.decide.actions import Decision, StartRun
+from finetune_operator.decide.attempts import failures
+from finetune_operator.decide.classify import classify
+from finetune_operator.decide.decide import decide
+from finetune_operator.decide.stalls import disliked
 from finetune_operator.engines import ENGINES
 from finetune_operator.metrics import Metrics
-from finetune_operator.observed import RunState
 from finetune_operator.render.run import Run
-from finetune_operator.settings import Settings
-from finetune_operator.stalls import disliked
 
 SETTINGS = Settings(backoff_seconds=10)
 RUNNING = {"conditions": [*VALID, *conditions(Running="True/Training")], "attempts": [attempt(1)], "attempt": 1}

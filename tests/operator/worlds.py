@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from finetune_api.report import AttemptReport
-from finetune_operator.observed import Observed, PodView, RunState, RunView
+from finetune_operator.core.snapshot import Observed, PodView, RunState, RunView
 
 Json = dict[str, Any]
 NOW = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)

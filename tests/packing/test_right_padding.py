@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from finetune_trainer.esft.routing import RoutingCounter
 from finetune_trainer.model.document_masks import decoder_of
+from finetune_trainer.model.reward_score import read_at_last_token
 from finetune_trainer.model.right_padding import drop_right_padding, is_causal
-from finetune_trainer.model.score import read_at_last_token
 from finetune_trainer.preflight.packing import Trial
 
 EXACT = 1e-5

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from finetune_api.cluster import Sharding
 from finetune_api.training import Lora
-from finetune_trainer.adapters import lora_config
-from finetune_trainer.model.expert_products import factor_adapters
+from finetune_trainer.model.expert_matmul import factor_adapters
+from finetune_trainer.model.lora import lora_config
 from finetune_trainer.plan import activations, communication
 from finetune_trainer.plan.memory import Memory, Workload, estimate
 from finetune_trainer.plan.model_size import AdapterSize, adapter_size, meta_model, model_size

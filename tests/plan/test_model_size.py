@@ -7,8 +7,8 @@ from tiny_models import tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from finetune_api.training import Lora
-from finetune_trainer.adapters import lora_config
 from finetune_trainer.errors import UserError
+from finetune_trainer.model.lora import lora_config
 from finetune_trainer.plan.model_size import adapter_size, meta_model, model_size
 
 CAUSAL = ["llama", "qwen3", "mixtral", "qwen3_moe", "qwen2_moe"]

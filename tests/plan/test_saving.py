@@ -28,7 +28,7 @@ from finetune_trainer.plan.saving import (
     saving,
 )
 from finetune_trainer.preflight.saving import job_saving, measured_speed, room_problems
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.filesystem import Storage
 
 LLAMA_70B = {
     "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,

@@ -124,19 +124,19 @@ def test_its_memory_by_hand() -> None:
 
 
 def test_the_worker_sets_what_is_planned(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune_trainer.stages import rlhf
+    from finetune_trainer.stages.rlhf import stage
 
     install("0.30.2")
     planned, gpu = plan(), known_device("H200")
     assert gpu is not None
-    monkeypatch.setattr(rlhf, "local_device", lambda: gpu)
-    assert rlhf.engine_arguments(_context(accelerator=True), _spec()) == {
+    monkeypatch.setattr(stage, "local_device", lambda: gpu)
+    assert stage.engine_arguments(_context(accelerator=True), _spec()) == {
         "use_vllm": True,
         "vllm_mode": "colocate",
         "vllm_gpu_memory_utilization": utilization(planned.memory.drawing, gpu.memory_bytes),
         "vllm_max_model_length": 26,
     }
-    assert rlhf.engine_arguments(_context(accelerator=False), _spec()) == {"use_vllm": False}
+    assert stage.engine_arguments(_context(accelerator=False), _spec()) == {"use_vllm": False}
 
 
 def _context(accelerator: bool) -> Any:

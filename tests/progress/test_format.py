@@ -4,7 +4,16 @@ import math
 
 import pytest
 
-from finetune_trainer.progress.format import clean, count, duration, named_metrics, number, percent, size, step_parts
+from finetune_trainer.progress.formatting import (
+    clean,
+    count,
+    duration,
+    named_metrics,
+    number,
+    percent,
+    size,
+    step_parts,
+)
 from finetune_trainer.progress.reporter import Progress
 
 

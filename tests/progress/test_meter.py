@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from finetune_trainer.progress.meter import Meter, Rates
+from finetune_trainer.progress.throughput import Meter, Rates
 
 
 def test_nothing_is_known_before_two_marks() -> None:

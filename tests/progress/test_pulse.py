@@ -13,19 +13,19 @@ from pathlib import Path
 import pytest
 
 from finetune_api.report import AttemptReport
-from finetune_trainer.launch import attempt
+from finetune_trainer.heartbeat import Phase, Pulse, during, pulse
+from finetune_trainer.launch import drive
 from finetune_trainer.launch.driver_watch import DriverWatch
-from finetune_trainer.launch.stacks import Stacks, collect, kill
-from finetune_trainer.launch.stall_inquiry import culprit, record
+from finetune_trainer.launch.stack_dumps import Stacks, collect, kill
+from finetune_trainer.launch.stall_diagnosis import culprit, record
 from finetune_trainer.launch.stall_watch import LEAST_SECONDS, STEPS, Stall, StallWatch
-from finetune_trainer.progress.activity import activity, state
-from finetune_trainer.progress.attempt import AttemptReporter
-from finetune_trainer.progress.beats import Beat, PulseThread, place_of
-from finetune_trainer.pulse import Phase, Pulse, during, pulse
+from finetune_trainer.progress.attempt_report import AttemptReporter
+from finetune_trainer.progress.heartbeats import Beat, PulseThread, place_of
+from finetune_trainer.progress.process_activity import activity, state
 
 WORKER = """
 import os, sys, threading, time
-from finetune_trainer.launch.stacks import answer_signals
+from finetune_trainer.launch.stack_dumps import answer_signals
 answer_signals()
 def a_read_that_hangs():
     print("ready", flush=True)
@@ -237,9 +237,9 @@ def test_a_driver_that_hangs_is_told_with_its_stacks_and_one_that_waits_for_othe
 
 
 def test_the_last_word_of_a_driver_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempt, "TERMINATION_LOG", tmp_path / "log")
+    monkeypatch.setattr(drive, "TERMINATION_LOG", tmp_path / "log")
     monkeypatch.setenv("FINETUNE_NODE_NAME", "node-b")
-    code = attempt.end_hung(AttemptReporter(["sft"]), "no progress of the driver for 9 s; its stacks:\nFile x")
+    code = drive.end_hung(AttemptReporter(["sft"]), "no progress of the driver for 9 s; its stacks:\nFile x")
     report = AttemptReport.model_validate_json((tmp_path / "log").read_text())
     assert code == 1 and (report.node, report.exit_code) == ("node-b", 1)
     assert report.stalled == "no progress of the driver for 9 s" and "File x" not in (report.message or "")

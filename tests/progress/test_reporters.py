@@ -7,10 +7,10 @@ import re
 import pytest
 from rich.console import Console
 
-from finetune_trainer.progress.attempt import AttemptReporter
-from finetune_trainer.progress.console import ConsoleReporter, StageLine, fit, reporter_for
-from finetune_trainer.progress.multi import Reporters
-from finetune_trainer.progress.plain import PlainReporter
+from finetune_trainer.progress.attempt_report import AttemptReporter
+from finetune_trainer.progress.console_reporter import ConsoleReporter, StageLine, fit, reporter_for
+from finetune_trainer.progress.multi_reporter import Reporters
+from finetune_trainer.progress.plain_reporter import PlainReporter
 from finetune_trainer.progress.reporter import Progress, Reporter
 
 

@@ -14,8 +14,8 @@ from finetune_trainer.layout import StageLayout
 from finetune_trainer.report import write_report
 from finetune_trainer.report.bars import Bars
 from finetune_trainer.report.collect import StageRecord
-from finetune_trainer.report.evaluations import evaluation
-from finetune_trainer.storage import Storage
+from finetune_trainer.report.evaluation_view import evaluation
+from finetune_trainer.storage.filesystem import Storage
 
 LAYOUT = StageLayout(1, "check")
 HOSTILE = "<script>alert(1)</script>\x1b[2J"

@@ -12,7 +12,7 @@ import pytest
 from finetune_trainer.report import write_report
 from finetune_trainer.report.collect import StageRecord, collect
 from finetune_trainer.report.views import memory_facts, panels
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.filesystem import Storage
 
 GIB = 1 << 30
 ON_GPU = {"peak": 40 * GIB, "reserved": 44 * GIB, "context": GIB // 2, "nccl": GIB}

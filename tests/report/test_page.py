@@ -12,7 +12,7 @@ import pytest
 
 from finetune_trainer.esft.heat_map import draw
 from finetune_trainer.report import write_report
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.filesystem import Storage
 
 TITLES = ["tokenizer", "pretrain", "sft", "dpo"]
 LOADING = ("src", "href", "xlink:href", "srcset", "data")

@@ -13,7 +13,7 @@ from faulty_teacher import FaultyTeacher
 from finetune_api.endpoint import Endpoint
 from finetune_trainer.endpoint.journal import Journal
 from finetune_trainer.rewards.endpoint_judge import EndpointJudge, read_scores, shown_order
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.filesystem import Storage
 
 PROMPTS = [[{"role": "user", "content": f"Question {number}"}] for number in range(12)]
 ANSWERS = [

@@ -10,9 +10,9 @@ import pytest
 
 from finetune_trainer.errors import UserError
 from finetune_trainer.rewards.combined import NamedReward, columns_of, weighted
+from finetune_trainer.rewards.from_spec import import_function
 from finetune_trainer.rewards.functions import ExactMatch, PatternMatch, load_function
 from finetune_trainer.rewards.judge import RewardJudge, best_and_worst, win_rate
-from finetune_trainer.rewards.of_job import import_function
 
 
 def _said(text: str) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ import pytest
 
 from finetune_api.claims import claim_of, mounted
 from finetune_trainer.data.sources import resolve
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.filesystem import Storage
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ import pytest
 from kube_assets import MissingAsset, assets
 from servers import Server, free_port
 
-from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.data.readers import read_rows
 from finetune_trainer.data.sources import find_files
 from finetune_trainer.layout import MANIFEST, StageLayout
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.checkpoints import CheckpointStore
+from finetune_trainer.storage.filesystem import Storage
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(120, func_only=True)]  # the first has the server built
 BUCKET = "models"

@@ -12,14 +12,14 @@ from uuid import uuid4
 import pytest
 from s3_server import BUCKET, S3Server
 
-from finetune_trainer import patience
-from finetune_trainer.checkpoint.hold import Hold
-from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.data.readers import read_rows
 from finetune_trainer.data.sources import find_files
 from finetune_trainer.errors import Interrupted
 from finetune_trainer.layout import MANIFEST, RUN_CONFIG, StageLayout
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage import retry
+from finetune_trainer.storage.checkpoints import CheckpointStore
+from finetune_trainer.storage.fencing import Hold
+from finetune_trainer.storage.filesystem import Storage
 
 MIB = 1 << 20
 RUN = {"world_size": 1, "zero": 0, "rows_per_step": 2, "shards": 1}
@@ -143,8 +143,8 @@ def test_a_server_that_is_away_in_the_middle_of_a_save_loses_no_checkpoint(
 ) -> None:
     """It is killed once the upload has begun (or a little later), and comes back after a while; the wait is told."""
     told: list[str] = []
-    monkeypatch.setattr(patience._waits, "told", None)  # what listened before listens again afterwards
-    patience.listen(told.append)
+    monkeypatch.setattr(retry._waits, "told", None)  # what listened before listens again afterwards
+    retry.listen(told.append)
     place = written(store, 30, 200 * MIB)
     content = (place / "model.safetensors").read_bytes()
     saving = threading.Thread(target=lambda: (store.push(30), store.publish(30, **RUN)))
@@ -173,7 +173,7 @@ def test_what_no_waiting_mends_is_told_at_once(s3: S3Server) -> None:
 
 
 def test_patience_ends(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "FIRST_SECONDS", 0.1)
+    monkeypatch.setattr(retry, "FIRST_SECONDS", 0.1)
     nowhere = Storage(f"s3://{BUCKET}/x", patience=0.2, endpoint_url="http://127.0.0.1:9")
     with pytest.raises(OSError, match="writing a"):
         nowhere.write_text("a", "b")

@@ -15,13 +15,13 @@ from faulty_teacher import FAULTS, KEY, FaultyTeacher
 from finetune_api.endpoint import Endpoint
 from finetune_api.generation import Generation
 from finetune_trainer.endpoint import client as client_module
-from finetune_trainer.endpoint.answers import JournaledClient
 from finetune_trainer.endpoint.chat import BadBody, ChatAnswer, ChatRequest, read_answer
 from finetune_trainer.endpoint.client import ChatClient, NoAnswer, retry_after
 from finetune_trainer.endpoint.cost import cost_of
 from finetune_trainer.endpoint.journal import Journal
+from finetune_trainer.endpoint.journaled_client import JournaledClient
 from finetune_trainer.errors import UserError
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.filesystem import Storage
 
 
 def echo(body: dict[str, Any]) -> str:

@@ -17,9 +17,8 @@ from finetune_api.stages import Dedup, Evolve, Questions, SynthesizeSpec, Text2C
 from finetune_trainer.endpoint.chat import ChatAnswer
 from finetune_trainer.queries.graph_schema import SchemaError, read_schema, statements
 from finetune_trainer.queries.sandbox import Sandbox, make_database
-from finetune_trainer.stages.teacher_endpoint import run_query
+from finetune_trainer.stages.synthesize.teacher_endpoint import run_query
 from finetune_trainer.synthesis import prompts, reasons
-from finetune_trainer.synthesis.asking import Teacher
 from finetune_trainer.synthesis.cleaning import EvaluationTexts, bands, decontaminated, deduplicated
 from finetune_trainer.synthesis.drive import Results, drive, drive_in_step
 from finetune_trainer.synthesis.effects import Ask, Effect, Failed, Item, Made, Outcome, Rejected, Reply
@@ -28,6 +27,7 @@ from finetune_trainer.synthesis.outcome import account, rows_text
 from finetune_trainer.synthesis.pairs import pair_items
 from finetune_trainer.synthesis.parse import Malformed, json_object
 from finetune_trainer.synthesis.questions import chunks, question_items
+from finetune_trainer.synthesis.teacher_requests import Teacher
 
 SQL = """
 CREATE TABLE singer (name TEXT PRIMARY KEY, age INTEGER, country TEXT);

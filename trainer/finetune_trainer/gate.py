@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import EvaluateSpec, Gate
 from finetune_trainer.errors import GateNotPassed
-from finetune_trainer.pipeline import layouts, place
-from finetune_trainer.storage import Storage
+from finetune_trainer.stage_graph import layouts, place
+from finetune_trainer.storage.filesystem import Storage
 
 Measured = dict[str, dict[str, float]]
 """Metrics by model."""

@@ -23,8 +23,8 @@ from finetune_cli.cluster.reading import (
     short_duration,
     status_of,
 )
-from finetune_trainer.progress.console import BAR_MAX, BAR_MIN, fit
-from finetune_trainer.progress.format import clean, duration, named_metrics, step_parts
+from finetune_trainer.progress.console_reporter import BAR_MAX, BAR_MIN, fit
+from finetune_trainer.progress.formatting import clean, duration, named_metrics, step_parts
 from finetune_trainer.progress.reporter import Progress
 
 Json = dict[str, Any]

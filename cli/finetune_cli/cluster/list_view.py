@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_cli.cluster.reading import phase_of, seconds_between, short_duration, status_of
-from finetune_trainer.progress.format import clean
+from finetune_trainer.progress.formatting import clean
 
 Json = dict[str, Any]
 COLUMNS = ("stage", "step", "loss", "eta", "attempt")

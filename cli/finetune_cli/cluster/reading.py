@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune_trainer.progress.format import clean
+from finetune_trainer.progress.formatting import clean
 from finetune_trainer.progress.reporter import Progress
 
 Json = dict[str, Any]

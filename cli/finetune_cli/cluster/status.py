@@ -16,7 +16,7 @@ from finetune_cli.cluster.jobs import Jobs
 from finetune_cli.cluster.list_view import list_table
 from finetune_cli.cluster.reading import condition_of, has_ended, hint_of, phase_of, progress_of, status_of
 from finetune_cli.cluster.watching import Objects
-from finetune_trainer.progress.format import clean, step_parts
+from finetune_trainer.progress.formatting import clean, step_parts
 
 Json = dict[str, Any]
 Form = Literal["json", "yaml"]

@@ -12,7 +12,7 @@ from finetune_api.data import DataSpec, RowKind, StageName
 from finetune_api.generation import Generation
 from finetune_api.model import Path
 from finetune_api.problems import did_you_mean
-from finetune_api.stages.beside import BesideSpec
+from finetune_api.stages.non_training import BesideSpec
 from finetune_api.training import PositiveInt, Quantization
 
 Metric = Literal[

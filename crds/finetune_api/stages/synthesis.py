@@ -12,8 +12,8 @@ from finetune_api.data import Column, DataSource, DataSpec, RowKind, StageName
 from finetune_api.endpoint import Endpoint
 from finetune_api.generation import Generation
 from finetune_api.model import HubId, Path, Revision, Uri
-from finetune_api.stages.beside import BesideSpec
 from finetune_api.stages.evaluation import Database
+from finetune_api.stages.non_training import BesideSpec
 from finetune_api.training import PositiveInt
 
 METHODS = ("questions", "evolve", "text2cypher", "text2sql")

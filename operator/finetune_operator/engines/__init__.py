@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from finetune_operator.core.settings import Settings, engine_name
 from finetune_operator.engines import indexed_job, kuberay
 from finetune_operator.engines.engine import Engine
-from finetune_operator.settings import Settings, engine_name
 
 ENGINES: dict[str, Engine] = {"job": indexed_job.ENGINE, "kuberay": kuberay.ENGINE}
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_operator.observed import RunView
+from finetune_operator.core.snapshot import RunView
 from finetune_operator.render.run import Run
 
 Json = dict[str, Any]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_api.exit_codes import ExitCode
-from finetune_operator import names
+from finetune_operator.core import names
+from finetune_operator.core.snapshot import RunState, RunView, Told, run_view
 from finetune_operator.engines.engine import Engine
-from finetune_operator.observed import RunState, RunView, Told, run_view
 from finetune_operator.render.pods import pod_template
 from finetune_operator.render.run import Run
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune_api.slots import LEAST_CPUS, offered
+from finetune_operator.core.snapshot import RunState, RunView, Told, run_view
 from finetune_operator.engines.engine import Engine
 from finetune_operator.engines.indexed_job import NODE_COMMAND
-from finetune_operator.observed import RunState, RunView, Told, run_view
 from finetune_operator.render.pods import pod_template
 from finetune_operator.render.run import Run
 from finetune_operator.render.support import DASHBOARD_PORT

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from finetune_api.report import NODE_VARIABLE, PORT
-from finetune_operator import names
+from finetune_operator.core import names
 from finetune_operator.render import support
 from finetune_operator.render.affinity import away_from, rather_away_from
 from finetune_operator.render.run import Run

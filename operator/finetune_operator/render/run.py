@@ -8,8 +8,8 @@ from typing import Any
 from finetune_api.cluster import Resources
 from finetune_api.job import API_VERSION, KIND
 from finetune_api.kubernetes import Kubernetes
-from finetune_operator import names
-from finetune_operator.settings import Settings
+from finetune_operator.core import names
+from finetune_operator.core.settings import Settings
 
 Json = dict[str, Any]
 

@@ -12,9 +12,9 @@ from finetune_api.claims import claim_of, mounted
 from finetune_api.job import API_VERSION, KIND
 from finetune_api.report import PORT
 from finetune_api.runconfig import RunConfig
-from finetune_operator import names
+from finetune_operator.core import names
+from finetune_operator.core.settings import engine_name
 from finetune_operator.render.run import Run
-from finetune_operator.settings import engine_name
 
 Json = dict[str, Any]
 DASHBOARD_PORT = 8265

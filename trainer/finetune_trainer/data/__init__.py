@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finetune_trainer.data.checks import inspect
     from finetune_trainer.data.collators import PackedCollator, PreferenceCollator, RewardCollator
-    from finetune_trainer.data.forms import Kind
-    from finetune_trainer.data.notes import reading_notes
     from finetune_trainer.data.preparation import prepare
     from finetune_trainer.data.report import DataReport, Prepared
+    from finetune_trainer.data.row_formats import Kind
+    from finetune_trainer.data.source_notes import reading_notes
     from finetune_trainer.data.streaming import StreamedRows
-    from finetune_trainer.data.texts import corpus_texts, eval_prompts
+    from finetune_trainer.data.untokenized import corpus_texts, eval_prompts
 
 __all__ = [
     "DataReport",
@@ -36,12 +36,12 @@ __all__ = [
 _MODULES = {
     "checks": ("inspect",),
     "collators": ("PackedCollator", "PreferenceCollator", "RewardCollator"),
-    "forms": ("Kind",),
-    "notes": ("reading_notes",),
+    "row_formats": ("Kind",),
+    "source_notes": ("reading_notes",),
     "preparation": ("prepare",),
     "report": ("DataReport", "Prepared"),
     "streaming": ("StreamedRows",),
-    "texts": ("corpus_texts", "eval_prompts"),
+    "untokenized": ("corpus_texts", "eval_prompts"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

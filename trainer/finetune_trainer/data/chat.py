@@ -11,11 +11,11 @@ from os.path import commonprefix
 import jinja2
 from transformers import PreTrainedTokenizerFast
 
-from finetune_trainer.data.fitting import fitted
+from finetune_trainer.data.assistant_spans import find_turns
 from finetune_trainer.data.messages import Message
+from finetune_trainer.data.reasoning import with_thought
 from finetune_trainer.data.template import ChatError, ChatTemplate, Span, Tools, template_of
-from finetune_trainer.data.thoughts import with_thought
-from finetune_trainer.data.turns import find_turns
+from finetune_trainer.data.template_messages import fitted
 
 UNENDED = "answers that no stop token ends: the model does not learn to stop after them"
 TOOLS_UNUSED = "`tools` that the chat template does not write"

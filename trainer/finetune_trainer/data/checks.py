@@ -13,9 +13,9 @@ import fsspec
 from finetune_api.data import DataSpec
 from finetune_api.problems import Problem, did_you_mean
 from finetune_api.stages import PromptSpec
-from finetune_trainer.data.forms import EmptyRow, Example, FormError, Kind, normalise
-from finetune_trainer.data.questions import has_reference
+from finetune_trainer.data.prompts import has_reference
 from finetune_trainer.data.readers import Row
+from finetune_trainer.data.row_formats import EmptyRow, Example, FormError, Kind, normalise
 from finetune_trainer.data.sources import Located, join_row, locate, source_rows
 from finetune_trainer.errors import UserError
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from finetune_trainer.data.chat import ChatFormat, Encoded
-from finetune_trainer.data.forms import Example, Kind, Message
-from finetune_trainer.data.plain import PlainFrame
-from finetune_trainer.data.questions import prompt_of
+from finetune_trainer.data.plain_text import PlainFrame
+from finetune_trainer.data.prompts import prompt_of
 from finetune_trainer.data.report import Stats
+from finetune_trainer.data.row_formats import Example, Kind, Message
 from finetune_trainer.data.template import ChatError, Tools
 
 Ids = list[int]

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from finetune_api.data import DataSpec
+from finetune_trainer.data.cache_keys import FORMAT_VERSION, hash_of, tokenizer_parts
 from finetune_trainer.data.encode import Encoding
-from finetune_trainer.data.keys import FORMAT_VERSION, hash_of, tokenizer_parts
 from finetune_trainer.data.readers import DataFile
 from finetune_trainer.data.shards import SHARDS
 from finetune_trainer.data.sources import Located

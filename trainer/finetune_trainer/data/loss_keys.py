@@ -6,7 +6,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from finetune_trainer.data.values import FormError, kind_name
+from finetune_trainer.data.json_values import FormError, kind_name
 
 HONOURED = ("weight", "train", "loss")
 """`weight: 0 | 1` (OpenAI, Mistral), `train: true | false` (Axolotl), `loss: true | false` (ms-swift)."""

@@ -18,9 +18,9 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from finetune_api.problems import did_you_mean, nearest
+from finetune_trainer.data.json_values import FormError, kind_name, without_nulls
 from finetune_trainer.data.loss_keys import bears_on_loss, carries_loss
 from finetune_trainer.data.tools import parse_calls, read_calls
-from finetune_trainer.data.values import FormError, kind_name, without_nulls
 
 Message = dict[str, Any]
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function")

@@ -21,11 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
 from finetune_api.stages import PretrainSpec, PromptSpec, SupervisedSpec, TrainedSpec
-from finetune_trainer.data.encode import IDENTICAL, NOTHING, TOO_LONG, Encoding
-from finetune_trainer.data.forms import Kind
-from finetune_trainer.data.hashes import stream_hash, tokens_hash
-from finetune_trainer.data.identity import DataKey
-from finetune_trainer.data.keys import (
+from finetune_trainer.data.cache_keys import (
     FORMAT_VERSION,
     content_digest,
     hash_of,
@@ -34,14 +30,18 @@ from finetune_trainer.data.keys import (
     tokenizer_key,
     tokenizer_parts,
 )
-from finetune_trainer.data.notes import notes_of, reading_notes
-from finetune_trainer.data.places import PREPARED, ROWS, named_table, note_prepared, note_table
+from finetune_trainer.data.cache_usage import PREPARED, ROWS, named_table, note_prepared, note_table
+from finetune_trainer.data.data_identity import DataKey
+from finetune_trainer.data.encode import IDENTICAL, NOTHING, TOO_LONG, Encoding
+from finetune_trainer.data.hashes import stream_hash, tokens_hash
 from finetune_trainer.data.report import DataReport, Prepared, Stats
+from finetune_trainer.data.row_formats import Kind
 from finetune_trainer.data.rows import RowStore, order_rows, store_rows
 from finetune_trainer.data.shards import read_shards
+from finetune_trainer.data.source_notes import notes_of, reading_notes
 from finetune_trainer.data.sources import locate
 from finetune_trainer.data.streaming import StreamedRows
-from finetune_trainer.data.tasks import pack_all, tokenise
+from finetune_trainer.data.tokenization import pack_all, tokenise
 from finetune_trainer.errors import UserError
 
 Log = Callable[[str], None]

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from finetune_api.problems import Problem
 from finetune_trainer.data.json_files import HEAD, JsonFault, Layout, layout_of, read_values, rows_within
-from finetune_trainer.data.values import kind_name
+from finetune_trainer.data.json_values import kind_name
 from finetune_trainer.errors import UserError
 
 Row = dict[str, Any]

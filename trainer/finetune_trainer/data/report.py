@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from torch.utils.data import IterableDataset
 
-from finetune_trainer.data.identity import DataKey
+from finetune_trainer.data.data_identity import DataKey
 
 Json = dict[str, Any]
 

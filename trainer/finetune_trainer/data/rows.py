@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
-from finetune_trainer.data.forms import EmptyRow, Example, FormError, Kind, normalise
+from finetune_trainer.data.row_formats import EmptyRow, Example, FormError, Kind, normalise
 from finetune_trainer.data.sources import Located, join_row, source_rows
 from finetune_trainer.errors import UserError
 

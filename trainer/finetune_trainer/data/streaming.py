@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
 from finetune_trainer.data.encode import Columns, Encoder, Encoding, cut_blocks
-from finetune_trainer.data.forms import EmptyRow, Example, FormError, Kind, normalise
 from finetune_trainer.data.packing import pack
 from finetune_trainer.data.report import Stats
+from finetune_trainer.data.row_formats import EmptyRow, Example, FormError, Kind, normalise
 from finetune_trainer.data.sources import Cursor, Located, join_row, locate, source_rows
 from finetune_trainer.errors import UserError
 from finetune_trainer.form import form_of

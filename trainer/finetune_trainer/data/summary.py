@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune_trainer.data.report import DataReport
-from finetune_trainer.progress.format import count, percent
+from finetune_trainer.progress.formatting import count, percent
 
 
 def data_line(report: DataReport) -> str:

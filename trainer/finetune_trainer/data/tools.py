@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_trainer.data.values import FormError, kind_name, parse_json, without_nulls
+from finetune_trainer.data.json_values import FormError, kind_name, parse_json, without_nulls
 
 Json = dict[str, Any]
 CALL = "expected a call as `{name, arguments}` or `{function: {name, arguments}}`"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from finetune_api.data import Transcript
+from finetune_trainer.data.json_values import FormError
 from finetune_trainer.data.messages import Message
-from finetune_trainer.data.values import FormError
 
 
 def parse_transcript(text: str, transcript: Transcript) -> list[Message]:

@@ -24,11 +24,11 @@ from tenacity import (
 from finetune_api.endpoint import Endpoint
 from finetune_api.problems import Problem
 from finetune_api.redact import MARK, redact
-from finetune_trainer.endpoint.body import Dialect
 from finetune_trainer.endpoint.chat import BadBody, ChatAnswer, ChatRequest, read_answer
-from finetune_trainer.endpoint.pace import Pace
+from finetune_trainer.endpoint.rate_limit import Pace
+from finetune_trainer.endpoint.request_body import Dialect
 from finetune_trainer.errors import UserError
-from finetune_trainer.pulse import beat
+from finetune_trainer.heartbeat import beat
 
 log = logging.getLogger(__name__)
 

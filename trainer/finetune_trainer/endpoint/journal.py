@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune_trainer.endpoint.chat import ChatAnswer
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.filesystem import Storage
 
 PART_BYTES = 4 << 20
 """A part that has grown to this size is closed, so that a remote store gets little again and again."""

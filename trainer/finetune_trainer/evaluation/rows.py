@@ -12,16 +12,16 @@ from transformers import PreTrainedTokenizerFast
 from finetune_api.problems import Problem
 from finetune_api.stages import Database, EvaluateSpec
 from finetune_api.stages.evaluation import PERPLEXITY
+from finetune_trainer.data.cache_keys import hash_of
 from finetune_trainer.data.encode import IGNORED, Encoder, Encoding
-from finetune_trainer.data.forms import Example
-from finetune_trainer.data.keys import hash_of
 from finetune_trainer.data.preparation import open_table
-from finetune_trainer.data.questions import has_reference, prompt_of
+from finetune_trainer.data.prompts import has_reference, prompt_of
 from finetune_trainer.data.report import Stats
+from finetune_trainer.data.row_formats import Example
 from finetune_trainer.data.rows import order_rows
 from finetune_trainer.data.template import ChatError
 from finetune_trainer.errors import UserError
-from finetune_trainer.evaluation.queries import open_database, query_in, returned
+from finetune_trainer.evaluation.query_execution import open_database, query_in, returned
 from finetune_trainer.form import Form, form_of
 from finetune_trainer.queries.result import QueryFailed
 

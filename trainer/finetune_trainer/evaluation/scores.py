@@ -12,7 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
 from finetune_api.stages import EvaluateSpec
-from finetune_trainer.evaluation.queries import execution
+from finetune_trainer.evaluation.query_execution import execution
 from finetune_trainer.queries.sandbox import Sandbox
 
 Row = dict[str, Any]

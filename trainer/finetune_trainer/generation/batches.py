@@ -10,13 +10,13 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from finetune_trainer.generation.attention import without_cudnn_attention
+from finetune_trainer.generation.attention_kernels import without_cudnn_attention
 from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.generation.prompts import Prompt, encode, stop_ids
 from finetune_trainer.generation.sampling import SeededSampling, draws
+from finetune_trainer.heartbeat import beat
 from finetune_trainer.model.precision import autocast_mixed
 from finetune_trainer.model.router_logits import no_router_logits
-from finetune_trainer.pulse import beat
 
 
 @dataclass(frozen=True)

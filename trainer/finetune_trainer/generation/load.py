@@ -18,15 +18,15 @@ from transformers.models.auto.modeling_auto import (
 from finetune_api.model import ModelSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.form import Form, read_form
+from finetune_trainer.generation.find_result import find_result
 from finetune_trainer.generation.prompts import form_is_plain, has_template
-from finetune_trainer.generation.result import find_result
 from finetune_trainer.model.adapter import ADAPTER_WEIGHTS, attach_adapter
 from finetune_trainer.model.base_files import open_base
 from finetune_trainer.model.composite_families import is_composite
 from finetune_trainer.model.config import load_tokenizer, read_config
 from finetune_trainer.model.load import JobModel, load_whole, on_device
-from finetune_trainer.model.saved import base_of, is_adapter, root_of
 from finetune_trainer.model.saved_base import SavedBase
+from finetune_trainer.model.saved_model import base_of, is_adapter, root_of
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.model.task import auto_class
 from finetune_trainer.model.vocabulary import needed_rows, resize_embeddings

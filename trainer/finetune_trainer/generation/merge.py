@@ -14,14 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from finetune_trainer.errors import UserError
 from finetune_trainer.esft.adapter_files import is_expert_adapter
 from finetune_trainer.form import FORM_FILE
+from finetune_trainer.generation.find_result import find_result
 from finetune_trainer.generation.load import load, open_result
-from finetune_trainer.generation.result import find_result
-from finetune_trainer.generation.stops import write_stops
+from finetune_trainer.generation.stop_tokens import write_stops
 from finetune_trainer.model.composite import AutoLanguageModel
+from finetune_trainer.model.composite_result import complete_result
 from finetune_trainer.model.load import SHARD_SIZE
 from finetune_trainer.model.merged_files import plan_merge
-from finetune_trainer.model.saved import is_adapter
-from finetune_trainer.model.write_back import complete_result
+from finetune_trainer.model.saved_model import is_adapter
 
 
 def merge(result_dir: str, out: Path) -> None:

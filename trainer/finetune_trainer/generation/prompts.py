@@ -8,10 +8,10 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 
 from finetune_api.problems import Problem
-from finetune_trainer.data.fitting import fitted
-from finetune_trainer.data.forms import Message
-from finetune_trainer.data.plain import PlainFrame
+from finetune_trainer.data.plain_text import PlainFrame
+from finetune_trainer.data.row_formats import Message
 from finetune_trainer.data.template import ChatError, ChatTemplate, Tools, template_of
+from finetune_trainer.data.template_messages import fitted
 from finetune_trainer.errors import UserError
 from finetune_trainer.form import Form
 

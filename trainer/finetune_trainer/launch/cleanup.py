@@ -6,10 +6,10 @@ from pathlib import Path
 
 from finetune_api.exit_codes import ExitCode
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.launch.attempt import say_last_word
+from finetune_trainer.launch.drive import say_last_word
 from finetune_trainer.layout import RUN_CONFIG
-from finetune_trainer.progress.attempt import AttemptReporter
-from finetune_trainer.storage import Storage
+from finetune_trainer.progress.attempt_report import AttemptReporter
+from finetune_trainer.storage.filesystem import Storage
 
 
 def run_cleanup(config: Path) -> ExitCode:

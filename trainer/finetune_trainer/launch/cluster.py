@@ -7,46 +7,13 @@ import os
 import signal
 import threading
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from finetune_api.cluster import Resources
-from finetune_api.slots import workers_per_node
 from finetune_trainer.forks.start import lean
-from finetune_trainer.launch.threads import threads_per_worker
+from finetune_trainer.plan.workers import Workers
 from finetune_trainer.runtime import allocator_environment, quiet_environment
-
-
-@dataclass(frozen=True)
-class Workers:
-    """How many Ray Train workers a job has and what each gets."""
-
-    least: int
-    most: int
-    accelerator: bool
-    cpus: int
-    """Threads per worker."""
-
-    @property
-    def elastic(self) -> bool:
-        return self.least != self.most
-
-
-def plan_workers(resources: Resources) -> Workers:
-    """The workers a job asks for, on this machine where it leaves the question open."""
-    gpus = resources.gpus_per_node if resources.gpus_per_node is not None else _gpus()
-    per_node = workers_per_node(resources, gpus)
-    nodes = resources.nodes or 1
-    least, most = (resources.min_nodes or nodes) * per_node, (resources.max_nodes or nodes) * per_node
-    return Workers(least, most, gpus > 0, threads_per_worker(resources, _sharers(per_node, most)))
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def start_ray(workers: Workers, temp_dir: Path | None = None, variables: dict[str, str] | None = None) -> None:
@@ -88,8 +55,3 @@ def stop_ray(started: Future[None]) -> None:
 
     wait([started])
     ray.shutdown()
-
-
-def _sharers(per_node: int, most: int) -> int:
-    """Workers that share a machine's CPUs: a node's, or all of them where every node is this machine."""
-    return per_node if os.environ.get("RAY_ADDRESS") else most

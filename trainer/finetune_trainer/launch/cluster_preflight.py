@@ -17,10 +17,10 @@ from finetune_api.exit_codes import ExitCode
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_api.slots import workers_per_node
-from finetune_trainer.launch.attempt import say_last_word
-from finetune_trainer.launch.cluster import Workers, plan_workers
+from finetune_trainer.launch.drive import say_last_word
+from finetune_trainer.plan.workers import Workers, plan_workers
 from finetune_trainer.preflight.gpu_node import image_problems
-from finetune_trainer.progress.attempt import AttemptReporter, Json
+from finetune_trainer.progress.attempt_report import AttemptReporter, Json
 from finetune_trainer.runtime import apply_environment, quiet_environment
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _saving(run: RunConfig, plan: JobPlan) -> Json:
     """Return what the report says of checkpoints: size, seconds, and a warning where the grace period is too short."""
     from finetune_trainer.plan.saving import grace_warning
     from finetune_trainer.preflight.saving import job_saving, measured_speed
-    from finetune_trainer.storage import Storage
+    from finetune_trainer.storage.filesystem import Storage
 
     found = job_saving(run, plan, measured_speed(Storage(run.root), plan))
     if found is None:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from finetune_api.exit_codes import ExitCode
+from finetune_trainer.heartbeat import pulse
 from finetune_trainer.launch.stall_watch import StallWatch
-from finetune_trainer.progress.beats import Beat, PulseThread, place_of
-from finetune_trainer.pulse import pulse
+from finetune_trainer.progress.heartbeats import Beat, PulseThread, place_of
 from finetune_trainer.runtime import node_name
 
 LOOK_SECONDS = 0.5

@@ -16,10 +16,10 @@ from torch.distributed import DistError
 
 from finetune_api.device_faults import FaultKind, Found, device_fault
 from finetune_api.problems import Problem
-from finetune_api.ray_words import RAY_FIELD
+from finetune_api.ray_messages import RAY_FIELD
 from finetune_trainer.errors import GateNotPassed, Interrupted, NotMet, UserError
-from finetune_trainer.launch.fault_place import node_of
-from finetune_trainer.patience import passing
+from finetune_trainer.launch.fault_location import node_of
+from finetune_trainer.storage.retry import passing
 from finetune_trainer.training.dropped_steps import RolledBack
 
 

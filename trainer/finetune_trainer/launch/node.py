@@ -21,11 +21,11 @@ from finetune_api.exit_codes import ExitCode
 from finetune_api.report import PORT, STOP_PATH
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.forks.client import run_fork
-from finetune_trainer.launch.driver_end import Farewell, write_end
-from finetune_trainer.launch.preload import forks
-from finetune_trainer.launch.seat import Seat, seat
-from finetune_trainer.launch.threads import threads_per_worker
-from finetune_trainer.progress.attempt import AttemptReporter
+from finetune_trainer.launch.driver_exit import Farewell, write_end
+from finetune_trainer.launch.fork_imports import forks
+from finetune_trainer.launch.node_role import Seat, seat
+from finetune_trainer.plan.threads import threads_per_worker
+from finetune_trainer.progress.attempt_report import AttemptReporter
 from finetune_trainer.runtime import apply_environment, quiet_environment
 
 HEAD_SECONDS = 1800.0
@@ -35,7 +35,7 @@ LOST_SECONDS = 5.0
 """A driver that is not reached for so long has ended."""
 SIGTERM_EXIT = 128 + signal.SIGTERM
 _RAY = [sys.executable, "-m", "finetune_trainer.forks.start"]
-_DRIVE = Path(__file__).with_name("drive.py")
+_DRIVE = Path(__file__).with_name("driver_program.py")
 
 
 def run_node(config: Path) -> int:
@@ -55,7 +55,7 @@ def run_node(config: Path) -> int:
 
 def _head(config: Path, place: Seat) -> int:
     """Start Ray, then drive. With KubeRay stay after that until the cluster is taken down (`driver_end`)."""
-    from finetune_trainer.launch.attempt import drive
+    from finetune_trainer.launch.drive import drive
 
     farewell = Farewell() if place.watched else None
     subprocess.run([*_RAY, "start", *place.options], check=True, stdout=subprocess.DEVNULL, env=_environment(place))
@@ -92,7 +92,7 @@ def _worker(run: RunConfig, place: Seat) -> int:
 
 
 def _unfit(run: RunConfig) -> ExitCode:
-    from finetune_trainer.launch.attempt import say_last_word
+    from finetune_trainer.launch.drive import say_last_word
     from finetune_trainer.preflight.gpu_node import require_fit_node
 
     reporter = AttemptReporter([stage.title for stage in run.job.spec.stages])
@@ -105,7 +105,7 @@ def _leave(host: str, ray: subprocess.Popen[bytes]) -> None:
 
 
 def _ask_to_stop(host: str, ray: subprocess.Popen[bytes]) -> None:
-    from finetune_trainer.launch.attempt import _token
+    from finetune_trainer.launch.drive import _token
 
     request = urllib.request.Request(
         f"http://{host}:{PORT}{STOP_PATH}", data=b"", headers={"Authorization": f"Bearer {_token()}"}

@@ -9,7 +9,7 @@ import time
 import ray
 
 from finetune_api.cluster import Resources
-from finetune_trainer.launch.seat import replaces_nodes
+from finetune_trainer.launch.node_role import replaces_nodes
 
 BACK_SECONDS = 60.0
 """How long a lost node may take to come back. In an Indexed Job its pod never does, so this is for a connection that

@@ -10,22 +10,22 @@ from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import EvaluateSpec, PretrainSpec
 from finetune_api.training import TrainingSpec
-from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.data import DataReport, Prepared, prepare
 from finetune_trainer.data.summary import data_line
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.evaluation.rows import eval_rows
 from finetune_trainer.form import FORMS, main_form
-from finetune_trainer.launch.cluster import Workers
 from finetune_trainer.launch.same_data import compare_data
 from finetune_trainer.layout import StageLayout
 from finetune_trainer.model.config import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
-from finetune_trainer.pipeline import directories, layouts, place, spec_of, waits_for
 from finetune_trainer.plan.devices import local_device
 from finetune_trainer.plan.job import plan_job
 from finetune_trainer.plan.records import DataSize, JobPlan, PlanContext
-from finetune_trainer.storage import Storage
+from finetune_trainer.plan.workers import Workers
+from finetune_trainer.stage_graph import directories, layouts, place, spec_of, waits_for
+from finetune_trainer.storage.checkpoints import CheckpointStore
+from finetune_trainer.storage.filesystem import Storage
 
 
 class Preparation:

@@ -8,12 +8,12 @@ from typing import Any
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.checkpoint.hold import attempt_of
 from finetune_trainer.errors import UserError
 from finetune_trainer.launch.same_data import renamed_data
 from finetune_trainer.layout import RUN_CONFIG
-from finetune_trainer.pipeline import layouts
-from finetune_trainer.storage import Storage
+from finetune_trainer.stage_graph import layouts
+from finetune_trainer.storage.fencing import attempt_of
+from finetune_trainer.storage.filesystem import Storage
 
 # Fields that change how a run is watched and saved, but not what it trains.
 _HARMLESS = {

@@ -9,10 +9,10 @@ from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import OnlineSpec
-from finetune_trainer.checkpoint.store import Manifest
-from finetune_trainer.data.identity import DataKey, changes
+from finetune_trainer.data.data_identity import DataKey, changes
 from finetune_trainer.errors import UserError
-from finetune_trainer.pipeline import place
+from finetune_trainer.stage_graph import place
+from finetune_trainer.storage.checkpoints import Manifest
 
 _DATA_FIELD = re.compile(r"(stages\[\d+\]\.\w+\.(?:data|evalData))(?:[.\[]|$)")
 _KINDS = ("file", "directory", "uri", "hub", "stage")

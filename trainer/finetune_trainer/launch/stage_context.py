@@ -12,15 +12,15 @@ from finetune_trainer.data import Prepared, prepare
 from finetune_trainer.errors import UserError
 from finetune_trainer.launch.sharing.node_files import NodeFiles
 from finetune_trainer.model.config import context_length, load_config, load_tokenizer
-from finetune_trainer.model.score import pad_apart
+from finetune_trainer.model.reward_score import pad_apart
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.model.task import task_of
-from finetune_trainer.pipeline import directories, layouts, place, scratch, spec_of, waits_for
 from finetune_trainer.plan.steps import rows_per_step
-from finetune_trainer.storage import Storage
+from finetune_trainer.stage_graph import directories, layouts, place, scratch, spec_of, waits_for
+from finetune_trainer.storage.filesystem import Storage
+from finetune_trainer.training.collectives import Peers
 from finetune_trainer.training.context import Placement, StageContext
-from finetune_trainer.training.peers import Peers
-from finetune_trainer.training.work import StageWork
+from finetune_trainer.training.stage_work import StageWork
 
 
 def stage_context(

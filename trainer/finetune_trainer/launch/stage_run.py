@@ -17,31 +17,32 @@ import ray.train
 import torch
 
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.checkpoint.hold import Hold
-from finetune_trainer.checkpoint.store import CheckpointStore, Manifest
-from finetune_trainer.checkpoint.universal import SUFFIX, to_universal
 from finetune_trainer.data import eval_prompts
 from finetune_trainer.doctor.nccl_log import Transport
 from finetune_trainer.errors import Interrupted
 from finetune_trainer.gate import require_gate
+from finetune_trainer.heartbeat import enter, pulse
 from finetune_trainer.launch.failures import placed
 from finetune_trainer.launch.same_data import compare_data
 from finetune_trainer.launch.sharing.node_files import NodeFiles, count_nodes
-from finetune_trainer.launch.stacks import answer_signals
+from finetune_trainer.launch.stack_dumps import answer_signals
 from finetune_trainer.launch.stage_context import stage_context
+from finetune_trainer.launch.work_order import WorkOrder
 from finetune_trainer.layout import METRICS
 from finetune_trainer.model.composite import frozen_note
-from finetune_trainer.model.notes import loading_notes
+from finetune_trainer.model.load_notes import loading_notes
 from finetune_trainer.model.task import task_of
-from finetune_trainer.patience import listen
-from finetune_trainer.pipeline import layouts, scratch, waits_for
-from finetune_trainer.progress.beats import PulseThread, place_of
 from finetune_trainer.progress.channel import Event, StageBegun, StageDone, TransportFound, Waiting, WorkerEnd
+from finetune_trainer.progress.heartbeats import PulseThread, place_of
 from finetune_trainer.progress.metrics_log import MetricsLog
-from finetune_trainer.pulse import enter, pulse
 from finetune_trainer.runtime import node_name
+from finetune_trainer.stage_graph import layouts, scratch, waits_for
 from finetune_trainer.stages import make_trainer, perform
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.checkpoints import CheckpointStore, Manifest
+from finetune_trainer.storage.fencing import Hold
+from finetune_trainer.storage.filesystem import Storage
+from finetune_trainer.storage.retry import listen
+from finetune_trainer.storage.universal_checkpoint import SUFFIX, to_universal
 from finetune_trainer.training.callbacks import (
     PROGRESS_STATE,
     CheckpointCallback,
@@ -50,21 +51,21 @@ from finetune_trainer.training.callbacks import (
     StopCallback,
     evaluation_metrics,
 )
+from finetune_trainer.training.collectives import Peers
 from finetune_trainer.training.context import Placement, ResumePoint, StageContext
 from finetune_trainer.training.deepspeed import join_process_group, set_group_timeout
 from finetune_trainer.training.dropped_steps import DroppedSteps
 from finetune_trainer.training.expert_load import watch_routing
-from finetune_trainer.training.forget import forget_stage, release
 from finetune_trainer.training.loss_guard import LossGuard
 from finetune_trainer.training.memory import context_bytes, reset_peaks
 from finetune_trainer.training.packing_check import PackingCheck
-from finetune_trainer.training.peers import Peers
-from finetune_trainer.training.results import adapter_note, save_result
+from finetune_trainer.training.reset_state import forget_stage, release
 from finetune_trainer.training.samples import SamplesCallback
+from finetune_trainer.training.stage_io import StageTools
+from finetune_trainer.training.stage_result import adapter_note, save_result
+from finetune_trainer.training.stage_work import StageWork
 from finetune_trainer.training.step_times import StepTimes
-from finetune_trainer.training.tools import StageTools
 from finetune_trainer.training.transport import TransportCallback
-from finetune_trainer.training.work import StageWork, WorkOrder
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "deepspeed", "ray", "datasets", "bitsandbytes")
 SAMPLE_PROMPTS = 4

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from finetune_api.cluster import AUTO
-from finetune_trainer.progress.beats import Beat
+from finetune_trainer.progress.heartbeats import Beat
 
 LEAST_SECONDS = 600.0
 STEPS = 30

@@ -12,10 +12,10 @@ from finetune_api.stages import TokenizerSpec
 from finetune_trainer.data import corpus_texts
 from finetune_trainer.layout import StageLayout
 from finetune_trainer.model.config import build_config, context_length
-from finetune_trainer.pipeline import directories, place
 from finetune_trainer.progress.reporter import Reporter
-from finetune_trainer.stages.tokenizer import bytes_per_token, train_tokenizer
-from finetune_trainer.storage import Storage
+from finetune_trainer.stage_graph import directories, place
+from finetune_trainer.stages.tokenizer.stage import bytes_per_token, train_tokenizer
+from finetune_trainer.storage.filesystem import Storage
 
 
 def run_tokenizer_stage(run: RunConfig, storage: Storage, layout: StageLayout, reporter: Reporter) -> dict[str, float]:

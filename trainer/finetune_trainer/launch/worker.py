@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from finetune_trainer.launch.fault_place import faults_with_node
-from finetune_trainer.training.work import WorkOrder
+from finetune_trainer.launch.fault_location import faults_with_node
+from finetune_trainer.launch.work_order import WorkOrder
 
 
 def train_loop(config: dict[str, WorkOrder]) -> None:

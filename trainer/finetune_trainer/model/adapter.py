@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from finetune_trainer.errors import UserError
-from finetune_trainer.model.expert_products import factor_adapters
+from finetune_trainer.model.expert_matmul import factor_adapters
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NAME = "default"

@@ -10,13 +10,13 @@ from transformers import PretrainedConfig
 
 from finetune_trainer.esft.adapter_files import is_expert_adapter
 from finetune_trainer.hub import hub_access
+from finetune_trainer.model.checkpoint_matching import loaded_on_meta, own_name
 from finetune_trainer.model.config import read_config
 from finetune_trainer.model.generation import read_generation_config
 from finetune_trainer.model.load import JobModel, fitting, plain_place, repair
-from finetune_trainer.model.matching import loaded_on_meta, own_name
 from finetune_trainer.model.prequantized import method_of
-from finetune_trainer.model.saved import expert_base_of
 from finetune_trainer.model.saved_base import SavedBase
+from finetune_trainer.model.saved_model import expert_base_of
 from finetune_trainer.model.vocabulary import added_rows
 from finetune_trainer.model.weights import tensor_files, weight_files
 

@@ -17,7 +17,7 @@ from finetune_trainer.errors import UserError
 from finetune_trainer.hub import hub_access
 from finetune_trainer.model.composite_families import is_composite
 from finetune_trainer.model.custom_code import CONFIG_FILE, TOKENIZER_FILE, custom_code_fault
-from finetune_trainer.model.saved import root_of
+from finetune_trainer.model.saved_model import root_of
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.model.vocabulary import needed_rows
 

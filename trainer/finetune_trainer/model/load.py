@@ -17,15 +17,15 @@ from finetune_trainer.errors import UserError
 from finetune_trainer.esft.adapter import apply_adapter
 from finetune_trainer.esft.adapter_files import is_expert_adapter
 from finetune_trainer.hub import hub_access
+from finetune_trainer.model.checkpoint_matching import Match, match_checkpoint, without_mapping
 from finetune_trainer.model.composite import composite_skips, shrink_frozen
 from finetune_trainer.model.config import load_config, read_config
-from finetune_trainer.model.expert_products import compute_by_autocast
+from finetune_trainer.model.expert_matmul import compute_by_autocast
 from finetune_trainer.model.generation import repair_generation
-from finetune_trainer.model.matching import Match, match_checkpoint, without_mapping
 from finetune_trainer.model.precision import Precision
 from finetune_trainer.model.prequantized import dequantized, method_of, training_fault
 from finetune_trainer.model.right_padding import drop_right_padding
-from finetune_trainer.model.saved import base_of, expert_base_of
+from finetune_trainer.model.saved_model import base_of, expert_base_of
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.model.task import SCORE, Task, as_reward, auto_class
 from finetune_trainer.model.vocabulary import added_rows, resize_embeddings

@@ -11,9 +11,9 @@ from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.errors import UserError
 from finetune_trainer.layout import StageLayout
-from finetune_trainer.patience import passing
-from finetune_trainer.pipeline import layouts, stage_before, stage_named
-from finetune_trainer.storage import Storage
+from finetune_trainer.stage_graph import layouts, stage_before, stage_named
+from finetune_trainer.storage.filesystem import Storage
+from finetune_trainer.storage.retry import passing
 
 
 @dataclass(frozen=True)

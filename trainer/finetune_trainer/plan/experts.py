@@ -14,7 +14,7 @@ from finetune_trainer.esft.families import ExpertLayer, expert_layers
 from finetune_trainer.esft.selection import ExpertConfig
 from finetune_trainer.esft.trainable import expert_size, shared_names, trained_whole
 from finetune_trainer.model.composite import language_names
-from finetune_trainer.model.given_experts import given_config
+from finetune_trainer.model.expert_selection import given_config
 from finetune_trainer.plan.memory import Workload, estimate
 from finetune_trainer.plan.model_size import AdapterSize, ModelSize
 from finetune_trainer.plan.states import trainable

@@ -9,12 +9,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import EsftSpec, TrainedSpec
-from finetune_trainer.adapters import find_targets
 from finetune_trainer.errors import Outage, UserError
 from finetune_trainer.model.base_files import open_base
 from finetune_trainer.model.composite_families import is_composite
+from finetune_trainer.model.lora import find_targets
 from finetune_trainer.model.prequantized import method_of
-from finetune_trainer.model.saved import root_of
+from finetune_trainer.model.saved_model import root_of
 from finetune_trainer.model.source import base_source
 from finetune_trainer.model.task import auto_class
 from finetune_trainer.model.weights import is_here
@@ -22,7 +22,7 @@ from finetune_trainer.plan.memory import Memory, Workload
 from finetune_trainer.plan.model_size import ModelSize
 from finetune_trainer.plan.quantities import human_bytes
 from finetune_trainer.plan.states import MASTER, trainable
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.filesystem import Storage
 
 SHARD = 5_000_000_000
 """Bytes of one file of a result (`model.weights.SHARD_SIZE`)."""

@@ -13,12 +13,12 @@ from finetune_api.training import TrainingSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.config import load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
-from finetune_trainer.pipeline import directories, place
 from finetune_trainer.plan.devices import Device, peak_flops
 from finetune_trainer.plan.records import JobPlan, PlanContext, Rows
 from finetune_trainer.plan.stage import StagePlanner
 from finetune_trainer.plan.teacher import plan_teacher
-from finetune_trainer.storage import Storage
+from finetune_trainer.stage_graph import directories, place
+from finetune_trainer.storage.filesystem import Storage
 
 if TYPE_CHECKING:
     from finetune_trainer.synthesis.estimate import SynthesisPlan

@@ -13,10 +13,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from finetune_api.problems import Problem
 from finetune_api.training import Lora
-from finetune_trainer.adapters import find_targets, lora_config
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.composite import language_names
-from finetune_trainer.model.expert_products import padded_rank
+from finetune_trainer.model.expert_matmul import padded_rank
+from finetune_trainer.model.lora import find_targets, lora_config
 from finetune_trainer.model.task import Task, as_reward, auto_class
 
 

@@ -27,14 +27,13 @@ from finetune_api.training import Lora
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.composite import frozen_note
 from finetune_trainer.model.config import context_length
-from finetune_trainer.model.expert_products import is_grouped
+from finetune_trainer.model.expert_matmul import is_grouped
 from finetune_trainer.model.task import task_of
-from finetune_trainer.pipeline import place
 from finetune_trainer.plan.advice import advise
-from finetune_trainer.plan.answering import answered_length, answering, trained_per_prompt
 from finetune_trainer.plan.attention_masks import has_kernel, masked_layers
 from finetune_trainer.plan.expert_copies import cast_elements, expert_warnings
 from finetune_trainer.plan.experts import ExpertPlan, compare, expert_plan
+from finetune_trainer.plan.generation_memory import answered_length, answering, trained_per_prompt
 from finetune_trainer.plan.host import host_estimate, host_work
 from finetune_trainer.plan.inference import (
     check_reading,
@@ -58,6 +57,7 @@ from finetune_trainer.plan.saving import checkpoint_bytes
 from finetune_trainer.plan.sharding_choice import HEADROOM, choose_zero, sharding_problems, sharding_warnings
 from finetune_trainer.plan.states import trainable
 from finetune_trainer.plan.steps import Steps, count_steps, flops_per_token
+from finetune_trainer.stage_graph import place
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from finetune_api.stages import SynthesizeSpec, TeacherModel
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.config import context_length, load_config
 from finetune_trainer.model.source import ModelSource, local_path
-from finetune_trainer.pipeline import place
 from finetune_trainer.plan.inference import Reading, inference_memory, smaller_batch
 from finetune_trainer.plan.model_size import ModelSize, meta_model, model_size
 from finetune_trainer.plan.records import PlanContext, TeacherPlan
 from finetune_trainer.plan.sharding_choice import HEADROOM
+from finetune_trainer.stage_graph import place
 
 if TYPE_CHECKING:
     from finetune_trainer.synthesis.estimate import SynthesisPlan

@@ -13,12 +13,12 @@ from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import RlhfSpec
 from finetune_trainer.errors import UserError
-from finetune_trainer.pipeline import place, stage_before
 from finetune_trainer.plan.activations import key_value_bytes
 from finetune_trainer.plan.memory import CONTEXT, Workload
 from finetune_trainer.plan.model_size import ModelSize
 from finetune_trainer.plan.states import MASTER
 from finetune_trainer.plan.vllm_version import REQUIREMENT, TORCH, VERSION, fits_version
+from finetune_trainer.stage_graph import place, stage_before
 
 PROFILED_TOKENS = 4096
 """Tokens of the pass by which vLLM measures its working memory: TRL's `max_num_batched_tokens`."""

@@ -13,20 +13,20 @@ from finetune_api.runconfig import RunConfig
 from finetune_api.stages import EsftSpec, EvaluateSpec, PromptSpec, SynthesizeSpec
 from finetune_api.training import TrainingSpec
 from finetune_trainer.errors import UserError
+from finetune_trainer.model.checkpoint_matching import match_checkpoint
 from finetune_trainer.model.config import load_config, load_tokenizer, read_config
 from finetune_trainer.model.dry_save import saving_faults
 from finetune_trainer.model.generation import read_generation_config
 from finetune_trainer.model.load import JobModel
-from finetune_trainer.model.matching import match_checkpoint
-from finetune_trainer.model.notes import loading_notes
+from finetune_trainer.model.load_notes import loading_notes
 from finetune_trainer.model.prequantized import environment_fault, method_of, training_fault
-from finetune_trainer.model.saved import is_reward_model, root_of
+from finetune_trainer.model.saved_model import is_reward_model, root_of
 from finetune_trainer.model.source import ModelSource, base_source, local_path
 from finetune_trainer.model.task import Task, as_reward, auto_class, task_of
 from finetune_trainer.model.vocabulary import added_rows, vocabulary_fault
 from finetune_trainer.model.weights import is_here, weight_faults
-from finetune_trainer.pipeline import place, stage_before
-from finetune_trainer.storage import Storage
+from finetune_trainer.stage_graph import place, stage_before
+from finetune_trainer.storage.filesystem import Storage
 
 
 def checkpoint_problems(run: RunConfig) -> Iterator[Problem]:

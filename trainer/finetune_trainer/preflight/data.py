@@ -12,14 +12,14 @@ from finetune_api.runconfig import RunConfig
 from finetune_api.stages import DATA_FIELDS, EvaluateSpec, PromptSpec, StageSpec, SynthesizeSpec
 from finetune_trainer.data import inspect, reading_notes
 from finetune_trainer.errors import UserError
-from finetune_trainer.evaluation.queries import open_database
-from finetune_trainer.evaluation.tasks import task_problems
+from finetune_trainer.evaluation.harness_tasks import task_problems
+from finetune_trainer.evaluation.query_execution import open_database
 from finetune_trainer.layout import RUN_CONFIG
 from finetune_trainer.model.source import local_path
-from finetune_trainer.patience import passing
-from finetune_trainer.pipeline import place, stage_before
 from finetune_trainer.preflight.settings import is_masked
-from finetune_trainer.storage import Storage
+from finetune_trainer.stage_graph import place, stage_before
+from finetune_trainer.storage.filesystem import Storage
+from finetune_trainer.storage.retry import passing
 
 
 def data_problems(run: RunConfig) -> Iterator[Problem]:
@@ -97,7 +97,7 @@ def _evaluations(run: RunConfig) -> Iterator[Problem]:
 def _rewards(run: RunConfig) -> Iterator[Problem]:
     for index, stage in enumerate(run.job.spec.stages):
         if isinstance(stage.spec, PromptSpec):
-            from finetune_trainer.rewards.problems import reward_problems  # an HTTP client: few jobs need one
+            from finetune_trainer.rewards.reward_checks import reward_problems  # an HTTP client: few jobs need one
 
             yield from reward_problems(stage.spec, run, place(run, index))
 

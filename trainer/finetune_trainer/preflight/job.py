@@ -12,16 +12,16 @@ from finetune_api.runconfig import RunConfig
 from finetune_api.stages import SynthesizeSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.host_memory import host_memory
-from finetune_trainer.launch.cluster import Workers, plan_workers
-from finetune_trainer.pipeline import place
 from finetune_trainer.plan.devices import Device, local_device
 from finetune_trainer.plan.records import JobPlan
+from finetune_trainer.plan.workers import Workers, plan_workers
 from finetune_trainer.preflight.data import data_problems
 from finetune_trainer.preflight.gpu_node import machine_problems
 from finetune_trainer.preflight.host import host_problems
 from finetune_trainer.preflight.model import model_plan
 from finetune_trainer.preflight.saving import room_problems
 from finetune_trainer.preflight.settings import setting_problems
+from finetune_trainer.stage_graph import place
 
 
 def preflight(run: RunConfig, workers: Workers | None = None) -> JobPlan:

@@ -9,13 +9,13 @@ from pathlib import Path
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.errors import UserError
-from finetune_trainer.launch.cluster import Workers
-from finetune_trainer.model.saved import is_result, root_of
+from finetune_trainer.model.saved_model import is_result, root_of
 from finetune_trainer.model.source import local_path
 from finetune_trainer.model.weights import weight_faults
 from finetune_trainer.plan.devices import Device
 from finetune_trainer.plan.job import job_config, plan_job
 from finetune_trainer.plan.records import JobPlan, PlanContext
+from finetune_trainer.plan.workers import Workers
 from finetune_trainer.preflight.checkpoints import checkpoint_problems
 from finetune_trainer.preflight.packing import packing_problems
 

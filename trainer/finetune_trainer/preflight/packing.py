@@ -22,8 +22,8 @@ from finetune_api.stages import SupervisedSpec
 from finetune_trainer.model.document_masks import Form
 from finetune_trainer.model.task import auto_class
 from finetune_trainer.model.tiny import small_configs
-from finetune_trainer.pipeline import place
 from finetune_trainer.plan.model_size import meta_model
+from finetune_trainer.stage_graph import place
 from finetune_trainer.training.packing_probe import Finding, Probe, packed_rows, packing_problem
 
 MOST_PARAMETERS = 200_000_000

@@ -12,14 +12,14 @@ from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import EvaluateSpec
 from finetune_api.training import TrainingSpec
-from finetune_trainer.data.sample import sample_problems
+from finetune_trainer.data.sample_check import sample_problems
 from finetune_trainer.errors import UserError
 from finetune_trainer.evaluation.rows import eval_rows
 from finetune_trainer.model.config import context_length, load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
-from finetune_trainer.pipeline import place, waits_for
 from finetune_trainer.preflight.data import data_problems
-from finetune_trainer.storage import Storage
+from finetune_trainer.stage_graph import place, waits_for
+from finetune_trainer.storage.filesystem import Storage
 
 PREFLIGHT_SECONDS = 20.0
 """How long a store may take to answer a preflight: a wrong address never does."""

@@ -12,11 +12,11 @@ from uuid import uuid4
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.pipeline import layouts
 from finetune_trainer.plan.quantities import human_bytes, parse_quantity
 from finetune_trainer.plan.records import JobPlan
 from finetune_trainer.plan.saving import Saving, saving
-from finetune_trainer.storage import Storage
+from finetune_trainer.stage_graph import layouts
+from finetune_trainer.storage.filesystem import Storage
 
 PROBE_BYTES = 32 << 20
 WORTH_BYTES = 1 << 30

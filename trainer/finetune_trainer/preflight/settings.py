@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import PretrainSpec, PromptSpec, Stage
-from finetune_trainer.launch.cluster import Workers
-from finetune_trainer.pipeline import place, stage_before
+from finetune_trainer.plan.workers import Workers
+from finetune_trainer.stage_graph import place, stage_before
 
 
 def setting_problems(run: RunConfig, workers: Workers) -> Iterator[Problem]:

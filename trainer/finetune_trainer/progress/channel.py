@@ -13,7 +13,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from finetune_trainer.progress.beats import Beat
+from finetune_trainer.progress.heartbeats import Beat
 from finetune_trainer.progress.reporter import Progress
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from finetune_trainer.progress.format import number
+from finetune_trainer.progress.formatting import number
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from finetune_api.base import Json
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.layout import RUN_CONFIG, StageLayout
 from finetune_trainer.progress.metrics_log import read_metrics
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.filesystem import Storage
 
 Points = list[tuple[int, float]]
 

@@ -12,13 +12,13 @@ from markupsafe import Markup
 
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.layout import REPORT, StageLayout
-from finetune_trainer.progress.format import clean
+from finetune_trainer.progress.formatting import clean
 from finetune_trainer.report import views
 from finetune_trainer.report.collect import RunRecord, StageRecord, collect
-from finetune_trainer.report.evaluations import evaluation
+from finetune_trainer.report.evaluation_view import evaluation
 from finetune_trainer.report.plots import to_svg
-from finetune_trainer.report.syntheses import synthesis
-from finetune_trainer.storage import Storage
+from finetune_trainer.report.synthesis_view import synthesis
+from finetune_trainer.storage.filesystem import Storage
 
 TEMPLATE = "report.html.j2"
 

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from finetune_trainer.progress.format import count, number, percent, size
+from finetune_trainer.progress.formatting import count, number, percent, size
 from finetune_trainer.report.collect import Points
 
 SMOOTH_ABOVE = 200

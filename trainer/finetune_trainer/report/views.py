@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from finetune_trainer.progress.format import clean, count, duration, number, percent, size
+from finetune_trainer.progress.formatting import clean, count, duration, number, percent, size
 from finetune_trainer.report.collect import Points, RunRecord, StageRecord, is_number
 from finetune_trainer.report.plots import Panel
-from finetune_trainer.report.texts import Excerpt, Turn, as_text, excerpt, turns
+from finetune_trainer.report.text_cleaning import Excerpt, Turn, as_text, excerpt, turns
 
 METRIC_PANELS = 6
 KEY_METRICS = 3

@@ -12,10 +12,10 @@ from typing import Any
 
 from finetune_api.endpoint import Endpoint
 from finetune_api.generation import Generation
-from finetune_trainer.endpoint.answers import JournaledClient
 from finetune_trainer.endpoint.chat import ChatRequest
 from finetune_trainer.endpoint.client import ChatClient, NoAnswer
 from finetune_trainer.endpoint.journal import Journal
+from finetune_trainer.endpoint.journaled_client import JournaledClient
 from finetune_trainer.rewards.functions import text_of
 
 CRITERIA = "Prefer answers that are right, to the point, clear and harmless."

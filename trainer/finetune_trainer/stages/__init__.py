@@ -10,18 +10,18 @@ from importlib import import_module
 from typing import Any
 
 from finetune_trainer.training.context import StageContext
-from finetune_trainer.training.tools import StageTools
+from finetune_trainer.training.stage_io import StageTools
 
 MODULES = {
-    "pretrain": "finetune_trainer.stages.pretrain",
-    "sft": "finetune_trainer.stages.sft",
-    "esft": "finetune_trainer.stages.esft",
-    "dpo": "finetune_trainer.stages.dpo",
-    "evaluate": "finetune_trainer.stages.evaluate",
-    "reward": "finetune_trainer.stages.reward",
-    "rlhf": "finetune_trainer.stages.rlhf",
-    "online": "finetune_trainer.stages.online",
-    "synthesize": "finetune_trainer.stages.synthesize",
+    "pretrain": "finetune_trainer.stages.pretrain.stage",
+    "sft": "finetune_trainer.stages.sft.stage",
+    "esft": "finetune_trainer.stages.esft.stage",
+    "dpo": "finetune_trainer.stages.dpo.stage",
+    "evaluate": "finetune_trainer.stages.evaluate.stage",
+    "reward": "finetune_trainer.stages.reward.stage",
+    "rlhf": "finetune_trainer.stages.rlhf.stage",
+    "online": "finetune_trainer.stages.online.stage",
+    "synthesize": "finetune_trainer.stages.synthesize.stage",
 }
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from finetune_api.stages import Evolve
 from finetune_trainer.synthesis import reasons
-from finetune_trainer.synthesis.asking import GaveUp, Teacher
 from finetune_trainer.synthesis.effects import Effect, Item, Made, Outcome, Rejected, Reply, Work
 from finetune_trainer.synthesis.parse import flag_of, text_of
+from finetune_trainer.synthesis.teacher_requests import GaveUp, Teacher
 
 SORRY_WORDS = 80
 """An answer that says «sorry» in fewer words is an apology (the paper's bound)."""

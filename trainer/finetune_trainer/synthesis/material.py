@@ -9,19 +9,19 @@ from typing import Any
 from finetune_api.data import DataSpec
 from finetune_api.problems import Problem, did_you_mean
 from finetune_api.stages import Decontaminate, SynthesizeSpec
-from finetune_trainer.data.forms import Example
 from finetune_trainer.data.preparation import open_table
+from finetune_trainer.data.row_formats import Example
 from finetune_trainer.data.rows import order_rows
 from finetune_trainer.data.sources import join_row, locate_source, source_rows
 from finetune_trainer.errors import UserError
 from finetune_trainer.queries.sandbox import Sandbox
-from finetune_trainer.synthesis.asking import Teacher
 from finetune_trainer.synthesis.cleaning import EvaluationTexts, texts_in
 from finetune_trainer.synthesis.databases import engine_of, schema_text
 from finetune_trainer.synthesis.effects import Item
 from finetune_trainer.synthesis.evolve import evolve_items
 from finetune_trainer.synthesis.pairs import pair_items
 from finetune_trainer.synthesis.questions import Chunk, chunks, question_items
+from finetune_trainer.synthesis.teacher_requests import Teacher
 
 NO_INSTRUCTION = "no row has an instruction"
 

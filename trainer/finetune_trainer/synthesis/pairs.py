@@ -9,10 +9,10 @@ from typing import Any
 from finetune_api.stages import QueryPairs
 from finetune_trainer.queries.result import QueryResult
 from finetune_trainer.synthesis import reasons
-from finetune_trainer.synthesis.asking import GaveUp, Teacher
 from finetune_trainer.synthesis.effects import Execute, Failed, Item, Made, Outcome, Rejected, Work
 from finetune_trainer.synthesis.parse import pairs_of
 from finetune_trainer.synthesis.prompts import prompt
+from finetune_trainer.synthesis.teacher_requests import GaveUp, Teacher
 
 LEVELS = (
     "simple (one table or label, a condition or two)",

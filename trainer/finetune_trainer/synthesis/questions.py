@@ -11,10 +11,10 @@ from typing import Any
 
 from finetune_api.stages import Questions
 from finetune_trainer.synthesis import reasons
-from finetune_trainer.synthesis.asking import GaveUp, Teacher
 from finetune_trainer.synthesis.effects import Effect, Item, Made, Outcome, Rejected, Reply, Work
 from finetune_trainer.synthesis.parse import flag_of, pairs_of
 from finetune_trainer.synthesis.prompts import prompt
+from finetune_trainer.synthesis.teacher_requests import GaveUp, Teacher
 
 _BREAKS = (re.compile(r"\n\s*\n"), re.compile(r"\n"), re.compile(r"(?<=[.!?。])\s"), re.compile(r"\s"))
 """Where a chunk may end, best first."""

@@ -12,26 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune_trainer.checkpoint.hold import Hold
-from finetune_trainer.checkpoint.store import CheckpointStore
+from finetune_trainer.heartbeat import during
 from finetune_trainer.plan.steps import mfu
 from finetune_trainer.progress.channel import CheckpointSaved
-from finetune_trainer.progress.meter import Meter, Rates
 from finetune_trainer.progress.metrics_log import MetricsLog
 from finetune_trainer.progress.reporter import Progress
-from finetune_trainer.pulse import during
+from finetune_trainer.progress.throughput import Meter, Rates
 from finetune_trainer.runtime import node_name
+from finetune_trainer.storage.checkpoints import CheckpointStore
+from finetune_trainer.storage.fencing import Hold
 from finetune_trainer.training.batches import Feed
+from finetune_trainer.training.collectives import Peers
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.deepspeed import mend_universal
 from finetune_trainer.training.expert_load import expert_loads
-from finetune_trainer.training.peers import Peers
 from finetune_trainer.training.step_times import Spread, spread
 
 if TYPE_CHECKING:
     from finetune_trainer.progress.channel import WorkerEnd
     from finetune_trainer.training.stage_trainer import StageTrainer
-    from finetune_trainer.training.work import StageWork
+    from finetune_trainer.training.stage_work import StageWork
 
 PROGRESS_STATE = "progress.json"
 ASK_SECONDS = 0.5

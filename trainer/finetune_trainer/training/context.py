@@ -18,9 +18,9 @@ from finetune_trainer.data import Prepared, StreamedRows
 from finetune_trainer.layout import StageLayout
 from finetune_trainer.model.load import JobModel
 from finetune_trainer.model.precision import Precision, model_dtype, precision
-from finetune_trainer.model.saved import is_adapter
+from finetune_trainer.model.saved_model import is_adapter
 from finetune_trainer.model.source import ModelSource
-from finetune_trainer.pipeline import place, spec_of
+from finetune_trainer.stage_graph import place, spec_of
 from finetune_trainer.training.batches import Division, Feed
 from finetune_trainer.training.memory import Usage, usage
 from finetune_trainer.training.prompt_feed import EvenDivision, PromptFeed

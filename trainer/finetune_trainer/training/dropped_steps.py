@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetune_trainer.checkpoint.store import CheckpointStore
+from finetune_trainer.storage.checkpoints import CheckpointStore
 
 SHOWN = 32
 MOST = 3

@@ -9,7 +9,7 @@ import torch
 from finetune_trainer.esft.families import routers
 from finetune_trainer.esft.load_report import load_metrics
 from finetune_trainer.esft.routing import RoutingCounter
-from finetune_trainer.training.peers import Peers
+from finetune_trainer.training.collectives import Peers
 
 
 def watch_routing(model: Any) -> RoutingCounter | None:

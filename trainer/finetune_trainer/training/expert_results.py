@@ -16,7 +16,7 @@ from finetune_trainer.model.base_files import open_base
 from finetune_trainer.model.load import SHARD_SIZE, load_whole
 from finetune_trainer.model.merged_files import plan_merge
 from finetune_trainer.model.task import auto_class
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.filesystem import Storage
 from finetune_trainer.training.context import StageContext
 
 

@@ -17,11 +17,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune_api.problems import Problem
 from finetune_api.stages import PretrainSpec, SupervisedSpec
 from finetune_trainer.errors import UserError
-from finetune_trainer.pulse import during, enter
+from finetune_trainer.heartbeat import during, enter
 from finetune_trainer.training.bad_numbers import Finding, Judge
+from finetune_trainer.training.collectives import Peers
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.dropped_steps import Dropped, DroppedSteps, RolledBack, shown
-from finetune_trainer.training.peers import Peers
 from finetune_trainer.training.row_numbers import RowNumbers
 from finetune_trainer.training.stage_trainer import BACKWARD
 from finetune_trainer.training.zero_updates import forget_overflow, judge_updates

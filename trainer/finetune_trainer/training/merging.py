@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock
 from transformers import PreTrainedModel
 
-from finetune_trainer.data.keys import digest
+from finetune_trainer.data.cache_keys import digest
 from finetune_trainer.esft.adapter_files import is_expert_adapter
 from finetune_trainer.esft.zero3 import undivided_loading
 from finetune_trainer.model.adapter import attach_adapter
@@ -19,9 +19,9 @@ from finetune_trainer.model.base_files import open_base
 from finetune_trainer.model.config import read_config
 from finetune_trainer.model.load import SHARD_SIZE, JobModel, load_whole
 from finetune_trainer.model.merged_files import plan_merge
-from finetune_trainer.model.saved import base_of, is_adapter, root_of
+from finetune_trainer.model.reward_score import set_score_pad
 from finetune_trainer.model.saved_base import SavedBase
-from finetune_trainer.model.score import set_score_pad
+from finetune_trainer.model.saved_model import base_of, is_adapter, root_of
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.model.task import Task, as_reward, auto_class
 from finetune_trainer.training.context import StageContext

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from finetune_trainer.data.preparation import training_rows
-from finetune_trainer.pipeline import directories
+from finetune_trainer.stage_graph import directories
 from finetune_trainer.training.context import StageContext
 
 

@@ -11,9 +11,9 @@ from finetune_trainer.generation.batches import generate_batch
 from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.generation.prompts import encode, has_template
 from finetune_trainer.model.config import context_length
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.filesystem import Storage
+from finetune_trainer.training.collectives import Peers
 from finetune_trainer.training.context import StageContext
-from finetune_trainer.training.peers import Peers
 
 NEW_TOKENS = 64
 

@@ -11,12 +11,12 @@ import torch
 import transformers
 from transformers.trainer_utils import EvalLoopOutput
 
-from finetune_trainer.checkpoint.space import full_disk_named
-from finetune_trainer.model.expert_products import factor_adapters
+from finetune_trainer.heartbeat import beat, during, enter
+from finetune_trainer.model.expert_matmul import factor_adapters
 from finetune_trainer.model.router_logits import fit_for_balance_loss, no_router_logits
-from finetune_trainer.pulse import beat, during, enter
+from finetune_trainer.storage.disk_full import full_disk_named
 from finetune_trainer.training.held_out import HeldOutLoader, Means, Sums, share, token_sums
-from finetune_trainer.training.parts import StageParts
+from finetune_trainer.training.trainer_extensions import StageParts
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset

@@ -16,7 +16,7 @@ from finetune_trainer.doctor.gather import fabric_facts
 from finetune_trainer.doctor.nccl_log import SOCKET, Transport, joined, parse_log
 from finetune_trainer.doctor.needs import job_needs
 from finetune_trainer.runtime import NCCL_LOG_FILE, NCCL_LOG_LEVEL
-from finetune_trainer.training.peers import Peers
+from finetune_trainer.training.collectives import Peers
 
 _TELLING = ("INFO", "TRACE")
 

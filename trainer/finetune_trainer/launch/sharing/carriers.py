@@ -15,9 +15,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch.sharing.files import Entry, Roots, entries_of, read_chunk
+from finetune_trainer.launch.sharing.records import Place
 from finetune_trainer.layout import SHARED
-from finetune_trainer.storage import Storage
-from finetune_trainer.training.offer import Place
+from finetune_trainer.storage.filesystem import Storage
 
 IN_FLIGHT_BYTES = 64 << 20
 """Most bytes of chunks that all nodes together have on their way: a quarter of Ray's object store on a node."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from finetune_trainer.training.offer import Place
+from finetune_trainer.launch.sharing.records import Place
 
 DIGEST_BYTES = 32
 _BLOCK = 1 << 20

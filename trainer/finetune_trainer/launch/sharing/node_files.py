@@ -10,7 +10,7 @@ from typing import TypeVar
 import ray
 
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.data.places import Places, places_used, use_tables
+from finetune_trainer.data.cache_usage import Places, places_used, use_tables
 from finetune_trainer.launch.sharing.carriers import (
     Carrier,
     OpenShelf,
@@ -22,12 +22,12 @@ from finetune_trainer.launch.sharing.carriers import (
 )
 from finetune_trainer.launch.sharing.files import roots_here
 from finetune_trainer.launch.sharing.receiver import Receiver
+from finetune_trainer.launch.sharing.records import Offer, Place
 from finetune_trainer.plan.quantities import human_bytes
 from finetune_trainer.runtime import node_name
-from finetune_trainer.storage import Storage
+from finetune_trainer.storage.filesystem import Storage
+from finetune_trainer.training.collectives import Peers
 from finetune_trainer.training.context import Placement
-from finetune_trainer.training.offer import Offer, Place
-from finetune_trainer.training.peers import Peers
 
 T = TypeVar("T")
 

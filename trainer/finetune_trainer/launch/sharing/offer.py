@@ -8,15 +8,15 @@ from pathlib import Path
 from uuid import uuid4
 
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.data.places import places_used
+from finetune_trainer.data.cache_usage import places_used
 from finetune_trainer.hub import hub_access
 from finetune_trainer.launch.sharing.carriers import OpenShelf, StorageCarrier, by_storage, open_shelf, shares_cache
 from finetune_trainer.launch.sharing.files import roots_here
+from finetune_trainer.launch.sharing.records import Offer, Place
 from finetune_trainer.layout import SHARED, StageLayout
 from finetune_trainer.model.weights import weight_files
-from finetune_trainer.pipeline import stage_before
-from finetune_trainer.storage import Storage
-from finetune_trainer.training.offer import Offer, Place
+from finetune_trainer.stage_graph import stage_before
+from finetune_trainer.storage.filesystem import Storage
 
 
 class Offers:

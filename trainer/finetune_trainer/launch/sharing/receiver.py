@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from finetune_trainer.launch.sharing.files import Entry, Roots, digest_of
-from finetune_trainer.training.offer import Place
+from finetune_trainer.launch.sharing.records import Place
 
 Read = Callable[[Place, str, int, int], bytes]
 """Reads a chunk: place, path in it, offset and size in bytes."""

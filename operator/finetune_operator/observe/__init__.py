@@ -1,0 +1,1 @@
+"""Observation of the cluster: watches, their cache, and the progress reports of running attempts."""

@@ -1,0 +1,191 @@
+"""Rows of other tools that are read without settings, and the setting that reads the others.
+
+Recognition takes part only where the row has none of the columns that its stage reads by name, and where the job
+neither names these columns nor gives a template: what the job says comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune_api.data import DataSpec, RowKind
+from finetune_trainer.data.json_values import EmptyRow, FormError, kind_name, parse_json
+from finetune_trainer.data.messages import SPEAKERS
+
+Row = dict[str, Any]
+Turns = list[dict[str, str]]
+ASKING = ("user", "system", "developer")
+CONVERSATIONS = ("conversations", "conversation")
+FORMS = {"text", "messages", "prompt", "completion"}
+"""Columns that hold what a row asks or says; `chosen` and `rejected` say no more than the answers."""
+QUESTIONS = ("instruction", "question", "query", "problem", "input", "prompt")
+CONTEXTS = ("context", "input", "passage")
+ANSWERS = ("output", "answer", "response", "completion", "solution", "target", "reply", "label")
+TEXTS = ("content", "body", "article", "document", "raw_content", "passage")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a row means: values by the names of the standard columns, and which of them are texts of a chat's turns."""
+
+    fields: Row
+    texts: set[str] = field(default_factory=set)
+    note: str = ""
+    column: str | None = None
+    """The column of the conversation."""
+
+
+def recognise(row: Row, given: Row, spec: DataSpec, kind: RowKind) -> Form | None:
+    """Return what a row of a known form means; None where the row is to be taken as it is.
+
+    Args:
+        given: the row's values by the names of the standard columns.
+
+    Raises:
+        FormError: the row has a known form, and a value in it has another.
+    """
+    if kind == "text" or spec.template is not None or spec.columns.named & FORMS:
+        return None
+    if "chosen" in given and "rejected" in given and kind != "sft":
+        return None if "prompt" in given else _prompt_of_pair(row, given, spec)
+    if kind == "preference" or given.keys() & FORMS:
+        return None
+    return _sharegpt(row) or (None if spec.transcript else _alpaca(row, kind))
+
+
+def _prompt_of_pair(row: Row, given: Row, spec: DataSpec) -> Form | None:
+    """The prompt of a pair whose answers alone are in `chosen` and `rejected`."""
+    column, chat = _conversation(row, "messages", *CONVERSATIONS)
+    if column is not None and _are_answers(given["chosen"]):
+        if _speaker(chat[-1]) == "assistant":
+            raise FormError(f"`{column}` ends with an answer, and `chosen` and `rejected` are others: leave it out")
+        return Form({"prompt": chat}, note=f"the prompt's turns from column `{column}`", column=column)
+    if isinstance(row.get("instruction"), str) and isinstance(given["chosen"], str) and not spec.transcript:
+        return _alpaca_pair(row)
+    return None
+
+
+def _sharegpt(row: Row) -> Form | None:
+    column, chat = _conversation(row, *CONVERSATIONS)
+    if column is None:
+        return None
+    style = "conversations" if chat[0].get("role") is not None else "ShareGPT conversations"
+    return Form({"messages": chat}, note=f"{style} from column `{column}`", column=column)
+
+
+def _alpaca(row: Row, kind: RowKind) -> Form | None:
+    """`instruction`, `input` and `output`, with earlier turns in `history` as LLaMA-Factory has them."""
+    if "instruction" not in row or ("output" not in row and kind != "prompt"):
+        return None
+    prompt, answer = _instruction(row), _string(row.get("output"), "output")
+    if not answer and kind == "sft":
+        raise EmptyRow("empty")
+    note = f"Alpaca rows from columns {_listed(name for name in ('instruction', 'input', 'output') if name in row)}"
+    turns = _history(row)
+    if not turns:
+        return Form({"prompt": prompt, "completion": answer}, {"prompt", "completion"}, note)
+    now = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return Form({"messages": turns + (now if answer else now[:1])}, note=f"{note}, earlier turns from `history`")
+
+
+def _alpaca_pair(row: Row) -> Form:
+    turns, prompt = _history(row), _instruction(row)
+    note = f"Alpaca pairs from columns {_listed(name for name in ('instruction', 'input') if name in row)}"
+    asked = [*turns, {"role": "user", "content": prompt}] if turns else prompt
+    return Form({"prompt": asked}, {"prompt"}, f"{note}, `chosen` and `rejected`")
+
+
+def _instruction(row: Row) -> str:
+    """Instruction and input as one user message, with a line end between them, as LLaMA-Factory has it."""
+    parts = [_string(row.get(name), name) for name in ("instruction", "input")]
+    return "\n".join(part for part in parts if part)
+
+
+def _history(row: Row) -> Turns:
+    pairs = row.get("history") or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise FormError(f"`history` is {kind_name(pairs)}, expected a list of pairs `[question, answer]`")
+    texts = [(_string(asked, "history"), _string(said, "history")) for asked, said in pairs]
+    both = [({"role": "user", "content": asked}, {"role": "assistant", "content": said}) for asked, said in texts]
+    return [turn for pair in both for turn in pair]
+
+
+def _string(value: Any, name: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise FormError(f"`{name}` is {kind_name(value)}, expected a string")
+    return value or ""
+
+
+def _conversation(row: Row, *columns: str) -> tuple[str | None, list[Row]]:
+    """The first of the columns that holds a list of messages, and the list."""
+    found = ((name, decoded_chat(row.get(name))) for name in columns)
+    return next(((name, chat) for name, chat in found if _is_chat(chat)), (None, []))
+
+
+def decoded_chat(value: Any) -> Any:
+    """Return the list of messages that a table keeps as JSON; any other value as it is."""
+    if not isinstance(value, str) or not value[:100].lstrip().startswith("["):
+        return value
+    try:
+        decoded = parse_json(value, "")
+    except FormError:
+        return value
+    return decoded if _is_chat(decoded) else value
+
+
+def _is_chat(value: Any) -> bool:
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+        return False
+    return any(value[0].get(role) is not None for role in ("role", "from"))
+
+
+def _are_answers(value: Any) -> bool:
+    """Whether a side of a pair is the answer alone: a text, a message, or messages of which the first is an answer."""
+    first = value[0] if isinstance(value, list) and value else value
+    return _speaker(first) not in ASKING if isinstance(first, dict) else isinstance(first, str)
+
+
+def _speaker(message: Row) -> str:
+    role = str(message.get("role") or message.get("from")).lower()
+    return SPEAKERS.get(role, role)
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = [f"`{name}`" for name in names]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def suggestion(row: Row, kind: RowKind) -> str | None:
+    """Return the line of settings that most likely reads a row whose columns have other names; None without a guess."""
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    if kind == "text":
+        column = next((name for name in TEXTS if name in strings), strings[0] if len(strings) == 1 else None)
+        return f"columns: {{text: {column}}}" if column else None
+    chat = next((name for name, value in row.items() if _is_chat(decoded_chat(value))), None)
+    if chat is not None and kind != "preference":
+        return f"columns: {{messages: {chat}}}"
+    asked = next((name for name in QUESTIONS if name in strings), None)
+    if asked is None or kind == "prompt":
+        return f"columns: {{prompt: {asked}}}" if asked else None
+    answer = next((name for name in ANSWERS if name in strings and name != asked), None)
+    return _template(row, asked, answer) if kind == "sft" and answer else None
+
+
+def _template(row: Row, asked: str, answer: str) -> str:
+    context = next((name for name in CONTEXTS if isinstance(row.get(name), str) and name not in (asked, answer)), None)
+    prompt = f"{{{asked}}}" + (f"\\n\\n{{{context}}}" if context else "")
+    return f'template: {{prompt: "{prompt}", completion: "{{{answer}}}"}}'
+
+
+def forgotten_prompt(row: Row, chosen: Any, rejected: Any) -> str | None:
+    """Return the column that most likely asks what the sides of a pair answer, where they hold the answers alone.
+
+    Two texts hold more where they repeat what the column says.
+    """
+    if not _are_answers(chosen) or not _are_answers(rejected):
+        return None
+    sides = [side for side in (chosen, rejected) if isinstance(side, str)]
+    asked = ((name, row[name].strip()) for name in QUESTIONS if isinstance(row.get(name), str))
+    return next((name for name, text in asked if text and not (sides and all(text in side for side in sides))), None)

@@ -1,0 +1,70 @@
+"""What is wrong with the rewards that a job names, found before anything trains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune_api.problems import Problem
+from finetune_api.runconfig import RunConfig
+from finetune_api.stages import Judge, OnlineSpec, PromptSpec, Reward, RlhfSpec
+from finetune_trainer.data.checks import column_problems
+from finetune_trainer.endpoint.client import ChatClient
+from finetune_trainer.errors import UserError
+from finetune_trainer.model.saved_model import is_adapter, is_result, is_reward_model
+from finetune_trainer.model.source import local_path
+from finetune_trainer.rewards.from_spec import import_function
+
+
+def reward_problems(spec: PromptSpec, run: RunConfig, where: str) -> Iterator[Problem]:
+    """Functions that can't be imported, patterns that are none, columns and models that are not there.
+
+    Args:
+        where: the stage's place, such as `stages[2].rlhf`.
+    """
+    if isinstance(spec, OnlineSpec):
+        yield from _judge_problems(spec.judge, run, f"{where}.judge")
+    if isinstance(spec, RlhfSpec):
+        for index, reward in enumerate(spec.rewards):
+            yield from _problems(reward, spec, run, where, f"{where}.rewards[{index}]")
+
+
+def _problems(reward: Reward, spec: PromptSpec, run: RunConfig, stage: str, where: str) -> Iterator[Problem]:
+    yield from _judge_problems(reward, run, where)
+    if reward.regex is not None:
+        try:
+            re.compile(reward.regex)
+        except re.error as error:
+            yield Problem(f"{where}.regex", f"{reward.regex!r} is no regular expression: {error}")
+    if reward.exact_match is not None:
+        yield from column_problems(spec, reward.exact_match, f"{where}.exactMatch", stage, Path(run.base_dir))
+
+
+def _judge_problems(reward: Reward | Judge, run: RunConfig, where: str) -> Iterator[Problem]:
+    if isinstance(reward, Judge) and reward.endpoint is not None:
+        try:
+            ChatClient(reward.endpoint, f"{where}.endpoint")
+        except UserError as error:
+            yield from error.problems
+    if reward.function is not None:
+        try:
+            import_function(reward.function, run.base_dir, f"{where}.function")
+        except UserError as error:
+            yield from error.problems
+    if reward.model is not None:
+        yield from model_problems(reward.model, run, f"{where}.model")
+
+
+def model_problems(place: str, run: RunConfig, where: str) -> Iterator[Problem]:
+    """A directory that is there must hold a reward model; what is elsewhere shows when it is fetched."""
+    if "://" in place:
+        return
+    path = local_path(place, run.base_dir)
+    if not path.is_dir():
+        if place.count("/") > 1 or place.startswith((".", "/")):
+            yield Problem(where, f"no such directory: {place} (looked in {run.base_dir} and the current directory)")
+    elif is_adapter(path) or not is_result(path):
+        yield Problem(where, f"{place} holds no whole model: expected the result of a reward stage")
+    elif not is_reward_model(path):
+        yield Problem(where, f"{place} holds a model that scores nothing: expected the result of a reward stage")

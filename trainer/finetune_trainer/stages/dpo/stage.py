@@ -1,0 +1,71 @@
+"""Direct preference optimisation (arXiv 2305.18290), in full or by (quantized) low-rank adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trl
+
+from finetune_api.stages import DpoSpec, PreferenceLoss
+from finetune_trainer.data import PreferenceCollator
+from finetune_trainer.training.adapter_model import adapted_model, adapted_trainer, starting_model
+from finetune_trainer.training.arguments import training_arguments
+from finetune_trainer.training.context import StageContext
+from finetune_trainer.training.held_out import Sums, alone, preference_loss, preference_sums
+from finetune_trainer.training.pair_trainer import PairTrainer
+
+
+class DpoTrainer(PairTrainer, trl.DPOTrainer):
+    """TRL's DPOTrainer on pairs whose user turns after the prompt are masked; TRL's own collator counts them."""
+
+    def measure(self, model: Any, inputs: dict[str, Any]) -> Sums:
+        """TRL's metrics of held-out pairs, without a mixture of experts' balance loss.
+
+        The loss types `aot` and `aot_unpaired` compare the pairs of a batch by rank, so they depend on the batch size.
+        """
+        balanced, self.aux_loss_enabled = self.aux_loss_enabled, False
+        try:
+            with alone(self):
+                loss = self.compute_loss(model, inputs)
+        finally:
+            self.aux_loss_enabled = balanced
+        means = {name: values[-1] for name, values in self._metrics["eval"].items() if name != "num_tokens"}
+        self._metrics["eval"].clear()
+        kinds = zip(self.loss_types, self.loss_weights, strict=True)
+        sft_weight = sum(weight for kind, weight in kinds if kind == "sft")
+        return preference_sums(loss, means, inputs["completion_mask"], sft_weight)
+
+    def finish_means(self, means: dict[str, float]) -> dict[str, float]:
+        """See `training.held_out.preference_loss`."""
+        return preference_loss(means)
+
+
+def make_trainer(context: StageContext) -> Any:
+    """The trainer of a `dpo` stage."""
+    spec = context.spec
+    assert isinstance(spec, DpoSpec)
+    args = trl.DPOConfig(**training_arguments(context), **_dpo_arguments(spec), max_length=None)
+    adapted = adapted_model(context)
+    collator = PreferenceCollator(context.tokenizer.pad_token_id)
+    reference = _reference(context, spec)
+    return adapted_trainer(DpoTrainer, context, *adapted, args, ref_model=reference, data_collator=collator)
+
+
+def loss_arguments(spec: PreferenceLoss) -> dict[str, Any]:
+    """The loss's fields as keyword arguments for TRL's `DPOConfig`."""
+    return {
+        "beta": spec.beta,
+        "loss_type": spec.loss_type,
+        "loss_weights": spec.loss_weights,
+        "label_smoothing": spec.label_smoothing,
+    }
+
+
+def _dpo_arguments(spec: DpoSpec) -> dict[str, Any]:
+    return {**loss_arguments(spec), "precompute_ref_log_probs": spec.reference == "precomputed"}
+
+
+def _reference(context: StageContext, spec: DpoSpec) -> Any:
+    """A second model, where the reference isn't the policy without its adapter or precomputed."""
+    wants_model = spec.reference == "model" or (spec.reference == "auto" and spec.lora is None)
+    return starting_model(context) if wants_model else None

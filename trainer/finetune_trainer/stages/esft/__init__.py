@@ -1,0 +1,1 @@
+"""Expert-specialized fine-tuning of mixture-of-experts models (`esft`)."""

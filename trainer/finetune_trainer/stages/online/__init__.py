@@ -1,0 +1,1 @@
+"""Online rounds of preference tuning (`online`)."""

@@ -1,0 +1,1 @@
+"""Pretraining, causal or masked (`pretrain`)."""

@@ -1,0 +1,42 @@
+"""A reward model from preference pairs (arXiv 2203.02155), in full or by (quantized) low-rank adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import trl
+
+from finetune_api.stages import RewardSpec
+from finetune_trainer.data import RewardCollator
+from finetune_trainer.model.reward_score import read_at_last_token
+from finetune_trainer.training.adapter_model import adapted_trainer, fresh_adapter
+from finetune_trainer.training.arguments import training_arguments
+from finetune_trainer.training.context import StageContext
+from finetune_trainer.training.held_out import Sums, alone, reward_sums
+from finetune_trainer.training.pair_trainer import PairTrainer
+
+
+class RewardTrainer(PairTrainer, trl.RewardTrainer):
+    """TRL's RewardTrainer on prepared pairs."""
+
+    def measure(self, model: Any, inputs: dict[str, Any]) -> Sums:
+        """The loss, and how held-out pairs are ranked."""
+        with alone(self):
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        self._metrics["eval"].clear()
+        return reward_sums(loss, torch.stack(outputs.logits.float().squeeze(-1).chunk(2), dim=1))
+
+
+def make_trainer(context: StageContext) -> Any:
+    """The trainer of a `reward` stage."""
+    spec = context.spec
+    assert isinstance(spec, RewardSpec)
+    # The arguments come first: with ZeRO-3 they divide the model among the workers while it loads.
+    args = trl.RewardConfig(
+        **training_arguments(context), center_rewards_coefficient=spec.center_rewards_coefficient, max_length=None
+    )
+    collator = RewardCollator(context.tokenizer.pad_token_id)
+    model, peft_config = fresh_adapter(context)
+    read_at_last_token(model)
+    return adapted_trainer(RewardTrainer, context, model, peft_config, args, data_collator=collator)

@@ -1,0 +1,279 @@
+"""What RLOO and GRPO have in common here: which prompts are answered when, by which draws, and what that measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from finetune_api.stages import RlhfSpec
+from finetune_trainer.rewards.combined import NamedReward, columns_of, weighted
+from finetune_trainer.stages.rlhf.kl_bound import KlBound
+from finetune_trainer.training.answers import SEEDS, PromptRow, draw, options_of, prompt_row
+from finetune_trainer.training.context import StageContext
+from finetune_trainer.training.prompt_feed import PromptFeed
+from finetune_trainer.training.stage_trainer import StageTrainer
+from finetune_trainer.training.trainer_extensions import StageParts
+
+Batch = dict[str, torch.Tensor]
+ANSWERS = "answers-{}.safetensors"
+"""In a checkpoint: a worker's answers, where further optimizer steps on them are to come."""
+HELD_OUT = SEEDS - 1
+"""The occasion whose seed draws answers to held-out prompts."""
+
+
+@dataclass
+class PolicyParts(StageParts):
+    """What an `rlhf` stage adds to its trainer."""
+
+    feed: PromptFeed = field(init=False)
+    context: StageContext = field(init=False)
+    spec: RlhfSpec = field(init=False)
+    rewards: list[NamedReward] = field(init=False)
+    bound: KlBound | None = None
+    answered: list[Batch] | None = None
+    """Batches of the answers at hand, one for each forward pass."""
+    asked: tuple[list[PromptRow], list[int]] = field(init=False)
+    """This worker's prompts of the present step, and a number of each one's own."""
+
+
+class PolicyTrainer(StageTrainer):
+    """Mixin over TRL's RLOOTrainer and GRPOTrainer.
+
+    The prompts of an optimizer step are answered at its beginning, all together. An answer is drawn by the stage's
+    seed, the step and the prompt's place in it, whichever worker draws it, so a resumed run and one with other workers
+    draw the same. TRL scores the answers and has the loss.
+    """
+
+    stage: PolicyParts
+
+    @staticmethod
+    def new_parts() -> PolicyParts:
+        """What `stage` holds."""
+        return PolicyParts()
+
+    def begin(self, context: StageContext, spec: RlhfSpec, rewards: list[NamedReward], stops: list[int]) -> None:
+        """Take on what TRL's constructor has no place for."""
+        self.stage.context, self.stage.spec, self.stage.rewards = context, spec, rewards
+        self.eos_token_ids = stops
+        self.reward_func_names = [reward.name for reward in rewards]
+        if spec.max_kl is not None:
+            self.stage.bound = KlBound(self, spec.max_kl)
+            self.add_callback(self.stage.bound)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """transformers' hook around each optimizer step's batches: the feed's indices, answered."""
+        indices, _ = transformers.Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
+        self._take_up()
+        counted = self.stage.feed.even.counted(self.stage.feed.division.rows)
+        drawn = [prompt_row(self.train_dataset[index]) for batch in indices for index in batch]
+        self.stage.asked = drawn, [int(key) for part, _ in counted for key in part]
+        if self.state.global_step % self.num_iterations == 0 or self.stage.answered is None:
+            self.stage.answered = self._cut(self._scored(), counted)
+            if self.stage.bound is not None:
+                self.stage.bound.remember()
+        self.stage.feed.keep = self._keep
+        self.count([_counted(batch) for batch in self.stage.answered])
+        return self.stage.answered, None
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """TRL's hook, which would answer prompts here."""
+        return inputs
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """TRL's hook: the prompts are tokenised already."""
+        return [row.ids for row in self.stage.asked[0] for _ in range(self.num_generations)], None, {}
+
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, fields: Any, *rest: Any) -> Any:
+        """TRL's hook: answers to prompts, each of which is there `num_generations` times. TRL's own draws depend on
+        which answers share a batch."""
+        if self.use_vllm:
+            return super()._generate_single_turn(prompt_ids, images, fields, *rest)
+        rows, keys = self.stage.asked
+        seed = self.stage.spec.seed * SEEDS + self.state.global_step // self.num_iterations
+        at = self.stage.spec.per_device_train_batch_size
+        ids = [row.ids for row in rows]
+        found = draw(self, ids, keys, seed, options_of(self.stage.spec.generation), self.num_generations, at)
+        tokens = [completion.tokens for completion in found]
+        return (tokens, None) if rest else tokens
+
+    def _calculate_rewards(self, inputs: Any, prompts: list[Any], completions: list[Any], ids: list[list[int]]) -> Any:
+        """TRL's hook: a number of each reward for each answer of all workers, [answers, rewards], NaN where none."""
+        columns = columns_of([{name: one[name] for name in one if name != "prompt"} for one in inputs])
+        own = {"trainer_state": self.state, "log_extra": self._log_completion_extra, "log_metric": self._log_metric}
+        values = [reward(prompts, completions, completion_ids=ids, **columns | own) for reward in self.stage.rewards]
+        answers = zip(*values, strict=True)
+        table = torch.tensor([[torch.nan if one is None else one for one in answer] for answer in answers])
+        return self.accelerator.gather(table.to(self.accelerator.device))
+
+    def _scored(self) -> Batch:
+        """Answers to the prompts at hand with their advantages, as TRL's loss takes them, one prompt's after the
+        other's."""
+        self.model.train()
+        whole: Batch = self._generate_and_score_completions(
+            [{"prompt": row.prompt, **row.fields} for row in self.stage.asked[0] for _ in range(self.num_generations)]
+        )
+        length = float(self._metrics["train"]["completions/mean_length"][-1])
+        if self.stage.spec.algorithm == "rloo":
+            self._per_answer(length)
+        return whole | {"length": torch.tensor(length)}
+
+    def _cut(self, whole: Batch, counted: list[tuple[torch.Tensor, torch.Tensor]]) -> list[Batch]:
+        """A batch for each forward pass, weighted so that every prompt of the step counts alike, on however many
+        workers and in however many passes, and repeated ones not at all."""
+        each, passes, device = self.num_generations, len(counted), self.accelerator.device
+        real = torch.cat([real for _, real in counted]).repeat_interleave(each).to(device)
+        if self.stage.spec.algorithm == "grpo":  # its loss is a mean over tokens
+            whole["completion_mask"] = whole["completion_mask"] * real[:, None]
+            tokens = self.accelerator.gather(whole["completion_mask"].sum()).sum()
+            whole["num_items_in_batch"] = tokens * self.args.steps_per_generation / passes
+        else:  # and RLOO's over answers; it grows with the advantages
+            rows, workers = self.stage.feed.division.rows, self.accelerator.num_processes
+            weights = [workers * passes * len(part) / rows for part, _ in counted]
+            lengths = torch.tensor([len(part) * each for part, _ in counted])
+            spread = torch.tensor(weights).repeat_interleave(lengths).to(device)
+            whole["advantages"] = whole["advantages"] * spread * real
+        starts = [sum(len(part) for part, _ in counted[:number]) * each for number in range(passes + 1)]
+        return [_slice(whole, start, end) for start, end in pairwise(starts)]
+
+    def _compute_loss(self, model: Any, inputs: Batch) -> torch.Tensor:
+        """TRL's loss; GRPO's measures the KL."""
+        loss: torch.Tensor = super()._compute_loss(model, inputs)
+        if self.stage.spec.algorithm == "grpo":
+            self._per_answer(float(inputs["length"]))
+        return loss
+
+    def _per_answer(self, length: float) -> None:
+        """Of the KL that TRL has just measured, make one in nats per answer, given the answers' mean length."""
+        measured = self._metrics["train"]
+        if self.beta:
+            measured["kl_per_token"].append(measured["kl"][-1])
+            measured["kl"][-1] *= length
+
+    def kl_of_step(self) -> float | None:
+        """KL to the reference of the model before the last update, in nats per answer; None where the step drew no
+        answers and so measured none."""
+        if self.state.global_step % self.num_iterations != 1 % self.num_iterations:
+            return None
+        passes = len(self.stage.answered or ()) if self.stage.spec.algorithm == "grpo" else 1
+        recent = self._metrics["train"]["kl"][-passes:]
+        return sum(recent) / len(recent)
+
+    def kl_now(self) -> float:
+        """As `kl_of_step`, of the model after its last update, on new answers to the last step's prompts."""
+        logged = {name: list(values) for name, values in self._metrics["train"].items()}
+        seen = self.state.num_input_tokens_seen
+        whole = self._scored()
+        if self.stage.spec.algorithm == "grpo":
+            with torch.no_grad():
+                self._compute_loss(self.model, whole)
+        kl = float(self._metrics["train"]["kl"][-1])
+        self._metrics["train"].clear()
+        self._metrics["train"].update(logged)
+        self.state.num_input_tokens_seen = seen
+        return kl
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's metrics without its clock."""
+        self._metrics["train"].pop("step_time", None)
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Rewards of one drawn answer to each held-out prompt; every worker calls it and gets the same."""
+        with self.stage.paused():
+            sums = self.accelerator.reduce(self._held_out(), reduction="sum").tolist()
+        self.model.eval()
+        names = ["reward", *(f"rewards/{reward.name}" for reward in self.stage.rewards), "length"]
+        means = {f"eval_{name}": sums[2 * at] / max(sums[2 * at + 1], 1) for at, name in enumerate(names)}
+        self.log(means)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
+        return means
+
+    def _held_out(self) -> torch.Tensor:
+        """Sum and count of each measured value over this worker's held-out prompts."""
+        rank, workers, data = self.accelerator.process_index, self.accelerator.num_processes, self.eval_dataset
+        # Each worker answers as many, as ZeRO-3 needs it; what is there twice counts once.
+        keys = [(rank + at) % len(data) for at in range(0, len(data), workers)]
+        real = [rank + at < len(data) for at in range(0, len(data), workers)]
+        rows = [prompt_row(data[key]) for key in keys]
+        seed, at = self.stage.spec.seed * SEEDS + HELD_OUT, self.stage.spec.per_device_eval_batch_size
+        found = draw(self, [row.ids for row in rows], keys, seed, options_of(self.stage.spec.generation), 1, at)
+        tokens = [completion.tokens for completion in found]
+        values = self._worth(rows, [completion.text for completion in found], tokens)
+        total = weighted(values, [reward.weight for reward in self.stage.rewards])
+        columns = [total, *values, [len(one) for one in tokens]]
+        totals = [number for column in columns for number in _sum_and_count(column, real)]
+        return torch.tensor(totals, dtype=torch.float32, device=self.accelerator.device)
+
+    def _worth(self, rows: list[PromptRow], texts: list[str], ids: list[list[int]]) -> list[list[float | None]]:
+        prompts = [row.prompt for row in rows]
+        completions = [row.completion(text) for row, text in zip(rows, texts, strict=True)]
+        columns = columns_of([row.fields for row in rows])
+        own = {"trainer_state": self.state, "log_extra": _ignore, "log_metric": _ignore}
+        return [reward(prompts, completions, completion_ids=ids, **columns | own) for reward in self.stage.rewards]
+
+    def _keep(self, step: int, directory: Path) -> None:
+        """What a checkpoint needs beside the weights."""
+        rank = self.stage.context.placement.rank
+        if self.stage.bound is not None:
+            self.stage.bound.save(directory, rank)
+        if step % self.num_iterations and self.stage.answered is not None:
+            save_file(_flat(self.stage.answered), directory / ANSWERS.format(rank))
+
+    def _take_up(self) -> None:
+        """Go on where a checkpoint left off; once, before the first step."""
+        directory, self.stage.feed.checkpoint = self.stage.feed.checkpoint, None
+        if directory is None:
+            return
+        if self.stage.bound is not None:
+            self.stage.bound.load(directory, self.stage.context.placement.rank)
+        place = self.stage.context.placement
+        there = [(directory / ANSWERS.format(rank)).is_file() for rank in range(place.world_size + 1)]
+        if all(there[:-1]) and not there[-1]:  # else other workers wrote them, and new ones are drawn
+            path = directory / ANSWERS.format(place.rank)
+            self.stage.answered = _batches(load_file(path), self.accelerator.device)
+
+    def final_metrics(self) -> dict[str, float]:
+        """Where the bound was passed, at which step, and the KL there."""
+        if self.stage.bound is None or self.stage.bound.passed is None:
+            return {}
+        step, kl = self.stage.bound.passed
+        return {"kl_passed_at_step": float(step), "kl_passed": kl}
+
+
+def _slice(whole: Batch, start: int, end: int) -> Batch:
+    return {name: one[start:end] if one.ndim else one for name, one in whole.items()}
+
+
+def _sum_and_count(column: list[float | None], real: list[bool]) -> tuple[float, float]:
+    kept = [one for one, counts in zip(column, real, strict=True) if counts and one is not None]
+    return float(sum(kept)), float(len(kept))
+
+
+def _flat(batches: list[Batch]) -> Batch:
+    """The batches as one mapping whose tensors share no memory, as safetensors wants it."""
+    return {f"{number}/{name}": one.clone() for number, batch in enumerate(batches) for name, one in batch.items()}
+
+
+def _batches(flat: Batch, device: torch.device) -> list[Batch]:
+    count = 1 + max(int(name.partition("/")[0]) for name in flat)
+    parts: list[Batch] = [{} for _ in range(count)]
+    for name, one in flat.items():
+        number, _, field = name.partition("/")
+        parts[int(number)][field] = one.to(device)
+    return parts
+
+
+def _counted(batch: Batch) -> dict[str, Any]:
+    """A batch as the token counter reads it."""
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    return {"input_ids": mask, "attention_mask": mask}
+
+
+def _ignore(*_: Any) -> None:
+    """A reward function's own logging, outside training."""

@@ -1,0 +1,73 @@
+"""Train a byte-level BPE tokenizer and save it as a normal Hugging Face tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from importlib.resources import files
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from finetune_api.stages import TokenizerSpec
+
+END_OF_TEXT = "<|endoftext|>"
+START_OF_TURN = "<|im_start|>"
+END_OF_TURN = "<|im_end|>"
+MASK = "<|mask|>"
+PAD = "<|pad|>"
+BUILT_IN = [END_OF_TEXT, START_OF_TURN, END_OF_TURN, MASK, PAD]
+
+
+def train_tokenizer(
+    spec: TokenizerSpec, texts: Iterable[str], context: int | None, show_progress: bool = False
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (GPT-2's splitting) with a ChatML template.
+
+    The template marks assistant tokens with `{% generation %}`, which masks in supervised fine-tuning need.
+
+    Args:
+        texts: the corpus; read once, in batches, so it may be larger than memory.
+        context: longest input in tokens, where the spec sets none.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=spec.vocab_size,
+        min_frequency=spec.min_frequency,
+        special_tokens=BUILT_IN + spec.special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=show_progress,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    return _as_transformers(tokenizer, spec, context)
+
+
+def chat_template() -> str:
+    """The ChatML template given to trained tokenizers."""
+    return files("finetune_trainer.stages.tokenizer").joinpath("chatml.jinja").read_text()
+
+
+def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterator[str]) -> float | None:
+    """UTF-8 bytes per token over some texts; None where they are empty."""
+    size = tokens = 0
+    for text in texts:
+        size += len(text.encode())
+        tokens += len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return size / tokens if tokens else None
+
+
+def _as_transformers(tokenizer: Tokenizer, spec: TokenizerSpec, context: int | None) -> PreTrainedTokenizerFast:
+    length = spec.model_max_length or context
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        pad_token=PAD,
+        mask_token=MASK,
+        additional_special_tokens=[START_OF_TURN, END_OF_TURN, *spec.special_tokens],
+        **({"model_max_length": length} if length else {}),
+    )
+    wrapped.chat_template = chat_template()
+    return wrapped
