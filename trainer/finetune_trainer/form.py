@@ -34,8 +34,10 @@ def main_form(rows: Mapping[str, int]) -> Form | None:
 
     Chat where any row is one, because a chat model may be trained on documents too and still be asked in chats.
     """
-    there = [form for form in FORMS if rows.get(form)]
-    return "chat" if "chat" in there else max(there, key=lambda form: rows[form], default=None)
+    counts = {form: rows[form] for form in FORMS if rows.get(form)}
+    if not counts:
+        return None
+    return "chat" if "chat" in counts else max(counts, key=lambda form: counts[form])
 
 
 def write_form(directory: Path, stage: str, rows: Mapping[str, int]) -> None:

@@ -111,8 +111,8 @@ def waiting(pods: Iterable[PodView], complaints: Iterable[Complaint] = ()) -> tu
         if pod.unschedulable is not None and pod.node is None:
             return Reason.UNSCHEDULABLE, _clip(pod.unschedulable)
     for said in complaints:
-        reason = Reason.POD_CONFIG if said.reason in _MOUNT else Reason.FORBIDDEN if said.reason in _CREATE else None
-        return reason or Reason.STARTING, _clip(f"{said.reason}: {said.message}")
+        known = Reason.POD_CONFIG if said.reason in _MOUNT else Reason.FORBIDDEN if said.reason in _CREATE else None
+        return known or Reason.STARTING, _clip(f"{said.reason}: {said.message}")
     return None
 
 

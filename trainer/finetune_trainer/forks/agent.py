@@ -26,7 +26,7 @@ LOOK_SECONDS = 1.0
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 7\r\nConnection: close\r\n\r\nsuccess"
 
 
-def main(arguments):
+def main(arguments: list[str]) -> None:
     raylet = os.getppid()
     options = dict(item[2:].partition("=")[::2] for item in arguments if item.startswith("--"))
     watched = os.environ.get(WATCHED_VARIABLE)
@@ -39,7 +39,7 @@ def main(arguments):
         time.sleep(LOOK_SECONDS)
 
 
-def tell(options, ports):
+def tell(options: dict[str, str], ports: dict[str, str]) -> None:
     """Write the ports to where the raylet looks for them."""
     for name, port in ports.items():
         path = f"{options['session-dir']}/{name}_{options['node-id']}"
@@ -48,7 +48,7 @@ def tell(options, ports):
         os.replace(path + ".new", path)
 
 
-def become(arguments, options):
+def become(arguments: list[str], options: dict[str, str]) -> None:
     """Become Ray's own agent, at ports that the raylet knows already."""
     for option in PORTS.values():
         if options.get(option, "0") == "0":
@@ -58,13 +58,14 @@ def become(arguments, options):
     os.execv(sys.executable, [sys.executable, "-u", *(item for item in arguments if item[:2] != "--"), *given])
 
 
-def free_port():
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
 
 
-def answer_until_alone(raylet, port):
+def answer_until_alone(raylet: int, port: int) -> None:
     """Answer requests at a port while the raylet lives."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -75,7 +76,7 @@ def answer_until_alone(raylet, port):
             answer(listener)
 
 
-def answer(listener):
+def answer(listener: socket.socket) -> None:
     """Answer the next request, or return after a while without one."""
     try:
         connection, _ = listener.accept()

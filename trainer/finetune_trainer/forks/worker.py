@@ -14,7 +14,7 @@ CONTEXT, LANGUAGE = "--serialized-runtime-env-context=", "--language="
 
 def main(arguments: list[str]) -> None:
     """`arguments` are those of Ray's script: two options for itself, then the worker's program with its own, mixed."""
-    from wire import ask, connect, line
+    from wire import ask, connect, line  # type: ignore[import-not-found]  # Python puts a script's folder on sys.path
 
     program = [item for item in arguments if not item.startswith((CONTEXT, LANGUAGE))]
     context = json.loads(next((item[len(CONTEXT) :] for item in arguments if item.startswith(CONTEXT)), "{}"))

@@ -152,10 +152,10 @@ def _rows(schema: GraphSchema) -> Iterator[str]:
     for start, kind, end in dict.fromkeys(schema.ends):
         for number in range(ROWS):
             other = (number + 1) % ROWS
-            properties = _made_up(_once(schema.links.get(kind, [])), number)
+            values = _made_up(_once(schema.links.get(kind, [])), number)
             yield (
                 f"MATCH (a:{_name(start)}), (b:{_name(end)}) WHERE a.{_name(KEY)} = {number} AND "
-                f"b.{_name(KEY)} = {other} CREATE (a)-[:{_name(kind)} {properties}]->(b);"
+                f"b.{_name(KEY)} = {other} CREATE (a)-[:{_name(kind)} {values}]->(b);"
             )
 
 

@@ -31,7 +31,7 @@ class NamedReward:
             UserError: the function gives something else.
         """
         given = self.function(prompts=prompts, completions=completions, **columns)
-        values = asyncio.run(given) if inspect.iscoroutine(given) else given  # type: ignore[arg-type]
+        values = asyncio.run(given) if inspect.iscoroutine(given) else given
         if len(values) != len(completions):
             raise UserError([Problem(self.where, f"gave {len(values)} rewards for {len(completions)} answers")])
         return [self._number(value) for value in values]
