@@ -55,7 +55,7 @@ class Outage(Exception):
     exit_code = ExitCode.FAILED
 
 
-class NotMet(Exception):
+class WorkersMissing(Exception):
     """Workers did not come to where the others waited for them: one of them is slow, or cut off."""
 
     exit_code = ExitCode.FAILED

@@ -17,7 +17,7 @@ from finetune_api.exit_codes import ExitCode
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_api.slots import workers_per_node
-from finetune_trainer.launch.drive import say_last_word
+from finetune_trainer.launch.drive import report_outcome
 from finetune_trainer.plan.workers import Workers, plan_workers
 from finetune_trainer.preflight.gpu_node import image_problems
 from finetune_trainer.progress.attempt_report import AttemptReporter, Json
@@ -38,7 +38,7 @@ def run_preflight(config: Path) -> ExitCode:
     run = RunConfig.model_validate_json(config.read_text())
     apply_environment(quiet_environment(accelerator=False))
     reporter = AttemptReporter([stage.title for stage in run.job.spec.stages])
-    return say_last_word(reporter, lambda: _check(run, reporter))
+    return report_outcome(reporter, lambda: _check(run, reporter))
 
 
 def _check(run: RunConfig, reporter: AttemptReporter) -> None:

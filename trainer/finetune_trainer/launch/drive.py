@@ -49,12 +49,12 @@ def drive(config: Path) -> ExitCode:
 
         def hung(text: str) -> None:
             """End a driver whose main thread hangs."""
-            os._exit(end_hung(reporter, text))
+            os._exit(report_hung_driver(reporter, text))
 
-        return say_last_word(reporter, lambda: _train(run, reporter, stop, hung))
+        return report_outcome(reporter, lambda: _train(run, reporter, stop, hung))
 
 
-def say_last_word(reporter: AttemptReporter, work: Callable[[], None]) -> ExitCode:
+def report_outcome(reporter: AttemptReporter, work: Callable[[], None]) -> ExitCode:
     """Do the work; how it ended goes to the log, to the report and to the pod's termination message."""
     node = None
     try:
@@ -71,7 +71,7 @@ def say_last_word(reporter: AttemptReporter, work: Callable[[], None]) -> ExitCo
     return code
 
 
-def end_hung(reporter: AttemptReporter, text: str) -> ExitCode:
+def report_hung_driver(reporter: AttemptReporter, text: str) -> ExitCode:
     """Tell of a driver that makes no progress as of a stalled worker on its node."""
     print(redact(text), file=sys.stderr, flush=True)
     words = text.partition("; its stacks:")[0]
@@ -80,7 +80,7 @@ def end_hung(reporter: AttemptReporter, text: str) -> ExitCode:
     def stalled() -> None:
         raise TrainingFailed(words, node=node_name())
 
-    return say_last_word(reporter, stalled)
+    return report_outcome(reporter, stalled)
 
 
 def _train(run: RunConfig, reporter: AttemptReporter, stop: threading.Event, hung: Callable[[str], None]) -> None:

@@ -20,14 +20,14 @@ END_FILE = Path("/tmp/finetune-driver-end")
 LOOK_SECONDS = 0.5
 
 
-def write_end(code: int, file: Path = END_FILE) -> None:
+def write_exit_code(code: int, file: Path = END_FILE) -> None:
     """Write the driver's exit code, whole or not at all."""
     new = file.with_suffix(".new")
     new.write_text(str(code))
     new.replace(file)
 
 
-def await_end(file: Path = END_FILE, message: Path = TERMINATION_LOG) -> int:
+def wait_for_exit_code(file: Path = END_FILE, message: Path = TERMINATION_LOG) -> int:
     """Wait for the driver's end, print what it said last, and return its exit code."""
     while not file.exists():
         time.sleep(LOOK_SECONDS)
@@ -42,7 +42,7 @@ def _last_words(message: Path) -> str:
         return ""
 
 
-class Farewell:
+class TerminationSignal:
     """Notices SIGTERM and SIGINT, whichever handlers the driver installs for them meanwhile.
 
     Python writes each signal that has a Python handler to the wake-up descriptor, so none that comes before `wait` is

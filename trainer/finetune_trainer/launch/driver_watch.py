@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from finetune_api.exit_codes import ExitCode
-from finetune_trainer.heartbeat import pulse
+from finetune_trainer.heartbeat import process_heartbeat
 from finetune_trainer.launch.stall_watch import StallWatch
-from finetune_trainer.progress.heartbeats import Beat, PulseThread, place_of
+from finetune_trainer.progress.heartbeats import HeartbeatThread, WorkerHeartbeat, first_heartbeat
 from finetune_trainer.runtime import node_name
 
 LOOK_SECONDS = 0.5
@@ -33,10 +33,10 @@ class DriverWatch:
 
     def __init__(self, timeout: int | str, hung: Callable[[str], None]) -> None:
         self._timeout, self._hung = timeout, hung
-        self._beats: dict[int, Beat] = {}
+        self._beats: dict[int, WorkerHeartbeat] = {}
         self._watch: StallWatch | None = StallWatch(timeout)
         self._over = threading.Event()
-        self._pulse = PulseThread(place_of(0, 1, node_name(), ""), pulse(), self._hear)
+        self._pulse = HeartbeatThread(first_heartbeat(0, 1, node_name(), ""), process_heartbeat(), self._hear)
         self._thread = threading.Thread(target=self._run, daemon=True, name="driver watch")
 
     def __enter__(self) -> DriverWatch:
@@ -58,7 +58,7 @@ class DriverWatch:
         finally:
             self._watch = StallWatch(self._timeout)
 
-    def _hear(self, beat: Beat) -> None:
+    def _hear(self, beat: WorkerHeartbeat) -> None:
         self._beats = {0: beat}
 
     def _run(self) -> None:

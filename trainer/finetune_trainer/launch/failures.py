@@ -17,9 +17,9 @@ from torch.distributed import DistError
 from finetune_api.device_faults import FaultKind, Found, device_fault
 from finetune_api.problems import Problem
 from finetune_api.ray_messages import RAY_FIELD
-from finetune_trainer.errors import GateNotPassed, Interrupted, NotMet, UserError
+from finetune_trainer.errors import GateNotPassed, Interrupted, UserError, WorkersMissing
 from finetune_trainer.launch.fault_location import node_of
-from finetune_trainer.storage.retry import passing
+from finetune_trainer.storage.retry import is_transient
 from finetune_trainer.training.dropped_steps import RolledBack
 
 
@@ -110,7 +110,7 @@ class Failure:
         the place. None for what happens to workers from outside, whose repetition proves nothing."""
         if self.kind is not Kind.ERROR:
             return None
-        return type(self.error).__qualname__, _CHANGING.sub("#", str(self.error)), place_of(self.error)
+        return type(self.error).__qualname__, _CHANGING.sub("#", str(self.error)), step_of(self.error)
 
 
 def classify(error: TrainingFailedError | HostOutOfMemoryError) -> Failure:
@@ -136,7 +136,7 @@ def _device_fault(error: BaseException) -> Found | None:
 
 
 @contextmanager
-def placed(stage: int, trainer: Any = None) -> Iterator[None]:
+def errors_with_step(stage: int, trainer: Any = None) -> Iterator[None]:
     """Let an error that leaves this block say where it happened: its stage, and the trainer's step."""
     try:
         yield
@@ -145,8 +145,8 @@ def placed(stage: int, trainer: Any = None) -> Iterator[None]:
         raise
 
 
-def place_of(error: BaseException) -> Place | None:
-    """Where an error happened, as `placed` has noted it; the note survives Ray's pickling."""
+def step_of(error: BaseException) -> Place | None:
+    """Where an error happened, as `errors_with_step` has noted it; the note survives Ray's pickling."""
     return getattr(error, _PLACE, None)
 
 
@@ -167,7 +167,7 @@ def _kind(error: BaseException) -> Kind:
         return Kind.ROLLED_BACK
     if isinstance(error, (DeviceOutOfMemoryError, HostOutOfMemoryError, MemoryError)):
         return Kind.OUT_OF_MEMORY
-    if isinstance(error, NotMet):
+    if isinstance(error, WorkersMissing):
         return Kind.LOST
     found = _device_fault(error)
     if found is not None:
@@ -181,7 +181,7 @@ def _from_outside(error: BaseException) -> bool:
     """Whether a worker, the network, a store or a machine has failed, and not the code that runs on it."""
     if not isinstance(error, Exception) or type(error).__module__.partition(".")[0] == "ray":
         return True
-    return isinstance(error, DistError) or passing(error) or bool(_OF_CONNECTIONS.search(str(error)))
+    return isinstance(error, DistError) or is_transient(error) or bool(_OF_CONNECTIONS.search(str(error)))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

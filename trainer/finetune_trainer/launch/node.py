@@ -21,9 +21,9 @@ from finetune_api.exit_codes import ExitCode
 from finetune_api.report import PORT, STOP_PATH
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.forks.client import run_fork
-from finetune_trainer.launch.driver_exit import Farewell, write_end
+from finetune_trainer.launch.driver_exit import TerminationSignal, write_exit_code
 from finetune_trainer.launch.fork_imports import forks
-from finetune_trainer.launch.node_role import Seat, seat
+from finetune_trainer.launch.node_role import NodeRole, node_role
 from finetune_trainer.plan.threads import threads_per_worker
 from finetune_trainer.progress.attempt_report import AttemptReporter
 from finetune_trainer.runtime import apply_environment, quiet_environment
@@ -48,31 +48,31 @@ def run_node(config: Path) -> int:
     # A lost head ends its nodes soon, so that the pods make room for the next attempt's.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_worker(resources)))
-    place = seat(resources)
+    place = node_role(resources)
     with forks(run, print):
         return _head(config, place) if place.head else _worker(run, place)
 
 
-def _head(config: Path, place: Seat) -> int:
+def _head(config: Path, place: NodeRole) -> int:
     """Start Ray, then drive. With KubeRay stay after that until the cluster is taken down (`driver_end`)."""
     from finetune_trainer.launch.drive import drive
 
-    farewell = Farewell() if place.watched else None
+    farewell = TerminationSignal() if place.watched else None
     subprocess.run([*_RAY, "start", *place.options], check=True, stdout=subprocess.DEVNULL, env=_environment(place))
     os.environ["RAY_ADDRESS"] = place.address
     code = run_fork([str(_DRIVE), str(config)])
     code = int(drive(config)) if code is None else code
     if farewell is not None:
-        write_end(code)
+        write_exit_code(code)
         farewell.wait()
     return code
 
 
-def _environment(place: Seat) -> dict[str, str]:
+def _environment(place: NodeRole) -> dict[str, str]:
     return {**os.environ, **place.environment}
 
 
-def _worker(run: RunConfig, place: Seat) -> int:
+def _worker(run: RunConfig, place: NodeRole) -> int:
     """Join, stay as long as the head does.
 
     Returns FAILED where the head never came or left; the Job then ends, and this pod with it. A node that does not suit
@@ -92,11 +92,11 @@ def _worker(run: RunConfig, place: Seat) -> int:
 
 
 def _unfit(run: RunConfig) -> ExitCode:
-    from finetune_trainer.launch.drive import say_last_word
+    from finetune_trainer.launch.drive import report_outcome
     from finetune_trainer.preflight.gpu_node import require_fit_node
 
     reporter = AttemptReporter([stage.title for stage in run.job.spec.stages])
-    return say_last_word(reporter, lambda: require_fit_node(run))
+    return report_outcome(reporter, lambda: require_fit_node(run))
 
 
 def _leave(host: str, ray: subprocess.Popen[bytes]) -> None:

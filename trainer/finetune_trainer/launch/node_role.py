@@ -27,7 +27,7 @@ GCS_PORT = "6379"
 
 
 @dataclass(frozen=True)
-class Seat:
+class NodeRole:
     """What a pod does in its attempt."""
 
     head: bool
@@ -45,16 +45,16 @@ class Seat:
         return {WATCHED_VARIABLE: HEAD if self.head else NODE} if self.watched else {}
 
 
-def seat(resources: Resources, environment: Mapping[str, str] = os.environ) -> Seat:
+def node_role(resources: Resources, environment: Mapping[str, str] = os.environ) -> NodeRole:
     """Return this pod's place, from what its engine says in the environment."""
     command = environment.get(KUBERAY_VARIABLE)
     if command:
         return _of_kuberay(shlex.split(command)[2:], resources)
     address = environment[HEAD_VARIABLE]
     if int(environment.get(INDEX_VARIABLE, "0")):
-        return Seat(False, address, (f"--address={address}", *_share(resources)))
+        return NodeRole(False, address, (f"--address={address}", *_share(resources)))
     port = address.rpartition(":")[2]
-    return Seat(True, f"{_ip()}:{port}", (*_head(port), "--include-dashboard=false", *_share(resources)))
+    return NodeRole(True, f"{_ip()}:{port}", (*_head(port), "--include-dashboard=false", *_share(resources)))
 
 
 def replaces_nodes(environment: Mapping[str, str] = os.environ) -> bool:
@@ -62,16 +62,16 @@ def replaces_nodes(environment: Mapping[str, str] = os.environ) -> bool:
     return bool(environment.get(KUBERAY_VARIABLE))
 
 
-def _of_kuberay(given: list[str], resources: Resources) -> Seat:
+def _of_kuberay(given: list[str], resources: Resources) -> NodeRole:
     """KubeRay's options (`rayStartParams` and its own), with what only the node knows in place of theirs."""
     own = {_name(option): option for option in _share(resources)}
     kept = tuple(option for option in given if _name(option) not in {*own, "--block", "--head"})
     if "--head" in given:
         port = next((option.partition("=")[2] for option in kept if _name(option) == "--port"), GCS_PORT)
         kept = tuple(option for option in kept if _name(option) != "--port")
-        return Seat(True, f"{_ip()}:{port}", (*_head(port), *kept, *own.values()), watched=True)
+        return NodeRole(True, f"{_ip()}:{port}", (*_head(port), *kept, *own.values()), watched=True)
     address = next(option.partition("=")[2] for option in kept if _name(option) == "--address")
-    return Seat(False, address, (*kept, *own.values()), watched=True)
+    return NodeRole(False, address, (*kept, *own.values()), watched=True)
 
 
 def _name(option: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.errors import GateNotPassed, Interrupted, OutOfMemory, TrainingFailed, UserError
 from finetune_trainer.gate import require_gate
-from finetune_trainer.heartbeat import beat, enter
+from finetune_trainer.heartbeat import enter_phase, record_progress
 from finetune_trainer.launch.cluster import keep_signal_handlers, start_ray, stop_ray
 from finetune_trainer.launch.driver_watch import DriverWatch, end_process
 from finetune_trainer.launch.failures import Failure, Kind
@@ -23,7 +23,7 @@ from finetune_trainer.launch.sharing.offer import Offers, fetch_weights
 from finetune_trainer.launch.stall_diagnosis import Stalled, end_workers, inquire, keep
 from finetune_trainer.launch.stall_watch import Stall
 from finetune_trainer.launch.tokenizer_run import run_tokenizer_stage
-from finetune_trainer.launch.worker_group import GroupFit, keep_trying
+from finetune_trainer.launch.worker_group import WorkerGroup, retry_attempts
 from finetune_trainer.layout import REPORT, StageLayout
 from finetune_trainer.plan.records import StagePlan
 from finetune_trainer.plan.workers import Workers, plan_workers
@@ -43,7 +43,7 @@ from finetune_trainer.runtime import nccl_log_variables
 from finetune_trainer.stage_graph import layouts
 from finetune_trainer.storage.checkpoints import CheckpointStore
 from finetune_trainer.storage.filesystem import Storage
-from finetune_trainer.storage.retry import listen
+from finetune_trainer.storage.retry import on_waiting
 from finetune_trainer.training.stage_work import StageWork
 
 
@@ -64,7 +64,7 @@ class Pipeline:
     ) -> None:
         self.run, self.reporter, self.stop = run, reporter, stop
         self.watch = DriverWatch(run.job.spec.run_policy.stall_timeout, hung)
-        listen(reporter.waiting)
+        on_waiting(reporter.waiting)
         self.storage = Storage(run.root)
         self.layouts = layouts(run)
         self.workers: Workers = plan_workers(run.job.spec.resources)
@@ -87,7 +87,7 @@ class Pipeline:
             self._execute(resume, fresh, checked)
 
     def _execute(self, resume: bool, fresh: bool, checked: bool) -> None:
-        enter("checking the job")
+        enter_phase("checking the job")
         if not checked:
             preflight(self.run, self.workers)
         self.run = open_run(self.run, self.storage, resume=resume, fresh=fresh)
@@ -142,13 +142,13 @@ class Pipeline:
         first = self.layouts[0]
         if self.run.job.spec.stages[0].tokenizer is None or first not in self._todo():
             return
-        enter("training a tokenizer")
+        enter_phase("training a tokenizer")
         self.reporter.stage_started(0, first.title, len(self.layouts), "training a tokenizer")
         metrics = run_tokenizer_stage(self.run, self.storage, first, self.reporter)
         self.reporter.stage_finished(0, first.title, self.storage.path(first.result), metrics)
 
     def _prepare(self) -> None:
-        enter("preparing the data of all stages")
+        enter_phase("preparing the data of all stages")
         preparation = Preparation(self.run, self.workers, self.storage, self._say)
         plan = preparation.run_all(self._todo(), self.stop)
         if problems := list(room_problems(self.run, plan, on_node=True)):
@@ -158,7 +158,7 @@ class Pipeline:
             fetch_weights(self.run, self._todo(), self.reporter.log)
 
     def _say(self, line: str) -> None:
-        beat()
+        record_progress()
         self.reporter.log(line)
 
     def _train(self, ray_started: Future[None]) -> None:
@@ -177,14 +177,14 @@ class Pipeline:
         """Let the workers train until nothing is left to do, or a failure is final."""
         offers = Offers(self.run, self.storage, self.reporter.log)
         try:
-            return self._keep_trying(offers)
+            return self._train_with_retries(offers)
         finally:
             offers.close(done=not self._todo())
 
-    def _keep_trying(self, offers: Offers) -> Failure | None:
+    def _train_with_retries(self, offers: Offers) -> Failure | None:
         offer = offers.make() if may_have_several_nodes(self.run.job.spec.resources) else None
-        fit = GroupFit(self.run, self.workers, self._hear, self.stop, self._stalled, offer)
-        return keep_trying(
+        fit = WorkerGroup(self.run, self.workers, self._hear, self.stop, self._stalled, offer)
+        return retry_attempts(
             lambda: fit.attempt([self._work(layout) for layout in self._todo()]),
             _Progressed(self._progress_mark),
             self.stop.wait,
@@ -277,7 +277,7 @@ class Pipeline:
             self.reporter.log(f"no report: {type(error).__name__}: {error}")
 
     def _report(self) -> None:
-        enter("writing the report")
+        enter_phase("writing the report")
         from finetune_trainer.report import write_report  # matplotlib loads slowly, and nothing waits for it here
 
         write_report(self.storage, self.layouts, self.run)

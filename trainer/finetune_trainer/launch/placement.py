@@ -16,7 +16,7 @@ SHOWN = ("CPU", "GPU", "finetune_worker")
 Json = dict[str, Any]
 
 
-class Placement:
+class PlacementWatch:
     """Looks at Ray's placement groups until the workers have begun.
 
     Args:
@@ -46,7 +46,7 @@ class Placement:
         if self._since is None:
             self._tell("")
         elif now - self._since >= FIRST_SECONDS - LOOK_SECONDS:
-            self._tell(words(pending[0]["bundles"].values(), ray.nodes()))
+            self._tell(describe_pending(pending[0]["bundles"].values(), ray.nodes()))
 
     def _tell(self, text: str) -> None:
         if text != self._said:
@@ -54,7 +54,7 @@ class Placement:
             self._say(text)
 
 
-def words(bundles: Iterable[Json], nodes: list[Json]) -> str:
+def describe_pending(bundles: Iterable[Json], nodes: list[Json]) -> str:
     """Return what is asked for and what each living node offers, for people."""
     wanted = list(bundles)
     alive = [node["Resources"] for node in nodes if node["Alive"]]

@@ -21,8 +21,8 @@ from finetune_trainer.data import eval_prompts
 from finetune_trainer.doctor.nccl_log import Transport
 from finetune_trainer.errors import Interrupted
 from finetune_trainer.gate import require_gate
-from finetune_trainer.heartbeat import enter, pulse
-from finetune_trainer.launch.failures import placed
+from finetune_trainer.heartbeat import enter_phase, process_heartbeat
+from finetune_trainer.launch.failures import errors_with_step
 from finetune_trainer.launch.same_data import compare_data
 from finetune_trainer.launch.sharing.node_files import NodeFiles, count_nodes
 from finetune_trainer.launch.stack_dumps import answer_signals
@@ -32,16 +32,16 @@ from finetune_trainer.layout import METRICS
 from finetune_trainer.model.composite import frozen_note
 from finetune_trainer.model.load_notes import loading_notes
 from finetune_trainer.model.task import task_of
-from finetune_trainer.progress.channel import Event, StageBegun, StageDone, TransportFound, Waiting, WorkerEnd
-from finetune_trainer.progress.heartbeats import PulseThread, place_of
+from finetune_trainer.progress.channel import Event, StageBegun, StageDone, TransportFound, Waiting, WorkerChannel
+from finetune_trainer.progress.heartbeats import HeartbeatThread, first_heartbeat
 from finetune_trainer.progress.metrics_log import MetricsLog
 from finetune_trainer.runtime import node_name
 from finetune_trainer.stage_graph import layouts, scratch, waits_for
 from finetune_trainer.stages import make_trainer, perform
 from finetune_trainer.storage.checkpoints import CheckpointStore, Manifest
-from finetune_trainer.storage.fencing import Hold
+from finetune_trainer.storage.fencing import AttemptFence
 from finetune_trainer.storage.filesystem import Storage
-from finetune_trainer.storage.retry import listen
+from finetune_trainer.storage.retry import on_waiting
 from finetune_trainer.storage.universal_checkpoint import SUFFIX, to_universal
 from finetune_trainer.training.callbacks import (
     PROGRESS_STATE,
@@ -51,7 +51,7 @@ from finetune_trainer.training.callbacks import (
     StopCallback,
     evaluation_metrics,
 )
-from finetune_trainer.training.collectives import Peers
+from finetune_trainer.training.collectives import Collectives
 from finetune_trainer.training.context import Placement, ResumePoint, StageContext
 from finetune_trainer.training.deepspeed import join_process_group, set_group_timeout
 from finetune_trainer.training.dropped_steps import DroppedSteps
@@ -61,7 +61,7 @@ from finetune_trainer.training.memory import context_bytes, reset_peaks
 from finetune_trainer.training.packing_check import PackingCheck
 from finetune_trainer.training.reset_state import forget_stage, release
 from finetune_trainer.training.samples import SamplesCallback
-from finetune_trainer.training.stage_io import StageTools
+from finetune_trainer.training.stage_io import StageIO
 from finetune_trainer.training.stage_result import adapter_note, save_result
 from finetune_trainer.training.stage_work import StageWork
 from finetune_trainer.training.step_times import StepTimes
@@ -77,17 +77,19 @@ def run_stages(order: WorkOrder) -> None:
     run = RunConfig.model_validate_json(order.run)
     if run.work_dir is not None:
         os.chdir(run.work_dir)  # Ray starts workers in its own directory, where relative paths lead nowhere
-    storage, end, placement = Storage(run.root), WorkerEnd(order.channel), _placement(order.accelerator)
-    listen(lambda text: end.send(Waiting(text)))
+    storage, end, placement = Storage(run.root), WorkerChannel(order.channel), _placement(order.accelerator)
+    on_waiting(lambda text: end.send(Waiting(text)))
     answer_signals()
     node = ray.get_runtime_context().get_node_id()
-    with PulseThread(place_of(placement.rank, placement.world_size, node_name(), node), pulse(), end.beat):
+    with HeartbeatThread(
+        first_heartbeat(placement.rank, placement.world_size, node_name(), node), process_heartbeat(), end.heartbeat
+    ):
         set_group_timeout(run.job.spec.run_policy.ddp_timeout)
-        peers = Peers(node_name(), run.job.spec.run_policy.loading_timeout_seconds)
-        files = NodeFiles(run, storage, placement, peers, count_nodes(peers), end.send)
-        enter("fetching the prepared data and the weights")
+        collectives = Collectives(node_name(), run.job.spec.run_policy.loading_timeout_seconds)
+        files = NodeFiles(run, storage, placement, collectives, count_nodes(collectives), end.send)
+        enter_phase("fetching the prepared data and the weights")
         files.receive(order.offer)
-        peers.meet("its node has the prepared data and the weights")
+        collectives.rendezvous("its node has the prepared data and the weights")
         for work in order.stages:
             _run_stage(order, work, run, storage, end, placement, files)
 
@@ -97,7 +99,7 @@ def _run_stage(
     work: StageWork,
     run: RunConfig,
     storage: Storage,
-    end: WorkerEnd,
+    end: WorkerChannel,
     placement: Placement,
     files: NodeFiles,
 ) -> None:
@@ -107,10 +109,10 @@ def _run_stage(
         tell = end.send if placement.rank == 0 else _nobody
         tell(StageBegun(work.index, placement.world_size))
         reset_peaks(placement.accelerator)
-        enter("preparing the stage's data", step=0, order=0)
+        enter_phase("preparing the stage's data", step=0, order=0)
         context = stage_context(run, work, order.threads, placement, storage, files)
-        files.peers.meet("its data is loaded")
-        StageRun(context, storage, end, files.peers, work, several_nodes=files.nodes > 1).train()
+        files.collectives.rendezvous("its data is loaded")
+        StageRun(context, storage, end, files.collectives, work, several_nodes=files.nodes > 1).train()
         tell(StageDone(work.index))
         forget_stage()
     require_gate(run, storage, work.index)
@@ -135,12 +137,12 @@ class StageRun:
         self,
         context: StageContext,
         storage: Storage,
-        end: WorkerEnd,
-        peers: Peers,
+        end: WorkerChannel,
+        collectives: Collectives,
         work: StageWork,
         several_nodes: bool = False,
     ) -> None:
-        self.context, self.storage, self.end, self.peers, self.work = context, storage, end, peers, work
+        self.context, self.storage, self.end, self.collectives, self.work = context, storage, end, collectives, work
         self.first = context.placement.rank == 0
         self.scratch = scratch(context.run, context.layout.index)
         self.store = CheckpointStore(storage, context.layout, self.scratch)
@@ -151,24 +153,24 @@ class StageRun:
     def train(self) -> None:
         """Run the stage to its end, or to where it is asked to stop."""
         if not self.context.spec.trains:
-            with placed(self.context.layout.index):
+            with errors_with_step(self.context.layout.index):
                 self._perform()
             return
         started = time.monotonic()
         self._tell_changes()
         resumed = self._resume_point()
         self.context = replace(self.context, resumed=resumed)
-        enter("loading the model")
+        enter_phase("loading the model")
         trainer = make_trainer(self.context)
-        self.peers.meet("its model is loaded")
+        self.collectives.rendezvous("its model is loaded")
         trainer.args.eval_on_start = resumed is None and self.context.data.eval is not None
         callbacks = self._attach(trainer, resumed)
         self._log(f"model ready after {time.monotonic() - started:.1f} s")
         self.frozen = frozen_note(trainer.model)
         if self.frozen:
             self._log(self.frozen)
-        with placed(self.context.layout.index, trainer):
-            enter("preparing to train")
+        with errors_with_step(self.context.layout.index, trainer):
+            enter_phase("preparing to train")
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.directory))
             self._tidy(resumed)
             if callbacks.stop.stopped:
@@ -178,14 +180,14 @@ class StageRun:
 
     def _perform(self) -> None:
         """A stage that takes no optimizer steps."""
-        tools = StageTools(self.context, self.storage, self.peers, self.end, self.scratch)
+        tools = StageIO(self.context, self.storage, self.collectives, self.end, self.scratch)
         self._tell_changes()
         metrics = perform(self.context, tools)
         if self.first:
             if self.context.prepared is not None:
                 self._publish_data_report()
             self._write_done(0, time.monotonic() - tools.started, 0, metrics)
-        self.peers.wait()
+        self.collectives.barrier()
 
     def _tell_changes(self) -> None:
         """Log what is changed of the saved model that the stage starts from as it loads."""
@@ -201,12 +203,12 @@ class StageRun:
             UserError: it was trained on other rows.
         """
         newest = self.store.newest()
-        self.peers.wait()
+        self.collectives.barrier()
         if self.first:
             self.store.clean()
         if self.context.placement.local_rank == 0 and not self.storage.is_local:
             shutil.rmtree(self.scratch, ignore_errors=True)  # an earlier attempt's files belong to no checkpoint now
-        self.peers.wait()
+        self.collectives.barrier()
         if newest is None:
             return None
         compared = compare_data(self.context.run, self.context.layout.index, newest, self.context.data.key)
@@ -228,7 +230,7 @@ class StageRun:
         if newest.world_size != placement.world_size:
             rows = f"{self.context.rows_per_step} rows per step, as before"
             self._log(f"{newest.world_size} workers wrote it and {placement.world_size} go on, with {rows}")
-        self.peers.wait()
+        self.collectives.barrier()
         return ResumePoint(newest.step, converted if universal else place, universal)
 
     def _tidy(self, resumed: ResumePoint | None) -> None:
@@ -240,13 +242,13 @@ class StageRun:
             shutil.rmtree(resumed.directory, ignore_errors=True)
 
     def _attach(self, trainer: Any, resumed: ResumePoint | None) -> _Callbacks:
-        progress = ProgressCallback(self.context, self.peers, self.end, self.work)
+        progress = ProgressCallback(self.context, self.collectives, self.end, self.work)
         progress.trainer, trainer.stage.paused = trainer, progress.paused
         trainer.stage.times = StepTimes(self.context.placement.accelerator)
         trainer.stage.times.leave_out(trainer.accelerator)
-        LossGuard(self.context, self.peers, DroppedSteps(self.store), self._log).attach(trainer)
+        LossGuard(self.context, self.collectives, DroppedSteps(self.store), self._log).attach(trainer)
         trainer.stage.routing = watch_routing(trainer.model)
-        trainer.stage.tools = StageTools(self.context, self.storage, self.peers, self.end, self.scratch)
+        trainer.stage.io = StageIO(self.context, self.storage, self.collectives, self.end, self.scratch)
         if self.first:
             self._fetch_metrics()
             progress.log_file = MetricsLog(self._metrics_path())
@@ -256,12 +258,12 @@ class StageRun:
                 trainer.add_callback(MendCallback(trainer))
         callbacks = _Callbacks(
             progress,
-            CheckpointCallback(self.context, self.store, self.peers, progress, trainer.stage.feed),
-            StopCallback(self.peers, self.end, self.context.placement.rank),
-            SamplesCallback(self.context, self.storage, _prompts(self.context), self.peers),
+            CheckpointCallback(self.context, self.store, self.collectives, progress, trainer.stage.feed),
+            StopCallback(self.collectives, self.end, self.context.placement.rank),
+            SamplesCallback(self.context, self.storage, _prompts(self.context), self.collectives),
         )
         if self.context.placement.accelerator and self.several_nodes:
-            trainer.add_callback(TransportCallback(self.peers, self.context.run.job, self._tell_transport))
+            trainer.add_callback(TransportCallback(self.collectives, self.context.run.job, self._tell_transport))
         for callback in (callbacks.samples, callbacks.stop, callbacks.checkpoint, callbacks.progress):
             trainer.add_callback(callback)
         for callback in trainer.callback_handler.callbacks:
@@ -271,10 +273,10 @@ class StageRun:
 
     def _finish(self, trainer: Any, callbacks: _Callbacks) -> None:
         """Save the last checkpoint, measure, save the result, and only then call the stage done."""
-        enter("saving the result")
+        enter_phase("saving the result")
         trainer.stage.guard.check_weights()
         step = trainer.state.global_step
-        if trainer.stage.keeps_last and self.peers.any(self.first and self.store.manifest(step) is None):
+        if trainer.stage.keeps_last and self.collectives.any(self.first and self.store.manifest(step) is None):
             trainer._save_checkpoint(trainer.model, None)
             callbacks.checkpoint.publish(step)
         metrics = {} if self.context.data.eval is None else evaluation_metrics(trainer.evaluate())
@@ -289,7 +291,7 @@ class StageRun:
             losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
             metrics = ({"loss": losses[-1]} if losses else {}) | metrics
             self._write_done(step, callbacks.progress.rates.seconds, callbacks.progress.tokens, metrics)
-        self.peers.wait()
+        self.collectives.barrier()
 
     def _result(self) -> Path:
         return self.storage.local(self.context.layout.result) or self.scratch / "result"
@@ -306,7 +308,7 @@ class StageRun:
         self.storage.write_text(self.context.layout.data_report, report)
 
     def _write_done(self, steps: int, seconds: float, tokens: int, metrics: dict[str, float]) -> None:
-        Hold(self.storage, self.context.run.attempt).check()
+        AttemptFence(self.storage, self.context.run.attempt).check()
         done = {
             "steps": steps,
             "seconds": seconds,

@@ -16,7 +16,7 @@ from finetune_api.redact import redact
 from finetune_trainer.launch.stack_dumps import Stacks, collect, kill
 from finetune_trainer.launch.stall_watch import Stall
 from finetune_trainer.layout import stall_record
-from finetune_trainer.progress.heartbeats import Beat
+from finetune_trainer.progress.heartbeats import WorkerHeartbeat
 from finetune_trainer.storage.filesystem import Storage
 
 ASK_SECONDS = 30.0
@@ -92,7 +92,7 @@ def keep(storage: Storage, attempt: int, text: str) -> None:
     thread.join(WRITE_SECONDS)
 
 
-def _condition(beat: Beat, found: dict[int, Stacks]) -> str:
+def _condition(beat: WorkerHeartbeat, found: dict[int, Stacks]) -> str:
     """Why a worker can't go on; empty where it is alive."""
     if beat.rank not in found:
         return f"node {beat.host} does not answer"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from finetune_api.cluster import AUTO
-from finetune_trainer.progress.heartbeats import Beat
+from finetune_trainer.progress.heartbeats import WorkerHeartbeat
 
 LEAST_SECONDS = 600.0
 STEPS = 30
@@ -22,7 +22,7 @@ class Stall:
 
     seconds: float
     """How long there has been none."""
-    beats: dict[int, Beat]
+    beats: dict[int, WorkerHeartbeat]
     """The last word of each worker, by rank; one that has said nothing is missing."""
     workers: int
 
@@ -53,7 +53,7 @@ class StallWatch:
     def __init__(self, timeout: int | str) -> None:
         self._timeout = timeout
         self._progress: dict[int, int] = {}
-        self._beats: dict[int, Beat] = {}
+        self._beats: dict[int, WorkerHeartbeat] = {}
         self._since: float | None = None
         self._step: tuple[int, float] | None = None
         self._steps: deque[float] = deque(maxlen=WINDOW)
@@ -65,7 +65,7 @@ class StallWatch:
             return max(LEAST_SECONDS, STEPS * median(self._steps)) if self._steps else LEAST_SECONDS
         return float(self._timeout) or None
 
-    def look(self, now: float, beats: Mapping[int, Beat]) -> Stall | None:
+    def look(self, now: float, beats: Mapping[int, WorkerHeartbeat]) -> Stall | None:
         """Return the stall where there is one. There is nothing to watch before the first worker's first beat.
 
         Args:

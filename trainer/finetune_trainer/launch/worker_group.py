@@ -20,8 +20,8 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.execution.callback import RayTrainCallback
 
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.launch.failures import Failure, classify, place_of
-from finetune_trainer.launch.placement import Placement
+from finetune_trainer.launch.failures import Failure, classify, step_of
+from finetune_trainer.launch.placement import PlacementWatch
 from finetune_trainer.launch.sharing.records import Offer
 from finetune_trainer.launch.stall_watch import Stall, StallWatch
 from finetune_trainer.launch.work_order import WorkOrder
@@ -36,7 +36,7 @@ END_SECONDS = 60.0
 """How long Ray may take to notice that stalled workers were ended, before the driver goes on without it."""
 
 
-class GroupFit:
+class WorkerGroup:
     """Attempts at a job's remaining stages.
 
     Args:
@@ -109,16 +109,16 @@ class GroupFit:
         Returns the failure of workers that stalled.
         """
         passed_on, watch = False, StallWatch(self.run.job.spec.run_policy.stall_timeout)
-        placement = Placement(lambda text: self.hear(Placing(text)))
+        placement = PlacementWatch(lambda text: self.hear(Placing(text)))
         while thread.is_alive():
             thread.join(LISTEN_SECONDS)
             placement.look()
-            if thread.is_alive() and (stall := watch.look(time.monotonic(), ray.get(channel.beats.remote()))):
+            if thread.is_alive() and (stall := watch.look(time.monotonic(), ray.get(channel.heartbeats.remote()))):
                 failure = self.stalls(stall)
                 thread.join(END_SECONDS)
                 return failure
             if self.stop.is_set() and not passed_on:
-                channel.stop.remote()
+                channel.request_stop.remote()
                 passed_on = True
             for event in ray.get(channel.collect.remote()):
                 placement.begun()
@@ -148,7 +148,7 @@ def _scaling(workers: Workers) -> ScalingConfig:
     )
 
 
-def keep_trying(
+def retry_attempts(
     attempt: Callable[[], Failure | None],
     progressed: Callable[[], bool],
     wait: Callable[[float], bool],
@@ -185,6 +185,6 @@ def keep_trying(
 
 
 def _again(failure: Failure) -> str:
-    place = place_of(failure.error)
+    place = step_of(failure.error)
     where = "" if place is None else f" after step {place[1]} of stage {place[0] + 1}"
     return f"{failure.line} (the same error twice in a row{where}: not tried again)"

@@ -18,7 +18,7 @@ LEFT_BYTES = 1 << 20
 
 
 @contextmanager
-def full_disk_named(directory: Path) -> Iterator[None]:
+def name_full_disk(directory: Path) -> Iterator[None]:
     """Around what writes below a directory, or makes it.
 
     Raises:

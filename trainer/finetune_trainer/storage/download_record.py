@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 
-def state_of(info: dict[str, Any]) -> str:
+def remote_version(info: dict[str, Any]) -> str:
     """Return a hash of all that a store says of a file: size, time of change, tag."""
     text = json.dumps({str(name): str(value) for name, value in info.items()}, sort_keys=True)
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-class Fetched:
+class DownloadRecord:
     """The record of a directory. It lies next to the directory and is written after each file."""
 
     def __init__(self, directory: Path) -> None:

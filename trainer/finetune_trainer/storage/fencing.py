@@ -22,7 +22,7 @@ def attempt_of(run: dict[str, Any]) -> int:
 
 
 @dataclass(frozen=True)
-class Hold:
+class AttemptFence:
     """What attempt `attempt` may do in `storage`."""
 
     storage: Storage

@@ -15,8 +15,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from finetune_api.claims import mounted
 from finetune_trainer.errors import UserError
-from finetune_trainer.storage.download_record import Fetched, state_of
-from finetune_trainer.storage.retry import patiently
+from finetune_trainer.storage.download_record import DownloadRecord, remote_version
+from finetune_trainer.storage.retry import call_with_retries
 
 OUTAGE_SECONDS = 600.0
 """How long a remote store may be away before a job that waits for it fails."""
@@ -56,7 +56,7 @@ class Storage:
         return Path(self.path(relative)) if self.is_local else None
 
     def exists(self, relative: str) -> bool:
-        return bool(self._patiently(lambda: self._fresh().exists(self.path(relative)), f"looking for {relative}"))
+        return bool(self._retried(lambda: self._fresh().exists(self.path(relative)), f"looking for {relative}"))
 
     def read_text(self, relative: str) -> str:
         """Raises FileNotFoundError where there is no such file."""
@@ -64,7 +64,7 @@ class Storage:
 
     def read_bytes(self, relative: str) -> bytes:
         """Raises FileNotFoundError where there is no such file."""
-        return self._patiently(lambda: bytes(self.fs.cat_file(self.path(relative))), f"reading {relative}")
+        return self._retried(lambda: bytes(self.fs.cat_file(self.path(relative))), f"reading {relative}")
 
     def read_range(self, relative: str, start: int, end: int) -> bytes:
         """Return the bytes from `start` up to `end` of a file, fewer where it ends before.
@@ -73,7 +73,7 @@ class Storage:
             FileNotFoundError: there is no such file.
         """
         path = self.path(relative)
-        return self._patiently(lambda: bytes(self.fs.cat_file(path, start=start, end=end)), f"reading {relative}")
+        return self._retried(lambda: bytes(self.fs.cat_file(path, start=start, end=end)), f"reading {relative}")
 
     def write_text(self, relative: str, text: str) -> None:
         """Write a whole file at once: a reader sees the old one or the new one, never a part."""
@@ -83,7 +83,7 @@ class Storage:
         """As `write_text`."""
         path = self.path(relative)
         if not self.is_local:
-            self._patiently(lambda: self.fs.pipe_file(path, content), f"writing {relative}")
+            self._retried(lambda: self.fs.pipe_file(path, content), f"writing {relative}")
             return
         self.fs.makedirs(os.path.dirname(path), exist_ok=True)
         part = f"{path}.{uuid.uuid4().hex[:8]}{_PART}"
@@ -96,9 +96,7 @@ class Storage:
     def names(self, relative: str) -> list[str]:
         """Names in a directory, sorted; none where it does not exist."""
         try:
-            entries = self._patiently(
-                lambda: self._fresh().ls(self.path(relative), detail=False), f"listing {relative}"
-            )
+            entries = self._retried(lambda: self._fresh().ls(self.path(relative), detail=False), f"listing {relative}")
         except FileNotFoundError:
             return []
         paths = (str(entry).rstrip("/") for entry in entries)
@@ -108,13 +106,13 @@ class Storage:
     def sizes(self, relative: str) -> dict[str, int]:
         """Sizes in bytes of all files below a directory, by path relative to it."""
         base = self.path(relative)
-        found = self._patiently(lambda: self._fresh().find(base, detail=True), f"listing {relative}")
+        found = self._retried(lambda: self._fresh().find(base, detail=True), f"listing {relative}")
         return {str(path)[len(base) + 1 :]: int(info["size"]) for path, info in found.items() if str(path) != base}
 
     def delete(self, relative: str) -> None:
         """Delete a file or a directory with all in it; nothing where it does not exist."""
         try:
-            self._patiently(lambda: self._fresh().rm(self.path(relative), recursive=True), f"deleting {relative}")
+            self._retried(lambda: self._fresh().rm(self.path(relative), recursive=True), f"deleting {relative}")
         except FileNotFoundError:
             return
 
@@ -128,7 +126,7 @@ class Storage:
             return 0
         bucket, _, key = self.path(relative).partition("/")
         try:
-            return self._patiently(lambda: self._abort_uploads(bucket, f"{key}/"), f"aborting uploads of {relative}")
+            return self._retried(lambda: self._abort_uploads(bucket, f"{key}/"), f"aborting uploads of {relative}")
         except PermissionError:
             return 0
 
@@ -154,7 +152,7 @@ class Storage:
             target = self.path(f"{relative}/{name}")
             if self.is_local:
                 Path(target).parent.mkdir(parents=True, exist_ok=True)
-            self._patiently(lambda: self.fs.put_file(str(local / name), target), f"uploading {relative}/{name}")
+            self._retried(lambda: self.fs.put_file(str(local / name), target), f"uploading {relative}/{name}")
 
         _all_of(send, names)
 
@@ -171,7 +169,7 @@ class Storage:
             if path.is_file() and path.suffix != _PART and path.relative_to(local).as_posix() not in states:
                 path.unlink(missing_ok=True)
         local.mkdir(parents=True, exist_ok=True)
-        fetched = Fetched(local)
+        fetched = DownloadRecord(local)
         lacking = [name for name, state in states.items() if not fetched.has(name, state)]
 
         def receive(name: str) -> None:
@@ -184,14 +182,14 @@ class Storage:
     def _states(self, relative: str) -> dict[str, str]:
         """Return what the store says of each file below a directory, as a hash."""
         base = self.path(relative)
-        found = self._patiently(lambda: self._fresh().find(base, detail=True), f"listing {relative}")
-        return {str(path)[len(base) + 1 :]: state_of(info) for path, info in found.items() if str(path) != base}
+        found = self._retried(lambda: self._fresh().find(base, detail=True), f"listing {relative}")
+        return {str(path)[len(base) + 1 :]: remote_version(info) for path, info in found.items() if str(path) != base}
 
     def _receive(self, relative: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{_PART}")
         try:
-            self._patiently(lambda: self.fs.get_file(self.path(relative), str(part)), f"downloading {relative}")
+            self._retried(lambda: self.fs.get_file(self.path(relative), str(part)), f"downloading {relative}")
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
@@ -201,8 +199,8 @@ class Storage:
         self.fs.invalidate_cache()
         return self.fs
 
-    def _patiently(self, work: Callable[[], T], what: str) -> T:
-        return patiently(work, f"{self.root}: {what}", self._patience)
+    def _retried(self, work: Callable[[], T], what: str) -> T:
+        return call_with_retries(work, f"{self.root}: {what}", self._patience)
 
 
 def _all_of(work: Callable[[str], None], names: list[str]) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from finetune_trainer.heartbeat import beat
+from finetune_trainer.heartbeat import record_progress
 
 log = logging.getLogger(__name__)
 FIRST_SECONDS, MOST_SECONDS = 0.5, 10.0
@@ -48,13 +48,13 @@ class _Waits:
 _waits = _Waits()
 
 
-def listen(told: Callable[[str], None]) -> None:
+def on_waiting(told: Callable[[str], None]) -> None:
     """From now on this process tells `told`, and nobody else, what has to wait for a store: of several the one that has
     waited longest, and an empty text when none has to any more. From whatever thread that happens in."""
     _waits.told = told
 
 
-def patiently(work: Callable[[], T], what: str, seconds: float) -> T:
+def call_with_retries(work: Callable[[], T], what: str, seconds: float) -> T:
     """Do work that may be done twice; try again for up to `seconds` while the store doesn't answer.
 
     Args:
@@ -69,20 +69,20 @@ def patiently(work: Callable[[], T], what: str, seconds: float) -> T:
             try:
                 return work()
             except Exception as error:
-                if not passing(error):
+                if not is_transient(error):
                     raise
                 if time.monotonic() + pause > deadline:
                     raise _as_os_error(error, what) from error
                 log.warning("%s: %s: %s; tried again in %.1f s", what, type(error).__name__, error, pause)
                 _waits.begins(who, f"{what}: {type(error).__name__}: {error}")
-            beat()  # an outage has a limit of its own
+            record_progress()  # an outage has a limit of its own
             time.sleep(pause)
             pause = min(2 * pause, MOST_SECONDS)
     finally:
         _waits.ends(who)
 
 
-def passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether a store's error says nothing about the store as it will be in a while."""
     if isinstance(error, _LASTING):
         return False

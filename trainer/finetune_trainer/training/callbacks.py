@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune_trainer.heartbeat import during
+from finetune_trainer.heartbeat import in_phase
 from finetune_trainer.plan.steps import mfu
 from finetune_trainer.progress.channel import CheckpointSaved
 from finetune_trainer.progress.metrics_log import MetricsLog
@@ -20,16 +20,16 @@ from finetune_trainer.progress.reporter import Progress
 from finetune_trainer.progress.throughput import Meter, Rates
 from finetune_trainer.runtime import node_name
 from finetune_trainer.storage.checkpoints import CheckpointStore
-from finetune_trainer.storage.fencing import Hold
+from finetune_trainer.storage.fencing import AttemptFence
 from finetune_trainer.training.batches import Feed
-from finetune_trainer.training.collectives import Peers
+from finetune_trainer.training.collectives import Collectives
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.deepspeed import mend_universal
 from finetune_trainer.training.expert_load import expert_loads
 from finetune_trainer.training.step_times import Spread, spread
 
 if TYPE_CHECKING:
-    from finetune_trainer.progress.channel import WorkerEnd
+    from finetune_trainer.progress.channel import WorkerChannel
     from finetune_trainer.training.stage_trainer import StageTrainer
     from finetune_trainer.training.stage_work import StageWork
 
@@ -41,8 +41,8 @@ _KNOWN = {"loss", "learning_rate", "grad_norm", "epoch", "num_tokens", "total_fl
 class ProgressCallback(TrainerCallback):
     """Counts, measures and tells each logged step. Counters go on where a resumed run's checkpoint left them."""
 
-    def __init__(self, context: StageContext, peers: Peers, end: WorkerEnd, work: StageWork) -> None:
-        self.context, self.peers, self.end, self.work = context, peers, end, work
+    def __init__(self, context: StageContext, collectives: Collectives, end: WorkerChannel, work: StageWork) -> None:
+        self.context, self.collectives, self.end, self.work = context, collectives, end, work
         self.meter = Meter()
         self.rates = Rates(seconds=0.0)
         self.tokens, self.samples = 0, 0
@@ -82,7 +82,7 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.meter.start(time.monotonic(), state.global_step, self.tokens, self.samples)
-        self.hosts = self.peers.collect(node_name())
+        self.hosts = self.collectives.gather(node_name())
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
@@ -98,10 +98,10 @@ class ProgressCallback(TrainerCallback):
 
     def _count(self, step: int) -> None:
         assert self.trainer is not None
-        tokens, samples = self.peers.sum(self.trainer.take_counts())
+        tokens, samples = self.collectives.sum(self.trainer.take_counts())
         self.tokens, self.samples = self.tokens + tokens, self.samples + samples
         if self.trainer.stage.routing is not None:
-            self.loads = expert_loads(self.trainer.stage.routing, self.peers)
+            self.loads = expert_loads(self.trainer.stage.routing, self.collectives)
         self._compare()
         self.rates = self.meter.update(time.monotonic(), step, self.tokens, self.samples)
 
@@ -111,7 +111,7 @@ class ProgressCallback(TrainerCallback):
         if len(self.hosts) < 2 or self.trainer.stage.times is None:
             return
         own = self.trainer.stage.times.own()
-        found = [seconds for (seconds,) in self.peers.numbers([math.nan if own is None else own])]
+        found = [seconds for (seconds,) in self.collectives.gather_numbers([math.nan if own is None else own])]
         self.spread = None if any(map(math.isnan, found)) else spread(found, self.hosts)
 
     def _tell(self, state: TrainerState, logs: dict[str, float], trains: bool) -> None:
@@ -168,12 +168,23 @@ class CheckpointCallback(TrainerCallback):
     """Makes a written checkpoint complete, and deletes older ones."""
 
     def __init__(
-        self, context: StageContext, store: CheckpointStore, peers: Peers, progress: ProgressCallback, feed: Feed
+        self,
+        context: StageContext,
+        store: CheckpointStore,
+        collectives: Collectives,
+        progress: ProgressCallback,
+        feed: Feed,
     ) -> None:
-        self.context, self.store, self.peers, self.progress, self.feed = context, store, peers, progress, feed
+        self.context, self.store, self.collectives, self.progress, self.feed = (
+            context,
+            store,
+            collectives,
+            progress,
+            feed,
+        )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        with self.progress.paused(), during("saving a checkpoint"):
+        with self.progress.paused(), in_phase("saving a checkpoint"):
             self.publish(state.global_step)
 
     def publish(self, step: int) -> None:
@@ -182,14 +193,14 @@ class CheckpointCallback(TrainerCallback):
         self.feed.save(step, place)
         if placement.rank == 0:
             (place / PROGRESS_STATE).write_text(json.dumps(self.progress.state()))
-        self.peers.wait()
+        self.collectives.barrier()
         if placement.local_rank == 0:
             self.store.push(step)
-        self.peers.wait()
+        self.collectives.barrier()
         if placement.rank == 0:
             if self.progress.log_file is not None:
                 self.store.push_metrics(self.progress.log_file.path)
-            Hold(self.store.storage, self.context.run.attempt).check()
+            AttemptFence(self.store.storage, self.context.run.attempt).check()
             self.store.publish(
                 step,
                 world_size=placement.world_size,
@@ -211,8 +222,8 @@ class StopCallback(TrainerCallback):
     by the first worker's clock (one, where a step takes longer), at steps that they agreed on before.
     """
 
-    def __init__(self, peers: Peers, end: WorkerEnd, rank: int) -> None:
-        self.peers, self.end, self.rank = peers, end, rank
+    def __init__(self, collectives: Collectives, end: WorkerChannel, rank: int) -> None:
+        self.collectives, self.end, self.rank = collectives, end, rank
         self.stopped = False
         self.next = 0
         self.asked = 0, time.monotonic()
@@ -224,7 +235,7 @@ class StopCallback(TrainerCallback):
         if state.global_step < self.next:
             return
         mine = [self.end.stop_requested(), self._steps(state.global_step)] if self.rank == 0 else [0, 0]
-        wish, steps = self.peers.most(mine)
+        wish, steps = self.collectives.max(mine)
         self.next = state.global_step + steps
         if wish and state.global_step < state.max_steps and not control.should_training_stop:
             self.stopped = True

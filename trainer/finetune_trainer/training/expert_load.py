@@ -9,7 +9,7 @@ import torch
 from finetune_trainer.esft.families import routers
 from finetune_trainer.esft.load_report import load_metrics
 from finetune_trainer.esft.routing import RoutingCounter
-from finetune_trainer.training.collectives import Peers
+from finetune_trainer.training.collectives import Collectives
 
 
 def watch_routing(model: Any) -> RoutingCounter | None:
@@ -17,11 +17,11 @@ def watch_routing(model: Any) -> RoutingCounter | None:
     return RoutingCounter(model, training=True).attach() if routers(model) else None
 
 
-def expert_loads(counter: RoutingCounter, peers: Peers) -> dict[str, float]:
+def expert_loads(counter: RoutingCounter, collectives: Collectives) -> dict[str, float]:
     """Statistics of all workers' routing since the last call; every worker calls it."""
     mine = counter.take_counts()
     if not mine:
         return {}
     layers, counts = sorted(mine), torch.stack([mine[layer] for layer in sorted(mine)]).cpu()
-    pooled = torch.tensor(peers.sum(counts.flatten().tolist())).reshape(counts.shape)
+    pooled = torch.tensor(collectives.sum(counts.flatten().tolist())).reshape(counts.shape)
     return load_metrics(dict(zip(layers, pooled.tolist(), strict=True)))

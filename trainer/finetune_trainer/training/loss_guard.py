@@ -17,9 +17,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune_api.problems import Problem
 from finetune_api.stages import PretrainSpec, SupervisedSpec
 from finetune_trainer.errors import UserError
-from finetune_trainer.heartbeat import during, enter
+from finetune_trainer.heartbeat import enter_phase, in_phase
 from finetune_trainer.training.bad_numbers import Finding, Judge
-from finetune_trainer.training.collectives import Peers
+from finetune_trainer.training.collectives import Collectives
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.dropped_steps import Dropped, DroppedSteps, RolledBack, shown
 from finetune_trainer.training.row_numbers import RowNumbers
@@ -51,8 +51,10 @@ class LossGuard(TrainerCallback):
         RolledBack: from training, where it goes back to the last checkpoint.
     """
 
-    def __init__(self, context: StageContext, peers: Peers, dropped: DroppedSteps, say: Callable[[str], None]) -> None:
-        self.context, self.peers, self.dropped, self.say = context, peers, dropped, say
+    def __init__(
+        self, context: StageContext, collectives: Collectives, dropped: DroppedSteps, say: Callable[[str], None]
+    ) -> None:
+        self.context, self.collectives, self.dropped, self.say = context, collectives, dropped, say
         self.policy = context.run.job.spec.run_policy.on_bad_loss
         spec = context.spec
         self.judge = Judge(isinstance(spec, (PretrainSpec, SupervisedSpec)), spec.max_grad_norm, 0)
@@ -102,7 +104,7 @@ class LossGuard(TrainerCallback):
             times = self.trainer.stage.times
             if times is not None and accelerator.sync_gradients:
                 times.exchange()
-            enter("backward pass and its collectives", measured=step > self._first, step=step, order=BACKWARD)
+            enter_phase("backward pass and its collectives", measured=step > self._first, step=step, order=BACKWARD)
             backward(loss, **kwargs)
 
         accelerator.backward = watched
@@ -157,7 +159,7 @@ class LossGuard(TrainerCallback):
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         parts = (getattr(weight, "ds_tensor", weight) for weight in model.parameters() if weight.requires_grad)
         sound = [torch.isfinite(part.detach()).all() for part in parts if part.is_floating_point()]
-        if self.peers.any(bool(sound) and not bool(torch.stack(sound).all())):
+        if self.collectives.any(bool(sound) and not bool(torch.stack(sound).all())):
             step = self.trainer.state.global_step - 1
             finding = Finding("trained weights are not finite after its update: they are not saved", finite=False)
             self._give_up_or_roll_back(self._dropped(step, finding.text))
@@ -168,7 +170,7 @@ class LossGuard(TrainerCallback):
         """Whether the step at hand may update the model. All workers call it at the same time."""
         step = self.trainer.state.global_step
         # On a GPU this is where a step waits for its kernels, and spins where those of another worker never come.
-        with during("waiting for the step's losses", measured=step > self._first):
+        with in_phase("waiting for the step's losses", measured=step > self._first):
             losses = self._exchanged()
         if step in self.dropped.steps:
             self._judged = False
@@ -201,10 +203,10 @@ class LossGuard(TrainerCallback):
         newest = self.dropped.newest()
         if found.step in self.dropped.steps or self.dropped.exhausted(newest):
             raise self._problem(found, f"; rollbacks to step {newest} did not help: {self.dropped.told(newest)}")
-        self.peers.wait()  # all have looked before one writes
+        self.collectives.barrier()  # all have looked before one writes
         if self.context.placement.rank == 0:
             self.dropped.add(found, newest)
-        self.peers.wait()
+        self.collectives.barrier()
         raise RolledBack(f"{found.words}; rolled back to step {newest}, and the update of this step is left out")
 
     def _count_skip(self) -> None:
@@ -232,7 +234,7 @@ class LossGuard(TrainerCallback):
     def _exchanged(self) -> _Losses:
         mine = torch.stack([loss.float() for loss in self._losses]).tolist() if self._losses else [0.0]
         bad = next((number for number, loss in enumerate(mine) if not math.isfinite(loss)), -1)
-        everyone = self.peers.numbers([sum(mine), float(bad)])
+        everyone = self.collectives.gather_numbers([sum(mine), float(bad)])
         suspects = [(rank, int(number)) for rank, (_, number) in enumerate(everyone) if number >= 0]
         return _Losses(sum(loss for loss, _ in everyone) / len(everyone), suspects)
 

@@ -12,7 +12,7 @@ from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.generation.prompts import encode, has_template
 from finetune_trainer.model.config import context_length
 from finetune_trainer.storage.filesystem import Storage
-from finetune_trainer.training.collectives import Peers
+from finetune_trainer.training.collectives import Collectives
 from finetune_trainer.training.context import StageContext
 
 NEW_TOKENS = 64
@@ -25,8 +25,10 @@ class SamplesCallback(TrainerCallback):
     generates and the others wait.
     """
 
-    def __init__(self, context: StageContext, storage: Storage, prompts: list[dict[str, Any]], peers: Peers) -> None:
-        self.context, self.storage, self.prompts, self.peers = context, storage, prompts, peers
+    def __init__(
+        self, context: StageContext, storage: Storage, prompts: list[dict[str, Any]], collectives: Collectives
+    ) -> None:
+        self.context, self.storage, self.prompts, self.collectives = context, storage, prompts, collectives
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -46,7 +48,7 @@ class SamplesCallback(TrainerCallback):
             if rank == 0:
                 known = self._known() if when == "after" else {}
                 self.storage.write_text(self.context.layout.samples, json.dumps({**known, when: rows}, indent=1))
-        self.peers.wait()
+        self.collectives.barrier()
 
     def _known(self) -> dict[str, Any]:
         path = self.context.layout.samples

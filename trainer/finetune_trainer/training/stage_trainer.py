@@ -11,12 +11,12 @@ import torch
 import transformers
 from transformers.trainer_utils import EvalLoopOutput
 
-from finetune_trainer.heartbeat import beat, during, enter
+from finetune_trainer.heartbeat import enter_phase, in_phase, record_progress
 from finetune_trainer.model.expert_matmul import factor_adapters
 from finetune_trainer.model.router_logits import fit_for_balance_loss, no_router_logits
-from finetune_trainer.storage.disk_full import full_disk_named
+from finetune_trainer.storage.disk_full import name_full_disk
 from finetune_trainer.training.held_out import HeldOutLoader, Means, Sums, share, token_sums
-from finetune_trainer.training.trainer_extensions import StageParts
+from finetune_trainer.training.trainer_extensions import TrainerExtensions
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
@@ -34,12 +34,12 @@ class StageTrainer(_Base):
     and say in `measure` what an evaluation measures.
     """
 
-    stage: StageParts
+    stage: TrainerExtensions
     makes_pairs = False
     """Whether a step's rows are pairs that the stage makes, and not rows of its data."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.stage = self.new_parts()
+        self.stage = self.new_extensions()
         super().__init__(*args, **kwargs)
         self._share_gradients()
         fit_for_balance_loss(self.model)
@@ -55,9 +55,9 @@ class StageTrainer(_Base):
             handler.gradient_as_bucket_view = True
 
     @staticmethod
-    def new_parts() -> StageParts:
+    def new_extensions() -> TrainerExtensions:
         """What `stage` holds."""
-        return StageParts()
+        return TrainerExtensions()
 
     def measure(self, model: Any, inputs: dict[str, Any]) -> Sums:
         """The sums that a batch of held-out rows adds to an evaluation."""
@@ -81,7 +81,7 @@ class StageTrainer(_Base):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """transformers' hook around each optimizer step's batches: count what is in them."""
-        enter("loading rows", step=self.state.global_step, order=LOADING)
+        enter_phase("loading rows", step=self.state.global_step, order=LOADING)
         if self.stage.times is not None:
             self.stage.times.begin()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -119,9 +119,9 @@ class StageTrainer(_Base):
         """transformers' forward and backward pass. What it does in the first step, such as compiling, may take long."""
         step = self.state.global_step
         warm = step > self._initial_global_step
-        enter("forward pass", measured=warm, step=step, order=FORWARD)
+        enter_phase("forward pass", measured=warm, step=step, order=FORWARD)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-        enter("update, metrics and callbacks", step=step, order=UPDATE)
+        enter_phase("update, metrics and callbacks", step=step, order=UPDATE)
         return loss
 
     def rows_of(self, step: int, rank: int | None = None, number: int = 0) -> list[int]:
@@ -156,7 +156,7 @@ class StageTrainer(_Base):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """transformers' evaluation, whose time does not count as training."""
-        with self.stage.paused(), during("evaluating"):
+        with self.stage.paused(), in_phase("evaluating"):
             return super().evaluate(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
@@ -190,7 +190,7 @@ class StageTrainer(_Base):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
         """transformers' hook for each batch of held-out rows; nothing is left for transformers to average."""
-        beat()
+        record_progress()
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = self.measure(model, inputs)
@@ -201,7 +201,7 @@ class StageTrainer(_Base):
         """transformers' checkpoint, without the model card that TRL writes into each."""
         if self.stage.guard is not None:
             self.stage.guard.check_weights()
-        with self.stage.paused(), during("writing a checkpoint"), full_disk_named(Path(self.args.output_dir)):
+        with self.stage.paused(), in_phase("writing a checkpoint"), name_full_disk(Path(self.args.output_dir)):
             transformers.Trainer._save_checkpoint(self, model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

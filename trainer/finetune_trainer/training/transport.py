@@ -16,7 +16,7 @@ from finetune_trainer.doctor.gather import fabric_facts
 from finetune_trainer.doctor.nccl_log import SOCKET, Transport, joined, parse_log
 from finetune_trainer.doctor.needs import job_needs
 from finetune_trainer.runtime import NCCL_LOG_FILE, NCCL_LOG_LEVEL
-from finetune_trainer.training.collectives import Peers
+from finetune_trainer.training.collectives import Collectives
 
 _TELLING = ("INFO", "TRACE")
 
@@ -77,8 +77,8 @@ class TransportCallback(TrainerCallback):
         tell: called on the first worker with the transport and a warning, which may be empty.
     """
 
-    def __init__(self, peers: Peers, job: FineTuneJob, tell: Callable[[Transport, str], None]) -> None:
-        self.peers, self.job, self.tell = peers, job, tell
+    def __init__(self, collectives: Collectives, job: FineTuneJob, tell: Callable[[Transport, str], None]) -> None:
+        self.collectives, self.job, self.tell = collectives, job, tell
         self.done = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -86,7 +86,7 @@ class TransportCallback(TrainerCallback):
             return
         self.done = True
         mine = transport_here()
-        found = self.peers.collect((mine, slow_network(mine, self.job, fabric_facts())))
+        found = self.collectives.gather((mine, slow_network(mine, self.job, fabric_facts())))
         transport = joined(one for one, _ in found)
         if transport != Transport():
             self.tell(transport, next((warning for _, warning in found if warning), ""))

@@ -18,7 +18,7 @@ from finetune_trainer.training.answers import SEEDS, PromptRow, draw, options_of
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.prompt_feed import PromptFeed
 from finetune_trainer.training.stage_trainer import StageTrainer
-from finetune_trainer.training.trainer_extensions import StageParts
+from finetune_trainer.training.trainer_extensions import TrainerExtensions
 
 Batch = dict[str, torch.Tensor]
 ANSWERS = "answers-{}.safetensors"
@@ -28,7 +28,7 @@ HELD_OUT = SEEDS - 1
 
 
 @dataclass
-class PolicyParts(StageParts):
+class PolicyExtensions(TrainerExtensions):
     """What an `rlhf` stage adds to its trainer."""
 
     feed: PromptFeed = field(init=False)
@@ -50,12 +50,12 @@ class PolicyTrainer(StageTrainer):
     draw the same. TRL scores the answers and has the loss.
     """
 
-    stage: PolicyParts
+    stage: PolicyExtensions
 
     @staticmethod
-    def new_parts() -> PolicyParts:
+    def new_extensions() -> PolicyExtensions:
         """What `stage` holds."""
-        return PolicyParts()
+        return PolicyExtensions()
 
     def begin(self, context: StageContext, spec: RlhfSpec, rewards: list[NamedReward], stops: list[int]) -> None:
         """Take on what TRL's constructor has no place for."""
