@@ -153,7 +153,7 @@ def test_the_same_error_at_the_same_step_is_final() -> None:
     assert failure is not None and len(restarted) == 1
     last = failure.text.splitlines()[-1]
     assert last.startswith("RuntimeError: The size of tensor a (3)")
-    assert "twice in a row after step 5 of stage 1: not tried again" in last
+    assert "twice in a row after step 5 of stage 1: not retried" in last
 
 
 @pytest.mark.parametrize(

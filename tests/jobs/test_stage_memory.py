@@ -170,7 +170,7 @@ def test_workers_on_gpus_get_expandable_segments(
     """Unless the user has configured the allocator by any of its names."""
     given: dict[str, Any] = {}
     monkeypatch.setattr(ray, "init", lambda **options: given.update(options))
-    monkeypatch.setattr(cluster, "lean", lambda: None)
+    monkeypatch.setattr(cluster, "patch_ray", lambda: None)
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in user.items():

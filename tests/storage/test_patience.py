@@ -13,7 +13,7 @@ from finetune_trainer.storage import retry
 
 def test_a_wait_is_told_until_the_last_of_several_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr(retry._waits, "told", None)  # what listened before listens again afterwards
+    monkeypatch.setattr(retry._waits, "report", None)  # what listened before listens again afterwards
     monkeypatch.setattr(retry, "FIRST_SECONDS", 0.01)
     retry.on_waiting(told.append)
     back = {name: threading.Event() for name in "ab"}

@@ -143,7 +143,7 @@ def test_a_server_that_is_away_in_the_middle_of_a_save_loses_no_checkpoint(
 ) -> None:
     """It is killed once the upload has begun (or a little later), and comes back after a while; the wait is told."""
     told: list[str] = []
-    monkeypatch.setattr(retry._waits, "told", None)  # what listened before listens again afterwards
+    monkeypatch.setattr(retry._waits, "report", None)  # what listened before listens again afterwards
     retry.on_waiting(told.append)
     place = written(store, 30, 200 * MIB)
     content = (place / "model.safetensors").read_bytes()
@@ -174,7 +174,7 @@ def test_what_no_waiting_mends_is_told_at_once(s3: S3Server) -> None:
 
 def test_patience_ends(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_SECONDS", 0.1)
-    nowhere = Storage(f"s3://{BUCKET}/x", patience=0.2, endpoint_url="http://127.0.0.1:9")
+    nowhere = Storage(f"s3://{BUCKET}/x", retry_seconds=0.2, endpoint_url="http://127.0.0.1:9")
     with pytest.raises(OSError, match="writing a"):
         nowhere.write_text("a", "b")
 

@@ -1,6 +1,6 @@
-"""Watches the driver's own work: preparing data, training a tokenizer, looking into storage, writing the report.
+"""Watches the driver's own work: preparing data, training a tokenizer, reading storage, writing the report.
 
-Nothing can interrupt a thread that hangs in a read, so a driver that makes no progress ends its process.
+A thread that hangs in a read cannot be interrupted, so the process of a driver that makes no progress ends itself.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ LOOK_SECONDS = 0.5
 
 
 class DriverWatch:
-    """Calls `hung`, from a thread of its own, once this process makes no progress. A context manager.
+    """Calls `hung` from another thread once this process makes no progress. A context manager.
 
     Args:
         timeout: `runPolicy.stallTimeout`.
-        hung: receives what is known, with the stacks of all threads, and should end the process.
+        hung: receives the diagnosis, with the stacks of all threads, and should end the process.
     """
 
     def __init__(self, timeout: int | str, hung: Callable[[str], None]) -> None:
@@ -51,7 +51,7 @@ class DriverWatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, the driver waits for others, who are watched by themselves."""
+        """Pause the watch while the driver waits for workers, which have a watch of their own."""
         self._watch = None
         try:
             yield
@@ -72,7 +72,7 @@ class DriverWatch:
 
 
 def end_process(text: str) -> None:
-    """Say what is known and end this process at once."""
+    """Print the diagnosis and end this process at once."""
     print(f"stalled: {text}", file=sys.stderr, flush=True)
     os._exit(ExitCode.FAILED)
 

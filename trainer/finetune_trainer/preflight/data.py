@@ -47,7 +47,7 @@ def _storage(run: RunConfig) -> Iterator[Problem]:
 
 def _refusal(run: RunConfig) -> Iterator[Problem]:
     try:
-        Storage(run.root, patience=0).exists(RUN_CONFIG)
+        Storage(run.root, retry_seconds=0).exists(RUN_CONFIG)
     except Exception as error:  # every store has errors of its own
         if not is_transient(error):
             yield Problem("storage.uri", f"can't reach {run.root}: {type(error).__name__}: {error}")

@@ -26,7 +26,7 @@ class Roots:
     hub: str
 
     def path_of(self, shared: SharedDirectory) -> Path:
-        """Return the directory of a shared."""
+        """Return the path of a shared directory on this node."""
         return Path(self.root_of(shared), shared.path)
 
     def root_of(self, shared: SharedDirectory) -> Path:
