@@ -21,7 +21,7 @@ from finetune_trainer.training.collectives import Collectives
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.dropped_steps import DroppedSteps
 from finetune_trainer.training.loss_guard import LossGuard
-from finetune_trainer.training.reset_state import forget_stage
+from finetune_trainer.training.reset_state import reset_stage_state
 
 Job = dict[str, Any]
 BAD = "@"
@@ -94,7 +94,7 @@ def guarded(context: StageContext, said: list[str], callbacks: tuple[TrainerCall
     try:
         yield trainer
     finally:
-        forget_stage()
+        reset_stage_state()
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:

@@ -41,8 +41,8 @@ from finetune_trainer.storage.retry import on_waiting
 from finetune_trainer.training.callbacks import (
     PROGRESS_STATE,
     CheckpointCallback,
-    MendCallback,
     ProgressCallback,
+    RepairOptimizerCallback,
     StopCallback,
     evaluation_metrics,
 )
@@ -54,7 +54,7 @@ from finetune_trainer.training.expert_load import watch_routing
 from finetune_trainer.training.loss_guard import LossGuard
 from finetune_trainer.training.memory import context_bytes, reset_peaks
 from finetune_trainer.training.packing_check import PackingCheck
-from finetune_trainer.training.reset_state import forget_stage, release
+from finetune_trainer.training.reset_state import reset_stage_state, release
 from finetune_trainer.training.samples import SamplesCallback
 from finetune_trainer.training.stage_io import StageIO
 from finetune_trainer.training.stage_result import adapter_note, save_result
@@ -107,7 +107,7 @@ def _run_stage(
         files.collectives.rendezvous("its data is loaded")
         StageRun(context, storage, channel, files.collectives, work, several_nodes=files.nodes > 1).train()
         send(StageDone(work.index))
-        forget_stage()
+        reset_stage_state()
     require_gate(run, storage, work.index)
 
 
@@ -217,7 +217,7 @@ class StageRun:
         if resumed is not None:
             progress.restore(json.loads((resumed.directory / PROGRESS_STATE).read_text()))
             if resumed.universal and self.context.zero == 3:
-                trainer.add_callback(MendCallback(trainer))
+                trainer.add_callback(RepairOptimizerCallback(trainer))
         callbacks = self._callbacks(trainer, progress)
         if self.context.placement.accelerator and self.several_nodes:
             trainer.add_callback(TransportCallback(self.collectives, self.context.run.job, self._report_transport))

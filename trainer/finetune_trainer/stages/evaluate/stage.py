@@ -21,7 +21,7 @@ from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.model.config import context_length
 from finetune_trainer.stage_graph import directories
 from finetune_trainer.training.context import StageContext
-from finetune_trainer.training.reset_state import forget_stage
+from finetune_trainer.training.reset_state import reset_stage_state
 from finetune_trainer.training.stage_io import StageIO
 
 SAMPLES = 8
@@ -171,7 +171,7 @@ class Evaluation:
 
     def _close(self) -> None:
         self.model = None
-        forget_stage()
+        reset_stage_state()
 
 
 def _sample(row: Row) -> dict[str, Any]:

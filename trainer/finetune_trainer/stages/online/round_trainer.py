@@ -17,7 +17,7 @@ from finetune_trainer.rewards.judge import Ranks, best_and_worst, win_rate
 from finetune_trainer.stage_graph import place
 from finetune_trainer.stages.online.round_files import RoundFiles
 from finetune_trainer.storage.filesystem import Storage
-from finetune_trainer.training.answers import SEEDS, PromptRow, draw, options_of, prompt_row
+from finetune_trainer.training.answers import SEEDS, PromptRow, generate_completions, prompt_row, sampling_options
 from finetune_trainer.training.collectives import Collectives
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.pair_trainer import PairTrainer
@@ -156,8 +156,8 @@ class RoundTrainer(PairTrainer):
         """Answers to some of a round's prompts, each with its tokens and its number."""
         each, keys = self.stage.spec.num_generations, list(range(first, first + len(rows)))
         seed = self.stage.spec.seed * SEEDS + number
-        options = options_of(self.stage.spec.generation)
-        found = draw(self, [row.ids for row in rows], keys, seed, options, each, len(rows))
+        options = sampling_options(self.stage.spec.generation)
+        found = generate_completions(self, [row.ids for row in rows], keys, seed, options, each, len(rows))
         groups = [found[start : start + each] for start in range(0, len(found), each)]
         answers = [[row.completion(one.text) for one in group] for row, group in zip(rows, groups, strict=True)]
         ids = [[one.tokens for one in group] for group in groups]
@@ -249,7 +249,9 @@ class RoundTrainer(PairTrainer):
         real = [rank + at < len(data) for at in range(0, len(data), workers)]
         rows = [prompt_row(data[key]) for key in keys]
         seed, at = self.stage.spec.seed * SEEDS + HELD_OUT, self.stage.spec.per_device_eval_batch_size
-        found = draw(self, [row.ids for row in rows], keys, seed, options_of(self.stage.spec.generation), 1, at)
+        found = generate_completions(
+            self, [row.ids for row in rows], keys, seed, sampling_options(self.stage.spec.generation), 1, at
+        )
         now = [{"text": one.text, "tokens": one.tokens} for one in found]
         start = self._start(keys, now, real)
         groups = [[start.get(key, mine), mine] for key, mine in zip(keys, now, strict=True)]
