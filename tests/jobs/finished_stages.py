@@ -21,7 +21,7 @@ from transformers import PrinterCallback
 
 from finetune_trainer.stages import make_trainer
 from finetune_trainer.training.deepspeed import join_process_group
-from finetune_trainer.training.reset_state import reset_stage_state, release
+from finetune_trainer.training.reset_state import release, reset_stage_state
 
 
 def parts(trainer: Any) -> Iterator[tuple[str, Any]]:

@@ -54,7 +54,7 @@ from finetune_trainer.training.expert_load import watch_routing
 from finetune_trainer.training.loss_guard import LossGuard
 from finetune_trainer.training.memory import context_bytes, reset_peaks
 from finetune_trainer.training.packing_check import PackingCheck
-from finetune_trainer.training.reset_state import reset_stage_state, release
+from finetune_trainer.training.reset_state import release, reset_stage_state
 from finetune_trainer.training.samples import SamplesCallback
 from finetune_trainer.training.stage_io import StageIO
 from finetune_trainer.training.stage_result import adapter_note, save_result

@@ -28,7 +28,7 @@ class StageBegun:
 
 @dataclass(frozen=True)
 class StageDone:
-    """Stage `index` is done and its result is in storage."""
+    """Stage `index` is done, and its result is in storage."""
 
     index: int
 
