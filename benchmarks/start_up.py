@@ -30,8 +30,7 @@ from faults import Victim
 from following import Following
 from stage import set_up
 
-from finetune_api.labels import JOB_LABEL
-from finetune_operator.core.names import CONTAINER
+from finetune_api.labels import CONTAINER, JOB_LABEL
 
 Json = dict[str, Any]
 SECONDS = 300

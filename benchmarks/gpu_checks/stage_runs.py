@@ -85,7 +85,7 @@ def run_stage(
     from finetune_trainer.training.context import Placement
     from finetune_trainer.training.deepspeed import join_process_group
     from finetune_trainer.training.memory import reset_peaks, usage
-    from finetune_trainer.training.reset_state import reset_stage_state, release
+    from finetune_trainer.training.reset_state import release, reset_stage_state
     from finetune_trainer.training.stage_work import StageWork
 
     run = run_config(options, name, shape, stage, zero, model)
