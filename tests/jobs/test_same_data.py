@@ -185,8 +185,8 @@ def test_a_resumed_run_compares_before_it_trains(base_job: Job, write_job: Write
 
     prepare(resume=False)
     store = CheckpointStore(storage, layouts(context.run)[0], tmp_path / "scratch")
-    (store.place(100) / "weights").mkdir(parents=True)
-    (store.place(100) / "weights/w").write_text("w")
+    (store.local_directory(100) / "weights").mkdir(parents=True)
+    (store.local_directory(100) / "weights/w").write_text("w")
     store.publish(100, world_size=1, zero=0, rows_per_step=8, shards=1, data=asdict(context.data.key))
     assert not any("step 100" in line for line in prepare())
 

@@ -37,7 +37,7 @@ def store(storage: Storage, tmp_path: Path) -> CheckpointStore:
 
 def written(store: CheckpointStore, step: int, size: int = 1000) -> Path:
     """A checkpoint's files where a worker writes them, as yet on its machine alone."""
-    place = store.place(step)
+    place = store.local_directory(step)
     (place / "inner").mkdir(parents=True)
     (place / "model.safetensors").write_bytes(random.Random(step).randbytes(size))
     (place / "inner" / "rng").write_text(str(step))

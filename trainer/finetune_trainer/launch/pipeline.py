@@ -23,7 +23,7 @@ from finetune_trainer.launch.sharing.offer import Offers, fetch_weights
 from finetune_trainer.launch.stall_diagnosis import Stalled, end_workers, inquire, keep
 from finetune_trainer.launch.stall_watch import Stall
 from finetune_trainer.launch.tokenizer_run import run_tokenizer_stage
-from finetune_trainer.launch.worker_group import WorkerGroup, retry_attempts
+from finetune_trainer.launch.worker_group import HasGrown, WorkerGroup, retry_attempts
 from finetune_trainer.layout import REPORT, StageLayout
 from finetune_trainer.plan.records import StagePlan
 from finetune_trainer.plan.workers import Workers, plan_workers
@@ -189,7 +189,7 @@ class Pipeline:
         group = WorkerGroup(self.run, self.workers, self._on_event, self.stop, self._on_stall, offer)
         return retry_attempts(
             lambda: group.attempt([self._work(layout) for layout in self._stages()]),
-            _Progressed(self._completed),
+            HasGrown(self._completed),
             self.stop.wait,
             self.run.job.spec.run_policy.backoff_limit,
             self.reporter.restarting,
@@ -292,15 +292,3 @@ class Pipeline:
         from finetune_trainer.report import write_report  # imports matplotlib, which is slow to load
 
         write_report(self.storage, self.layouts, self.run)
-
-
-class _Progressed:
-    """Whether a value has grown since the last call."""
-
-    def __init__(self, current: Callable[[], tuple[int, int]]) -> None:
-        self.current = current
-        self.last = current()
-
-    def __call__(self) -> bool:
-        before, self.last = self.last, self.current()
-        return self.last > before

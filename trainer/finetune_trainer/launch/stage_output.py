@@ -64,6 +64,10 @@ class StageOutput:
         """Write `done.json`, which marks the stage as done.
 
         Args:
+            steps: optimizer steps of the stage.
+            seconds: seconds of training.
+            tokens: tokens trained on.
+            metrics: final metrics.
             extra: further keys; those with empty values are left out.
 
         Raises:

@@ -59,7 +59,7 @@ class StageResume:
 
     def _fetch(self, newest: Manifest) -> ResumePoint:
         """Copy the checkpoint to this machine, converted if the world size has changed."""
-        placement, directory = self.context.placement, self.store.place(newest.step)
+        placement, directory = self.context.placement, self.store.local_directory(newest.step)
         universal = self.context.zero > 0 and newest.world_size != placement.world_size
         converted = self.scratch / f"{directory.name}{SUFFIX}"
         if placement.local_rank == 0:

@@ -196,3 +196,15 @@ def _repeated(failure: Failure) -> str:
     step = step_of(failure.error)
     where = "" if step is None else f" after step {step[1]} of stage {step[0] + 1}"
     return f"{failure.line} (the same error twice in a row{where}: not retried)"
+
+
+class HasGrown:
+    """Whether a value has grown since the last call."""
+
+    def __init__(self, current: Callable[[], tuple[int, int]]) -> None:
+        self.current = current
+        self.last = current()
+
+    def __call__(self) -> bool:
+        before, self.last = self.last, self.current()
+        return self.last > before

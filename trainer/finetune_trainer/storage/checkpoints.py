@@ -78,25 +78,25 @@ class CheckpointStore:
     def push(self, step: int) -> None:
         """Upload this machine's part of a checkpoint, unless it was written in storage."""
         if not self.storage.is_local:
-            self.storage.upload(self.place(step), self.layout.checkpoint(step))
+            self.storage.upload(self.local_directory(step), self.layout.checkpoint(step))
 
     def push_metrics(self, metrics: Path) -> None:
         """Upload the metrics file, for an attempt that resumes in another pod."""
         if not self.storage.is_local:
             self.storage.write_bytes(self.layout.metrics, metrics.read_bytes())
 
-    def place(self, step: int) -> Path:
+    def local_directory(self, step: int) -> Path:
         """Return the local directory of a checkpoint: where it is written, and where `fetch` copies it."""
         return self.workdir / f"{CHECKPOINT_PREFIX}{step}"
 
     def fetch(self, step: int) -> None:
         """Download a checkpoint to its local directory, unless it is there."""
-        self.storage.download(self.layout.checkpoint(step), self.place(step))
+        self.storage.download(self.layout.checkpoint(step), self.local_directory(step))
 
     def drop_copy(self, step: int) -> None:
         """Delete this machine's copy of a checkpoint in a remote storage."""
         if not self.storage.is_local:
-            shutil.rmtree(self.place(step), ignore_errors=True)
+            shutil.rmtree(self.local_directory(step), ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Return the steps of all checkpoint directories, complete or not, in ascending order."""

@@ -82,8 +82,9 @@ def adapted_trainer(
 
 
 def _finish_adapters(model: Any, context: StageContext) -> None:
-    """Cast trained weights to float32. TRL casts adapters on a quantized base to bfloat16; DeepSpeed keeps float32
-    copies itself.
+    """Cast trained weights to float32.
+
+    TRL casts adapters on a quantized base to bfloat16; DeepSpeed keeps float32 copies itself.
 
     The outputs of `modules_to_save` keep the compute dtype of the base. So activations need no more memory, and the
     model starts equal to the reference model, which runs without the trained modules.

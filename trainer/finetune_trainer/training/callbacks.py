@@ -189,7 +189,7 @@ class CheckpointCallback(TrainerCallback):
         Raises:
             Interrupted: a later attempt has begun.
         """
-        placement, directory = self.context.placement, self.store.place(step)
+        placement, directory = self.context.placement, self.store.local_directory(step)
         self.feed.save(step, directory)
         if placement.rank == 0:
             (directory / PROGRESS_STATE).write_text(json.dumps(self.progress.state()))
