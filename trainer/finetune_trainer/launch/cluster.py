@@ -9,7 +9,7 @@ import threading
 from concurrent.futures import Future, wait
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from finetune_trainer.forks.start import patch_ray
 from finetune_trainer.plan.workers import Workers

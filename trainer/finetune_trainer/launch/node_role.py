@@ -13,7 +13,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from finetune_api.cluster import Resources
 from finetune_api.slots import LEAST_CPUS, offered
