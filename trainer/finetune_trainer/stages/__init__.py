@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from finetune_trainer.training.context import StageContext
-from finetune_trainer.training.stage_io import StageTools
+from finetune_trainer.training.stage_io import StageIO
 
 MODULES = {
     "pretrain": "finetune_trainer.stages.pretrain.stage",
@@ -25,7 +25,7 @@ MODULES = {
 }
 
 
-def perform(context: StageContext, tools: StageTools) -> dict[str, float]:
+def perform(context: StageContext, tools: StageIO) -> dict[str, float]:
     """Run a stage that takes no optimizer steps; returns its metrics. Every worker calls it."""
     metrics: dict[str, float] = _module(context).perform(context, tools)
     return metrics
