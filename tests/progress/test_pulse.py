@@ -25,8 +25,8 @@ from finetune_trainer.pulse import Phase, Pulse, during, pulse
 
 WORKER = """
 import os, sys, threading, time
-from finetune_trainer.launch.stacks import answer_signals
-answer_signals()
+from finetune_trainer.launch.stacks import answer_inquiries
+answer_inquiries()
 def a_read_that_hangs():
     print("ready", flush=True)
     open(sys.argv[1]).read()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_trainer.launch.collectives import Collective, answer_questions, last_collectives
 from finetune_trainer.progress.activity import children, state
 
 SIGNAL = signal.SIGUSR2
@@ -41,6 +42,8 @@ class Stacks:
     state: str
     """`T`, `S`, `R`, … as in /proc/PID/stat; empty where the process is gone."""
     text: str
+    last: tuple[Collective, ...] = ()
+    """The newest collective operation of each of its process groups; empty where that is not known."""
 
     @property
     def told(self) -> str:
@@ -48,10 +51,11 @@ class Stacks:
         return _STATES.get(self.state, "")
 
 
-def answer_signals() -> None:
-    """Let this process write its threads' Python stacks to a file of its own whenever it gets `SIGNAL`.
+def answer_inquiries() -> None:
+    """Let other processes of this user learn where this one hangs: its Python stacks and its collective operations.
 
-    faulthandler's handler is native: it needs neither the GIL nor the main thread. Forked children inherit it.
+    It writes its threads' stacks to a file of its own whenever it gets `SIGNAL`. faulthandler's handler is native: it
+    needs neither the GIL nor the main thread. Forked children inherit it.
     """
     try:
         DIRECTORY.mkdir(mode=0o700, exist_ok=True)
@@ -61,6 +65,7 @@ def answer_signals() -> None:
         return
     _files[:] = [file]
     faulthandler.register(SIGNAL, file=file, all_threads=True, chain=False)
+    answer_questions(_socket(os.getpid()))
 
 
 def collect(pids: Iterable[int]) -> dict[int, Stacks]:
@@ -78,12 +83,13 @@ def kill(pids: Iterable[int]) -> None:
 def _of(pid: int) -> Stacks:
     if state(pid) in ("", "Z"):
         return Stacks(state(pid), "")
-    parts = [_python(pid)]
+    last = [] if state(pid) in ("T", "t") else last_collectives(_socket(pid))
+    parts = [f"last collective operation: {one.words}" for one in last] + [_python(pid)]
     parts += [f"child {child}: {_STATES.get(state(child), 'alive')}" for child in children(pid)]
     if native := _native(pid):
         parts.append(native)
     # Read last: a process that gets SIGSTOP stops a moment later.
-    return Stacks(state(pid), "\n".join(filter(None, parts)))
+    return Stacks(state(pid), "\n".join(filter(None, parts)), tuple(last))
 
 
 def _python(pid: int) -> str:
@@ -137,3 +143,7 @@ def _native(pid: int) -> str:
 
 def _file(pid: int) -> Path:
     return DIRECTORY / f"{pid}.txt"
+
+
+def _socket(pid: int) -> Path:
+    return DIRECTORY / f"{pid}.sock"

@@ -27,7 +27,7 @@ from finetune_trainer.gate import require_gate
 from finetune_trainer.launch.failures import placed
 from finetune_trainer.launch.same_data import compare_data
 from finetune_trainer.launch.sharing.node_files import NodeFiles, count_nodes
-from finetune_trainer.launch.stacks import answer_signals
+from finetune_trainer.launch.stacks import answer_inquiries
 from finetune_trainer.launch.stage_context import stage_context
 from finetune_trainer.layout import METRICS
 from finetune_trainer.model.composite import frozen_note
@@ -78,7 +78,7 @@ def run_stages(order: WorkOrder) -> None:
         os.chdir(run.work_dir)  # Ray starts workers in its own directory, where relative paths lead nowhere
     storage, end, placement = Storage(run.root), WorkerEnd(order.channel), _placement(order.accelerator)
     listen(lambda text: end.send(Waiting(text)))
-    answer_signals()
+    answer_inquiries()
     node = ray.get_runtime_context().get_node_id()
     with PulseThread(place_of(placement.rank, placement.world_size, node_name(), node), pulse(), end.beat):
         set_group_timeout(run.job.spec.run_policy.ddp_timeout)
