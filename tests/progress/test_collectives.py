@@ -49,7 +49,9 @@ def test_the_last_operation_of_each_group_of_two_workers_one_of_which_waits(tmp_
         found = {rank: last_collectives(tmp_path / f"{rank}.sock") for rank in (0, 1)}
         process.stdin.close()
     waiting, *_ = found[0]
-    assert waiting.words.startswith("gloo:all_reduce, number 2 of group 1, Double [7]: not finished (scheduled), begun ")
+    assert waiting.words.startswith(
+        "gloo:all_reduce, number 2 of group 1, Double [7]: not finished (scheduled), begun "
+    )
     assert [one.words.partition(", begun")[0] for one in found[1]] == [
         "gloo:all_reduce, number 3 of group 0 (default_pg), Float [5, 3]: finished",
         "gloo:barrier, number 1 of group 1, no tensor: finished",

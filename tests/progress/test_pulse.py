@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,15 @@ def a_loader_that_sleeps():
 def a_long_merge():
     print("ready", flush=True)
     while True: sum(range(1000))
+def two_processes():
+    ended, held = os.pipe()
+    if os.fork():
+        print("ready", flush=True)
+    else:
+        os.close(held)
+    deep(ended, 80)
+def deep(ended, frames):
+    return deep(ended, frames - 1) if frames else os.read(ended, 1)
 globals()[sys.argv[2]]()
 """
 
@@ -67,6 +77,16 @@ def test_the_stacks_of_a_process_that_hangs(begin: Callable[[str], subprocess.Po
     assert f"in {word}" in found.text and found.told == ""
     again = collect([process.pid])[process.pid]
     assert again.text.count(f"in {word}") == found.text.count(f"in {word}"), "only what was written since"
+
+
+def test_the_stacks_of_a_process_and_of_its_child_do_not_mix(begin: Callable[[str], subprocess.Popen[str]]) -> None:
+    process = begin("two_processes")
+    lines = collect([process.pid])[process.pid].text.splitlines()
+    assert sum("in deep" in line for line in lines) == 162
+    frame = re.compile(
+        r'  File ".*", line \d+ in \S+|(Current thread|Thread) 0x\w+ \(most recent call first\):|child \d+: .*'
+    )
+    assert [line for line in lines if line and not frame.fullmatch(line)] == []
 
 
 def test_a_stopped_process_is_told_by_its_state_and_can_be_ended(begin: Callable[[str], subprocess.Popen[str]]) -> None:

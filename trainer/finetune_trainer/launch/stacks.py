@@ -30,6 +30,7 @@ _STATES = {
     "Z": "ended",
     "": "gone",
 }
+_STOPPED = ("T", "t")
 log = logging.getLogger(__name__)
 _files: list[Any] = []
 """What faulthandler writes to must stay open."""
@@ -83,7 +84,7 @@ def kill(pids: Iterable[int]) -> None:
 def _of(pid: int) -> Stacks:
     if state(pid) in ("", "Z"):
         return Stacks(state(pid), "")
-    last = [] if state(pid) in ("T", "t") else last_collectives(_socket(pid))
+    last = [] if state(pid) in _STOPPED else last_collectives(_socket(pid))
     parts = [f"last collective operation: {one.words}" for one in last] + [_python(pid)]
     parts += [f"child {child}: {_STATES.get(state(child), 'alive')}" for child in children(pid)]
     if native := _native(pid):
@@ -97,13 +98,19 @@ def _python(pid: int) -> str:
     file = _file(pid)
     if not file.exists() or not _catches(pid):
         return "no Python stacks: the process has not begun to answer signals"
+    # One after the other: they all write to the file of the first one.
+    texts = [_asked(one, file) for one in [pid, *filter(_catches, children(pid))]]
+    return "\n".join(filter(None, texts)) or "no Python stacks: the process does not react to signals"
+
+
+def _asked(pid: int, file: Path) -> str:
+    """What a process appends to a file after the signal."""
     before = file.stat().st_size
     try:
-        for one in [pid, *filter(_catches, children(pid))]:
-            os.kill(one, SIGNAL)
+        os.kill(pid, SIGNAL)
     except OSError as error:
         return f"no Python stacks: {error}"
-    return _written(file, before) or "no Python stacks: the process does not react to signals"
+    return "" if state(pid) in _STOPPED else _written(file, before)
 
 
 def _written(file: Path, start: int) -> str:
@@ -132,7 +139,7 @@ def _catches(pid: int) -> bool:
 def _native(pid: int) -> str:
     """Native stacks by py-spy, where it is installed and may trace the process."""
     tool = shutil.which("py-spy")
-    if tool is None or state(pid) in ("T", "t"):
+    if tool is None or state(pid) in _STOPPED:
         return ""
     command = [tool, "dump", "--native", "--nonblocking", "--pid", str(pid)]
     with suppress(OSError, subprocess.SubprocessError):
