@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,10 +53,13 @@ def _start(path: Path, names: list[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, pass_fds=[number], stdin=subprocess.PIPE)
 
 
-def run_fork(argv: list[str]) -> int | None:
+def run_fork(argv: list[str], begun: Callable[[int], None] = lambda pid: None) -> int | None:
     """Run a script as a fork, pass SIGTERM and SIGINT on to it, and return its exit status.
 
     Returns None where there is no server: nothing has run then.
+
+    Args:
+        begun: called with the id of the new process.
     """
     connection = wire.connect()
     if connection is None:
@@ -65,7 +68,21 @@ def run_fork(argv: list[str]) -> int | None:
     pid = wire.line(connection)
     if pid is None:
         return None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: os.kill(pid, received))
+    _pass_signals_on(pid)
+    begun(pid)
     status = wire.line(connection)
     return 128 + signal.SIGKILL if status is None else status
+
+
+def run_child(argv: Sequence[str], begun: Callable[[int], None] = lambda pid: None) -> int:
+    """Run a script as a child of this process, without a server, in the same way."""
+    with subprocess.Popen([sys.executable, *argv]) as child:
+        _pass_signals_on(child.pid)
+        begun(child.pid)
+        code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _pass_signals_on(pid: int) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: os.kill(pid, received))

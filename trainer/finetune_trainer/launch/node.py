@@ -1,7 +1,8 @@
 """A pod of an attempt, on either engine: one starts the Ray head and drives; the others join it and leave with it.
 
-In jobs without GPUs a second process imports the libraries while Ray starts, and the driver and Ray's workers are
-forked from it (`forks`), so that they need not import them again.
+The driver is a process of its own, which this one watches (`driver_process`). In jobs without GPUs another process
+imports the libraries while Ray starts, and the driver and Ray's workers are forked from it (`forks`), so that they need
+not import them again.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from pathlib import Path
 from finetune_api.exit_codes import ExitCode
 from finetune_api.report import PORT, STOP_PATH
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.forks.client import run_fork
 from finetune_trainer.launch.driver_end import Farewell, write_end
+from finetune_trainer.launch.driver_process import StoppedWatch, run_watched
 from finetune_trainer.launch.preload import forks
 from finetune_trainer.launch.seat import Seat, seat
 from finetune_trainer.launch.threads import threads_per_worker
@@ -50,22 +51,30 @@ def run_node(config: Path) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_worker(resources)))
     place = seat(resources)
     with forks(run, print):
-        return _head(config, place) if place.head else _worker(run, place)
+        return _head(run, config, place) if place.head else _worker(run, place)
 
 
-def _head(config: Path, place: Seat) -> int:
-    """Start Ray, then drive. With KubeRay stay after that until the cluster is taken down (`driver_end`)."""
-    from finetune_trainer.launch.attempt import drive
-
+def _head(run: RunConfig, config: Path, place: Seat) -> int:
+    """Start Ray, then the driver. With KubeRay stay after that until the cluster is taken down (`driver_end`)."""
     farewell = Farewell() if place.watched else None
     subprocess.run([*_RAY, "start", *place.options], check=True, stdout=subprocess.DEVNULL, env=_environment(place))
     os.environ["RAY_ADDRESS"] = place.address
-    code = run_fork([str(_DRIVE), str(config)])
-    code = int(drive(config)) if code is None else code
+    code = _drive(run, config)
     if farewell is not None:
         write_end(code)
         farewell.wait()
     return code
+
+
+def _drive(run: RunConfig, config: Path) -> int:
+    """Return the driver's exit code, and say in its place what ended one that was stopped by a signal."""
+    watch = StoppedWatch(run.job.spec.run_policy.stall_timeout)
+    code = run_watched([str(_DRIVE), str(config)], watch)
+    if not watch.found:
+        return code
+    from finetune_trainer.launch.attempt import end_hung
+
+    return int(end_hung(AttemptReporter([]), watch.found))
 
 
 def _environment(place: Seat) -> dict[str, str]:

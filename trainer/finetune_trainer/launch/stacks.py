@@ -30,7 +30,8 @@ _STATES = {
     "Z": "ended",
     "": "gone",
 }
-_STOPPED = ("T", "t")
+STOPPED = ("T", "t")
+"""States of a process that runs no code until another one lets it go on."""
 log = logging.getLogger(__name__)
 _files: list[Any] = []
 """What faulthandler writes to must stay open."""
@@ -84,7 +85,7 @@ def kill(pids: Iterable[int]) -> None:
 def _of(pid: int) -> Stacks:
     if state(pid) in ("", "Z"):
         return Stacks(state(pid), "")
-    last = [] if state(pid) in _STOPPED else last_collectives(_socket(pid))
+    last = [] if state(pid) in STOPPED else last_collectives(_socket(pid))
     parts = [f"last collective operation: {one.words}" for one in last] + [_python(pid)]
     parts += [f"child {child}: {_STATES.get(state(child), 'alive')}" for child in children(pid)]
     if native := _native(pid):
@@ -110,7 +111,7 @@ def _asked(pid: int, file: Path) -> str:
         os.kill(pid, SIGNAL)
     except OSError as error:
         return f"no Python stacks: {error}"
-    return "" if state(pid) in _STOPPED else _written(file, before)
+    return "" if state(pid) in STOPPED else _written(file, before)
 
 
 def _written(file: Path, start: int) -> str:
@@ -139,7 +140,7 @@ def _catches(pid: int) -> bool:
 def _native(pid: int) -> str:
     """Native stacks by py-spy, where it is installed and may trace the process."""
     tool = shutil.which("py-spy")
-    if tool is None or state(pid) in _STOPPED:
+    if tool is None or state(pid) in STOPPED:
         return ""
     command = [tool, "dump", "--native", "--nonblocking", "--pid", str(pid)]
     with suppress(OSError, subprocess.SubprocessError):
