@@ -18,7 +18,7 @@ from finetune_trainer.launch import attempt
 from finetune_trainer.launch.driver_watch import DriverWatch
 from finetune_trainer.launch.stacks import Stacks, collect, kill
 from finetune_trainer.launch.stall_inquiry import culprit, record
-from finetune_trainer.launch.stall_watch import LEAST_SECONDS, STEPS, Stall, StallWatch
+from finetune_trainer.launch.stall_watch import BEGIN_SECONDS, LEAST_SECONDS, STEPS, Stall, StallWatch
 from finetune_trainer.progress.activity import activity, state
 from finetune_trainer.progress.attempt import AttemptReporter
 from finetune_trainer.progress.beats import Beat, PulseThread, place_of
@@ -184,12 +184,27 @@ def beats(*found: Beat) -> dict[int, Beat]:
 
 def test_any_worker_s_progress_is_progress_and_none_before_the_first_beat_is_a_stall() -> None:
     watch = StallWatch(10)
-    assert watch.look(0, {}) is None and watch.look(100, {}) is None
+    assert watch.look(0, {}) is None and watch.look(100, {}) is None, "the libraries take longer to import"
     assert watch.look(101, beats(beat(0, 1), beat(1, 1))) is None
     assert watch.look(110, beats(beat(0, 2), beat(1, 1))) is None
     assert watch.look(119, beats(beat(0, 2), beat(1, 1))) is None
     stall = watch.look(120, beats(beat(0, 2), beat(1, 1)))
     assert stall is not None and stall.seconds == 10
+
+
+def test_workers_that_never_say_a_word_stall_once_ray_has_room_for_them() -> None:
+    watch = StallWatch(10, workers=4)
+    assert watch.look(0, {}) is None
+    assert watch.look(BEGIN_SECONDS * 5, {}, queued=True) is None, "a queue takes as long as it takes"
+    assert watch.look(BEGIN_SECONDS * 6 - 1, {}) is None
+    stall = watch.look(BEGIN_SECONDS * 6, {})
+    assert stall is not None and not stall.begun
+    assert (stall.workers, stall.seconds, stall.words(stall.culprit)) == (4, BEGIN_SECONDS, "worker 0: has not begun")
+    slow = StallWatch(2 * int(BEGIN_SECONDS))
+    slow.look(0, {})
+    assert slow.look(BEGIN_SECONDS * 2 - 1, {}) is None and slow.look(BEGIN_SECONDS * 2, {}) is not None
+    off = StallWatch(0)
+    assert off.look(0, {}) is None and off.look(1e9, {}) is None
 
 
 @pytest.mark.parametrize(
@@ -254,6 +269,25 @@ def test_a_driver_that_hangs_is_told_with_its_stacks_and_one_that_waits_for_othe
         assert ended.wait(20)
         never.set()
     assert "no progress of the driver for 2 s" in told[0] and "in preparing" in told[0]
+
+
+def test_a_driver_that_never_gets_an_answer_about_its_workers_is_told_and_one_that_waits_for_them_is_not() -> None:
+    told: list[str] = []
+    ended = threading.Event()
+
+    def hung(text: str) -> None:
+        told.append(text)
+        ended.set()
+
+    with DriverWatch(2, hung) as watch, watch.paused():
+        until = time.monotonic() + 3.5
+        while time.monotonic() < until:
+            with watch.listening():  # each look is short
+                pass
+            assert not ended.wait(0.2)
+        with watch.listening():
+            assert ended.wait(20)
+    assert "no progress of the driver for 2 s while hearing the workers" in told[0]
 
 
 def test_the_last_word_of_a_driver_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

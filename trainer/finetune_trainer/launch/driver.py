@@ -163,8 +163,8 @@ class Pipeline:
     def _train(self, ray_started: Future[None]) -> None:
         if not self._todo():
             return
-        with self.watch.paused():
-            ray_started.result()
+        enter("starting Ray")
+        ray_started.result()
         keep_signal_handlers()
         self._check_stop()
         with self.watch.paused():
@@ -182,7 +182,7 @@ class Pipeline:
 
     def _keep_trying(self, offers: Offers) -> Failure | None:
         offer = offers.make() if may_have_several_nodes(self.run.job.spec.resources) else None
-        fit = GroupFit(self.run, self.workers, self._hear, self.stop, self._stalled, offer)
+        fit = GroupFit(self.run, self.workers, self._hear, self.stop, self._stalled, offer, self.watch.listening)
         return keep_trying(
             lambda: fit.attempt([self._work(layout) for layout in self._todo()]),
             _Progressed(self._progress_mark),
@@ -240,7 +240,8 @@ class Pipeline:
         finding = inquire(stall, told)
         self.reporter.stalled(finding.text, finding.host)
         end_workers(stall)
-        elsewhere = bool(os.environ.get("RAY_ADDRESS"))
+        # Workers that have not begun are unknown here: they end with their pods, or with this process.
+        elsewhere = bool(os.environ.get("RAY_ADDRESS")) or not stall.begun
         return Failure(Kind.STALLED, Stalled(finding.text), finding.text, node=finding.host, elsewhere=elsewhere)
 
     def _outcome(self, layout: StageLayout) -> str:

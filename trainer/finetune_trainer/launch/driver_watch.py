@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from finetune_api.exit_codes import ExitCode
 from finetune_trainer.launch.stall_watch import StallWatch
 from finetune_trainer.progress.beats import Beat, PulseThread, place_of
-from finetune_trainer.pulse import pulse
+from finetune_trainer.pulse import during, pulse
 from finetune_trainer.runtime import node_name
 
 LOOK_SECONDS = 0.5
@@ -57,6 +57,19 @@ class DriverWatch:
             yield
         finally:
             self._watch = StallWatch(self._timeout)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, where it is paused, the driver hears what the workers say, which never takes long.
+
+        What hangs there is Ray on this node, or the store that the driver looks into.
+        """
+        with during("hearing the workers", measured=True):
+            self._watch = StallWatch(self._timeout)
+            try:
+                yield
+            finally:
+                self._watch = None
 
     def _hear(self, beat: Beat) -> None:
         self._beats = {0: beat}

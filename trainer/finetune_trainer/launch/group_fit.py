@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from finetune_trainer.launch.cluster import Workers
 from finetune_trainer.launch.failures import Failure, classify, place_of
 from finetune_trainer.launch.placement import Placement
 from finetune_trainer.launch.slots import asked
-from finetune_trainer.launch.stall_watch import Stall, StallWatch
+from finetune_trainer.launch.stall_watch import BEGIN_SECONDS, Stall, StallWatch
 from finetune_trainer.launch.worker import train_loop
+from finetune_trainer.progress.beats import Beat
 from finetune_trainer.progress.channel import Event, Placing, open_channel
 from finetune_trainer.training.offer import Offer
 from finetune_trainer.training.work import StageWork, WorkOrder
@@ -43,6 +45,7 @@ class GroupFit:
         stop: once it is set, the workers are asked to save a checkpoint and stop.
         stalls: what to do where the workers make no progress.
         offer: what the workers' nodes fetch first.
+        watched: makes a context in which this process should never take long (`DriverWatch.listening`).
     """
 
     def __init__(
@@ -53,9 +56,10 @@ class GroupFit:
         stop: threading.Event,
         stalls: Callable[[Stall], Failure],
         offer: Offer | None = None,
+        watched: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.run, self.workers, self.hear, self.stop, self.stalls = run, workers, hear, stop, stalls
-        self.offer = offer or Offer()
+        self.offer, self.watched = offer or Offer(), watched
 
     def attempt(self, stages: list[StageWork]) -> Failure | None:
         """Train until the stages are done (None) or the workers fail.
@@ -107,24 +111,32 @@ class GroupFit:
 
         Returns the failure of workers that stalled.
         """
-        passed_on, watch = False, StallWatch(self.run.job.spec.run_policy.stall_timeout)
+        passed_on, watch = False, StallWatch(self.run.job.spec.run_policy.stall_timeout, self.workers.most)
         placement = Placement(lambda text: self.hear(Placing(text)))
+        ray.get(channel.beats.remote(), timeout=BEGIN_SECONDS)  # the channel's process has to start first
         while thread.is_alive():
             thread.join(LISTEN_SECONDS)
-            placement.look()
-            if thread.is_alive() and (stall := watch.look(time.monotonic(), ray.get(channel.beats.remote()))):
+            with self.watched():
+                beats = self._pass_on(channel, placement)
+            if thread.is_alive() and (stall := watch.look(time.monotonic(), beats, placement.queued)):
                 failure = self.stalls(stall)
                 thread.join(END_SECONDS)
                 return failure
             if self.stop.is_set() and not passed_on:
                 channel.stop.remote()
                 passed_on = True
-            for event in ray.get(channel.collect.remote()):
-                placement.begun()
-                self.hear(event)
         for event in ray.get(channel.collect.remote()):
             self.hear(event)
         return None
+
+    def _pass_on(self, channel: Any, placement: Placement) -> dict[int, Beat]:
+        """Return the workers' pulses, after what they say was passed on."""
+        placement.look()
+        for event in ray.get(channel.collect.remote()):
+            placement.begun()
+            self.hear(event)
+        found: dict[int, Beat] = ray.get(channel.beats.remote())
+        return found
 
 
 class _Trainer(TorchTrainer):

@@ -30,6 +30,11 @@ class Placement:
         self._said = ""
         self._over = False
 
+    @property
+    def queued(self) -> bool:
+        """Whether the workers were seen to wait for room when it was last looked."""
+        return self._since is not None
+
     def begun(self) -> None:
         """The workers run: there is nothing to look for until they are started again."""
         self._over = True
