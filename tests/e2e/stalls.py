@@ -23,6 +23,7 @@ TIMEOUT = 20
 NOTICE_SECONDS, END_SECONDS, CALM_SECONDS = 2 * TIMEOUT, 180, 60
 SAVE = 20
 """Steps between two checkpoints."""
+STILL_SECONDS, LOOK_SECONDS = TIMEOUT / 4, 0.2
 _NOWHERE = "02:00:00:00:00:01"
 """A hardware address that no interface has."""
 _MORE = 5
@@ -33,7 +34,8 @@ def stall_job(name: str, template: Json, *, steps: int, save: int = SAVE) -> Jso
     """A long job of two pods whose rows are loaded by processes of their own."""
     body = long_job(name, template, steps=steps, save=save)
     body["spec"]["stages"][1]["pretrain"]["dataloaderNumWorkers"] = 1
-    body["spec"]["runPolicy"] = {"stallTimeout": TIMEOUT}
+    # Rounds may follow each other without a new checkpoint in between, which would set the count of failures back.
+    body["spec"]["runPolicy"] = {"stallTimeout": TIMEOUT, "backoffLimit": 20}
     # A node has room for both pods: the one that is avoided may be the node of either.
     body["spec"]["resources"] |= {"memoryPerNode": "5Gi", "cpusPerNode": "500m"}
     return body
@@ -44,9 +46,9 @@ class Struck:
     """A stall that was brought about."""
 
     at: float
-    """Seconds of this process's clock."""
+    """When it began, in seconds of this process's clock: rows that are loaded, and steps until a save, come first."""
     behind: str
-    """How the status must name the worker that is behind."""
+    """What the status must say of the worker that is behind."""
     undo: Callable[[], None]
 
 
@@ -67,16 +69,16 @@ def sleeping_loader(victim: Victim) -> Struck:
         at, step = time.monotonic(), victim.following.samples[-1].step
         for child in psutil.Process(worker).children():
             child.send_signal(signal.SIGSTOP)
-        time.sleep(TIMEOUT / 5)  # there is no event for steps that do not come
-        if victim.following.samples[-1].step <= step + _MORE and victim.following.samples[-1].at < at + TIMEOUT / 10:
-            return Struck(at, _name_of(pod, worker), _nothing)
+        still = _still_since(victim, at)
+        if victim.following.samples[-1].step <= step + _MORE:
+            return Struck(still, _name_of(pod, worker), _nothing)
 
 
 def hanging_store(victim: Victim) -> Struck:
     """The store accepts connections and answers none. Each worker uploads its own part of a checkpoint."""
-    server = victim.s3.process
+    server, at = victim.s3.process, time.monotonic()
     server.suspend()
-    return Struck(time.monotonic(), "worker ", server.resume)
+    return Struck(_still_since(victim, at), "behind is worker ", server.resume)
 
 
 def dead_network(victim: Victim) -> Struck:
@@ -87,7 +89,7 @@ def dead_network(victim: Victim) -> Struck:
     # The entry goes with the pod's network namespace, and the attempt's pods go as it ends.
     command = ["nsenter", f"--net=/proc/{pid}/ns/net", "ip", "neigh", "replace", other, "lladdr", _NOWHERE]
     subprocess.run([*command, "dev", "eth0", "nud", "permanent"], check=True)
-    return Struck(time.monotonic(), "worker ", _nothing)
+    return Struck(time.monotonic(), "behind is worker ", _nothing)
 
 
 STALLS: dict[str, Callable[[Victim], Struck]] = {
@@ -134,13 +136,24 @@ def strike(victim: Victim, kind: str) -> StallRound:
         struck.undo()
     record = _ended(following, attempt)
     assert record is not None
-    assert record["reason"] == "Stalled" and f"behind is {struck.behind}" in record["message"], (struck, record)
+    assert record["reason"] == "Stalled" and struck.behind in record["message"], (struck, record)
     victim.goes_on(struck.at)
     following.until(lambda it: not _stalled(it), CALM_SECONDS, "the condition Stalled is taken back")
     found = following.recovery(struck.at)
     assert found is not None and found.repeated <= SAVE, found
     return StallRound(kind, step, round(noticed, 1), round(found.seconds, 1), record["message"], record["reason"],
                       _stacks(victim, attempt))  # fmt: skip
+
+
+def _still_since(victim: Victim, at: float) -> float:
+    """Wait until there have been no steps for a while; return since when, `at` the earliest.
+
+    There is no event for steps that do not come.
+    """
+    following = victim.following
+    while time.monotonic() - (last := max(at, following.samples[-1].at)) < STILL_SECONDS:
+        time.sleep(LOOK_SECONDS)
+    return last
 
 
 def _stacks(victim: Victim, attempt: int) -> list[str]:

@@ -23,10 +23,10 @@ from stalls import SAVE, STALLS, StallRound, stall_job, strike
 
 ROUNDS = int(os.environ.get("FINETUNE_STALL_ROUNDS", "5"))
 """Of each cause."""
-STEPS, STEPS_A_ROUND = 1000, 200
+STEPS, STEPS_A_ROUND, STEPS_BETWEEN = 500, 100, 5
 """Of a job, and how many must be left for one more round: it must not end with the job."""
 BEGIN_SECONDS, GO_ON_SECONDS, END_SECONDS = 300, 300, 2400
-CALM_JOBS, LANES, CALM_STEPS = 10, 2, 400
+CALM_JOBS, LANES, CALM_STEPS = 10, 3, 300
 
 
 @pytest.mark.long
@@ -62,8 +62,7 @@ def _job(victim: Victim, kinds: deque[str]) -> list[StallRound]:
             time.sleep(victim.chance.uniform(0, 5))  # the random moment
             rounds.append(strike(victim, kinds.popleft()))
             print(replace(rounds[-1], stacks=[f"{len(text)} characters" for text in rounds[-1].stacks]), flush=True)
-            # A new checkpoint sets the count of failed attempts back.
-            following.until_step(following.samples[-1].step + SAVE + 1, GO_ON_SECONDS)
+            following.until_step(following.samples[-1].step + STEPS_BETWEEN, GO_ON_SECONDS)
         following.until(lambda it: it.status.get("phase") == "Succeeded", END_SECONDS, "success")
     return rounds
 
