@@ -297,3 +297,17 @@ def test_the_last_word_of_a_driver_that_hangs(tmp_path: Path, monkeypatch: pytes
     report = AttemptReport.model_validate_json((tmp_path / "log").read_text())
     assert code == 1 and (report.node, report.exit_code) == ("node-b", 1)
     assert report.stalled == "no progress of the driver for 9 s" and "File x" not in (report.message or "")
+
+
+def test_what_was_found_of_stalled_workers_outlives_a_driver_that_hangs_in_its_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that hangs stalls the workers first, and then the driver that writes its report there."""
+    monkeypatch.setattr(attempt, "TERMINATION_LOG", tmp_path / "log")
+    monkeypatch.setenv("FINETUNE_NODE_NAME", "the-driver-s")
+    reporter = AttemptReporter(["sft"])
+    reporter.stalled("no progress for 20 s; behind is worker 1", "node-b")
+    attempt.end_hung(reporter, "no progress of the driver for 20 s while writing the report; its stacks:\nFile x")
+    report = AttemptReport.model_validate_json((tmp_path / "log").read_text())
+    assert (report.stalled, report.node) == ("no progress for 20 s; behind is worker 1", "node-b")
+    assert report.message == report.stalled

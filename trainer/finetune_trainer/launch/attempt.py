@@ -72,13 +72,19 @@ def say_last_word(reporter: AttemptReporter, work: Callable[[], None]) -> ExitCo
 
 
 def end_hung(reporter: AttemptReporter, text: str) -> ExitCode:
-    """Tell of a driver that makes no progress as of a stalled worker on its node."""
+    """Tell of a driver that makes no progress as of a stalled worker on its node.
+
+    Where it had found its workers stalled before, that is told: the store that they wait for hangs in its report, too.
+    """
     print(redact(text), file=sys.stderr, flush=True)
-    words = text.partition("; its stacks:")[0]
-    reporter.stalled(words, node_name())
+    before = reporter.report()
+    words, node = text.partition("; its stacks:")[0], node_name()
+    if before.stalled:
+        words, node = before.stalled, before.node
+    reporter.stalled(words, node)
 
     def stalled() -> None:
-        raise TrainingFailed(words, node=node_name())
+        raise TrainingFailed(words, node=node)
 
     return say_last_word(reporter, stalled)
 

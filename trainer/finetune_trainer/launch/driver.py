@@ -167,30 +167,38 @@ class Pipeline:
         ray_started.result()
         keep_signal_handlers()
         self._check_stop()
-        with self.watch.paused():
-            failure = self._train_stages()
+        enter("looking for checkpoints")
+        failure = self._train_stages()
         if failure is not None:
             self._raise(failure)
 
     def _train_stages(self) -> Failure | None:
         """Let the workers train until nothing is left to do, or a failure is final."""
-        offers = Offers(self.run, self.storage, self.reporter.log)
+        offers, done = Offers(self.run, self.storage, self.reporter.log), False
         try:
-            return self._keep_trying(offers)
+            failure = self._keep_trying(offers)
+            done = failure is None  # storage is not asked: it may hang, and be the cause of the failure
+            return failure
         finally:
-            offers.close(done=not self._todo())
+            offers.close(done=done)
 
     def _keep_trying(self, offers: Offers) -> Failure | None:
-        offer = offers.make() if may_have_several_nodes(self.run.job.spec.resources) else None
+        with self.watch.paused():  # an upload may take long
+            offer = offers.make() if may_have_several_nodes(self.run.job.spec.resources) else None
         fit = GroupFit(self.run, self.workers, self._hear, self.stop, self._stalled, offer, self.watch.listening)
         return keep_trying(
-            lambda: fit.attempt([self._work(layout) for layout in self._todo()]),
+            lambda: self._attempt(fit),
             _Progressed(self._progress_mark),
-            self.stop.wait,
+            self.watch.unwatched(self.stop.wait),
             self.run.job.spec.run_policy.backoff_limit,
             self.reporter.restarting,
-            Nodes(self.run.job.spec.resources, self.stop).missing,
+            self.watch.unwatched(Nodes(self.run.job.spec.resources, self.stop).missing),
         )
+
+    def _attempt(self, fit: GroupFit) -> Failure | None:
+        work = [self._work(layout) for layout in self._todo()]
+        with self.watch.paused():
+            return fit.attempt(work)
 
     def _work(self, layout: StageLayout) -> StageWork:
         """As planned; a stage that has a checkpoint goes on with the sharding and the global batch that wrote it."""

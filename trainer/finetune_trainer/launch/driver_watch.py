@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 from finetune_api.exit_codes import ExitCode
 from finetune_trainer.launch.stall_watch import StallWatch
@@ -21,6 +22,8 @@ from finetune_trainer.pulse import during, pulse
 from finetune_trainer.runtime import node_name
 
 LOOK_SECONDS = 0.5
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class DriverWatch:
@@ -57,6 +60,15 @@ class DriverWatch:
             yield
         finally:
             self._watch = StallWatch(self._timeout)
+
+    def unwatched(self, wait: Callable[P, T]) -> Callable[P, T]:
+        """Return a function that waits as `wait` does, with the watch paused."""
+
+        def waiting(*args: P.args, **options: P.kwargs) -> T:
+            with self.paused():
+                return wait(*args, **options)
+
+        return waiting
 
     @contextmanager
     def listening(self) -> Iterator[None]:
