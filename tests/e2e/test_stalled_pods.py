@@ -23,9 +23,9 @@ from stalls import SAVE, STALLS, StallRound, stall_job, strike
 
 ROUNDS = int(os.environ.get("FINETUNE_STALL_ROUNDS", "5"))
 """Of each cause."""
-STEPS, STEPS_A_ROUND, STEPS_BETWEEN = 500, 100, 5
+STEPS, STEPS_A_ROUND, STEPS_BETWEEN = 300, 100, 5
 """Of a job, and how many must be left for one more round: it must not end with the job."""
-BEGIN_SECONDS, GO_ON_SECONDS, END_SECONDS = 300, 300, 2400
+BEGIN_SECONDS, GO_ON_SECONDS, END_SECONDS = 900, 600, 2400
 CALM_JOBS, LANES, CALM_STEPS = 10, 3, 300
 
 
