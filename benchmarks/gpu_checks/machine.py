@@ -178,8 +178,10 @@ def _no_compiler(options: Options) -> Iterator[None]:
 
 
 def collectives(options: Options) -> Json:
-    """An all-reduce in a group of one, its bandwidth, and which network NCCL would use."""
-    log = options.work / "nccl.log"
+    """An all-reduce in a group of one, its bandwidth, which network NCCL would use, and torch's record of it."""
+    from finetune_trainer.launch.flight_recorder import answer_questions, last_collectives
+
+    log, recorder = options.work / "nccl.log", options.work / "recorder.sock"
     os.environ |= {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": str(log)}
     join_group(options)
     count = 1 << (10 if options.tiny else 28)
@@ -188,6 +190,10 @@ def collectives(options: Options) -> Json:
     seconds = statistics.median(_timed(options, lambda: torch.distributed.all_reduce(numbers)) for _ in range(5))
     values: Json = {"gib_per_second": 4 * count / seconds / 2**30, "sum": numbers.sum().item() / count}
     require(values["sum"] == 1.0, "the sum over one worker is not its own", values)
+    answer_questions(recorder)
+    values["recorded"] = [one.words for one in last_collectives(recorder)]
+    wanted = "gloo:all_reduce" if options.tiny else "nccl:all_reduce"
+    require(any(words.startswith(wanted) for words in values["recorded"]), "torch has no record of it", values)
     values["networks"] = networks(log.read_text() if log.exists() else "")
     if options.tiny:
         raise Skipped(f"NCCL {NEEDS_GPU}; gloo has reduced", values)

@@ -100,7 +100,7 @@ def test_a_stage_does_not_report_the_peak_of_the_one_before(
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=str))
     for name, value in {
         "WorkerChannel": lambda channel: SimpleNamespace(send=lambda event: None, heartbeat=lambda heartbeat: None),
-        "answer_signals": lambda: None,
+        "answer_inquiries": lambda: None,
         "join_process_group": lambda zero, accelerator: None,
         "stage_context": lambda run, work, threads, placement, *_: SimpleNamespace(placement=placement),
         "StageRun": _Run,

@@ -53,6 +53,7 @@ def test_a_stopped_worker_a_hanging_read_and_a_sleeping_loader(
     assert time.monotonic() - struck < 2 * TIMEOUT + 10, "twice the timeout, and the collection of stacks"
     assert f"process {victim.pid}" in told and "stopped by a signal (SIGSTOP)" in told
     assert "in run_stages" in "".join(seen.lines), "the stack of the worker that waits for it"
+    assert re.search(r"last collective operation: gloo:\w+, number \d+ of .*: not finished", "".join(seen.lines))
     os.mkfifo(stage / "dropped.json")
     seen.until(driver, AGAIN)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -18,15 +19,15 @@ from finetune_trainer.launch import drive
 from finetune_trainer.launch.driver_watch import DriverWatch
 from finetune_trainer.launch.stack_dumps import Stacks, collect, kill
 from finetune_trainer.launch.stall_diagnosis import culprit, record
-from finetune_trainer.launch.stall_watch import LEAST_SECONDS, STEPS, Stall, StallWatch
+from finetune_trainer.launch.stall_watch import BEGIN_SECONDS, LEAST_SECONDS, STEPS, Stall, StallWatch
 from finetune_trainer.progress.attempt_report import AttemptReporter
 from finetune_trainer.progress.heartbeats import HeartbeatThread, WorkerHeartbeat, first_heartbeat
 from finetune_trainer.progress.process_activity import activity, state
 
 WORKER = """
 import os, sys, threading, time
-from finetune_trainer.launch.stack_dumps import answer_signals
-answer_signals()
+from finetune_trainer.launch.stack_dumps import answer_inquiries
+answer_inquiries()
 def a_read_that_hangs():
     print("ready", flush=True)
     open(sys.argv[1]).read()
@@ -36,6 +37,15 @@ def a_loader_that_sleeps():
 def a_long_merge():
     print("ready", flush=True)
     while True: sum(range(1000))
+def two_processes():
+    ended, held = os.pipe()
+    if os.fork():
+        print("ready", flush=True)
+    else:
+        os.close(held)
+    deep(ended, 80)
+def deep(ended, frames):
+    return deep(ended, frames - 1) if frames else os.read(ended, 1)
 globals()[sys.argv[2]]()
 """
 
@@ -67,6 +77,16 @@ def test_the_stacks_of_a_process_that_hangs(begin: Callable[[str], subprocess.Po
     assert f"in {word}" in found.text and found.told == ""
     again = collect([process.pid])[process.pid]
     assert again.text.count(f"in {word}") == found.text.count(f"in {word}"), "only what was written since"
+
+
+def test_the_stacks_of_a_process_and_of_its_child_do_not_mix(begin: Callable[[str], subprocess.Popen[str]]) -> None:
+    process = begin("two_processes")
+    lines = collect([process.pid])[process.pid].text.splitlines()
+    assert sum("in deep" in line for line in lines) == 162
+    frame = re.compile(
+        r'  File ".*", line \d+ in \S+|(Current thread|Thread) 0x\w+ \(most recent call first\):|child \d+: .*'
+    )
+    assert [line for line in lines if line and not frame.fullmatch(line)] == []
 
 
 def test_a_stopped_process_is_told_by_its_state_and_can_be_ended(begin: Callable[[str], subprocess.Popen[str]]) -> None:
@@ -164,12 +184,27 @@ def beats(*found: WorkerHeartbeat) -> dict[int, WorkerHeartbeat]:
 
 def test_any_worker_s_progress_is_progress_and_none_before_the_first_beat_is_a_stall() -> None:
     watch = StallWatch(10)
-    assert watch.look(0, {}) is None and watch.look(100, {}) is None
+    assert watch.look(0, {}) is None and watch.look(100, {}) is None, "the libraries take longer to import"
     assert watch.look(101, beats(beat(0, 1), beat(1, 1))) is None
     assert watch.look(110, beats(beat(0, 2), beat(1, 1))) is None
     assert watch.look(119, beats(beat(0, 2), beat(1, 1))) is None
     stall = watch.look(120, beats(beat(0, 2), beat(1, 1)))
     assert stall is not None and stall.seconds == 10
+
+
+def test_workers_that_never_say_a_word_stall_once_ray_has_room_for_them() -> None:
+    watch = StallWatch(10, workers=4)
+    assert watch.look(0, {}) is None
+    assert watch.look(BEGIN_SECONDS * 5, {}, queued=True) is None, "a queue takes as long as it takes"
+    assert watch.look(BEGIN_SECONDS * 6 - 1, {}) is None
+    stall = watch.look(BEGIN_SECONDS * 6, {})
+    assert stall is not None and not stall.begun
+    assert (stall.workers, stall.seconds, stall.words(stall.culprit)) == (4, BEGIN_SECONDS, "worker 0: has not begun")
+    slow = StallWatch(2 * int(BEGIN_SECONDS))
+    slow.look(0, {})
+    assert slow.look(BEGIN_SECONDS * 2 - 1, {}) is None and slow.look(BEGIN_SECONDS * 2, {}) is not None
+    off = StallWatch(0)
+    assert off.look(0, {}) is None and off.look(1e9, {}) is None
 
 
 @pytest.mark.parametrize(
@@ -236,6 +271,25 @@ def test_a_driver_that_hangs_is_told_with_its_stacks_and_one_that_waits_for_othe
     assert "no progress of the driver for 2 s" in told[0] and "in preparing" in told[0]
 
 
+def test_a_driver_that_never_gets_an_answer_about_its_workers_is_told_and_one_that_waits_for_them_is_not() -> None:
+    told: list[str] = []
+    ended = threading.Event()
+
+    def hung(text: str) -> None:
+        told.append(text)
+        ended.set()
+
+    with DriverWatch(2, hung) as watch, watch.paused():
+        until = time.monotonic() + 3.5
+        while time.monotonic() < until:
+            with watch.listening():  # each look is short
+                pass
+            assert not ended.wait(0.2)
+        with watch.listening():
+            assert ended.wait(20)
+    assert "no progress of the driver for 2 s while hearing the workers" in told[0]
+
+
 def test_the_last_word_of_a_driver_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drive, "TERMINATION_LOG", tmp_path / "log")
     monkeypatch.setenv("FINETUNE_NODE_NAME", "node-b")
@@ -243,3 +297,19 @@ def test_the_last_word_of_a_driver_that_hangs(tmp_path: Path, monkeypatch: pytes
     report = AttemptReport.model_validate_json((tmp_path / "log").read_text())
     assert code == 1 and (report.node, report.exit_code) == ("node-b", 1)
     assert report.stalled == "no progress of the driver for 9 s" and "File x" not in (report.message or "")
+
+
+def test_what_was_found_of_stalled_workers_outlives_a_driver_that_hangs_in_its_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that hangs stalls the workers first, and then the driver that writes its report there."""
+    monkeypatch.setattr(drive, "TERMINATION_LOG", tmp_path / "log")
+    monkeypatch.setenv("FINETUNE_NODE_NAME", "the-driver-s")
+    reporter = AttemptReporter(["sft"])
+    reporter.stalled("no progress for 20 s; behind is worker 1", "node-b")
+    drive.report_hung_driver(
+        reporter, "no progress of the driver for 20 s while writing the report; its stacks:\nFile x"
+    )
+    report = AttemptReport.model_validate_json((tmp_path / "log").read_text())
+    assert (report.stalled, report.node) == ("no progress for 20 s; behind is worker 1", "node-b")
+    assert report.message == report.stalled

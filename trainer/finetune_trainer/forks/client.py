@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,10 +54,14 @@ def _start(path: Path, names: list[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, pass_fds=[number], stdin=subprocess.PIPE)
 
 
-def run_fork(argv: list[str]) -> int | None:
+def run_fork(argv: list[str], on_start: Callable[[int], None] = lambda pid: None) -> int | None:
     """Run a script as a fork, forward SIGTERM and SIGINT to it, and return its exit status.
 
     Returns None if there is no server; the script has not run then.
+
+    Args:
+        argv: path of the script and its arguments.
+        on_start: called with the id of the new process.
     """
     connection = wire.connect()
     if connection is None:
@@ -66,7 +70,21 @@ def run_fork(argv: list[str]) -> int | None:
     pid = wire.read_number(connection)
     if pid is None:
         return None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: os.kill(pid, received))
+    _forward_signals(pid)
+    on_start(pid)
     status = wire.read_number(connection)
     return 128 + signal.SIGKILL if status is None else status
+
+
+def run_child(argv: Sequence[str], on_start: Callable[[int], None] = lambda pid: None) -> int:
+    """Run a script as a child of this process, without a server, forward signals to it, and return its exit status."""
+    with subprocess.Popen([sys.executable, *argv]) as child:
+        _forward_signals(child.pid)
+        on_start(child.pid)
+        code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _forward_signals(pid: int) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: os.kill(pid, received))

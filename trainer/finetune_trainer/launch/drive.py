@@ -76,13 +76,19 @@ def report_outcome(reporter: AttemptReporter, work: Callable[[], None]) -> ExitC
 
 
 def report_hung_driver(reporter: AttemptReporter, text: str) -> ExitCode:
-    """Report a driver that makes no progress in the same way as a stalled worker on its node."""
+    """Report a driver that makes no progress in the same way as a stalled worker on its node.
+
+    If the driver had already found its workers stalled, that is reported: the store that they wait for may hang in the
+    driver's report, too.
+    """
     print(redact(text), file=sys.stderr, flush=True)
-    message = text.partition("; its stacks:")[0]
-    reporter.stalled(message, node_name())
+    before = reporter.report()
+    message = before.stalled or text.partition("; its stacks:")[0]
+    node = before.node if before.stalled else node_name()
+    reporter.stalled(message, node)
 
     def stalled() -> None:
-        raise TrainingFailed(message, node=node_name())
+        raise TrainingFailed(message, node=node)
 
     return report_outcome(reporter, stalled)
 

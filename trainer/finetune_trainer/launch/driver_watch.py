@@ -13,14 +13,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 from finetune_api.exit_codes import ExitCode
-from finetune_trainer.heartbeat import process_heartbeat
+from finetune_trainer.heartbeat import in_phase, process_heartbeat
 from finetune_trainer.launch.stall_watch import StallWatch
 from finetune_trainer.progress.heartbeats import HeartbeatThread, WorkerHeartbeat, first_heartbeat
 from finetune_trainer.runtime import node_name
 
 LOOK_SECONDS = 0.5
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class DriverWatch:
@@ -57,6 +60,28 @@ class DriverWatch:
             yield
         finally:
             self._watch = StallWatch(self._timeout)
+
+    def unwatched(self, wait: Callable[P, T]) -> Callable[P, T]:
+        """Return a function that calls `wait` with the watch paused."""
+
+        def waiting(*args: P.args, **options: P.kwargs) -> T:
+            with self.paused():
+                return wait(*args, **options)
+
+        return waiting
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Watch a short call to the workers or to storage while the watch is otherwise paused.
+
+        If such a call hangs, Ray on this node or the job's store hangs.
+        """
+        with in_phase("waiting for messages of the workers", measured=True):
+            self._watch = StallWatch(self._timeout)
+            try:
+                yield
+            finally:
+                self._watch = None
 
     def _hear(self, beat: WorkerHeartbeat) -> None:
         self._beats = {0: beat}

@@ -1,7 +1,8 @@
 """Runs a pod of an attempt, on either engine: the head pod starts the Ray head and the driver, the others join it.
 
-In jobs without GPUs a second process imports the libraries while Ray starts. The driver and Ray's workers are forked
-from it (`forks`), so that they need not import the libraries again.
+The driver is a process of its own, which this process watches (`driver_process`). In jobs without GPUs another process
+imports the libraries while Ray starts. The driver and Ray's workers are forked from it (`forks`), so that they need not
+import the libraries again.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from pathlib import Path
 from finetune_api.exit_codes import ExitCode
 from finetune_api.report import PORT, STOP_PATH
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.forks.client import run_fork
 from finetune_trainer.launch.driver_exit import TerminationSignal, write_exit_code
+from finetune_trainer.launch.driver_process import StoppedWatch, run_watched
 from finetune_trainer.launch.fork_imports import forks
 from finetune_trainer.launch.node_role import NodeRole, node_role
 from finetune_trainer.plan.threads import threads_per_worker
@@ -50,22 +51,30 @@ def run_node(config: Path) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_worker(resources)))
     place = node_role(resources)
     with forks(run, print):
-        return _head(config, place) if place.head else _worker(run, place)
+        return _head(run, config, place) if place.head else _worker(run, place)
 
 
-def _head(config: Path, place: NodeRole) -> int:
+def _head(run: RunConfig, config: Path, place: NodeRole) -> int:
     """Start the Ray head and run the driver. With KubeRay, then wait until the cluster is deleted (`driver_exit`)."""
-    from finetune_trainer.launch.drive import drive
-
     farewell = TerminationSignal() if place.watched else None
     subprocess.run([*_RAY, "start", *place.options], check=True, stdout=subprocess.DEVNULL, env=_environment(place))
     os.environ["RAY_ADDRESS"] = place.address
-    code = run_fork([str(_DRIVE), str(config)])
-    code = int(drive(config)) if code is None else code
+    code = _drive(run, config)
     if farewell is not None:
         write_exit_code(code)
         farewell.wait()
     return code
+
+
+def _drive(run: RunConfig, config: Path) -> int:
+    """Return the driver's exit code. If the driver stayed stopped by a signal, write its report in its place."""
+    watch = StoppedWatch(run.job.spec.run_policy.stall_timeout)
+    code = run_watched([str(_DRIVE), str(config)], watch)
+    if not watch.found:
+        return code
+    from finetune_trainer.launch.drive import report_hung_driver
+
+    return int(report_hung_driver(AttemptReporter([]), watch.found))
 
 
 def _environment(place: NodeRole) -> dict[str, str]:

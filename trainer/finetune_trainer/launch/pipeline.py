@@ -167,34 +167,43 @@ class Pipeline:
     def _train(self, ray_started: Future[None]) -> None:
         if not self._stages():
             return
-        with self.watch.paused():
-            ray_started.result()
+        enter_phase("starting Ray")
+        ray_started.result()
         keep_signal_handlers()
         self._check_stop()
-        with self.watch.paused():
-            failure = self._train_stages()
+        enter_phase("looking for checkpoints")
+        failure = self._train_stages()
         if failure is not None:
             self._raise(failure)
 
     def _train_stages(self) -> Failure | None:
         """Run worker groups until all stages are done (None) or a failure is final."""
-        offers = Offers(self.run, self.storage, self.reporter.log)
+        offers, done = Offers(self.run, self.storage, self.reporter.log), False
         try:
-            return self._train_with_retries(offers)
+            failure = self._train_with_retries(offers)
+            done = failure is None  # storage is not asked: it may hang, and be the cause of the failure
+            return failure
         finally:
-            offers.close(done=not self._stages())
+            offers.close(done=done)
 
     def _train_with_retries(self, offers: Offers) -> Failure | None:
-        offer = offers.make() if may_have_several_nodes(self.run.job.spec.resources) else None
-        group = WorkerGroup(self.run, self.workers, self._on_event, self.stop, self._on_stall, offer)
+        with self.watch.paused():  # an upload may take long
+            offer = offers.make() if may_have_several_nodes(self.run.job.spec.resources) else None
+        listening = self.watch.listening
+        group = WorkerGroup(self.run, self.workers, self._on_event, self.stop, self._on_stall, offer, listening)
         return retry_attempts(
-            lambda: group.attempt([self._work(layout) for layout in self._stages()]),
+            lambda: self._attempt(group),
             HasGrown(self._completed),
-            self.stop.wait,
+            self.watch.unwatched(self.stop.wait),
             self.run.job.spec.run_policy.backoff_limit,
             self.reporter.restarting,
-            Nodes(self.run.job.spec.resources, self.stop).missing,
+            self.watch.unwatched(Nodes(self.run.job.spec.resources, self.stop).missing),
         )
+
+    def _attempt(self, group: WorkerGroup) -> Failure | None:
+        work = [self._work(layout) for layout in self._stages()]
+        with self.watch.paused():
+            return group.attempt(work)
 
     def _work(self, layout: StageLayout) -> StageWork:
         """Return the planned work of a stage. A resumed one keeps the sharding and global batch of its checkpoint."""
@@ -252,7 +261,8 @@ class Pipeline:
         finding = inquire(stall, report)
         self.reporter.stalled(finding.text, finding.host)
         end_workers(stall)
-        elsewhere = bool(os.environ.get("RAY_ADDRESS"))
+        # Workers that have not begun are unknown here: they end with their pods, or with this process.
+        elsewhere = bool(os.environ.get("RAY_ADDRESS")) or not stall.begun
         return Failure(Kind.STALLED, Stalled(finding.text), finding.text, node=finding.host, elsewhere=elsewhere)
 
     def _output(self, layout: StageLayout) -> str:

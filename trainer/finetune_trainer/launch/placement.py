@@ -30,6 +30,11 @@ class PlacementWatch:
         self._reported = ""
         self._started = False
 
+    @property
+    def queued(self) -> bool:
+        """Whether the workers waited for room at the last poll."""
+        return self._since is not None
+
     def workers_started(self) -> None:
         """Stop polling: the workers run."""
         self._started = True

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_trainer.launch.flight_recorder import Collective, answer_questions, last_collectives
 from finetune_trainer.progress.process_activity import children, state
 
 SIGNAL = signal.SIGUSR2
@@ -29,6 +30,8 @@ _STATES = {
     "Z": "ended",
     "": "gone",
 }
+STOPPED = ("T", "t")
+"""States of a process that runs no code until another one lets it go on."""
 log = logging.getLogger(__name__)
 _files: list[Any] = []
 """Files of faulthandler, which must stay open."""
@@ -41,6 +44,8 @@ class Stacks:
     state: str
     """State as in /proc/PID/stat, such as `R`, `S` or `T`; empty if the process has ended."""
     text: str
+    last: tuple[Collective, ...] = ()
+    """The newest collective operation of each of its process groups; empty where that is not known."""
 
     @property
     def told(self) -> str:
@@ -48,10 +53,11 @@ class Stacks:
         return _STATES.get(self.state, "")
 
 
-def answer_signals() -> None:
-    """Make this process write the Python stacks of its threads to a file whenever it receives `SIGNAL`.
+def answer_inquiries() -> None:
+    """Let other processes of this user read where this process hangs: its Python stacks and its collective operations.
 
-    The handler of faulthandler is native: it needs neither the GIL nor the main thread. Forked children inherit it.
+    The process writes the stacks of its threads to a file whenever it receives `SIGNAL`. The handler of faulthandler is
+    native: it needs neither the GIL nor the main thread. Forked children inherit it.
     """
     try:
         DIRECTORY.mkdir(mode=0o700, exist_ok=True)
@@ -61,6 +67,7 @@ def answer_signals() -> None:
         return
     _files[:] = [file]
     faulthandler.register(SIGNAL, file=file, all_threads=True, chain=False)
+    answer_questions(_socket(os.getpid()))
 
 
 def collect(pids: Iterable[int]) -> dict[int, Stacks]:
@@ -78,12 +85,13 @@ def kill(pids: Iterable[int]) -> None:
 def _of(pid: int) -> Stacks:
     if state(pid) in ("", "Z"):
         return Stacks(state(pid), "")
-    parts = [_python(pid)]
+    last = [] if state(pid) in STOPPED else last_collectives(_socket(pid))
+    parts = [f"last collective operation: {one.words}" for one in last] + [_python(pid)]
     parts += [f"child {child}: {_STATES.get(state(child), 'alive')}" for child in children(pid)]
     if native := _native(pid):
         parts.append(native)
     # The state is read last, because a process stops a moment after it receives SIGSTOP.
-    return Stacks(state(pid), "\n".join(filter(None, parts)))
+    return Stacks(state(pid), "\n".join(filter(None, parts)), tuple(last))
 
 
 def _python(pid: int) -> str:
@@ -91,13 +99,19 @@ def _python(pid: int) -> str:
     file = _file(pid)
     if not file.exists() or not _catches(pid):
         return "no Python stacks: the process has not begun to answer signals"
+    # One after the other: they all write to the file of the first one.
+    texts = [_asked(one, file) for one in [pid, *filter(_catches, children(pid))]]
+    return "\n".join(filter(None, texts)) or "no Python stacks: the process does not react to signals"
+
+
+def _asked(pid: int, file: Path) -> str:
+    """What a process appends to a file after the signal."""
     before = file.stat().st_size
     try:
-        for one in [pid, *filter(_catches, children(pid))]:
-            os.kill(one, SIGNAL)
+        os.kill(pid, SIGNAL)
     except OSError as error:
         return f"no Python stacks: {error}"
-    return _written(file, before) or "no Python stacks: the process does not react to signals"
+    return "" if state(pid) in STOPPED else _written(file, before)
 
 
 def _written(file: Path, start: int) -> str:
@@ -126,7 +140,7 @@ def _catches(pid: int) -> bool:
 def _native(pid: int) -> str:
     """Return native stacks by py-spy, if it is installed and may trace the process."""
     tool = shutil.which("py-spy")
-    if tool is None or state(pid) in ("T", "t"):
+    if tool is None or state(pid) in STOPPED:
         return ""
     command = [tool, "dump", "--native", "--nonblocking", "--pid", str(pid)]
     with suppress(OSError, subprocess.SubprocessError):
@@ -137,3 +151,7 @@ def _native(pid: int) -> str:
 
 def _file(pid: int) -> Path:
     return DIRECTORY / f"{pid}.txt"
+
+
+def _socket(pid: int) -> Path:
+    return DIRECTORY / f"{pid}.sock"

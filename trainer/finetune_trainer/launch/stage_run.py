@@ -21,7 +21,7 @@ from finetune_trainer.gate import require_gate
 from finetune_trainer.heartbeat import enter_phase, process_heartbeat
 from finetune_trainer.launch.failures import errors_with_step
 from finetune_trainer.launch.sharing.node_files import NodeFiles, count_nodes
-from finetune_trainer.launch.stack_dumps import answer_signals
+from finetune_trainer.launch.stack_dumps import answer_inquiries
 from finetune_trainer.launch.stage_context import stage_context
 from finetune_trainer.launch.stage_output import StageOutput
 from finetune_trainer.launch.stage_resume import StageResume
@@ -73,7 +73,7 @@ def run_stages(order: WorkOrder) -> None:
         os.chdir(run.work_dir)  # Ray starts workers in a directory of its own; relative paths refer to the job's
     storage, channel, placement = Storage(run.root), WorkerChannel(order.channel), _placement(order.accelerator)
     on_waiting(lambda text: channel.send(Waiting(text)))
-    answer_signals()
+    answer_inquiries()
     node = ray.get_runtime_context().get_node_id()
     initial = first_heartbeat(placement.rank, placement.world_size, node_name(), node)
     with HeartbeatThread(initial, process_heartbeat(), channel.heartbeat):

@@ -13,6 +13,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from finetune_api.redact import redact
+from finetune_trainer.launch.flight_recorder import behind
 from finetune_trainer.launch.stack_dumps import Stacks, collect, kill
 from finetune_trainer.launch.stall_watch import Stall
 from finetune_trainer.layout import stall_record
@@ -57,12 +58,18 @@ def inquire(stall: Stall, report: Callable[[str], None]) -> Finding:
 def culprit(stall: Stall, found: dict[int, Stacks]) -> int:
     """Return the rank that is behind: a worker that cannot run at all, else the one with the least progress.
 
+    Where all are in the same phase of the same step, it is the one that began the fewest collective operations.
+
     Args:
         stall: the stall.
         found: stacks by rank; workers whose nodes do not respond are missing.
     """
     broken = [rank for rank, beat in stall.beats.items() if _condition(beat, found)]
-    return stall.culprit if len(broken) in (0, stall.workers) else broken[0]
+    if len(broken) not in (0, stall.workers):
+        return broken[0]
+    places = {(beat.phase.step, beat.phase.order) for beat in stall.beats.values()}
+    late = behind({rank: list(one.last) for rank, one in found.items()}) if len(places) == 1 else None
+    return stall.culprit if late is None or len(found) < stall.workers else late
 
 
 def record(stall: Stall, found: dict[int, Stacks]) -> str:

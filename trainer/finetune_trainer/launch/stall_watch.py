@@ -11,6 +11,8 @@ from finetune_api.cluster import AUTO
 from finetune_trainer.progress.heartbeats import WorkerHeartbeat
 
 LEAST_SECONDS = 600.0
+BEGIN_SECONDS = 600.0
+"""Workers that Ray has placed may take so long to say their first word: they import the libraries, and meet."""
 STEPS = 30
 """The automatic timeout is the median duration of a step times this, and at least `LEAST_SECONDS`."""
 WINDOW = 50
@@ -25,6 +27,11 @@ class Stall:
     beats: dict[int, WorkerHeartbeat]
     """The last heartbeat of each worker, by rank; workers that have sent none are missing."""
     workers: int
+
+    @property
+    def begun(self) -> bool:
+        """Whether any worker has said a word."""
+        return bool(self.beats)
 
     @property
     def culprit(self) -> int:
@@ -48,10 +55,12 @@ class StallWatch:
 
     Args:
         timeout: `runPolicy.stallTimeout`.
+        workers: how many there are, as far as is known before their first word.
     """
 
-    def __init__(self, timeout: int | str) -> None:
-        self._timeout = timeout
+    def __init__(self, timeout: int | str, workers: int = 1) -> None:
+        self._timeout, self._workers = timeout, workers
+        self._placed: float | None = None
         self._progress: dict[int, int] = {}
         self._beats: dict[int, WorkerHeartbeat] = {}
         self._since: float | None = None
@@ -65,21 +74,33 @@ class StallWatch:
             return max(LEAST_SECONDS, STEPS * median(self._steps)) if self._steps else LEAST_SECONDS
         return float(self._timeout) or None
 
-    def look(self, now: float, beats: Mapping[int, WorkerHeartbeat]) -> Stall | None:
-        """Return the stall, or None if there is none. The watch begins with the first heartbeat of any worker.
+    def look(self, now: float, beats: Mapping[int, WorkerHeartbeat], queued: bool = False) -> Stall | None:
+        """Return the stall, or None if there is none.
+
+        Before the first heartbeat of any worker the limit is at least `BEGIN_SECONDS`, counted from the time at which
+        the workers no longer wait for room.
 
         Args:
             now: seconds of a monotonic clock.
             beats: the latest heartbeat of each worker, by rank.
+            queued: whether the workers still wait for room.
         """
         progress = {rank: beat.progress for rank, beat in beats.items()}
         if progress != self._progress:
             self._progress, self._beats, self._since = progress, dict(beats), now
             self._count_step(now)
         limit = self.limit
-        if self._since is None or limit is None or now - self._since < limit:
+        if self._since is None:
+            return None if limit is None else self._not_begun(now, max(limit, BEGIN_SECONDS), queued)
+        if limit is None or now - self._since < limit:
             return None
         return Stall(now - self._since, self._beats, next(iter(self._beats.values())).workers)
+
+    def _not_begun(self, now: float, limit: float, queued: bool) -> Stall | None:
+        if self._placed is None or queued:
+            self._placed = now
+        waited = now - self._placed
+        return Stall(waited, {}, self._workers) if waited >= limit else None
 
     def _count_step(self, now: float) -> None:
         step = max(beat.phase.step for beat in self._beats.values())

@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch.failures import Failure, classify, step_of
 from finetune_trainer.launch.placement import PlacementWatch
 from finetune_trainer.launch.sharing.records import Offer
-from finetune_trainer.launch.stall_watch import Stall, StallWatch
+from finetune_trainer.launch.stall_watch import BEGIN_SECONDS, Stall, StallWatch
 from finetune_trainer.launch.work_order import WorkOrder
 from finetune_trainer.launch.worker import train_loop
 from finetune_trainer.plan.worker_slots import asked
 from finetune_trainer.plan.workers import Workers
 from finetune_trainer.progress.channel import Event, Placing, open_channel
+from finetune_trainer.progress.heartbeats import WorkerHeartbeat
 from finetune_trainer.training.stage_work import StageWork
 
 POLL_SECONDS = 0.2
@@ -44,6 +46,7 @@ class WorkerGroup:
         stop: once it is set, the workers are asked to save a checkpoint and stop.
         on_stall: ends workers that make no progress and returns the failure.
         offer: directories that the workers' nodes fetch first.
+        watched: makes a context in which this process must not take long (`DriverWatch.listening`).
     """
 
     def __init__(
@@ -54,10 +57,11 @@ class WorkerGroup:
         stop: threading.Event,
         on_stall: Callable[[Stall], Failure],
         offer: Offer | None = None,
+        watched: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.run, self.workers, self.stop = run, workers, stop
         self.on_event, self.on_stall = on_event, on_stall
-        self.offer = offer or Offer()
+        self.offer, self.watched = offer or Offer(), watched
 
     def attempt(self, stages: list[StageWork]) -> Failure | None:
         """Start a worker group and run the stages. Return the failure, or None once all stages are done.
@@ -111,24 +115,32 @@ class WorkerGroup:
         Returns:
             the failure of workers that stalled, or None.
         """
-        stop_sent, watch = False, StallWatch(self.run.job.spec.run_policy.stall_timeout)
+        stop_sent, watch = False, StallWatch(self.run.job.spec.run_policy.stall_timeout, self.workers.most)
         placement = PlacementWatch(lambda text: self.on_event(Placing(text)))
+        ray.get(channel.heartbeats.remote(), timeout=BEGIN_SECONDS)  # the channel's process has to start first
         while thread.is_alive():
             thread.join(POLL_SECONDS)
-            placement.poll()
-            if thread.is_alive() and (stall := watch.look(time.monotonic(), ray.get(channel.heartbeats.remote()))):
+            with self.watched():
+                heartbeats = self._forward(channel, placement)
+            if thread.is_alive() and (stall := watch.look(time.monotonic(), heartbeats, placement.queued)):
                 failure = self.on_stall(stall)
                 thread.join(END_SECONDS)
                 return failure
             if self.stop.is_set() and not stop_sent:
                 channel.request_stop.remote()
                 stop_sent = True
-            for event in ray.get(channel.collect.remote()):
-                placement.workers_started()
-                self.on_event(event)
         for event in ray.get(channel.collect.remote()):
             self.on_event(event)
         return None
+
+    def _forward(self, channel: Any, placement: PlacementWatch) -> dict[int, WorkerHeartbeat]:
+        """Forward the workers' events to the driver, and return their latest heartbeats by rank."""
+        placement.poll()
+        for event in ray.get(channel.collect.remote()):
+            placement.workers_started()
+            self.on_event(event)
+        heartbeats: dict[int, WorkerHeartbeat] = ray.get(channel.heartbeats.remote())
+        return heartbeats
 
 
 class _Trainer(TorchTrainer):
