@@ -74,7 +74,7 @@ CASES: dict[str, tuple[Facts, Needs, str, State, str, str]] = {
         "NVIDIA driver",
         State.MISSING, "8 NVIDIA devices on the PCI bus", "Install"),
     "WSL, where the kernel tells no version": (
-        replace(GOOD, driver=Driver()), NEEDS, "NVIDIA driver", State.OK, "does not tell", ""),
+        replace(GOOD, driver=Driver()), NEEDS, "NVIDIA driver", State.OK, "unknown version", ""),
     "fewer GPUs than asked for": (
         with_parts(torch={"gpus": (H100,) * 7}), NEEDS, "GPUs", State.MISSING, "7 x NVIDIA H100 80GB HBM3 (80 GiB)",
         "Set"),

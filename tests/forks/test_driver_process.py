@@ -21,8 +21,8 @@ NODE = f"""
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from finetune_trainer.launch import attempt, node
-attempt.TERMINATION_LOG, node._DRIVE = Path(sys.argv[2]), Path(sys.argv[1])
+from finetune_trainer.launch import drive, node
+drive.TERMINATION_LOG, node._DRIVE = Path(sys.argv[2]), Path(sys.argv[1])
 policy = SimpleNamespace(stall_timeout={TIMEOUT})
 run = SimpleNamespace(job=SimpleNamespace(spec=SimpleNamespace(run_policy=policy)))
 sys.exit(node._drive(run, Path("run.json")))

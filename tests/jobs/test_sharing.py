@@ -271,7 +271,7 @@ def test_data_that_the_run_itself_makes_is_prepared_by_one_node(base_job: dict[s
     base_job["spec"]["storage"] = {"uri": "pvc://claim/x"}
     first, second = on_two_workers(lambda rank: _node(rank, base_job, tmp_path))
     assert first[:3] == second[:3], "the second node has prepared other data, or by itself"
-    assert first[3] == [] and len(second[3]) == 2 and all("got" in line for line in second[3])
+    assert first[3] == [] and len(second[3]) == 2 and all("fetched" in line for line in second[3])
 
 
 def test_ranks_in_torchs_words() -> None:

@@ -287,7 +287,7 @@ def test_a_driver_that_never_gets_an_answer_about_its_workers_is_told_and_one_th
             assert not ended.wait(0.2)
         with watch.listening():
             assert ended.wait(20)
-    assert "no progress of the driver for 2 s while hearing the workers" in told[0]
+    assert "no progress of the driver for 2 s while waiting for messages of the workers" in told[0]
 
 
 def test_the_last_word_of_a_driver_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
