@@ -18,7 +18,8 @@ from finetune_trainer.launch.fork_imports import forks
 from finetune_trainer.launch.node import _RAY, _reachable
 from finetune_trainer.runtime import apply_environment, quiet_environment
 
-HERE = "127.0.0.1"
+HEAD, WORKER = "127.0.0.1", "127.0.0.2"
+"""Ray Train counts local ranks by address, so each node needs its own."""
 
 
 def node(role: str, config: Path, port: str) -> int:
@@ -28,14 +29,14 @@ def node(role: str, config: Path, port: str) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     share = ["--num-cpus=16", "--num-gpus=0", f"--resources={offered(run.job.spec.resources)}", "--disable-usage-stats",
              f"--object-store-memory={100 << 20}", "--min-worker-port=0", "--max-worker-port=0",
-             f"--node-ip-address={HERE}"]  # fmt: skip
+             f"--node-ip-address={WORKER if role == 'worker' else HEAD}"]  # fmt: skip
     with forks(run, print):
         if role == "worker":
-            assert _reachable(HERE, int(port))
-            return subprocess.run([*_RAY, "start", f"--address={HERE}:{port}", "--block", *share]).returncode
+            assert _reachable(HEAD, int(port))
+            return subprocess.run([*_RAY, "start", f"--address={HEAD}:{port}", "--block", *share]).returncode
         head = [*_RAY, "start", "--head", f"--port={port}", "--include-dashboard=false", *share]
         subprocess.run(head, check=True, stdout=subprocess.DEVNULL)
-        os.environ["RAY_ADDRESS"] = f"{HERE}:{port}"
+        os.environ["RAY_ADDRESS"] = f"{HEAD}:{port}"
         code = run_fork([__file__, "drive", str(config), port])
         assert code is not None
         return code

@@ -65,7 +65,7 @@ def test_one_node_tokenises_and_a_slow_one_gets_data_and_weights(
         blobs = [node.cache / "huggingface/hub" / REPOSITORY / "blobs" for node in (nodes.head, nodes.worker)]
         here, there = ({path.name: path.read_bytes() for path in one.iterdir()} for one in blobs)
         assert here == there and len(here) > 3
-        travelled = re.findall(r"node (\S+) got ([^/:\s]+)", nodes.output)
+        travelled = re.findall(r"node (\S+) fetched ([^/:\s]+)", nodes.output)
         assert travelled == [("two", "rows"), ("two", "prepared"), ("two", REPOSITORY)], nodes.output
 
 
@@ -89,7 +89,7 @@ def test_nodes_of_one_volume_copy_nothing(base_job: dict[str, Any], tiny_model: 
     in_hub_cache(tiny_model, tmp_path / "one")
     with TwoNodes(job_of(base_job), tmp_path, shared=True) as nodes:
         assert nodes.wait(240) == 0, nodes.output
-        assert " got " not in nodes.output
+        assert " fetched " not in nodes.output
 
 
 def wait_for(nodes: TwoNodes, words: str, seconds: float = 240) -> None:
