@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.request import getproxies
 
 import aiohttp
 from kubernetes.aio import config
@@ -32,6 +33,7 @@ class Api:
 
     def __init__(self, configuration: Configuration, connections: int = 32) -> None:
         configuration.connection_pool_maxsize = connections
+        configuration.client_session_kwargs = {"trust_env": uses_proxy()}
         self._client = ApiClient(configuration)
         self._client.user_agent = USER_AGENT
 
@@ -108,6 +110,11 @@ class Api:
         await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
         url = f"{self._client.configuration.host}{path}"
         return await self._client.call_api(method, url, headers, body, _request_timeout=timeout)
+
+
+def uses_proxy() -> bool:
+    """Whether the environment sets a proxy. Without one aiohttp need not look up proxies and netrc for every call."""
+    return bool(getproxies().keys() - {"no"})
 
 
 async def configuration() -> Configuration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from kubernetes.aio.client import ApiException
@@ -9,10 +10,12 @@ from kubernetes.aio.client import ApiException
 from finetune_operator.api import Api, reason_of
 from finetune_operator.core.conditions import Reason
 from finetune_operator.core.snapshot import owner_uid
+from finetune_operator.log_lines import operation_line
 from finetune_operator.plan import Annotate, Create, Delete, Operation, SetFinalizers
 
 Json = dict[str, Any]
 CONFLICT, UNPROCESSABLE, FORBIDDEN, NOT_FOUND, BAD_REQUEST, TOO_LARGE = 409, 422, 403, 404, 400, 413
+log = logging.getLogger(__name__)
 
 
 class Refused(Exception):
@@ -32,10 +35,14 @@ async def apply(api: Api, operations: list[Operation]) -> list[Json]:
 
     Raises:
         Refused: an object was not taken; those after it were not tried.
-        Outdated: the job is gone, or is another one.
+        Outdated: the job is gone, is another one, or has changed.
         ApiException, OSError: the API server can't do it now.
     """
-    return [await _do(api, operation) for operation in operations]
+    answers = []
+    for operation in operations:
+        answers.append(await _do(api, operation))
+        log.info("applied: %s", operation_line(operation))
+    return answers
 
 
 async def _do(api: Api, operation: Operation) -> Json:
@@ -48,7 +55,8 @@ async def _do(api: Api, operation: Operation) -> Json:
         return await _merge(api, operation.path, body)
     if isinstance(operation, Annotate):
         return await api.merge(operation.path, {"metadata": {"annotations": operation.annotations}})
-    return await _merge(api, operation.path, {"metadata": {"uid": operation.uid}, "status": operation.status})
+    metadata = {"uid": operation.uid, "resourceVersion": operation.version}
+    return await _merge(api, operation.path, {"metadata": metadata, "status": operation.status})
 
 
 async def _create(api: Api, operation: Create) -> Json:

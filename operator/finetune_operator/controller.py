@@ -20,6 +20,7 @@ from finetune_operator.decide.actions import Decision, StopRun
 from finetune_operator.decide.classify import MESSAGE_LIMIT
 from finetune_operator.decide.decide import decide
 from finetune_operator.engines import ENGINES, engine_of
+from finetune_operator.log_lines import attempt_lines
 from finetune_operator.metrics import Metrics
 from finetune_operator.observe.cache import Cache, Key
 from finetune_operator.observe.cache_staleness import untold_ends, untold_runs
@@ -124,6 +125,7 @@ class Controller:
             if isinstance(operation, SetFinalizers) and operation.holds:
                 (answer,) = await apply(self._api, [operation])
                 self._cache.put_job(answer)
+                seen = replace(seen, body=answer)  # the status is written to this version of the job
             if isinstance(operation, Create):
                 wanted = owned_by(operation, main) if operation.with_run else operation
                 (answer,) = await apply(self._api, [wanted])
@@ -183,6 +185,8 @@ class Controller:
         (body,) = await apply(self._api, [operation])
         self._written[key] = time.monotonic()
         self._cache.put_job(body)
+        for line in attempt_lines(seen.body.get("status") or {}, decision.status):
+            log.info("%s/%s: %s", *key, line)
         if decision.urgent:
             self.queue.add(key)  # what was written may ask for more, such as a look at the deadline
 

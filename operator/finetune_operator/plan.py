@@ -64,10 +64,14 @@ class Delete:
 
 @dataclass(frozen=True)
 class PatchStatus:
-    """Merge into a job's status. The uid keeps it from a job made anew under the same name."""
+    """Merge into a job's status if the job is still the object and version that the decision was made from.
+
+    The version keeps an operator that has lost its Lease from writing over the status of its successor.
+    """
 
     path: str
     uid: str
+    version: str
     status: Json = field(repr=False)
 
 
@@ -176,7 +180,8 @@ def patch_status(body: Json, status: Json) -> PatchStatus:
     changed: Json = {name: None for name in before if name not in status}
     news = {name: value for name, value in status.items() if before.get(name) != value}
     changed |= {name: _merge_value(before.get(name), value) for name, value in news.items()}
-    return PatchStatus(f"{job_path(body['metadata'])}/status", body["metadata"]["uid"], changed)
+    metadata = body["metadata"]
+    return PatchStatus(f"{job_path(metadata)}/status", metadata["uid"], metadata["resourceVersion"], changed)
 
 
 def _merge_value(before: Any, value: Any) -> Any:
