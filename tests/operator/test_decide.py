@@ -15,7 +15,7 @@ from finetune_operator.core.settings import Settings
 from finetune_operator.core.snapshot import Complaint, Observed, RunState, RunView, Trouble
 from finetune_operator.decide.actions import AbandonRun, Decision, DeleteJob, DeleteRun, HoldJob, StartRun, StopRun
 from finetune_operator.decide.decide import decide
-from finetune_operator.decide.printer_columns import plan_words
+from finetune_operator.decide.printer_columns import plan_summary
 
 SETTINGS = Settings(backoff_seconds=10, backoff_cap_seconds=300)
 TOKEN = support_name("tiny", 1, UID, SETTINGS.token_key)
@@ -329,7 +329,7 @@ def test_an_attempt_whose_workers_start_again_says_why() -> None:
 
 def test_a_plan_says_how_long_a_checkpoint_takes_and_what_to_change() -> None:
     plan = {"parameters": 70, "checkpointBytes": 788 << 30, "saveSeconds": 530, "warnings": ["set a to 900"]}
-    assert plan_words(plan) == "70 parameters, 788.0 GiB per checkpoint, 8m to save. Warning: set a to 900"
+    assert plan_summary(plan) == "70 parameters, 788.0 GiB per checkpoint, 8m to save. Warning: set a to 900"
 
 
 def test_a_slow_transport_between_nodes_is_in_the_condition_and_the_status() -> None:
