@@ -316,7 +316,7 @@ def test_progress_alone_is_not_urgent() -> None:
 def test_an_attempt_that_waits_for_storage_says_so() -> None:
     report = {"stages": [], "waiting": "team/job: writing run.json: OSError: [Errno 121] internal error"}
     running = _running(decide(seen(RUNNING, run(), report=report), SETTINGS, NOW))
-    assert running["status"] == "True" and running["message"] == f"waits for storage: {report['waiting']}"
+    assert running["status"] == "True" and running["message"] == f"waiting for storage: {report['waiting']}"
     assert _running(decide(seen(RUNNING, run(), report={"stages": []}), SETTINGS, NOW))["message"] == ""
 
 
@@ -324,7 +324,7 @@ def test_an_attempt_whose_workers_start_again_says_why() -> None:
     report = {"stages": [], "restarting": "error: OSError: [Errno 28] No space left on device"}
     running = _running(decide(seen(RUNNING, run(), report=report), SETTINGS, NOW))
     assert running["status"] == "True"
-    assert running["message"] == f"starts again from the last checkpoint: {report['restarting']}"
+    assert running["message"] == f"restarting from the last checkpoint: {report['restarting']}"
 
 
 def test_a_plan_says_how_long_a_checkpoint_takes_and_what_to_change() -> None:
@@ -452,7 +452,7 @@ def test_a_queue_s_own_words_and_no_deadline_while_it_holds_the_attempt() -> Non
     decision = decide(world, SETTINGS, NOW)
     assert "startTime" not in decision.status and decision.status["phase"] == "Queued"
     assert told(world, "Admitted")["message"] == "Preempted: to accommodate a workload"
-    assert told(world, "Running")["message"] == "its pods save a checkpoint and end"
+    assert told(world, "Running")["message"] == "the pods save a checkpoint and stop"
     later = replace(world, body={**world.body, "status": decision.status})
     assert decide(later, SETTINGS, NOW + timedelta(seconds=3600)).status["phase"] == "Queued"
 
@@ -474,7 +474,7 @@ def test_a_queue_may_not_hold_a_preflight_for_ever() -> None:
     late = replace(waits, runs=(run(0, RunState.QUEUED, age=101),))
     decision = decide(late, limited, NOW)
     assert decision.actions == (DeleteRun(0, "job"),) and decision.status["phase"] == "Failed"
-    assert "held the preflight for 100 s: Pending: no quota" in told(late, "Failed", limited)["message"]
+    assert "held preflight for 100 s: Pending: no quota" in told(late, "Failed", limited)["message"]
 
 
 def deleted(*things: Any) -> Observed:
@@ -485,10 +485,10 @@ def deleted(*things: Any) -> Observed:
 
 
 def test_a_deleted_job_says_what_it_waits_for_and_a_queue_may_not_hold_it_for_ever() -> None:
-    assert "waits for the pods of tiny-1 to end" in told(deleted(run(), pod()), "Running")["message"]
+    assert "waiting for the pods of tiny-1 to end" in told(deleted(run(), pod()), "Running")["message"]
     limited = Settings(helper_queue_seconds=100)
     waits = replace(deleted(run(-1, RunState.QUEUED, age=99)), complaints=(PREEMPTED,))
-    assert "its queue holds the clean-up: Preempted" in told(waits, "Running", limited)["message"]
+    assert "a queue holds the clean-up: Preempted" in told(waits, "Running", limited)["message"]
     assert decide(waits, limited, NOW).actions == ()
     late = decide(replace(waits, runs=(run(-1, RunState.QUEUED, age=101),)), limited, NOW)
     assert late.actions == (DeleteRun(-1, "job"), HoldJob(False))

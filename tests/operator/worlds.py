@@ -27,7 +27,14 @@ def body(status: Json | None = None, **spec: Any) -> Json:
         "storage": {"uri": "s3://bucket/runs"},
         "kubernetes": {"preflight": False},
     }
-    metadata = {"name": "tiny", "namespace": "team", "uid": UID, "generation": 1, "resourceVersion": "1", "creationTimestamp": ago(3600)}
+    metadata = {
+        "name": "tiny",
+        "namespace": "team",
+        "uid": UID,
+        "generation": 1,
+        "resourceVersion": "1",
+        "creationTimestamp": ago(3600),
+    }
     return {"metadata": metadata, "spec": fields | spec, "status": status or {}}
 
 

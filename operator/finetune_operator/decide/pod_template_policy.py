@@ -109,7 +109,7 @@ def _closed(value: Json, allowed: Mapping[str, type], path: str) -> Iterator[Pro
     for name, content in value.items():
         if name not in allowed:
             close = did_you_mean(name, allowed)
-            yield Problem(f"{path}.{str(name)[:80]}", f"is not a field that a job may set{close}")
+            yield Problem(f"{path}.{str(name)[:80]}", f"is not allowed: it is no field that a job may set{close}")
         elif content is not None and not isinstance(content, allowed[name]):
             yield Problem(f"{path}.{name}", f"is of type {type(content).__name__}, expected {allowed[name].__name__}")
         elif isinstance(content, list) and name not in _PLAIN_LISTS and not all(isinstance(x, dict) for x in content):
