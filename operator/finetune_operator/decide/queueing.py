@@ -12,8 +12,11 @@ from finetune_operator.decide.status_builder import Draft
 
 
 def held(draft: Draft, run: RunView) -> bool:
-    """Report that a queue holds the attempt. The time in the queue does not count towards `activeDeadlineSeconds`: it
-    starts again with the admission, as after a suspension and as for Jobs."""
+    """Report that a queue holds the attempt.
+
+    The time in the queue does not count towards `activeDeadlineSeconds`: it starts again with the admission, as after a
+    suspension and as for Jobs.
+    """
     draft.set(Type.ADMITTED, "False", Reason.QUEUED, queue_message(draft, run))
     going = any(not pod.over for pod in draft.seen.pods_of(run.run))
     draft.set(Type.RUNNING, "False", Reason.QUEUED, "the pods save a checkpoint and stop" if going else "")
