@@ -50,7 +50,7 @@ def test_an_operator_that_is_cut_off_stops_before_the_next_begins(
             (pod,) = kubelet.pods(namespace, 1, selector=f"{JOB_LABEL}=tiny,{RUN_LABEL}=1")
             with driver(uid, 1) as trainer:
                 kubelet.running(namespace, pod)
-                jobs.until_phase("Running")
+                eventually(lambda: "phase Running" in one.log())  # the answer to that write has arrived
                 proxy.cut_off()
                 trainer.reporter.checkpoint_saved(1, 5, "/pvc/c-5")
                 eventually(lambda: any(call.resource == STATUS for call in proxy.held))
