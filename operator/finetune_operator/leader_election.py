@@ -61,7 +61,7 @@ class LeaderElector:
         Call it after `acquire`.
         """
         assert self._renewal is not None
-        await self._renewal
+        await asyncio.shield(self._renewal)  # the waiting task may be cancelled while the Lease is still held
 
     async def release(self) -> None:
         """Stop renewing, and give a Lease that is not lost up: the next operator then acquires it at once."""

@@ -32,6 +32,7 @@ def twin(access: Access, namespace: str, directory: Path, name: str) -> Operator
         "FINETUNE_LEASE": LEASE,
         "FINETUNE_NAMESPACES": namespace,
         "FINETUNE_OPERATOR_NAMESPACE": namespace,
+        "FINETUNE_STATUS_SECONDS": "0",  # the status is written before the checkpoint's annotations
     }
     return OperatorProcess(access, directory / name, **(FAST | LEASE_TIMES | own))
 
