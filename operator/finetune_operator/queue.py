@@ -1,6 +1,6 @@
 """Which jobs to look at, and when: each at most once at a time, however often it was asked for.
 
-Kopf's own handlers are for one object's changes; here a change of a Job or a pod is a reason to look at the
+Kopf's own handlers are for one object's changes; here a change of a run or a pod is a reason to look at the
 FineTuneJob that owns it, so keys are queued, as controllers in Go do (client-go's `workqueue`).
 """
 

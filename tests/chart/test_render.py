@@ -86,7 +86,7 @@ def test_settings_of_all_values(everything: list[Json]) -> None:
     found = from_environment(environment(everything, "finetune"))
     assert (found.image, found.default_engine) == ("registry.example:5000/trainer:v2", "kuberay")
     assert found.namespaces == ("team-a", "team-b") and found.service_accounts == ("writer", "reader")
-    assert found.network_policy and found.allow_host_path and found.kuberay
+    assert found.network_policy and found.allow_host_path and found.engines == ("job", "kuberay")
     assert (found.image_pull_seconds, found.poll_seconds, found.metrics_port) == (1_000_000, 0.5, 9999)
 
 

@@ -17,10 +17,10 @@ class Settings:
     image: str = "finetune-trainer:latest"
     """Image of jobs that name none."""
     image_pull_policy: str = "IfNotPresent"
-    default_engine: str = "job"
-    """Engine of jobs that leave it open."""
-    kuberay: bool = True
-    """Whether RayJobs may be made where the cluster has them; without it no right to them is needed."""
+    default_engine: str = ""
+    """Engine of jobs with `kubernetes.engine: auto`; empty for the first one that is registered."""
+    engines: tuple[str, ...] = ()
+    """Engines that jobs may use; empty for all. The operator needs no rights to the objects of the others."""
     token_key: bytes = field(default=b"", repr=False)
     """Each run's token is derived from it, so that the operator never reads the Secrets of jobs."""
     token_key_secret: str = "finetune-operator-token-key"
@@ -44,8 +44,8 @@ class Settings:
     start_seconds: int = 0
     """How long pods may wait for a node before the attempt counts as failed; 0 is for ever."""
     engine_seconds: int = 600
-    """How long KubeRay may take to start a RayJob, once its pods are ready, before the attempt counts as failed; 0 is
-    for ever."""
+    """How long the controller of an engine may take to start an attempt whose pods are ready, before the attempt counts
+    as failed; 0 is no limit. Engines that Kubernetes itself runs have no limit."""
     backoff_seconds: int = 10
     """Wait before the first retry; it doubles with each further one."""
     backoff_cap_seconds: int = 300
@@ -62,16 +62,11 @@ class Settings:
     status_writes_per_second: float = 10.0
     """Most such writes, all jobs together."""
     ray_version: str = ""
-    """Ray in the trainer image, which KubeRay needs to know."""
+    """Version of Ray in the trainer image, for engines whose controller needs to know it."""
     watch_silence_seconds: int = 660
     """Silence after which the probe looks whether the watch of jobs has died; it is renewed every minute."""
     metrics_port: int = 9090
     health_port: int = 8080
-
-
-def engine_name(wanted: str, settings: Settings) -> str:
-    """The engine that a job names, or the operator's default."""
-    return settings.default_engine if wanted == "auto" else wanted
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:

@@ -57,14 +57,14 @@ class HoldJob:
 
 @dataclass(frozen=True)
 class MarkCheckpoint:
-    """Write the last checkpoint's annotations on a run's Job or RayJob and on its pods."""
+    """Write the annotations of the last checkpoint on the main object of a run and on its pods."""
 
     run: int
     engine: str
     """As of `DeleteRun`."""
     annotations: dict[str, str]
     main: bool
-    """Whether the Job or RayJob needs them."""
+    """Whether the main object needs them."""
     pods: tuple[str, ...]
     """Names of the pods that need them."""
 

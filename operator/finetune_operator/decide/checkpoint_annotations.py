@@ -1,4 +1,4 @@
-"""The last checkpoint as annotations of a run's Job or RayJob and of its pods (pure).
+"""The last checkpoint as annotations of the main object of a run and of its pods (pure).
 
 Schedulers and people see there what a preemption would cost (kueue#477, volcano#5999): all steps since.
 """

@@ -27,7 +27,6 @@ _EVICTED = ("Evicted", "Preempted", "Preempting", "PreemptionByScheduler", "Evic
 _PULL = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 _MOUNT = ("FailedMount", "FailedAttachVolume", "FailedMapVolume")
-_CREATE = ("FailedCreate", "FailedToCreateHeadPod", "FailedToCreateWorkerPod")
 _RENDEZVOUS = re.compile(
     r"NCCL (error|timeout|WARN)|nccl(System|Remote|Internal|UnhandledCuda)Error|WorkNCCL|ProcessGroup(NCCL|Gloo)|"
     r"Watchdog caught collective operation timeout|gloo.*(connect|timeout|Connection)|"
@@ -111,7 +110,7 @@ def waiting(pods: Iterable[PodView], complaints: Iterable[Complaint] = ()) -> tu
         if pod.unschedulable is not None and pod.node is None:
             return Reason.UNSCHEDULABLE, _clip(pod.unschedulable)
     for said in complaints:
-        known = Reason.POD_CONFIG if said.reason in _MOUNT else Reason.FORBIDDEN if said.reason in _CREATE else None
+        known = Reason.POD_CONFIG if said.reason in _MOUNT else Reason.FORBIDDEN if said.pods_refused else None
         return known or Reason.STARTING, _clip(f"{said.reason}: {said.message}")
     return None
 
@@ -134,7 +133,7 @@ def _endings(
         yield Ending(Reason.GATE_NOT_PASSED, _clip(text or "an evaluation missed its bound"), False, True, *place, code)
     yield from _lost_pods(pods)
     yield from _deleted_pods(pods)
-    if "DisruptionTarget" in run.message:  # the Job's own word, where no pod is left to tell more
+    if run.disrupted:  # the engine says so, for runs whose pods are gone
         yield Ending(Reason.EVICTED, _clip(run.message), True, False, *place, code)
     yield from _killed_for_memory(pods)
     if (stall := stall_ending(said, pods)) is not None:

@@ -66,23 +66,26 @@ _SAFE_SYSCTLS = ("kernel.shm_rmid_forced", "net.ipv4.ip_local_port_range", "net.
                  "net.ipv4.ip_unprivileged_port_start", "net.ipv4.ping_group_range", "net.ipv4.tcp_fin_timeout",
                  "net.ipv4.tcp_keepalive_intvl", "net.ipv4.tcp_keepalive_probes", "net.ipv4.tcp_keepalive_time",
                  "net.ipv4.tcp_rmem", "net.ipv4.tcp_syncookies", "net.ipv4.tcp_wmem")  # fmt: skip
-_OWN_MARKS = (f"{GROUP}/", "app.kubernetes.io/managed-by", "batch.kubernetes.io/", "ray.io/", "job-name",
-              "controller-uid")  # fmt: skip
+_OWN_MARKS = (f"{GROUP}/", "app.kubernetes.io/managed-by")
 _OLD_PROFILES = ("container.apparmor.security.beta.kubernetes.io/", "container.seccomp.security.alpha.kubernetes.io/",
                  "seccomp.security.alpha.kubernetes.io/")  # fmt: skip
 _PLAIN_LISTS = ("args", "command", "supplementalGroups")
 _HANDLERS = ("livenessProbe", "readinessProbe", "startupProbe")
 
 
-def template_faults(template: object, settings: Settings) -> Iterator[Problem]:
-    """All that a pod template asks for beyond what a job may have."""
+def template_faults(template: object, settings: Settings, engine_labels: tuple[str, ...]) -> Iterator[Problem]:
+    """Yield what a pod template asks for beyond what a job may have.
+
+    Args:
+        engine_labels: prefixes of the labels and annotations that belong to the controllers of the engines.
+    """
     if not isinstance(template, dict):
         yield Problem(TEMPLATE, "expected a PodTemplateSpec: metadata and spec")
         return
     yield from _closed(template, _TEMPLATE, TEMPLATE)
     metadata, spec = _part(template, "metadata"), _part(template, "spec")
     yield from _closed(metadata, _METADATA, f"{TEMPLATE}.metadata")
-    yield from _marks(metadata)
+    yield from _marks(metadata, (*_OWN_MARKS, *engine_labels))
     where = f"{TEMPLATE}.spec"
     yield from _closed(spec, _POD, where)
     if spec.get("hostUsers"):
@@ -112,11 +115,11 @@ def _closed(value: Json, allowed: Mapping[str, type], where: str) -> Iterator[Pr
             yield Problem(f"{where}.{name}", "expected a list of mappings")
 
 
-def _marks(metadata: Json) -> Iterator[Problem]:
-    """Labels and annotations by which the operator, the Job controller and KubeRay find pods are theirs."""
+def _marks(metadata: Json, own: tuple[str, ...]) -> Iterator[Problem]:
+    """Yield the labels and annotations by which the operator and the controllers of engines find their pods."""
     for kind in _METADATA:
         for name in _part(metadata, kind):
-            refused = _OWN_MARKS if kind == "labels" else (*_OWN_MARKS, *_OLD_PROFILES)
+            refused = own if kind == "labels" else (*own, *_OLD_PROFILES)
             if str(name).startswith(refused):
                 yield Problem(f"{TEMPLATE}.metadata.{kind}", f"{str(name)[:80]} is not allowed: a job may not set it")
 

@@ -15,6 +15,7 @@ from finetune_api.validation import check_job
 from finetune_operator.core.conditions import Reason
 from finetune_operator.core.report_validation import clean
 from finetune_operator.core.settings import Settings
+from finetune_operator.core.snapshot import EngineFacts
 from finetune_operator.decide.pod_template_policy import TEMPLATE, template_faults, texts_in
 
 Json = dict[str, Any]
@@ -30,20 +31,20 @@ class SpecFault:
     message: str
 
 
-def spec_faults(body: Json, settings: Settings) -> SpecFault | None:
+def spec_faults(body: Json, settings: Settings, engines: EngineFacts) -> SpecFault | None:
     """All that is wrong with a job, as one condition's reason and message."""
     metadata = {name: body["metadata"][name] for name in ("name", "namespace") if name in body["metadata"]}
     job, problems = check_job({"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": body["spec"]})
     if job is None or problems:
         return SpecFault(Reason.INVALID_SPEC, _words(problems))
-    problems = [*_storage(body["spec"]), *_uris(body["spec"])]
+    problems = [*_storage(body["spec"]), *_uris(body["spec"]), *engines.refusals]
     if problems:
         return SpecFault(Reason.INVALID_SPEC, _words(problems))
     template = body["spec"].get("resources", {}).get("podTemplate") or {}
     problems = [
         *_cache(body["spec"], settings),
         *_token_key(body, settings),
-        *islice(template_faults(template, settings), FAULTS_TOLD),
+        *islice(template_faults(template, settings, engines.own_labels), FAULTS_TOLD),
     ]
     return SpecFault(Reason.POD_TEMPLATE_REFUSED, _words(problems)) if problems else None
 

@@ -18,6 +18,7 @@ from finetune_operator.api import Api
 from finetune_operator.core.conditions import moment
 from finetune_operator.core.snapshot import Complaint, Observed, RunState, RunView
 from finetune_operator.decide.classify import waiting
+from finetune_operator.engines import ENGINES
 from finetune_operator.observe.cache import Key
 
 Json = dict[str, Any]
@@ -103,7 +104,7 @@ class Complaints:
         except ApiException as error:  # without that right the job runs as well, and says less
             log.warning("events of %s/%s: %s", namespace, subject, error.reason)
             return ()
-        return complaints_of(page.get("items") or [], run.created)
+        return complaints_of(page.get("items") or [], run.created, ENGINES[run.engine].create_failures)
 
     async def _ask_queue(self, namespace: str, run: RunView) -> tuple[Complaint, ...]:
         query = f"namespaces/{namespace}/workloads?labelSelector=kueue.x-k8s.io%2Fjob-uid%3D{run.uid}"
@@ -125,11 +126,16 @@ def queue_words(workload: Json) -> Complaint | None:
     return Complaint("Queued", "; ".join(dict.fromkeys(words))) if words else None
 
 
-def complaints_of(events: list[Json], since: datetime) -> tuple[Complaint, ...]:
-    """Events since then, newest first: an older object may have had the same name."""
+def complaints_of(events: list[Json], since: datetime, create_failures: tuple[str, ...] = ()) -> tuple[Complaint, ...]:
+    """Return the events since then, newest first: an older object may have had the same name.
+
+    Args:
+        create_failures: reasons of events that say that pods cannot be created.
+    """
     told = sorted(((_time(item), item) for item in events), key=lambda pair: pair[0], reverse=True)
     recent = (item for time, item in told if time >= since.replace(microsecond=0))
-    return tuple(Complaint(item.get("reason") or "", item.get("message") or "") for item in recent)
+    said = ((item.get("reason") or "", item.get("message") or "") for item in recent)
+    return tuple(Complaint(reason, message, reason in create_failures) for reason, message in said)
 
 
 def _time(event: Json) -> datetime:
