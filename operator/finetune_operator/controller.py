@@ -130,8 +130,10 @@ class Controller:
             self.queue.add_after(key, REQUEUE_SECONDS)
 
     async def _apply(self, key: Key, seen: Observed, decision: Decision, now: datetime) -> None:
-        """Create, then write the status, then delete. Wherever this is interrupted, the next reconciliation comes to
-        the same result."""
+        """Create, then write the status, then delete.
+
+        Wherever this is interrupted, the next reconciliation comes to the same result.
+        """
         # The status that is written below may have the plan of a preflight that has just ended.
         operations = plan(seen.body | {"status": decision.status}, decision.actions, self._settings)
         await self._create(key, operations)

@@ -127,13 +127,13 @@ def _set_finalizer(metadata: Json, hold: bool) -> SetFinalizers:
 
 
 def _start(run: Run) -> list[Operation]:
-    """Return the operations that start a run. The main object comes last, so that its presence says that the run has
-    started with everything that it needs.
+    """Return the operations that start a run.
 
+    The main object comes last, so that its presence says that the run has started with everything that it needs.
     A Secret that the main object owns can only come after it; the kubelet waits for the Secret.
     """
     engine = engine_for(run)
-    main, support = engine.render(run), support_objects(run, engine.ingress)
+    main, support = engine.render(run), support_objects(run, engine.ingress, engine_for(run.config_run).config_files)
     later = [item for item in support if engine.deletion_reads_secret and item["kind"] == "Secret"]
     before = [Create(_collection(item), item) for item in support if item not in later]
     after = [Create(_collection(item), item, with_run=True) for item in later]
@@ -184,9 +184,11 @@ def _merge_value(before: Any, value: Any) -> Any:
 
 
 def event(body: Json, event: Event, now: datetime) -> Create:
-    """Return the creation of a Kubernetes event about the job. The event's name is a hash of its text and of the job's
-    resourceVersion: an operator that restarts before it has written the next status creates the same event, which then
-    exists already."""
+    """Return the creation of a Kubernetes event about the job.
+
+    The event's name is a hash of its text and of the job's resourceVersion: an operator that restarts before it has
+    written the next status creates the same event, which then exists already.
+    """
     metadata = body["metadata"]
     identity = f"{metadata['uid']}/{metadata.get('resourceVersion')}/{event.type}/{event.reason}/{event.message}"
     item = {

@@ -287,7 +287,11 @@ def run_view(body: Json, engine: str, state: RunState, said: EngineStatus, **fie
     """Return the main object of a run as a view; None for an object that this operator does not manage.
 
     Args:
-        fields: those of `RunView` that only the engine knows.
+        body: the main object.
+        engine: name of the engine.
+        state: the state of the run.
+        said: what the engine says about it.
+        fields: the fields of `RunView` that only the engine knows.
     """
     metadata = body["metadata"]
     run, job = run_of(metadata), (metadata.get("labels") or {}).get(JOB_LABEL)

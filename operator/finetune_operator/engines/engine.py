@@ -6,8 +6,8 @@ An engine is a kind of Kubernetes object that runs attempts, such as a batch Job
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_api.problems import Problem
@@ -51,6 +51,8 @@ class Engine:
     own_labels: tuple[str, ...] = ()
     """Prefixes of the labels and annotations by which the engine's controller finds its pods. A job's pod template
     must not set them."""
+    config_files: Mapping[str, str] = field(default_factory=dict)
+    """More files of the ConfigMap that the pods mount at `names.CONFIG_DIRECTORY`, with their content by name."""
     ingress: tuple[Json, ...] = ()
     """Ingress rules of a NetworkPolicy: who may connect to the pods, other than the run's own pods and the operator."""
     create_failures: tuple[str, ...] = ()

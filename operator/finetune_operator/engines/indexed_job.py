@@ -70,8 +70,7 @@ def _helper_spec(run: Run) -> Json:
 
 
 def _fail_on(codes: list[int]) -> Json:
-    """Return the rule that fails the Job on these exit codes. The Job's message then keeps the code when the pod is
-    gone."""
+    """Return the rule that fails the Job on these exit codes. Its message keeps the code when the pod is gone."""
     values = {"containerName": names.CONTAINER, "operator": "In", "values": sorted(codes)}
     return {"action": "FailJob", "onExitCodes": values}
 
@@ -96,8 +95,10 @@ def observe(body: Json) -> RunView | None:
 
 
 def _state(body: Json, status: Json, conditions: dict[str, Json]) -> tuple[RunState, Json]:
-    """Return the state and the condition that explains it. A Job has failed only when all of its pods are gone: until
-    then they may save a checkpoint."""
+    """Return the state and the condition that explains it.
+
+    A Job has failed only when all of its pods are gone: until then they may save a checkpoint.
+    """
     if "Complete" in conditions or "SuccessCriteriaMet" in conditions:
         return RunState.SUCCEEDED, conditions.get("Complete") or conditions["SuccessCriteriaMet"]
     if "Failed" in conditions:

@@ -55,8 +55,11 @@ def render(run: Run) -> Json:
 
 
 def _cluster(run: Run) -> Json:
-    """Return the spec of the RayCluster. KubeRay starts the job when all replicas run, so an elastic job starts with
-    `minNodes`; an autoscaler of the RayCluster may add nodes."""
+    """Return the spec of the RayCluster.
+
+    KubeRay starts the job when all replicas run, so an elastic job starts with `minNodes`; an autoscaler of the
+    RayCluster may add nodes.
+    """
     workers = run.nodes - 1
     least = (run.resources.min_nodes or run.nodes) - 1
     group = {

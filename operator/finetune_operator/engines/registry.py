@@ -47,6 +47,8 @@ def facts(spec: Json, settings: Settings, available: Collection[str]) -> EngineF
     """Return what a decision about a job needs to know of engines.
 
     Args:
+        spec: the job's `spec`.
+        settings: the operator's settings.
         available: names of the engines that the cluster serves and that the settings allow.
     """
     engine = requested_engine(spec, settings)

@@ -16,6 +16,7 @@ def exclude_nodes(nodes: tuple[str, ...], affinity: object) -> Json:
     value only (Kubernetes' `ValidateNodeFieldSelectorRequirement`), so each node gets an expression of its own.
 
     Args:
+        nodes: names of nodes.
         affinity: the affinity of the pod template. Its type is not checked before.
     """
     whole = _mapping(affinity)
@@ -44,8 +45,10 @@ def _not_on(nodes: tuple[str, ...]) -> list[Json]:
 
 
 def _with(term: object, expressions: list[Json]) -> object:
-    """Return a term with more expressions. An empty term, which matches no node, and a term of another type, which the
-    API server refuses, stay as they are."""
+    """Return a term with more expressions.
+
+    An empty term, which matches no node, and a term of another type, which the API server refuses, stay as they are.
+    """
     if not isinstance(term, dict) or not term:
         return term
     fields = term.get("matchFields")

@@ -45,6 +45,7 @@ def pod_template(run: Run, command: list[str], *, gpus: bool = True) -> Json:
     """Return the template of a run's pods.
 
     Args:
+        run: the run.
         command: the command of the trainer's container.
         gpus: whether a pod requests the GPUs, CPUs and memory of a node. The pod of a preflight or a clean-up requests
             only the small amounts of the settings.
@@ -79,8 +80,10 @@ def _tolerations(templated: list[Json]) -> list[Json]:
 
 
 def _drop_accelerators(spec: Json) -> None:
-    """Remove what would place a preflight on a GPU node or delay it: claims, scheduling gates, and the node selector
-    except for labels of the kind of machine and its location."""
+    """Remove what would place a preflight on a GPU node or delay it.
+
+    Of the node selector, labels of the kind of machine and of its location stay.
+    """
     for name in ("resources", "resourceClaims", "schedulingGates"):
         spec.pop(name, None)
     selector = spec.pop("nodeSelector", None) or {}
@@ -109,8 +112,7 @@ def _containers(run: Run, templated: list[Json], command: list[str], gpus: bool)
 
 
 def _security(templated: Json) -> Json:
-    """Return the security context of the trainer. All capabilities stay dropped but the one that a user may add
-    (IPC_LOCK)."""
+    """Return the security context of the trainer. A user may add one capability (IPC_LOCK); all others are dropped."""
     capabilities = _CONTAINER_SECURITY["capabilities"] | (templated.get("capabilities") or {})
     return {**_CONTAINER_SECURITY, **templated, "capabilities": capabilities}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from finetune_api.claims import claim_of, mounted
@@ -66,11 +66,15 @@ def _data_uris(stages: list[Json]) -> Iterator[str | None]:
             yield from (source.get("uri") for source in data.get("sources") or [])
 
 
-def config_map(run: Run) -> Json:
+def config_map(run: Run, files: Mapping[str, str]) -> Json:
     """Return the ConfigMap with the RunConfig of an attempt. It is immutable, so that a running attempt never changes.
 
     It does not have the pod template, which only the operator needs and which may have values that not every reader of
     ConfigMaps may see.
+
+    Args:
+        run: the run.
+        files: more files, with their content by name.
     """
     text = json.dumps(run_config(run).to_json(), ensure_ascii=False, separators=(",", ":"))  # the limit is 1 MiB
     return {
@@ -78,7 +82,7 @@ def config_map(run: Run) -> Json:
         "kind": "ConfigMap",
         "metadata": run.config_run.metadata(run.config),
         "immutable": True,
-        "data": {names.CONFIG_FILE: text},
+        "data": {names.CONFIG_FILE: text, **files},
     }
 
 
@@ -95,8 +99,10 @@ def secret(run: Run) -> Json:
 
 
 def service(run: Run) -> Json:
-    """Return the headless Service that gives the pods names. It publishes pods that are not ready, too: workers look
-    the head up before any pod is ready."""
+    """Return the headless Service that gives the pods names.
+
+    It publishes pods that are not ready, too: workers look the head up before any pod is ready.
+    """
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -110,11 +116,12 @@ def service(run: Run) -> Json:
     }
 
 
-def network_policy(run: Run, more_ingress: tuple[Json, ...] = ()) -> Json:
+def network_policy(run: Run, ingress: Iterable[Json]) -> Json:
     """Return the NetworkPolicy that lets in the run's own pods, and the operator to the port of the report.
 
     Args:
-        more_ingress: ingress rules of the run's engine.
+        run: the attempt.
+        ingress: more ingress rules, from the run's engine.
     """
     own = {"podSelector": {"matchLabels": names.labels(run.job, run.number)}}
     operator = {
@@ -128,22 +135,24 @@ def network_policy(run: Run, more_ingress: tuple[Json, ...] = ()) -> Json:
         "spec": {
             "podSelector": own["podSelector"],
             "policyTypes": ["Ingress"],
-            "ingress": [{"from": [own]}, {"from": [operator], "ports": [{"port": PORT}]}, *more_ingress],
+            "ingress": [{"from": [own]}, {"from": [operator], "ports": [{"port": PORT}]}, *ingress],
         },
     }
 
 
-def support_objects(run: Run, more_ingress: tuple[Json, ...] = ()) -> list[Json]:
+def support_objects(run: Run, ingress: Iterable[Json], files: Mapping[str, str]) -> list[Json]:
     """Return the supporting objects of a run in the order of their creation.
 
     Preflights and clean-ups have no Ray cluster, so they need no Service, no token and no NetworkPolicy.
 
     Args:
-        more_ingress: ingress rules of the run's engine.
+        run: the run.
+        ingress: more ingress rules of the NetworkPolicy, from the run's engine.
+        files: more files of the ConfigMap, from the engine of the run that it is for (`Run.config_run`).
     """
     if not run.is_attempt:
-        return [config_map(run)]
-    policies = [network_policy(run, more_ingress)] if run.settings.network_policy else []
+        return [config_map(run, files)]
+    policies = [network_policy(run, ingress)] if run.settings.network_policy else []
     checked = run.number == 1 and run.kubernetes.preflight  # the preflight has created the same ConfigMap
-    config = [] if checked else [config_map(run)]
+    config = [] if checked else [config_map(run, files)]
     return [*config, secret(run), service(run), *policies]
