@@ -16,6 +16,7 @@ from helm_chart import CHART, RELEASE, HelmError, environment, helm, only
 
 from finetune_operator.core import names
 from finetune_operator.core.settings import PREFIX, Settings, from_environment
+from finetune_operator.engines import ENGINES
 from finetune_operator.render.pods import USER
 
 Json = dict[str, Any]
@@ -78,7 +79,9 @@ def test_every_setting_is_set_and_by_default_as_the_operator_has_it(default: lis
     fields = {field.name for field in dataclasses.fields(Settings)} - by_itself
     assert set(given) == {PREFIX + name.upper() for name in fields}
     version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
-    expected = Settings(image=f"finetune-trainer:{version}", operator_namespace="finetune", ray_version=locked("ray"))
+    engines = {"default_engine": next(iter(ENGINES)), "engines": tuple(ENGINES)}  # the chart names all of them
+    image = f"finetune-trainer:{version}"
+    expected = Settings(image=image, operator_namespace="finetune", ray_version=locked("ray"), **engines)
     assert from_environment(given) == expected
 
 
