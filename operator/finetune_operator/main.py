@@ -7,6 +7,7 @@ import logging
 import sys
 
 from finetune_operator.core.settings import from_environment
+from finetune_operator.engines.registry import check_engines
 from finetune_operator.operator import LeaseLost, run
 
 
@@ -16,6 +17,7 @@ def main() -> None:
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # INFO has one line per event of each object
     try:
         settings = from_environment()
+        check_engines(settings)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if not settings.token_key and not settings.operator_namespace:

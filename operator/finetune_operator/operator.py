@@ -18,11 +18,13 @@ from finetune_operator.api import PAGE, SILENCE_SECONDS, Api, configuration, con
 from finetune_operator.controller import Controller
 from finetune_operator.core import names
 from finetune_operator.core.settings import Settings
-from finetune_operator.core.snapshot import PodView, RunView, pod_view
-from finetune_operator.engines import ENGINES, Engine
+from finetune_operator.core.snapshot import PodView, RunView
+from finetune_operator.engines import Engine
+from finetune_operator.engines.registry import observe_pod
 from finetune_operator.leader_election import LeaderElector
 from finetune_operator.metrics import Metrics
 from finetune_operator.observe.cache import Cache, Key
+from finetune_operator.observe.engine_discovery import available_engines
 from finetune_operator.observe.reflector import Reflector
 from finetune_operator.token_key import with_token_key
 
@@ -103,9 +105,9 @@ def reflectors(operator: Operator, api: Api, engines: list[Engine]) -> list[Refl
     for namespace in operator.settings.namespaces or ("",):
         scope = f"/namespaces/{namespace}" if namespace else ""
         pods = f"/api/v1{scope}/pods"
-        made.append(Reflector(api, pods, names.MANAGED_SELECTOR, pod_view, operator.put_pod, operator.drop_pod))
+        made.append(Reflector(api, pods, names.MANAGED_SELECTOR, observe_pod, operator.put_pod, operator.drop_pod))
         for engine in engines:
-            runs = f"/apis/{engine.group}/{engine.version}{scope}/{engine.plural}"
+            runs = engine.collection(namespace)
             made.append(
                 Reflector(api, runs, names.MANAGED_SELECTOR, engine.observe, operator.put_run, operator.drop_run)
             )
@@ -186,11 +188,10 @@ async def _elected(api: Api, settings: Settings) -> LeaderElector | None:
 
 async def _run_elected(api: Api, settings: Settings, elector: LeaderElector | None) -> None:
     over = asyncio.Event()
-    kuberay = settings.kuberay and await api.has_kuberay()
+    engines = await available_engines(api, settings)
     cache, metrics = Cache(), Metrics()
-    controller = Controller(api, cache, settings, metrics, kuberay=kuberay, start_again=over.set)
+    controller = Controller(api, cache, settings, metrics, engines=engines, restart=over.set)
     operator = Operator(settings, api, cache, controller, metrics)
-    engines = [engine for engine in ENGINES.values() if engine.name != "kuberay" or kuberay]
     if settings.metrics_port:
         metrics.serve(settings.metrics_port)
     watching = await connect(connections=0)

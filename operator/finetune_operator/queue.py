@@ -1,6 +1,6 @@
 """A work queue of job keys: each key is queued once and handled by one worker at a time (client-go's `workqueue`).
 
-A change of a Job or a pod leads to a reconcile of the FineTuneJob that owns it. Kopf's handlers are bound to the object
+A change of a run or a pod leads to a reconcile of the FineTuneJob that owns it. Kopf's handlers are bound to the object
 that has changed, so keys are queued here instead.
 """
 

@@ -229,7 +229,7 @@ def test_a_run_s_name_that_somebody_else_has_is_waited_for(jobs: Jobs, api: clie
     batch.create_namespaced_job(jobs.namespace, {"metadata": {"name": "tiny-1"}, "spec": spec})
     jobs.create(job())
     seen = jobs.until(lambda status: "Forbidden" in str(status.get("conditions")))
-    assert "belongs to somebody else" in condition(seen, "Running")["message"]
+    assert "belongs to another owner" in condition(seen, "Running")["message"]
 
 
 def test_the_template_s_containers_get_no_rights_that_they_do_not_ask_for(jobs: Jobs, api: client.ApiClient) -> None:

@@ -9,9 +9,11 @@ import pytest
 from worlds import NOW, ago, body, pod, run, said
 
 from finetune_operator.core.conditions import Reason
-from finetune_operator.core.snapshot import Complaint, PodView, RunState, pod_view
+from finetune_operator.core.snapshot import Complaint, PodView, RunState
 from finetune_operator.decide.classify import Ending, classify, waiting
 from finetune_operator.decide.oom_advice import with_advice, with_preflight_advice
+from finetune_operator.engines import ENGINES
+from finetune_operator.engines.registry import observe_pod
 from finetune_operator.observe.warning_events import complaints_of
 
 FRAMES = 'Traceback (most recent call last):\n  File "/x.py", line 1, in step\n    loss.backward()\n'
@@ -154,7 +156,8 @@ STUCK = {
 @pytest.mark.parametrize("name", STUCK)
 def test_what_holds_a_run_up(name: str) -> None:
     pods, (reason, message), expected = STUCK[name]
-    found = waiting(pods, [Complaint(reason, message)])
+    refused = any(reason in engine.create_failures for engine in ENGINES.values())
+    found = waiting(pods, [Complaint(reason, message, refused)])
     assert found is not None and found[0] is expected
 
 
@@ -231,7 +234,7 @@ def test_the_trainer_s_own_end_counts_and_not_another_container_s() -> None:
 
     def view(*containers: dict[str, Any]) -> PodView:
         labels = {"finetune.dev/job": "tiny", "finetune.dev/run": "1"}
-        found = pod_view(
+        found = observe_pod(
             {"metadata": {"name": "p", "labels": labels}, "status": {"containerStatuses": list(containers)}}
         )
         assert found is not None

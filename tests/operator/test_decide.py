@@ -422,7 +422,7 @@ def test_what_ends_a_job_is_its_failure_and_no_older_one() -> None:
 
 
 def test_what_kubernetes_complains_of_is_told_while_nothing_begins() -> None:
-    complaint = Complaint("FailedCreate", 'pods "x" is forbidden: violates PodSecurity "restricted:latest"')
+    complaint = Complaint("FailedCreate", 'pods "x" is forbidden: violates PodSecurity "restricted:latest"', True)
     world = seen(RUNNING, run(state=RunState.PENDING))
     status = decide(replace(world, complaints=(complaint,)), SETTINGS, NOW).status
     running = next(item for item in status["conditions"] if item["type"] == "Running")

@@ -17,10 +17,10 @@ class Settings:
     image: str = "finetune-trainer:latest"
     """Image of jobs that do not set `kubernetes.image`."""
     image_pull_policy: str = "IfNotPresent"
-    default_engine: str = "job"
-    """Engine of jobs whose `kubernetes.engine` is `auto`."""
-    kuberay: bool = True
-    """Whether the operator uses RayJobs when the cluster has them; if false, it needs no RBAC rights to RayJobs."""
+    default_engine: str = ""
+    """Engine of jobs with `kubernetes.engine: auto`; empty for the first one that is registered."""
+    engines: tuple[str, ...] = ()
+    """Engines that jobs may use; empty for all. The operator needs no rights to the objects of the others."""
     token_key: bytes = field(default=b"", repr=False)
     """Key that each run's token is derived from, so that the operator never reads the Secrets of jobs."""
     token_key_secret: str = "finetune-operator-token-key"
@@ -50,8 +50,8 @@ class Settings:
     start_seconds: int = 0
     """How long pods may be unschedulable before the attempt counts as failed; 0 means no limit."""
     engine_seconds: int = 600
-    """How long KubeRay may take to start a RayJob whose pods are ready before the attempt counts as failed; 0 means no
-    limit."""
+    """How long the controller of an engine may take to start an attempt whose pods are ready, before the attempt counts
+    as failed; 0 is no limit. Engines that Kubernetes itself runs have no limit."""
     backoff_seconds: int = 10
     """Delay before the first retry; it doubles with each further retry, up to `backoff_cap_seconds`."""
     backoff_cap_seconds: int = 300
@@ -68,17 +68,12 @@ class Settings:
     status_writes_per_second: float = 10.0
     """Maximum rate of these writes, all jobs together."""
     ray_version: str = ""
-    """Version of Ray in the trainer image, for `spec.rayClusterSpec.rayVersion` of RayJobs."""
+    """Version of Ray in the trainer image, for engines whose controller needs to know it."""
     watch_silence_seconds: int = 660
     """Seconds without an event of the FineTuneJob watch after which the liveness probe compares the cache with the API
     server."""
     metrics_port: int = 9090
     health_port: int = 8080
-
-
-def engine_name(wanted: str, settings: Settings) -> str:
-    """Return the name of the engine: `wanted`, or the operator's default for `auto`."""
-    return settings.default_engine if wanted == "auto" else wanted
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:

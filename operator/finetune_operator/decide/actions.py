@@ -57,14 +57,14 @@ class HoldJob:
 
 @dataclass(frozen=True)
 class MarkCheckpoint:
-    """Annotate a run's Job or RayJob and its pods with the last checkpoint."""
+    """Annotate the main object of a run and its pods with the last checkpoint."""
 
     run: int
     engine: str
     """See `DeleteRun.engine`."""
     annotations: dict[str, str]
     main: bool
-    """Whether the Job or RayJob lacks them."""
+    """Whether the main object lacks them."""
     pods: tuple[str, ...]
     """Names of the pods that lack them."""
 

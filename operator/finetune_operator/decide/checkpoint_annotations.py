@@ -1,4 +1,4 @@
-"""Annotations with the last checkpoint on a run's Job or RayJob and on its pods (pure).
+"""Annotations with the last checkpoint on the main object of a run and on its pods (pure).
 
 They show schedulers and users what a preemption would cost (kueue#477, volcano#5999): all steps since the checkpoint.
 """

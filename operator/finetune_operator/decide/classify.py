@@ -27,7 +27,6 @@ _EVICTED = ("Evicted", "Preempted", "Preempting", "PreemptionByScheduler", "Evic
 _PULL = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 _MOUNT = ("FailedMount", "FailedAttachVolume", "FailedMapVolume")
-_CREATE = ("FailedCreate", "FailedToCreateHeadPod", "FailedToCreateWorkerPod")
 _RENDEZVOUS = re.compile(
     r"NCCL (error|timeout|WARN)|nccl(System|Remote|Internal|UnhandledCuda)Error|WorkNCCL|ProcessGroup(NCCL|Gloo)|"
     r"Watchdog caught collective operation timeout|gloo.*(connect|timeout|Connection)|"
@@ -117,7 +116,7 @@ def waiting(pods: Iterable[PodView], complaints: Iterable[Complaint] = ()) -> tu
             return Reason.UNSCHEDULABLE, _clip(pod.unschedulable)
     for warning in complaints:
         known = Reason.POD_CONFIG if warning.reason in _MOUNT else None
-        known = Reason.FORBIDDEN if warning.reason in _CREATE else known
+        known = Reason.FORBIDDEN if warning.pods_refused else known
         return known or Reason.STARTING, _clip(f"{warning.reason}: {warning.message}")
     return None
 
@@ -140,7 +139,7 @@ def _endings(
         yield Ending(Reason.GATE_NOT_PASSED, _clip(text or "an evaluation missed its bound"), False, True, *place, code)
     yield from _lost_pods(pods)
     yield from _deleted_pods(pods)
-    if "DisruptionTarget" in run.message:  # the Job's message, used when no pod is left
+    if run.disrupted:  # the engine says so, for runs whose pods are gone
         yield Ending(Reason.EVICTED, _clip(run.message), True, False, *place, code)
     yield from _killed_for_memory(pods)
     if (stall := stall_ending(report, pods)) is not None:

@@ -60,7 +60,7 @@ def _invalid(draft: Draft) -> bool:
     """Check the spec when it has changed: CEL rules cannot check all of a pod template."""
     if draft.holds(Type.VALIDATED) and not draft.changed():
         return False
-    fault = spec_faults(draft.seen.body, draft.settings)
+    fault = spec_faults(draft.seen.body, draft.settings, draft.seen.engines)
     if fault is not None:
         draft.set(Type.VALIDATED, "False", fault.reason, fault.message)
         draft.status.pop("failure", None)
@@ -202,9 +202,8 @@ def _start(draft: Draft) -> bool:
         draft.set(Type.RUNNING, "False", Reason.BACK_OFF, f"next attempt at {stamp(ready)}, after {last['reason']}")
         draft.wake_at(ready)
         return True
-    if draft.seen.engine_missing:
-        message = "kubernetes.engine is kuberay, but this cluster has no ray.io/v1 RayJob: install KubeRay, or use job"
-        draft.set(Type.RUNNING, "False", Reason.ENGINE_MISSING, message)
+    if draft.seen.engines.missing:
+        draft.set(Type.RUNNING, "False", Reason.ENGINE_MISSING, draft.seen.engines.missing)
         draft.wake_at(draft.now + timedelta(seconds=60))
         return True
     if not draft.queued():

@@ -67,23 +67,28 @@ _SAFE_SYSCTLS = ("kernel.shm_rmid_forced", "net.ipv4.ip_local_port_range", "net.
                  "net.ipv4.ip_unprivileged_port_start", "net.ipv4.ping_group_range", "net.ipv4.tcp_fin_timeout",
                  "net.ipv4.tcp_keepalive_intvl", "net.ipv4.tcp_keepalive_probes", "net.ipv4.tcp_keepalive_time",
                  "net.ipv4.tcp_rmem", "net.ipv4.tcp_syncookies", "net.ipv4.tcp_wmem")  # fmt: skip
-_RESERVED = (f"{GROUP}/", "app.kubernetes.io/managed-by", "batch.kubernetes.io/", "ray.io/", "job-name",
-              "controller-uid")  # fmt: skip
+_RESERVED = (f"{GROUP}/", "app.kubernetes.io/managed-by")
 _OLD_PROFILES = ("container.apparmor.security.beta.kubernetes.io/", "container.seccomp.security.alpha.kubernetes.io/",
                  "seccomp.security.alpha.kubernetes.io/")  # fmt: skip
 _PLAIN_LISTS = ("args", "command", "supplementalGroups")
 _HANDLERS = ("livenessProbe", "readinessProbe", "startupProbe")
 
 
-def template_faults(template: object, settings: Settings) -> Iterator[Problem]:
-    """Yield a problem for each field or value of a pod template that a job may not set."""
+def template_faults(template: object, settings: Settings, engine_labels: tuple[str, ...]) -> Iterator[Problem]:
+    """Yield a problem for each field or value of a pod template that a job may not set.
+
+    Args:
+        template: the pod template, of any type.
+        settings: the operator's settings.
+        engine_labels: prefixes of the labels and annotations that belong to the controllers of engines.
+    """
     if not isinstance(template, dict):
         yield Problem(TEMPLATE, "expected a PodTemplateSpec: metadata and spec")
         return
     yield from _closed(template, _TEMPLATE, TEMPLATE)
     metadata, spec = _part(template, "metadata"), _part(template, "spec")
     yield from _closed(metadata, _METADATA, f"{TEMPLATE}.metadata")
-    yield from _labels_and_annotations(metadata)
+    yield from _labels_and_annotations(metadata, (*_RESERVED, *engine_labels))
     path = f"{TEMPLATE}.spec"
     yield from _closed(spec, _POD, path)
     if spec.get("hostUsers"):
@@ -116,11 +121,11 @@ def _closed(value: Json, allowed: Mapping[str, type], path: str) -> Iterator[Pro
             yield Problem(f"{path}.{name}", "expected a list of mappings")
 
 
-def _labels_and_annotations(metadata: Json) -> Iterator[Problem]:
-    """Yield the labels and annotations by which the operator, the Job controller and KubeRay find their pods."""
+def _labels_and_annotations(metadata: Json, reserved: tuple[str, ...]) -> Iterator[Problem]:
+    """Yield the labels and annotations by which the operator and the controllers of engines find their pods."""
     for kind in _METADATA:
         for name in _part(metadata, kind):
-            refused = _RESERVED if kind == "labels" else (*_RESERVED, *_OLD_PROFILES)
+            refused = reserved if kind == "labels" else (*reserved, *_OLD_PROFILES)
             if str(name).startswith(refused):
                 yield Problem(f"{TEMPLATE}.metadata.{kind}", f"{str(name)[:80]} is reserved: remove it")
 

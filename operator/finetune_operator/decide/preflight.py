@@ -31,7 +31,7 @@ def preflight(draft: Draft) -> bool:
         draft.do(StartRun(PREFLIGHT_RUN))
         return True
     pods = draft.seen.pods_of(PREFLIGHT_RUN)
-    passed = any(pod.phase == "Succeeded" for pod in pods)  # the Job's condition follows a second later
+    passed = any(pod.phase == "Succeeded" for pod in pods)  # the main object's status follows a second later
     if passed or run.state is RunState.SUCCEEDED:
         draft.learn(next(filter(None, map(termination_report, pods)), None))
         draft.set(Type.PLANNED, "True", Reason.PREFLIGHT_PASSED, draft.plan_summary())

@@ -51,7 +51,8 @@ def _starting(draft: Draft, run: RunView, message: str = "") -> None:
     trains = draft.seen.report is not None and draft.seen.report.step is not None
     if run.message and not trains and all(pod.ready for pod in pods):
         since = max([begun(draft, run), *(moment(pod.ready_since) for pod in pods if pod.ready_since)])
-        _limit(draft, run, Reason.NOT_STARTED, message or run.message, draft.settings.engine_seconds, since)
+        limit = draft.seen.engines.start_seconds.get(run.engine, 0)
+        _limit(draft, run, Reason.NOT_STARTED, message or run.message, limit, since)
 
 
 def _hindrance(draft: Draft, run: RunView) -> str:

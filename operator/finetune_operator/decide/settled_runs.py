@@ -20,7 +20,7 @@ def settled(seen: Observed, now: datetime) -> tuple[Observed, datetime | None]:
     does, and where the driver's node does not answer, the API server shows their ends first. With an engine that
     keeps a run going without its driver (`ends_with_driver`), the run is over when the driver's pod has ended. A run
     that its engine reports as ended counts as running until the driver's pod has ended too, because that pod's
-    termination message says more; on the engine `job` this holds for a success, whose Job may be seen before its pod.
+    termination message says more; with the other engines this holds for a success, which may be seen before its pod.
     """
     runs = tuple(_settled(run, seen.pods_of(run.run), now) if run.owner == seen.uid else run for run in seen.runs)
     waits = [due for run in seen.runs if (due := _due(seen, run)) is not None and due > now]

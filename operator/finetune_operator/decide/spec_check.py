@@ -15,6 +15,7 @@ from finetune_api.validation import check_job
 from finetune_operator.core.conditions import Reason
 from finetune_operator.core.report_validation import clean
 from finetune_operator.core.settings import Settings
+from finetune_operator.core.snapshot import EngineFacts
 from finetune_operator.decide.pod_template_policy import TEMPLATE, template_faults, texts_in
 
 Json = dict[str, Any]
@@ -32,20 +33,20 @@ class SpecFault:
     message: str
 
 
-def spec_faults(body: Json, settings: Settings) -> SpecFault | None:
+def spec_faults(body: Json, settings: Settings, engines: EngineFacts) -> SpecFault | None:
     """Return all problems of a job as one condition's reason and message; None for a valid job."""
     metadata = {name: body["metadata"][name] for name in ("name", "namespace") if name in body["metadata"]}
     job, problems = check_job({"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": body["spec"]})
     if job is None or problems:
         return SpecFault(Reason.INVALID_SPEC, _message(problems))
-    problems = [*_storage(body["spec"]), *_uris(body["spec"])]
+    problems = [*_storage(body["spec"]), *_uris(body["spec"]), *engines.refusals]
     if problems:
         return SpecFault(Reason.INVALID_SPEC, _message(problems))
     template = body["spec"].get("resources", {}).get("podTemplate") or {}
     problems = [
         *_cache(body["spec"], settings),
         *_token_key(body, settings),
-        *islice(template_faults(template, settings), MAX_TEMPLATE_PROBLEMS),
+        *islice(template_faults(template, settings, engines.own_labels), MAX_TEMPLATE_PROBLEMS),
     ]
     return SpecFault(Reason.POD_TEMPLATE_REFUSED, _message(problems)) if problems else None
 

@@ -18,6 +18,7 @@ from finetune_operator.api import Api
 from finetune_operator.core.conditions import moment
 from finetune_operator.core.snapshot import Complaint, Observed, RunState, RunView
 from finetune_operator.decide.classify import waiting
+from finetune_operator.engines import ENGINES
 from finetune_operator.observe.cache import Key
 
 Json = dict[str, Any]
@@ -103,7 +104,7 @@ class Complaints:
         except ApiException as error:  # without the right to read events the job runs, with less detail
             log.warning("events of %s/%s: %s", namespace, subject, error.reason)
             return ()
-        return complaints_of(page.get("items") or [], run.created)
+        return complaints_of(page.get("items") or [], run.created, ENGINES[run.engine].create_failures)
 
     async def _read_queue(self, namespace: str, run: RunView) -> tuple[Complaint, ...]:
         query = f"namespaces/{namespace}/workloads?labelSelector=kueue.x-k8s.io%2Fjob-uid%3D{run.uid}"
@@ -125,11 +126,18 @@ def queue_warning(workload: Json) -> Complaint | None:
     return Complaint("Queued", "; ".join(dict.fromkeys(messages))) if messages else None
 
 
-def complaints_of(events: list[Json], since: datetime) -> tuple[Complaint, ...]:
-    """Return the events since `since`, newest first: an older object may have had the same name."""
+def complaints_of(events: list[Json], since: datetime, create_failures: tuple[str, ...] = ()) -> tuple[Complaint, ...]:
+    """Return the events since `since`, newest first: an older object may have had the same name.
+
+    Args:
+        events: the events of one object.
+        since: when the object was created.
+        create_failures: reasons of events that say that pods cannot be created.
+    """
     ordered = sorted(((_time(item), item) for item in events), key=lambda pair: pair[0], reverse=True)
     recent = (item for time, item in ordered if time >= since.replace(microsecond=0))
-    return tuple(Complaint(item.get("reason") or "", item.get("message") or "") for item in recent)
+    said = ((item.get("reason") or "", item.get("message") or "") for item in recent)
+    return tuple(Complaint(reason, message, reason in create_failures) for reason, message in said)
 
 
 def _time(event: Json) -> datetime:
