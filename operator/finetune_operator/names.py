@@ -29,6 +29,8 @@ EQUAL_ANNOTATION = f"{KUEUE}job-completions-equal-parallelism"
 """By these Kueue may admit an elastic Job with fewer nodes than it would take (partial admission)."""
 RAY_PORT = 6379
 CONFIG_FILE = "run.json"
+SHELL_FILE = "shell.sh"
+"""What every bash of a pod under KubeRay reads first (`BASH_ENV`); beside the run's configuration."""
 TOKEN_KEY = "auth_token"  # KubeRay's name for the key
 CONFIG_DIRECTORY = "/etc/finetune"
 TOKEN_DIRECTORY = "/etc/finetune-token"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune_api.slots import LEAST_CPUS, offered
+from finetune_operator import names
 from finetune_operator.engines.engine import Engine
 from finetune_operator.engines.indexed_job import NODE_COMMAND
 from finetune_operator.observed import RunState, RunView, Told, run_view
@@ -77,11 +78,17 @@ def _share(run: Run) -> Json:
 
 
 def _template(run: Run) -> Json:
-    """KubeRay puts in Ray's token and address itself, and takes the head Service's ports from the first container."""
+    """KubeRay puts in Ray's token and address itself, and takes the head Service's ports from the first container.
+
+    Its init container of each worker (`wait-gcs-ready`) has the trainer's environment and mounts. By `BASH_ENV` it ends
+    at once, so that a worker loads its libraries while the head starts, as on the engine `job`.
+    """
     template = pod_template(run, NODE_COMMAND)
     trainer = template["spec"]["containers"][0]
     trainer["ports"].append({"name": "dashboard", "containerPort": DASHBOARD_PORT})
-    trainer["env"] = [item for item in trainer["env"] if item.get("name") not in _OWN_AUTH]
+    kept = [item for item in trainer["env"] if item.get("name") not in _OWN_AUTH]
+    shell = {"name": "BASH_ENV", "value": f"{names.CONFIG_DIRECTORY}/{names.SHELL_FILE}"}
+    trainer["env"] = [shell, *kept]  # the user's own comes later, and wins
     return template
 
 

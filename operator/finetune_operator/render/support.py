@@ -18,6 +18,9 @@ from finetune_operator.settings import engine_name
 
 Json = dict[str, Any]
 DASHBOARD_PORT = 8265
+SHELL = """# KubeRay's init container waits for the head by this, at a fifth of a CPU. The node does so by itself.
+ray() { [ "$1" = health-check ] || command ray "$@"; }
+"""
 
 
 def token(key: bytes, uid: str, run: int) -> str:
@@ -73,13 +76,14 @@ def config_map(run: Run) -> Json:
     Without the pod template, which is for the operator alone and may hold values that not every reader of ConfigMaps
     should see.
     """
+    shell = {names.SHELL_FILE: SHELL} if _kuberay(run) else {}
     text = json.dumps(run_config(run).to_json(), ensure_ascii=False, separators=(",", ":"))  # it may have 1 MiB
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": run.config_run.metadata(run.config),
         "immutable": True,
-        "data": {names.CONFIG_FILE: text},
+        "data": {names.CONFIG_FILE: text, **shell},
     }
 
 
@@ -129,9 +133,13 @@ def network_policy(run: Run) -> Json:
     }
 
 
+def _kuberay(run: Run) -> bool:
+    return engine_name(run.kubernetes.engine, run.settings) == "kuberay"
+
+
 def _for_kuberay(run: Run) -> list[Json]:
     """KubeRay's operator submits the driver at Ray's dashboard, whose token it has."""
-    if engine_name(run.kubernetes.engine, run.settings) != "kuberay":
+    if not _kuberay(run):
         return []
     kuberay = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}}
     return [{"from": [kuberay], "ports": [{"port": DASHBOARD_PORT}]}]
