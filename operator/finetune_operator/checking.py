@@ -11,7 +11,7 @@ from finetune_operator.conditions import Reason, Type, moment
 from finetune_operator.draft import Draft
 from finetune_operator.names import PREFLIGHT_RUN
 from finetune_operator.observed import RunState, RunView
-from finetune_operator.queued import queue_limit, queue_message
+from finetune_operator.queued import queue_limit, queue_message, refuse
 from finetune_operator.settings import Settings
 
 
@@ -30,6 +30,9 @@ def preflight(draft: Draft) -> bool:
         draft.set(Type.PLANNED, "Unknown", Reason.PREFLIGHT_RUNNING)
         draft.do(StartRun(PREFLIGHT_RUN))
         return True
+    if run.elsewhere:
+        draft.set(Type.PLANNED, "False", Reason.REJECTED)
+        return refuse(draft, run)
     pods = draft.seen.pods_of(PREFLIGHT_RUN)
     passed = any(pod.phase == "Succeeded" for pod in pods)  # its Job says so a second later
     if passed or run.state is RunState.SUCCEEDED:

@@ -101,7 +101,10 @@ def _await_cleanup(draft: Draft, cleanup: RunView) -> None:
     """Say what the clean-up waits for, and let the job go once a queue has held it for too long."""
     draft.set(Type.RUNNING, "False", Reason.CLEANING_UP, f"empties its storage: {cleanup_words(draft, cleanup)}")
     end = queue_limit(draft, cleanup)
-    if end is not None and end <= draft.now:
+    if cleanup.elsewhere:
+        draft.do(DeleteRun(cleanup.run, cleanup.engine))
+        _let_go(draft, f"its clean-up was sent to another cluster by {cleanup.elsewhere}")
+    elif end is not None and end <= draft.now:
         draft.do(DeleteRun(cleanup.run, cleanup.engine))
         _let_go(draft, f"its clean-up was held by its queue for too long: {queue_message(draft, cleanup)}")
 
