@@ -29,6 +29,7 @@ ANNOTATIONS = {
 }
 _OWN_CONTROLLER = "ray.io/kuberay-operator"
 _OWN_AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "FINETUNE_HEAD_ADDRESS")
+_SHELL = "BASH_ENV"
 _TELLING = {"ReplicaFailure": "True", "HeadPodReady": "False", "RayClusterProvisioned": "False"}
 """Conditions of a RayCluster that say why it does not begin, with the status in which they do."""
 _STATES = {"Running": RunState.RUNNING, "Failed": RunState.FAILED, "ValidationFailed": RunState.FAILED}
@@ -86,9 +87,9 @@ def _template(run: Run) -> Json:
     template = pod_template(run, NODE_COMMAND)
     trainer = template["spec"]["containers"][0]
     trainer["ports"].append({"name": "dashboard", "containerPort": DASHBOARD_PORT})
-    kept = [item for item in trainer["env"] if item.get("name") not in _OWN_AUTH]
-    shell = {"name": "BASH_ENV", "value": f"{names.CONFIG_DIRECTORY}/{names.SHELL_FILE}"}
-    trainer["env"] = [shell, *kept]  # the user's own comes later, and wins
+    trainer["env"] = [item for item in trainer["env"] if item.get("name") not in _OWN_AUTH]
+    if all(item.get("name") != _SHELL for item in trainer["env"]):  # the CRD refuses a name that comes twice
+        trainer["env"].append({"name": _SHELL, "value": f"{names.CONFIG_DIRECTORY}/{names.SHELL_FILE}"})
     return template
 
 
