@@ -152,6 +152,15 @@ def test_no_worker_waits_in_kuberay_s_init_container(
     assert "ray: command not found" in other.stderr, "its other commands are Ray's own"
 
 
+def test_a_variable_that_user_and_operator_set_is_no_conflict(ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods) -> None:
+    """The CRD refuses a RayJob whose containers have a variable twice."""
+    mine = {"name": "BASH_ENV", "value": "/mine"}
+    template = {"spec": {"containers": [{"name": "trainer", "env": [mine]}]}}
+    ray_jobs.create(job(kubernetes=KUBERAY, resources={"nodes": 1, "gpusPerNode": 1, "podTemplate": template}))
+    spec = pods.kubelet.core.read_namespaced_pod(pods.head(), ray_jobs.namespace).spec
+    assert [item.value for item in spec.containers[0].env if item.name == "BASH_ENV"] == ["/mine"]
+
+
 def test_what_kuberay_refuses_is_told_and_ends_after_a_limit(ray_jobs: Jobs, pods: Pods, api: client.ApiClient) -> None:
     """No KubeRay takes the RayJobs up, as where its operator is away: the attempts end, and so does the job."""
     with KubeRayStandIn(api, ray_jobs.namespace, away=True):
