@@ -435,6 +435,7 @@ def test_workers_that_ray_has_no_room_for_are_told() -> None:
     assert (told["status"], told["message"]) == ("True", "no room for 2 workers of 1 CPU each")
 
 
+ELSEWHERE = "kueue.x-k8s.io/multikueue"
 PREEMPTED = Complaint("Queued", "Preempted: to accommodate a workload")
 
 
@@ -495,9 +496,18 @@ def test_a_deleted_job_says_what_it_waits_for_and_a_queue_may_not_hold_it_for_ev
     assert "the queue held the clean-up for too long" in late.events[-1].message
 
 
-def test_a_job_that_its_queue_sends_to_another_cluster_is_refused() -> None:
-    world = seen(STARTING, run(state=RunState.PENDING, elsewhere="kueue.x-k8s.io/multikueue"))
+@pytest.mark.parametrize(("status", "number"), [(STARTING, 1), ({"conditions": VALID[:1]}, 0)])
+def test_a_job_that_its_queue_sends_to_another_cluster_is_refused(status: dict[str, Any], number: int) -> None:
+    """Its preflight too, whose pods would be as far away: Kueue holds a Job here as long as it runs there."""
+    away = run(number, RunState.QUEUED, elsewhere=ELSEWHERE)
+    world = seen(status, away, kubernetes={"preflight": not number})
     decision = decide(world, SETTINGS, NOW)
-    assert decision.actions == (DeleteRun(1, "job"),)
+    assert decision.actions == (DeleteRun(number, "job"),)
     failed = told(world, "Failed")
-    assert failed["reason"] == "Rejected" and "kueue.x-k8s.io/multikueue" in failed["message"]
+    assert failed["reason"] == "Rejected" and ELSEWHERE in failed["message"]
+
+
+def test_a_clean_up_that_is_sent_to_another_cluster_holds_no_job() -> None:
+    decision = decide(deleted(run(-1, RunState.QUEUED, elsewhere=ELSEWHERE)), SETTINGS, NOW)
+    assert decision.actions == (DeleteRun(-1, "job"), HoldJob(False))
+    assert ELSEWHERE in decision.events[-1].message

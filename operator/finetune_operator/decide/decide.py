@@ -101,7 +101,10 @@ def _await_cleanup(draft: Draft, cleanup: RunView) -> None:
     """Report what the clean-up waits for; remove the finalizer if a queue has held it for too long."""
     draft.set(Type.RUNNING, "False", Reason.CLEANING_UP, f"emptying the storage: {cleanup_state(draft, cleanup)}")
     end = queue_limit(draft, cleanup)
-    if end is not None and end <= draft.now:
+    if cleanup.elsewhere:
+        draft.do(DeleteRun(cleanup.run, cleanup.engine))
+        _let_go(draft, f"its clean-up was sent to another cluster by {cleanup.elsewhere}")
+    elif end is not None and end <= draft.now:
         draft.do(DeleteRun(cleanup.run, cleanup.engine))
         _let_go(draft, f"the queue held the clean-up for too long: {queue_message(draft, cleanup)}")
 

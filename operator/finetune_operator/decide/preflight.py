@@ -11,7 +11,7 @@ from finetune_operator.core.snapshot import RunState, RunView
 from finetune_operator.decide.actions import DeleteRun, StartRun
 from finetune_operator.decide.classify import Ending, classify, termination_report, waiting
 from finetune_operator.decide.oom_advice import with_preflight_advice
-from finetune_operator.decide.queueing import queue_limit, queue_message
+from finetune_operator.decide.queueing import queue_limit, queue_message, refuse
 from finetune_operator.decide.status_builder import Draft
 
 
@@ -30,6 +30,9 @@ def preflight(draft: Draft) -> bool:
         draft.set(Type.PLANNED, "Unknown", Reason.PREFLIGHT_RUNNING)
         draft.do(StartRun(PREFLIGHT_RUN))
         return True
+    if run.elsewhere:
+        draft.set(Type.PLANNED, "False", Reason.REJECTED)
+        return refuse(draft, run)
     pods = draft.seen.pods_of(PREFLIGHT_RUN)
     passed = any(pod.phase == "Succeeded" for pod in pods)  # the main object's status follows a second later
     if passed or run.state is RunState.SUCCEEDED:

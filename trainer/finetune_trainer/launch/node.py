@@ -85,8 +85,9 @@ def _worker(run: RunConfig, place: Seat) -> int:
     if not _reachable(host, int(port)):
         print(f"no Ray head at {place.address} within {HEAD_SECONDS:.0f} s", file=sys.stderr)
         return ExitCode.FAILED
+    address = socket.gethostbyname(host)  # KubeRay deletes the name's Service together with the pods
     ray = subprocess.Popen([*_RAY, "start", "--block", *place.options], env=_environment(place))
-    signal.signal(signal.SIGTERM, lambda *_: _leave(host, ray))
+    signal.signal(signal.SIGTERM, lambda *_: _leave(address, ray))
     ray.wait()
     return ExitCode.FAILED
 
@@ -125,9 +126,8 @@ def _until_driver_ends(host: str) -> None:
             reached = time.monotonic()
         except ConnectionRefusedError:
             return
-        except OSError as error:  # a network that is away may come back; a pod that has ended loses its name
-            if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
-                return
+        except OSError:
+            pass  # a network that is away may come back
         time.sleep(RETRY_SECONDS)  # there is no event to wait for
 
 
