@@ -37,7 +37,7 @@ ALL: Json = {
         "imagePullSeconds": 1_000_000,
         "image": {"repository": "registry.example:5000/trainer", "tag": "v2"},
     },
-    "operator": {"pollSeconds": 0.5},
+    "operator": {"pollSeconds": 0.5, "lease": {"durationSeconds": 40, "renewDeadlineSeconds": 30.5}},
     "nodeSelector": {"disk": "ssd"},
     "tolerations": [{"key": "control", "operator": "Exists", "effect": "NoSchedule"}],
     "affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
@@ -91,6 +91,7 @@ def test_settings_of_all_values(everything: list[Json]) -> None:
     assert found.namespaces == ("team-a", "team-b") and found.service_accounts == ("writer", "reader")
     assert found.network_policy and found.allow_host_path and found.engines == ("job", "kuberay")
     assert (found.image_pull_seconds, found.poll_seconds, found.metrics_port) == (1_000_000, 0.5, 9999)
+    assert (found.lease_duration_seconds, found.lease_renew_deadline_seconds) == (40, 30.5)
 
 
 def locked(package: str) -> str:
