@@ -151,7 +151,7 @@ def test_credentials_come_from_secrets_alone(jobs: Jobs, core: client.CoreV1Api,
     jobs.create(with_template(trainer(env=[named, shaped, path])))
     failed = jobs.until_phase("Failed")
     message = condition(failed, "Failed")["message"]
-    assert "env[0].value: AWS_SECRET_ACCESS_KEY is a secret" in message and "env[1].value: PROXY" in message
+    assert "env[0].value: AWS_SECRET_ACCESS_KEY is a credential" in message and "env[1].value: PROXY" in message
     assert "GOOGLE" not in message
     told = str(core.list_namespaced_event(jobs.namespace).items)
     assert SECRET not in json.dumps(failed["status"]) + told + operator.log()
@@ -253,7 +253,7 @@ def test_the_operator_s_own_key_is_not_to_be_had(
     with OperatorProcess(operator_access, tmp_path, FINETUNE_TOKEN_KEY_SECRET=secret, **settings):
         own.create(job("thief", kubernetes={"preflight": False, "envFromSecrets": [secret]}))
         failed = own.until_phase("Failed", "thief")
-    assert "no job may name it" in condition(failed, "Failed")["message"]
+    assert "is the operator's own: remove it" in condition(failed, "Failed")["message"]
     own.delete("thief")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from access import Access, namespace_of, until, until_gone
+from access import Access, namespace_of, until_gone
 from finetune_jobs import Jobs, condition, driver, job
 from helm_chart import Installed
 from kubelet_stand_in import KubeletStandIn
@@ -47,8 +47,7 @@ def kuberay(
         waiting = Jobs(finetune_jobs, "waits-for-kuberay")
         waiting.create(job("early", kubernetes=KUBERAY))
         waiting.until(lambda status: "EngineMissing" in str(status.get("conditions")), "early")
-        admin.apply(ray_job_crd(), ray_cluster_crd())
-        until(extensions.list_custom_resource_definition, _established, field_selector=f"metadata.name={NAME}")
+        admin.define(ray_job_crd(), ray_cluster_crd())
         waiting.patch("early", {"runPolicy": {"backoffLimit": 2}})  # a reason to look again before the minute is over
         assert running.wait_for_death(30), "it did not start again"
         running.start()
@@ -59,11 +58,6 @@ def kuberay(
         extensions.delete_custom_resource_definition(name)
         until_gone(extensions.list_custom_resource_definition, name)
     operator.start()
-
-
-def _established(definition: client.V1CustomResourceDefinition) -> bool:
-    conditions = (definition.status and definition.status.conditions) or []
-    return any(condition.type == "Established" and condition.status == "True" for condition in conditions)
 
 
 @pytest.fixture
