@@ -102,7 +102,8 @@ class ControlPlane:
         try:
             self._etcd.start(lambda: accepts(self._etcd_port))
             self.start_apiserver()
-            self.admin.define(*self._definitions)
+            if self._definitions:
+                self.admin.define(*self._definitions)
             self.start_controllers()
         except BaseException:
             self.__exit__()
