@@ -25,6 +25,7 @@ from cluster_jobs import apply, curve, long_job, until_succeeded
 from faults import KINDS, Victim
 from finetune_jobs import Jobs
 from following import Following
+from kuberay_process import kuberay
 from kubernetes import client
 from stage import set_up
 
@@ -39,7 +40,9 @@ def main() -> None:
     kinds = [kind for kind in arguments.kinds.split(",") for _ in range(arguments.rounds)]
     chance.shuffle(kinds)
     with ExitStack() as stack:
-        victim = set_up(stack, chance)
+        victim = replace(set_up(stack, chance), engine=arguments.engine)
+        if arguments.engine == "kuberay":
+            stack.enter_context(kuberay(victim.cluster, arguments.kuberay_manager, arguments.kuberay_crds))
         rounds = [late_image(replace(victim, name=f"late-{n}")) for n in range(kinds.count(IMAGE))]
         left = deque(kind for kind in kinds if kind != IMAGE)
         calm = _calm(victim, arguments.steps) if left else []
@@ -58,14 +61,22 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="of each kind")
     parser.add_argument("--kinds", default=",".join([*KINDS, IMAGE]), help="some of them, joined by commas")
     parser.add_argument("--steps", type=int, default=3000, help="of a job: a new one begins when they are used up")
+    parser.add_argument("--engine", choices=("job", "kuberay"), default="job")
+    parser.add_argument("--kuberay-manager", type=Path, help="KubeRay's operator, built elsewhere; with kuberay")
+    parser.add_argument("--kuberay-crds", type=Path, help="folder of KubeRay's CRDs; with --engine kuberay")
     parser.add_argument("--seed", type=int, help="of the moments and of their order")
     parser.add_argument("--out", type=Path, default=Path("faults.json"), help="every round, as JSON")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.engine == "kuberay" and not (arguments.kuberay_manager and arguments.kuberay_crds):
+        parser.error("--engine kuberay needs --kuberay-manager and --kuberay-crds")
+    return arguments
 
 
 def _calm(victim: Victim, steps: int) -> list[tuple[int, float]]:
     started = time.monotonic()
-    apply(victim.admin, victim.namespace, long_job("calm", victim.cluster.pod_template, steps=steps, save=20))
+    body = long_job("calm", victim.cluster.pod_template, steps=steps, save=20)
+    body["spec"]["kubernetes"]["engine"] = victim.engine
+    apply(victim.admin, victim.namespace, body)
     with victim.admin.client() as api:
         until_succeeded(Jobs(client.CustomObjectsApi(api), victim.namespace), "calm", CALM_SECONDS)
     print(f"undisturbed: {steps} steps in {time.monotonic() - started:.0f} s", flush=True)

@@ -26,7 +26,7 @@ def node_command(run_config: RunConfigFile) -> None:
 
 
 def await_driver_command() -> None:
-    """Wait for the driver of this pod and end as it did: the entrypoint of a RayJob."""
+    """Wait for the driver of this pod and exit with its code: what an engine submits to Ray."""
     from finetune_trainer.launch.driver_exit import wait_for_exit_code
 
     raise typer.Exit(wait_for_exit_code())

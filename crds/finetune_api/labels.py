@@ -1,4 +1,4 @@
-"""Labels on what the operator makes for a job, and the container that trains: by them others find a job's pods."""
+"""Labels of the objects that the operator creates for a job, and the name of the trainer's container."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ OPERATOR = "finetune-operator"
 JOB_LABEL = f"{GROUP}/job"
 """Name of the FineTuneJob."""
 RUN_LABEL = f"{GROUP}/run"
-"""Which run of it: `preflight`, or the attempt's number."""
+"""Which run of the job: `preflight`, `cleanup`, or the number of an attempt."""
+NODE_INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+"""Kubernetes' own label of a pod whose engine numbers the nodes of a run from 0. Node 0 has the driver."""
+ROLE_LABEL = f"{GROUP}/role"
+"""Role of a pod whose engine does not number the nodes: `driver` or `worker`."""
+DRIVER, WORKER = "driver", "worker"
 PREFLIGHT = "preflight"
 CLEANUP = "cleanup"
 CONTAINER = "trainer"
-"""The container that the pod template's own settings belong to."""
+"""Name of the container that trains; settings of a container of that name in a pod template belong to it."""

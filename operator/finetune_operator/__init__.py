@@ -1,6 +1,6 @@
-"""The operator: watches FineTuneJobs and runs each as attempts on an engine.
+"""The operator: watch FineTuneJobs and run each as attempts on an engine.
 
-One way through: `handlers` (kopf) keep `cache` fresh and wake `controller`, which observes a job (`observed`), decides
-what to do (`decide`, pure), renders it (`render` and `engines`, pure) and applies it (`apply`, the one place that
-writes to the API server).
+The watches (`operator`, `observe/`) update the cache and queue jobs for the controller. For each job it takes a
+snapshot, decides what to do (`decide/`, pure), renders the objects (`plan`, `render/`, `engines/`, pure) and applies
+them (`apply`, the only module that writes jobs' objects to the API server).
 """

@@ -1,4 +1,4 @@
-"""The API server, as narrow as the operator needs it: raw JSON over kubernetes' own asynchronous client."""
+"""The calls to the API server that the operator needs, as raw JSON over the asynchronous client of kubernetes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.request import getproxies
 
 import aiohttp
 from kubernetes.aio import config
@@ -17,26 +18,27 @@ MERGE_PATCH = "application/merge-patch+json"
 TIMEOUT_SECONDS = 30
 SILENCE_SECONDS = 90
 PAGE = 250
-"""Objects of a list that are asked for, and held, at a time."""
+"""Number of objects in one page of a list."""
 USER_AGENT = "finetune-operator"
 _TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 
 class Api:
-    """Calls with the operator's own identity.
+    """A client with the identity of the operator.
 
     Raises:
-        ApiException: from every method, for an answer that is an error.
-        OSError, TimeoutError, aiohttp.ClientError: where there is no answer.
+        ApiException: from every method, for an error that the API server returns.
+        OSError, TimeoutError, aiohttp.ClientError: from every method, where the API server does not answer.
     """
 
     def __init__(self, configuration: Configuration, connections: int = 32) -> None:
         configuration.connection_pool_maxsize = connections
+        configuration.client_session_kwargs = {"trust_env": uses_proxy()}
         self._client = ApiClient(configuration)
         self._client.user_agent = USER_AGENT
 
     async def get(self, path: str) -> Json | None:
-        """An object; None where there is none."""
+        """Return an object; None where it does not exist."""
         try:
             return await self._call("GET", path)
         except ApiException as error:
@@ -44,15 +46,16 @@ class Api:
                 return None
             raise
 
-    async def has_kuberay(self) -> bool:
-        """Whether the cluster has RayJobs."""
-        return await self.get("/apis/ray.io/v1") is not None
+    async def serves(self, path: str, plural: str) -> bool:
+        """Whether the cluster serves a resource of the API group and version at `path`."""
+        found = await self.get(path) or {}
+        return any(resource["name"] == plural for resource in found.get("resources") or [])
 
     async def items(self, path: str, query: str = "") -> AsyncIterator[Json]:
-        """The objects of a list, read in pages."""
-        chosen, more = f"&{query}" if query else "", ""
+        """Yield the objects of a list, which is read in pages."""
+        selection, more = f"&{query}" if query else "", ""
         while True:
-            page = await self.get(f"{path}?limit={PAGE}{chosen}{more}") or {}
+            page = await self.get(f"{path}?limit={PAGE}{selection}{more}") or {}
             for item in page.get("items", []):
                 yield item
             more = (page.get("metadata") or {}).get("continue", "")
@@ -61,11 +64,12 @@ class Api:
             more = f"&continue={more}"
 
     async def stream(self, path: str, seconds: float) -> AsyncIterator[Json]:
-        """The events of a watch that the API server ends after `seconds`; bookmarks come at least every minute or so,
-        so longer silence is a dead connection.
+        """Yield the events of a watch that the API server ends after `seconds`.
+
+        The API server sends a bookmark about every minute, so a longer silence means that the connection is dead.
 
         Raises:
-            TimeoutError: nothing came for too long.
+            TimeoutError: no event arrived for `SILENCE_SECONDS`.
         """
         timeout = aiohttp.ClientTimeout(total=seconds + TIMEOUT_SECONDS, sock_connect=10, sock_read=SILENCE_SECONDS)
         response = await self._send("GET", path, None, "application/json", timeout)
@@ -89,7 +93,7 @@ class Api:
         return await self._call("DELETE", path, body)
 
     async def close(self) -> None:
-        await self._client.close()
+        await self._client.close()  # type: ignore[no-untyped-call]  # generated code without types
 
     async def _call(self, method: str, path: str, body: Json | None = None, content: str = "application/json") -> Json:
         response = await self._send(method, path, body, content, TIMEOUT_SECONDS)
@@ -110,23 +114,32 @@ class Api:
         return await self._client.call_api(method, url, headers, body, _request_timeout=timeout)
 
 
+def uses_proxy() -> bool:
+    """Whether the environment sets a proxy. Without one aiohttp need not look up proxies and netrc for every call."""
+    return bool(getproxies().keys() - {"no"})
+
+
 async def configuration() -> Configuration:
-    """The API server of the pod that this runs in, or else of the current kubeconfig context."""
+    """Return the configuration of the pod that this process runs in, or else of the current kubeconfig context."""
     found = Configuration()
     if _TOKEN.exists():
-        config.load_incluster_config(client_configuration=found)
+        config.load_incluster_config(client_configuration=found)  # type: ignore[no-untyped-call]
     else:
-        await config.load_kube_config(client_configuration=found)
+        await config.load_kube_config(client_configuration=found)  # type: ignore[no-untyped-call]
     return found
 
 
 async def connect(connections: int = 32) -> Api:
-    """A client with this process's own identity, and so many connections at most; 0 for any number."""
+    """Return a client with the identity of this process.
+
+    Args:
+        connections: the largest number of connections; 0 is no limit.
+    """
     return Api(await configuration(), connections)
 
 
 def reason_of(error: ApiException) -> tuple[str, str]:
-    """The machine's reason and the people's message in an error's body."""
+    """Return the reason (for programs) and the message (for people) in the body of an error."""
     try:
         body = json.loads(error.body or "{}")
     except ValueError:

@@ -1,7 +1,9 @@
-"""The one place that writes to the API server."""
+"""The only module that writes to the API server."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 from kubernetes.aio.client import ApiException
@@ -9,14 +11,16 @@ from kubernetes.aio.client import ApiException
 from finetune_operator.api import Api, reason_of
 from finetune_operator.core.conditions import Reason
 from finetune_operator.core.snapshot import owner_uid
+from finetune_operator.log_lines import operation_line
 from finetune_operator.plan import Annotate, Create, Delete, Operation, SetFinalizers
 
 Json = dict[str, Any]
 CONFLICT, UNPROCESSABLE, FORBIDDEN, NOT_FOUND, BAD_REQUEST, TOO_LARGE = 409, 422, 403, 404, 400, 413
+log = logging.getLogger(__name__)
 
 
 class Refused(Exception):
-    """The API server doesn't take an object: for good (`REJECTED`), or as things stand (`FORBIDDEN`)."""
+    """The API server refuses an object: permanently (`REJECTED`) or in the cluster's present state (`FORBIDDEN`)."""
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
@@ -24,21 +28,25 @@ class Refused(Exception):
 
 
 class Outdated(Exception):
-    """The job is not the one that was decided about any more: look again."""
+    """The job has changed since the decision, or is gone: reconcile it again."""
 
 
-async def apply(api: Api, operations: list[Operation]) -> list[Json]:
-    """Do the operations in order; returns the API server's answers. Doing them again changes nothing.
+async def apply(api: Api, operations: Sequence[Operation]) -> list[Json]:
+    """Apply the operations in order and return the API server's answers. Applying them again changes nothing.
 
     Raises:
-        Refused: an object was not taken; those after it were not tried.
-        Outdated: the job is gone, or is another one.
-        ApiException, OSError: the API server can't do it now.
+        Refused: the API server refused an object; the operations after it were not applied.
+        Outdated: the job is gone, is another one of the same name, or has changed.
+        ApiException, OSError: the API server failed or did not answer.
     """
-    return [await _do(api, operation) for operation in operations]
+    answers = []
+    for operation in operations:
+        answers.append(await _apply(api, operation))
+        log.info("applied: %s", operation_line(operation))
+    return answers
 
 
-async def _do(api: Api, operation: Operation) -> Json:
+async def _apply(api: Api, operation: Operation) -> Json:
     if isinstance(operation, Create):
         return await _create(api, operation)
     if isinstance(operation, Delete):
@@ -48,7 +56,8 @@ async def _do(api: Api, operation: Operation) -> Json:
         return await _merge(api, operation.path, body)
     if isinstance(operation, Annotate):
         return await api.merge(operation.path, {"metadata": {"annotations": operation.annotations}})
-    return await _merge(api, operation.path, {"metadata": {"uid": operation.uid}, "status": operation.status})
+    metadata = {"uid": operation.uid, "resourceVersion": operation.version}
+    return await _merge(api, operation.path, {"metadata": metadata, "status": operation.status})
 
 
 async def _create(api: Api, operation: Create) -> Json:
@@ -69,15 +78,15 @@ async def _create(api: Api, operation: Create) -> Json:
 
 
 async def _existing(api: Api, operation: Create, kind: str) -> Json:
-    """The run that is there already, if it is this job's."""
+    """Return the main object that exists already, if it belongs to the same job."""
     found = await api.get(f"{operation.path}/{operation.body['metadata']['name']}")
     if found is None or owner_uid(found["metadata"]) != owner_uid(operation.body["metadata"]):
-        raise Refused(Reason.FORBIDDEN, f"{kind} is there already and belongs to somebody else: waits for it to go")
+        raise Refused(Reason.FORBIDDEN, f"{kind} exists already and belongs to another owner: waiting for its deletion")
     return found
 
 
 async def _delete(api: Api, operation: Delete) -> Json:
-    """In the foreground, as a rule: the object is there until its pods have had their grace period."""
+    """Delete in the foreground by default: the object stays until its pods have ended within their grace period."""
     policy = "Foreground" if operation.children_first else "Background"
     options: Json = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": policy}
     if operation.uid:

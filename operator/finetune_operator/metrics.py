@@ -20,20 +20,25 @@ SECONDS = (1, 5, 15, 60, 300, 900, 3600, 14400, 86400, 604800)
 
 
 class Metrics(Collector):
-    """What is counted; jobs by phase and their rates are worked out when they are asked for."""
+    """Counters and histograms, and gauges of the jobs that are computed at each scrape."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._phases: dict[Key, str] = {}
         self._progress: dict[Key, Json] = {}
         self._counted: dict[Key, int] = {}
-        self._reconcile = Histogram("finetune_reconcile_seconds", "Time of one look at a job.", registry=self.registry)
-        self._errors = Counter("finetune_reconcile_errors", "Looks at a job that failed.", registry=self.registry)
+        self._reconcile = Histogram(
+            "finetune_reconcile_seconds", "Time of one reconcile of a job.", registry=self.registry
+        )
+        self._errors = Counter("finetune_reconcile_errors", "Reconciles that raised an error.", registry=self.registry)
         self._attempts = Counter(
             "finetune_attempts", "Attempts that ended, by reason.", ["reason"], registry=self.registry
         )
         self._queue = Histogram(
-            "finetune_queue_seconds", "From a job's creation to training.", buckets=SECONDS, registry=self.registry
+            "finetune_queue_seconds",
+            "Time from creation to training.",
+            buckets=SECONDS,
+            registry=self.registry,
         )
         self._run = Histogram("finetune_run_seconds", "Time of an attempt.", buckets=SECONDS, registry=self.registry)
         self.registry.register(self)
@@ -53,7 +58,7 @@ class Metrics(Collector):
             self._reconcile.observe(time.perf_counter() - started)
 
     def seen(self, key: Key, body: Json, status: Json) -> None:
-        """A job as it was, and its newest status."""
+        """Record a reconcile: the job as it was, and its new status."""
         if "startTime" in status and "startTime" not in (body.get("status") or {}) and status.get("attempt") == 1:
             waited = moment(status["startTime"]) - moment(body["metadata"]["creationTimestamp"])
             self._queue.observe(waited.total_seconds())
@@ -66,7 +71,7 @@ class Metrics(Collector):
         self._ended(key, status)
 
     def _ended(self, key: Key, status: Json) -> None:
-        """Count each ended attempt once; those that ended before this operator started were counted then."""
+        """Count each ended attempt once, except those that ended before this operator started."""
         ended = [record for record in status.get("attempts") or [] if "endTime" in record]
         last = ended[-1]["number"] if ended else 0
         before = self._counted.setdefault(key, last)
@@ -86,7 +91,7 @@ class Metrics(Collector):
         for phase, count in sorted(Tally(self._phases.values()).items()):
             jobs.add_metric([phase], count)
         yield jobs
-        names = ["job_namespace", "job_name"]  # `namespace` and `job` are those of what Prometheus scrapes
+        names = ["job_namespace", "job_name"]  # Prometheus sets `namespace` and `job` to those of the scrape target
         steps = GaugeMetricFamily("finetune_job_step", "Optimizer steps done in the running stage.", labels=names)
         tokens = GaugeMetricFamily("finetune_job_tokens_per_second", "Tokens per second.", labels=names)
         for key, progress in self._progress.items():
@@ -97,9 +102,9 @@ class Metrics(Collector):
         yield self._step_seconds(names)
 
     def _step_seconds(self, names: list[str]) -> GaugeMetricFamily:
-        """Of jobs with several workers: the more the two differ, the longer the others wait for the slowest."""
-        words = "Seconds of a worker's own part of a step: the median of all workers, and the slowest (max)."
-        seconds = GaugeMetricFamily("finetune_job_step_seconds", words, labels=[*names, "worker"])
+        """Return the step times of jobs with several workers: their gap is the time spent waiting for the slowest."""
+        text = "Seconds of a worker's own part of a step: the median of all workers, and the slowest (max)."
+        seconds = GaugeMetricFamily("finetune_job_step_seconds", text, labels=[*names, "worker"])
         for key, progress in self._progress.items():
             for label, field in (("median", "stepSecondsMedian"), ("max", "stepSecondsMax")):
                 if progress.get(field) is not None:

@@ -1,4 +1,4 @@
-"""A decision's actions as operations on the API server, in the order in which they are to be done (pure)."""
+"""The operations on the API server that carry out the actions of a decision, in their order (pure)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from finetune_operator.decide.actions import (
     MarkCheckpoint,
     StartRun,
 )
-from finetune_operator.engines import ENGINES, Engine, engine_of, indexed_job
+from finetune_operator.engines import ENGINES
+from finetune_operator.engines.registry import engine_for
 from finetune_operator.render.run import Run
 from finetune_operator.render.support import support_objects
 
@@ -32,48 +33,51 @@ _PLURALS = {
     "Secret": "secrets",
     "Service": "services",
     "NetworkPolicy": "networkpolicies",
-    "Job": "jobs",
-    "RayJob": "rayjobs",
     "Event": "events",
 }
 
 
 @dataclass(frozen=True)
 class Create:
-    """Make an object; one of that name that is there already is left as it is.
-
-    `run`: it is a run's main object, whose name has no uid in it: one that is there must be this job's own.
-    """
+    """Create an object. An object of that name that exists already stays as it is."""
 
     path: str
+    """Of the collection."""
     body: Json = field(repr=False)
     run: bool = False
+    """Whether this is the main object of a run. Its name has no uid, so an existing one must belong to the same job."""
     with_run: bool = False
-    """Whether the run's main object, made just before, owns it too: it then goes after that object."""
+    """Whether the main object of the run, which is created just before, owns it too. Kubernetes then deletes it after
+    that object."""
 
 
 @dataclass(frozen=True)
 class Delete:
-    """Delete an object and what it owns; nothing where it is gone."""
+    """Delete an object and the objects that it owns. An object that is gone is no error."""
 
     path: str
     uid: str | None = None
+    """Delete only the object with this uid."""
     children_first: bool = True
-    """Whether the object stays until what it owns has gone."""
+    """Whether the object stays until the objects that it owns are gone."""
 
 
 @dataclass(frozen=True)
 class PatchStatus:
-    """Merge into a job's status. The uid keeps it from a job made anew under the same name."""
+    """Merge into a job's status if the job is still the object and version that the decision was made from.
+
+    The version keeps an operator that has lost its Lease from writing over the status of its successor.
+    """
 
     path: str
     uid: str
+    version: str
     status: Json = field(repr=False)
 
 
 @dataclass(frozen=True)
 class SetFinalizers:
-    """Replace a job's finalizers, if the job is still as it was seen: others may write to the list too."""
+    """Replace the finalizers of a job if it has not changed since: other controllers may write to the list, too."""
 
     path: str
     version: str
@@ -81,13 +85,13 @@ class SetFinalizers:
 
     @property
     def holds(self) -> bool:
-        """Whether the job stays after it: one that is let go may be gone the next moment."""
+        """Whether the operator's finalizer is among them. Without it the job may be gone at once."""
         return names.FINALIZER in self.finalizers
 
 
 @dataclass(frozen=True)
 class Annotate:
-    """Merge into an object's annotations; nothing where the object is gone."""
+    """Merge into the annotations of an object. An object that is gone is no error."""
 
     path: str
     annotations: dict[str, str]
@@ -97,55 +101,51 @@ Operation = Create | Delete | PatchStatus | SetFinalizers | Annotate
 
 
 def plan(body: Json, actions: tuple[Action, ...], settings: Settings) -> list[Operation]:
-    """What the actions are made of. `StopRun` is no operation of the API server: it goes to the run itself."""
+    """Return the operations of the actions. `StopRun` has none: it is a request to the driver of the run."""
     operations: list[Operation] = []
     for action in actions:
         if isinstance(action, StartRun):
             operations += _start(Run(body, action.run, settings, action.avoid, action.rather_not))
         elif isinstance(action, DeleteRun | AbandonRun):
-            path = run_path(Run(body, action.run, settings), ENGINES[action.engine])
+            path = run_path(Run(body, action.run, settings), action.engine)
             operations.append(Delete(path, children_first=isinstance(action, DeleteRun)))
         elif isinstance(action, MarkCheckpoint):
-            operations += _mark(Run(body, action.run, settings), action)
+            operations += _annotate(Run(body, action.run, settings), action)
         elif isinstance(action, HoldJob):
-            operations.append(_hold(body["metadata"], action.hold))
+            operations.append(_set_finalizer(body["metadata"], action.hold))
         elif isinstance(action, DeleteJob):
             operations.append(Delete(job_path(body["metadata"]), body["metadata"]["uid"]))
     return operations
 
 
-def _mark(run: Run, action: MarkCheckpoint) -> list[Annotate]:
+def _annotate(run: Run, action: MarkCheckpoint) -> list[Annotate]:
     pods, _ = pods_query(run.namespace, run.job, run.number)
-    paths = [run_path(run, ENGINES[action.engine])] if action.main else []
+    paths = [run_path(run, action.engine)] if action.main else []
     return [Annotate(path, action.annotations) for path in (*paths, *(f"{pods}/{name}" for name in action.pods))]
 
 
-def _hold(metadata: Json, hold: bool) -> SetFinalizers:
+def _set_finalizer(metadata: Json, hold: bool) -> SetFinalizers:
     others = [name for name in metadata.get("finalizers") or [] if name != names.FINALIZER]
-    wanted = (*others, names.FINALIZER) if hold else tuple(others)
-    return SetFinalizers(job_path(metadata), metadata["resourceVersion"], wanted)
-
-
-def engine_for(run: Run) -> Engine:
-    """What runs it: what is no attempt is a Job on every engine."""
-    return engine_of(run.kubernetes.engine, run.settings) if run.is_attempt else indexed_job.ENGINE
+    finalizers = (*others, names.FINALIZER) if hold else tuple(others)
+    return SetFinalizers(job_path(metadata), metadata["resourceVersion"], finalizers)
 
 
 def _start(run: Run) -> list[Operation]:
-    """The main object last: it finds all that it needs, and its presence says that the attempt has begun.
+    """Return the operations that start a run.
 
-    A Secret that it is to own can only come after it. The pods wait for the Secret.
+    The main object comes last, so that its presence says that the run has started with everything that it needs.
+    A Secret that the main object owns can only come after it; the kubelet waits for the Secret.
     """
     engine = engine_for(run)
-    main, support = engine.render(run), support_objects(run)
-    later = [item for item in support if engine.needs_token_to_go and item["kind"] == "Secret"]
+    main, support = engine.render(run), support_objects(run, engine.ingress, engine_for(run.config_run).config_files)
+    later = [item for item in support if engine.deletion_reads_secret and item["kind"] == "Secret"]
     before = [Create(_collection(item), item) for item in support if item not in later]
     after = [Create(_collection(item), item, with_run=True) for item in later]
-    return [*before, Create(_collection(main), main, True), *after]
+    return [*before, Create(engine.collection(run.namespace), main, True), *after]
 
 
 def owned_by(create: Create, main: Json) -> Create:
-    """Return the operation with the run's main object, as the API server has it, as one more owner."""
+    """Return the operation with one more owner: the main object of the run, as the API server returned it."""
     body = copy.deepcopy(create.body)
     owner = {"apiVersion": main["apiVersion"], "kind": main["kind"], **_identity(main)}
     body["metadata"]["ownerReferences"].append(owner | {"controller": False, "blockOwnerDeletion": False})
@@ -156,14 +156,15 @@ def _identity(body: Json) -> Json:
     return {name: body["metadata"][name] for name in ("name", "uid")}
 
 
-def run_path(run: Run, engine: Engine) -> str:
-    return f"/apis/{engine.group}/{engine.version}/namespaces/{run.namespace}/{engine.plural}/{run.name}"
+def run_path(run: Run, engine: str) -> str:
+    """Return the path of the main object of a run on the engine of that name."""
+    return f"{ENGINES[engine].collection(run.namespace)}/{run.name}"
 
 
 def pods_query(namespace: str, job: str, run: int) -> tuple[str, str]:
-    """Path and selector of a run's pods."""
-    chosen = (f"{name}%3D{value}" for name, value in names.labels(job, run).items())
-    return f"/api/v1/namespaces/{namespace}/pods", f"labelSelector={'%2C'.join(chosen)}"
+    """Return the path and the query of the pods of a run."""
+    selectors = (f"{name}%3D{value}" for name, value in names.labels(job, run).items())
+    return f"/api/v1/namespaces/{namespace}/pods", f"labelSelector={'%2C'.join(selectors)}"
 
 
 def job_path(metadata: Json) -> str:
@@ -171,31 +172,35 @@ def job_path(metadata: Json) -> str:
 
 
 def patch_status(body: Json, status: Json) -> PatchStatus:
-    """A merge patch that turns the status that stands into `status`: what is no longer there is set to null."""
+    """Return the merge patch that turns the current status into `status`: fields that it lacks are set to null."""
     before = body.get("status") or {}
     changed: Json = {name: None for name in before if name not in status}
-    news = {name: value for name, value in status.items() if before.get(name) != value}
-    changed |= {name: _merge_value(before.get(name), value) for name, value in news.items()}
-    return PatchStatus(f"{job_path(body['metadata'])}/status", body["metadata"]["uid"], changed)
+    updates = {name: value for name, value in status.items() if before.get(name) != value}
+    changed |= {name: _merge_value(before.get(name), value) for name, value in updates.items()}
+    metadata = body["metadata"]
+    return PatchStatus(f"{job_path(metadata)}/status", metadata["uid"], metadata["resourceVersion"], changed)
 
 
 def _merge_value(before: Any, value: Any) -> Any:
-    """Merge patches merge mappings: what is gone from one must be said to be."""
+    """Return the value of a merge patch. Patches merge mappings, so keys that are gone are set to null."""
     if isinstance(before, dict) and isinstance(value, dict):
         return {name: None for name in before if name not in value} | value
     return value
 
 
 def event(body: Json, event: Event, now: datetime) -> Create:
-    """A Kubernetes event about the job. Its name follows from what it says of which state of the job: an operator that
-    ends before it has written the next state tells the same again, and it is there once."""
+    """Return the creation of a Kubernetes event about the job.
+
+    The event's name is a hash of its text and of the job's resourceVersion: an operator that restarts before it has
+    written the next status creates the same event, which then exists already.
+    """
     metadata = body["metadata"]
-    words = f"{metadata['uid']}/{metadata.get('resourceVersion')}/{event.type}/{event.reason}/{event.message}"
+    identity = f"{metadata['uid']}/{metadata.get('resourceVersion')}/{event.type}/{event.reason}/{event.message}"
     item = {
         "apiVersion": "v1",
         "kind": "Event",
         "metadata": {
-            "name": f"{metadata['name']}.{hashlib.sha256(words.encode()).hexdigest()[:16]}",
+            "name": f"{metadata['name']}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}",
             "namespace": metadata["namespace"],
         },
         "involvedObject": {

@@ -1,7 +1,7 @@
-"""Which jobs to look at, and when: each at most once at a time, however often it was asked for.
+"""A work queue of job keys: each key is queued once and handled by one worker at a time (client-go's `workqueue`).
 
-Kopf's own handlers are for one object's changes; here a change of a Job or a pod is a reason to look at the
-FineTuneJob that owns it, so keys are queued, as controllers in Go do (client-go's `workqueue`).
+A change of a run or a pod leads to a reconcile of the FineTuneJob that owns it. Kopf's handlers are bound to the object
+that has changed, so keys are queued here instead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class WorkQueue:
-    """Runs `work(key)` for queued keys, `workers` at a time; a failure is tried again after a growing pause."""
+    """Runs `work(key)` for queued keys with `workers` tasks, and retries failures with exponential backoff."""
 
     def __init__(self, work: Callable[[Key], Awaitable[None]], workers: int = 16) -> None:
         self._work, self._workers = work, workers
@@ -33,11 +33,12 @@ class WorkQueue:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Begin to work; doing it again changes nothing."""
+        """Start the workers, unless they have been started."""
         if not self._tasks:
             self._tasks = [asyncio.create_task(self._run(), name=f"reconcile-{n}") for n in range(self._workers)]
 
     async def stop(self) -> None:
+        """Cancel the timers and the workers, with what they are doing."""
         for timer in self._timers.values():
             timer.cancel()
         for task in self._tasks:
@@ -45,7 +46,7 @@ class WorkQueue:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def add(self, key: Key) -> None:
-        """Look at the job as soon as possible."""
+        """Queue the job."""
         if key in self._busy:
             self._again.add(key)
         elif key not in self._queued:
@@ -53,7 +54,7 @@ class WorkQueue:
             self._ready.put_nowait(key)
 
     def add_after(self, key: Key, seconds: float) -> None:
-        """Look at the job then, or earlier if it was to be looked at earlier."""
+        """Queue the job after `seconds`, or earlier if it already has an earlier timer."""
         loop = asyncio.get_running_loop()
         when, timer = loop.time() + max(seconds, 0), self._timers.get(key)
         if timer is not None and timer.when() <= when:
@@ -63,7 +64,7 @@ class WorkQueue:
         self._timers[key] = loop.call_at(when, self._due, key)
 
     def forget(self, key: Key) -> None:
-        """The job is gone."""
+        """Remove the timer and the failure count of a deleted job."""
         timer = self._timers.pop(key, None)
         if timer is not None:
             timer.cancel()
@@ -90,8 +91,8 @@ class WorkQueue:
         try:
             await self._work(key)
             self._failures.pop(key, None)
-        except Exception as error:  # the edge: whatever went wrong with one job must not stop the others
+        except Exception as error:  # an error of one job must not stop the workers
             self._failures[key] += 1
             pause = min(FIRST_RETRY_SECONDS * 2 ** (self._failures[key] - 1), LAST_RETRY_SECONDS)
-            log.warning("%s/%s: %s: %s; again in %.1f s", *key, type(error).__name__, error, pause)
+            log.warning("%s/%s: %s: %s; retry in %.1f s", *key, type(error).__name__, error, pause)
             self.add_after(key, pause * random.uniform(0.8, 1.2))

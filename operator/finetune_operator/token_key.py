@@ -1,4 +1,4 @@
-"""The key that runs' tokens are derived from: one Secret of the operator's namespace, made at first start."""
+"""The key that the tokens of runs are derived from: a Secret in the operator's namespace."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ KEY = "key"
 
 
 async def with_token_key(api: Api, settings: Settings) -> Settings:
-    """The settings with their key. A key that is there is never replaced: running jobs' tokens come from it.
+    """Return the settings with the token key; create the Secret if it does not exist.
+
+    An existing key is never replaced: the tokens of running jobs are derived from it.
 
     Raises:
-        ApiException: the operator may not read or make the Secret.
-        ValueError: the Secret has no key.
+        ApiException: The operator may not read or create the Secret.
+        ValueError: The Secret has no key.
     """
     if settings.token_key:
         return settings
     path = f"/api/v1/namespaces/{settings.operator_namespace}/secrets"
-    found = await api.get(f"{path}/{settings.token_key_secret}") or await _make(api, path, settings)
+    found = await api.get(f"{path}/{settings.token_key_secret}") or await _create(api, path, settings)
     text = (found.get("data") or {}).get(KEY)
     if not text:
-        raise ValueError(f"Secret {settings.token_key_secret} has no {KEY!r}: delete it, and a new one is made")
+        raise ValueError(f"Secret {settings.token_key_secret} has no {KEY!r}: delete it to get a new one")
     return dataclasses.replace(settings, token_key=base64.b64decode(text))
 
 
-async def _make(api: Api, path: str, settings: Settings) -> Json:
+async def _create(api: Api, path: str, settings: Settings) -> Json:
     value = base64.b64encode(secrets.token_bytes(32)).decode()
     body = {
         "apiVersion": "v1",

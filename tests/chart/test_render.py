@@ -16,6 +16,7 @@ from helm_chart import CHART, RELEASE, HelmError, environment, helm, only
 
 from finetune_operator.core import names
 from finetune_operator.core.settings import PREFIX, Settings, from_environment
+from finetune_operator.engines import ENGINES
 from finetune_operator.render.pods import USER
 
 Json = dict[str, Any]
@@ -36,7 +37,7 @@ ALL: Json = {
         "imagePullSeconds": 1_000_000,
         "image": {"repository": "registry.example:5000/trainer", "tag": "v2"},
     },
-    "operator": {"pollSeconds": 0.5},
+    "operator": {"pollSeconds": 0.5, "lease": {"durationSeconds": 40, "renewDeadlineSeconds": 30.5}},
     "nodeSelector": {"disk": "ssd"},
     "tolerations": [{"key": "control", "operator": "Exists", "effect": "NoSchedule"}],
     "affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
@@ -78,7 +79,9 @@ def test_every_setting_is_set_and_by_default_as_the_operator_has_it(default: lis
     fields = {field.name for field in dataclasses.fields(Settings)} - by_itself
     assert set(given) == {PREFIX + name.upper() for name in fields}
     version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
-    expected = Settings(image=f"finetune-trainer:{version}", operator_namespace="finetune", ray_version=locked("ray"))
+    engines = {"default_engine": next(iter(ENGINES)), "engines": tuple(ENGINES)}  # the chart names all of them
+    image = f"finetune-trainer:{version}"
+    expected = Settings(image=image, operator_namespace="finetune", ray_version=locked("ray"), **engines)
     assert from_environment(given) == expected
 
 
@@ -86,8 +89,9 @@ def test_settings_of_all_values(everything: list[Json]) -> None:
     found = from_environment(environment(everything, "finetune"))
     assert (found.image, found.default_engine) == ("registry.example:5000/trainer:v2", "kuberay")
     assert found.namespaces == ("team-a", "team-b") and found.service_accounts == ("writer", "reader")
-    assert found.network_policy and found.allow_host_path and found.kuberay
+    assert found.network_policy and found.allow_host_path and found.engines == ("job", "kuberay")
     assert (found.image_pull_seconds, found.poll_seconds, found.metrics_port) == (1_000_000, 0.5, 9999)
+    assert (found.lease_duration_seconds, found.lease_renew_deadline_seconds) == (40, 30.5)
 
 
 def locked(package: str) -> str:

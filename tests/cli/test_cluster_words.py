@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from finetune_api.labels import JOB_LABEL, RUN_LABEL
+from finetune_api.labels import DRIVER, JOB_LABEL, NODE_INDEX_LABEL, ROLE_LABEL, RUN_LABEL, WORKER
 from finetune_api.problems import Problem
 from finetune_cli.cluster.errors import ApiError, Unreachable, explained
 from finetune_cli.cluster.job_view import JobView
@@ -133,12 +133,12 @@ def pod(name: str, labels: Json, state: Json, phase: str = "Running", created: s
 
 
 def test_the_newest_pod_of_each_node() -> None:
-    index = "batch.kubernetes.io/job-completion-index"
+    index = NODE_INDEX_LABEL
     pods = [pod("b", {index: "0"}, {}, created="2"), pod("c", {index: "1"}, {}), pod("a", {index: "0"}, {})]
     assert {node: each["metadata"]["name"] for node, each in by_node(pods).items()} == {0: "b", 1: "c"}
-    kind = "ray.io/node-type"
-    rays = [pod("w2", {kind: "worker"}, {}), pod("h", {kind: "head"}, {}), pod("w1", {kind: "worker"}, {})]
-    assert {node: each["metadata"]["name"] for node, each in by_node(rays).items()} == {0: "h", 1: "w1", 2: "w2"}
+    driver, worker = {ROLE_LABEL: DRIVER}, {ROLE_LABEL: WORKER}
+    unnumbered = [pod("w2", worker, {}), pod("h", driver, {}), pod("w1", worker, {})]
+    assert {node: each["metadata"]["name"] for node, each in by_node(unnumbered).items()} == {0: "h", 1: "w1", 2: "w2"}
 
 
 def test_a_pod_has_a_log_by_its_trainer_alone() -> None:

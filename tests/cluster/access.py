@@ -74,6 +74,14 @@ class Access:
         options = ["--server-side", "--force-conflicts", f"--namespace={namespace}"]
         self.kubectl("apply", *options, "--filename=-", stdin=json.dumps(items))
 
+    def define(self, *definitions: Json) -> None:
+        """Apply CRDs and wait until the API server serves their kinds."""
+        self.apply(*definitions)
+        with self.client() as api:
+            listing = client.ApiextensionsV1Api(api).list_custom_resource_definition
+            for definition in definitions:
+                until(listing, _established, field_selector=f"metadata.name={definition['metadata']['name']}")
+
     def service_account(self, namespace: str, name: str, *, seconds: int = 3600) -> Access:
         """The access that a pod of this service account has, by a token of its own (TokenRequest)."""
         spec = client.V1TokenRequestSpec(audiences=[], expiration_seconds=seconds)
@@ -81,6 +89,11 @@ class Access:
         with self.client() as api:
             answer = client.CoreV1Api(api).create_namespaced_service_account_token(name, namespace, request)
         return replace(self, token=answer.status.token)
+
+
+def _established(definition: client.V1CustomResourceDefinition) -> bool:
+    conditions = (definition.status and definition.status.conditions) or []
+    return any(condition.type == "Established" and condition.status == "True" for condition in conditions)
 
 
 @contextmanager

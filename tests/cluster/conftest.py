@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from access import Access, namespace_of, until
+from access import Access, namespace_of
 from control_plane import ControlPlane
 from faulty_proxy import FaultyProxy
 from finetune_jobs import Jobs
@@ -43,7 +43,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def control_plane(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[ControlPlane]:
     """etcd, kube-apiserver and kube-controller-manager, for the whole session."""
     try:
-        made = ControlPlane(tmp_path_factory.mktemp("control-plane"))
+        definition = yaml.safe_load(CRD_FILE.read_text())
+        made = ControlPlane(tmp_path_factory.mktemp("control-plane"), definitions=[definition])
     except MissingAsset as missing:
         pytest.skip(str(missing))
     with made:
@@ -71,19 +72,9 @@ def core(api: client.ApiClient) -> client.CoreV1Api:
 
 
 @pytest.fixture(scope="session")
-def finetune_jobs(api: client.ApiClient, admin: Access) -> client.CustomObjectsApi:
-    """The API of custom objects, with the committed CRD served."""
-    definition = yaml.safe_load(CRD_FILE.read_text())
-    admin.apply(definition)
-    extensions = client.ApiextensionsV1Api(api)
-    name = definition["metadata"]["name"]
-    until(extensions.list_custom_resource_definition, _established, field_selector=f"metadata.name={name}")
+def finetune_jobs(api: client.ApiClient) -> client.CustomObjectsApi:
+    """Return the API of custom objects; the control plane serves the committed CRD."""
     return client.CustomObjectsApi(api)
-
-
-def _established(definition: client.V1CustomResourceDefinition) -> bool:
-    conditions = (definition.status and definition.status.conditions) or []
-    return any(condition.type == "Established" and condition.status == "True" for condition in conditions)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from access import Access
+from access import Access, Json
 from kube_assets import CONTROL_PLANE, assets
 from servers import Server, accepts, free_port
 
@@ -55,18 +55,21 @@ class ControlPlane:
         address: str = "127.0.0.1",
         port: int = 0,
         service_range: str = SERVICE_RANGE,
+        definitions: Sequence[Json] = (),
     ) -> None:
         """`apiserver_options` are added to the API server's own (an audit log, say), `controllers` to `CONTROLLERS`.
 
         Args:
             address: where the API server listens.
             port: the port there; 0 is any that is free.
+            definitions: CRDs that exist before the controllers start. The garbage collector looks for new
+                kinds only every 30 s, and until then does not delete the objects that they own.
 
         Raises:
             MissingAsset: the binaries are neither given nor can be built.
         """
         binaries = assets(CONTROL_PLANE)
-        self._controllers = (*CONTROLLERS, *controllers)
+        self._controllers, self._definitions = (*CONTROLLERS, *controllers), definitions
         self.directory = directory
         self.kubectl = binaries["kubectl"]
         self.start_seconds = 0.0
@@ -99,6 +102,8 @@ class ControlPlane:
         try:
             self._etcd.start(lambda: accepts(self._etcd_port))
             self.start_apiserver()
+            if self._definitions:
+                self.admin.define(*self._definitions)
             self.start_controllers()
         except BaseException:
             self.__exit__()

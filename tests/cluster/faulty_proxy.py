@@ -37,7 +37,8 @@ START_SECONDS = 10
 class FaultyProxy:
     """A context manager: a thread of its own serves at `url` while it is entered.
 
-    `rule` may be changed at any time; None lets everything through.
+    `rule` may be changed at any time; None lets everything through. `cut_off` cuts its clients off from the API server
+    as a network partition does, `heal` ends that.
     """
 
     def __init__(self, upstream: str, ca_file: Path, key_file: Path, rule: Rule | None = None) -> None:
@@ -53,6 +54,13 @@ class FaultyProxy:
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._stop = asyncio.Event()
+        self.held: list[Call] = []
+        """Requests that came while the clients were cut off."""
+        self.late: list[tuple[Call, int]] = []
+        """Those of them that `heal` has passed on, with the API server's status codes."""
+        self._connected = asyncio.Event()
+        self._connected.set()
+        self._tasks: set[asyncio.Task[web.StreamResponse]] = set()
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),), daemon=True)
 
     def __enter__(self) -> FaultyProxy:
@@ -64,6 +72,14 @@ class FaultyProxy:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
         self._loop.close()
+
+    def cut_off(self) -> None:
+        """Hold back all requests, and all events of watches that are open."""
+        self._loop.call_soon_threadsafe(self._connected.clear)
+
+    def heal(self) -> None:
+        """Pass on the requests that were held back, also those of clients that have gone: packets may arrive late."""
+        self._loop.call_soon_threadsafe(self._connected.set)
 
     def counts(self) -> Counter[tuple[str, str, str]]:
         """How many requests there were by (user agent, verb, resource)."""
@@ -94,6 +110,12 @@ class FaultyProxy:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         call = self._note(request)
+        if not self._connected.is_set():
+            self.held.append(call)
+            task = asyncio.create_task(self._pass_on_late(call, request, await request.read()))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return await asyncio.shield(task)
         fault = self.rule(call) if self.rule else None
         if fault is None:
             return await self._forward(request)
@@ -118,6 +140,16 @@ class FaultyProxy:
         self.calls.append(call)
         return call
 
+    async def _pass_on_late(self, call: Call, request: web.Request, body: bytes) -> web.StreamResponse:
+        await self._connected.wait()
+        if call.verb == "watch":
+            return _broken(request)
+        target = self._upstream.join(URL(request.raw_path, encoded=True))
+        headers = _end_to_end(request.headers)
+        async with self._session.request(request.method, target, headers=headers, data=body or None) as answer:
+            self.late.append((call, answer.status))
+            return web.Response(status=answer.status, body=await answer.read(), content_type=answer.content_type)
+
     async def _forward(self, request: web.Request, chunks: int = -1) -> web.StreamResponse:
         """Pass a request on and its answer back; with `chunks`, only that many pieces of the answer's body."""
         target = self._upstream.join(URL(request.raw_path, encoded=True))
@@ -132,6 +164,7 @@ class FaultyProxy:
             response = web.StreamResponse(status=answer.status, headers=_end_to_end(answer.headers))
             await response.prepare(request)
             async for chunk in answer.content.iter_any():
+                await self._connected.wait()
                 await response.write(chunk)
                 chunks -= 1
                 if chunks == 0:

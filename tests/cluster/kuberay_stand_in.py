@@ -20,6 +20,7 @@ from kubernetes.client.exceptions import ApiException
 Json = dict[str, Any]
 FINALIZER = "ray.io/rayjob-finalizer"
 NO_NEW_HEAD = "ray.io/disable-provisioned-head-restart"
+WAIT = "wait-gcs-ready"
 PAUSE_SECONDS = 0.1
 """KubeRay looks at each RayJob again every 3 s."""
 OVER = ("Succeeded", "Failed")
@@ -172,10 +173,13 @@ class KubeRayStandIn:
 
     def _make_pod(self, cluster: Json, kind: str, group: Json) -> None:
         template, name = group["template"], cluster["metadata"]["name"]
+        spec = template["spec"]
+        if kind == "worker":
+            spec = spec | {"initContainers": [*spec.get("initContainers", []), _wait_for_gcs(spec["containers"][0])]}
         labels = {**template["metadata"].get("labels", {}), "ray.io/node-type": kind, "ray.io/cluster": name}
         metadata = {"generateName": f"{name}-{kind}-", "labels": labels}
         metadata |= {"ownerReferences": [_owner("RayCluster", cluster)]}
-        self.core.create_namespaced_pod(self.namespace, {"metadata": metadata, "spec": template["spec"]})
+        self.core.create_namespaced_pod(self.namespace, {"metadata": metadata, "spec": spec})
 
     def _pods(self, cluster: str) -> list[client.V1Pod]:
         pods: list[client.V1Pod] = self.core.list_namespaced_pod(
@@ -210,6 +214,21 @@ def _service_ports(job: Json) -> list[str]:
     template = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
     ports = [item["name"] for item in template["spec"]["containers"][0].get("ports", [])]
     return [*(ports or ["client", "gcs-server", "dashboard", "serve"]), "metrics"]
+
+
+def _wait_for_gcs(trainer: Json) -> Json:
+    """The init container of each worker pod, as KubeRay makes it: it waits for the head at a fifth of a CPU."""
+    check = "ray health-check --address head:6379"
+    script = f"SECONDS=0; until {check} > /dev/null 2>&1; do echo $SECONDS seconds elapsed; sleep 5; done"
+    share = {"cpu": "200m", "memory": "256Mi"}
+    kept = {name: trainer[name] for name in ("image", "imagePullPolicy", "securityContext", "env", "volumeMounts")}
+    command = ["/bin/bash", "-c", "--"]
+    return kept | {
+        "name": WAIT,
+        "command": command,
+        "args": [script],
+        "resources": {"limits": share, "requests": share},
+    }
 
 
 def _owner(kind: str, body: Json) -> Json:

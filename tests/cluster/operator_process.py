@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -35,9 +35,18 @@ class OperatorProcess:
         access: whom it is to the API server, and where that is (a proxy, say).
         settings: `FINETUNE_…` variables over those that make tests fast; ports and the token key are this class's.
         own_key: the operator finds or makes its token key itself.
+        program: arguments of Python that run the operator.
     """
 
-    def __init__(self, access: Access, directory: Path, *, own_key: bool = False, **settings: str) -> None:
+    def __init__(
+        self,
+        access: Access,
+        directory: Path,
+        *,
+        own_key: bool = False,
+        program: Sequence[str] = ("-m", "finetune_operator.main"),
+        **settings: str,
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         key_file = directory / "token-key"
         key_file.write_bytes(KEY)
@@ -51,7 +60,7 @@ class OperatorProcess:
             "FINETUNE_METRICS_PORT": str(self._metrics),
         }
         command = ["env", *(f"{name}={value}" for name, value in self._environment.items())]
-        self._server = Server("operator", [*command, sys.executable, "-m", "finetune_operator.main"], directory / "log")
+        self._server = Server("operator", [*command, sys.executable, *program], directory / "log")
 
     def __enter__(self) -> OperatorProcess:
         self.start()

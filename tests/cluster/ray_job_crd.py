@@ -21,7 +21,20 @@ def closed(required: tuple[str, ...] = (), **fields: Json) -> Json:
     return {"type": "object", "properties": fields, **({"required": list(required)} if required else {})}
 
 
-GROUP_FIELDS: Json = {"rayStartParams": TEXTS, "template": OPAQUE, "resources": OPAQUE, "labels": TEXTS}
+def by_name(**fields: Json) -> Json:
+    """A list of objects that refuses a name that comes twice, as those of a pod template do."""
+    item = OPAQUE | {"properties": {"name": TEXT, **fields}, "required": ["name"]}
+    return {"type": "array", "items": item, "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+
+
+CONTAINERS = by_name(env=by_name())
+POD = OPAQUE | {"properties": {"containers": CONTAINERS, "initContainers": CONTAINERS}}
+GROUP_FIELDS: Json = {
+    "rayStartParams": TEXTS,
+    "template": OPAQUE | {"properties": {"spec": POD}},
+    "resources": OPAQUE,
+    "labels": TEXTS,
+}
 HEAD = closed(("template",), serviceType=TEXT, headService=OPAQUE, enableIngress=YES_NO, **GROUP_FIELDS)
 WORKERS = closed(
     ("groupName", "template", "minReplicas", "maxReplicas"),

@@ -55,12 +55,12 @@ REFUSED_TEMPLATES: dict[str, tuple[Json, str]] = {
     "hostNetwork": (with_template({"hostNetwork": True}), "hostNetwork: is not allowed"),
     "nodeName": (with_template({"nodeName": "node-a"}), "nodeName: is not allowed"),
     "account": (with_template({"serviceAccountName": "admin"}), "this operator allows default"),
-    "priority": (with_template({"priorityClassName": "system-node-critical"}), "is for Kubernetes' own pods"),
+    "priority": (with_template({"priorityClassName": "system-node-critical"}), "is reserved for Kubernetes' own pods"),
     "ephemeral": (with_template({"ephemeralContainers": [{"name": "x"}]}), "ephemeralContainers: is not allowed"),
     "hostPath": (with_template({"volumes": [{"name": "x", "hostPath": {"path": "/"}}]}), "hostPath: is not allowed"),
     "hostPort": (with_template(trainer(ports=[{"containerPort": 1, "hostPort": 1}])), "hostPort: is not allowed"),
-    "root": (with_template({"securityContext": {"runAsUser": 0}}), "jobs don't run as root"),
-    "as root": (with_template(trainer(securityContext={"runAsNonRoot": False})), "jobs don't run as root"),
+    "root": (with_template({"securityContext": {"runAsUser": 0}}), "jobs may not run as root"),
+    "as root": (with_template(trainer(securityContext={"runAsNonRoot": False})), "jobs may not run as root"),
     "procMount": (with_template(trainer(securityContext={"procMount": "Unmasked"})), "only Default"),
     "windows": (with_template({"securityContext": {"windowsOptions": {"hostProcess": True}}}), "windowsOptions"),
     "sysctl": (with_template({"securityContext": {"sysctls": [{"name": "kernel.msgmax", "value": "1"}]}}), "no safe"),
@@ -68,16 +68,16 @@ REFUSED_TEMPLATES: dict[str, tuple[Json, str]] = {
     "appArmor": (with_template(trainer(securityContext={"appArmorProfile": {"type": "Unconfined"}})), "'Unconfined'"),
     "old appArmor": (
         with_template(metadata={"annotations": {"container.apparmor.security.beta.kubernetes.io/x": "unconfined"}}),
-        "a job may not set it",
+        "is reserved: remove it",
     ),
     "privileged": (with_template(trainer(securityContext={"privileged": True})), "privileged: is not allowed"),
     "capability": (with_template(trainer(securityContext={"capabilities": {"add": ["SYS_ADMIN"]}})), "SYS_ADMIN"),
     "kubelet's hand": (
         with_template(trainer(lifecycle={"preStop": {"httpGet": {"host": "169.254.169.254", "port": 80}}})),
-        "only the pod itself",
+        "requests go to the pod itself only",
     ),
-    "label": (with_template(metadata={"labels": {RUN_LABEL: "7"}}), "a job may not set it"),
-    "job label": (with_template(metadata={"labels": {"batch.kubernetes.io/job-name": "x"}}), "a job may not set it"),
+    "label": (with_template(metadata={"labels": {RUN_LABEL: "7"}}), "is reserved: remove it"),
+    "job label": (with_template(metadata={"labels": {"batch.kubernetes.io/job-name": "x"}}), "is reserved: remove it"),
     "finalizer": (with_template(metadata={"finalizers": ["a.b/c"]}), "finalizers: is not allowed"),
     "unknown": (with_template({"hostFutureThing": True}), "hostFutureThing: is not allowed"),
     "misplaced": (with_template(sepc={"hostNetwork": True}), "sepc: is not allowed"),
@@ -151,7 +151,7 @@ def test_credentials_come_from_secrets_alone(jobs: Jobs, core: client.CoreV1Api,
     jobs.create(with_template(trainer(env=[named, shaped, path])))
     failed = jobs.until_phase("Failed")
     message = condition(failed, "Failed")["message"]
-    assert "env[0].value: AWS_SECRET_ACCESS_KEY is a secret" in message and "env[1].value: PROXY" in message
+    assert "env[0].value: AWS_SECRET_ACCESS_KEY is a credential" in message and "env[1].value: PROXY" in message
     assert "GOOGLE" not in message
     told = str(core.list_namespaced_event(jobs.namespace).items)
     assert SECRET not in json.dumps(failed["status"]) + told + operator.log()
@@ -229,7 +229,7 @@ def test_a_run_s_name_that_somebody_else_has_is_waited_for(jobs: Jobs, api: clie
     batch.create_namespaced_job(jobs.namespace, {"metadata": {"name": "tiny-1"}, "spec": spec})
     jobs.create(job())
     seen = jobs.until(lambda status: "Forbidden" in str(status.get("conditions")))
-    assert "belongs to somebody else" in condition(seen, "Running")["message"]
+    assert "belongs to another owner" in condition(seen, "Running")["message"]
 
 
 def test_the_template_s_containers_get_no_rights_that_they_do_not_ask_for(jobs: Jobs, api: client.ApiClient) -> None:
@@ -253,7 +253,7 @@ def test_the_operator_s_own_key_is_not_to_be_had(
     with OperatorProcess(operator_access, tmp_path, FINETUNE_TOKEN_KEY_SECRET=secret, **settings):
         own.create(job("thief", kubernetes={"preflight": False, "envFromSecrets": [secret]}))
         failed = own.until_phase("Failed", "thief")
-    assert "no job may name it" in condition(failed, "Failed")["message"]
+    assert "is the operator's own: remove it" in condition(failed, "Failed")["message"]
     own.delete("thief")
 
 

@@ -32,7 +32,7 @@ def events_of(core: client.CoreV1Api, namespace: str) -> list[str]:
 def test_suspended_before_it_starts(jobs: Jobs, kubelet: KubeletStandIn, api: client.ApiClient, namespace: str) -> None:
     jobs.create(job(kubernetes={}, runPolicy={"suspend": True}))
     suspended = jobs.until_phase("Suspended")
-    assert condition(suspended, "Suspended")["message"] == "nothing was trained yet"
+    assert condition(suspended, "Suspended")["message"] == "no checkpoint was saved yet"
     assert client.BatchV1Api(api).list_namespaced_job(namespace).items == []
     jobs.patch("tiny", {"runPolicy": {"suspend": False}})
     pods_of(kubelet, namespace, "preflight")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from access import Access, namespace_of, until, until_gone
+from access import Access, namespace_of, until_gone
 from finetune_jobs import Jobs, condition, driver, job
 from helm_chart import Installed
 from kubelet_stand_in import KubeletStandIn
-from kuberay_stand_in import KubeRayStandIn
+from kuberay_stand_in import WAIT, KubeRayStandIn
 from kubernetes import client
 from operator_process import FAST, OperatorProcess, eventually
 from ray_job_crd import CLUSTER_NAME, NAME, ray_cluster_crd, ray_job_crd
@@ -44,8 +47,7 @@ def kuberay(
         waiting = Jobs(finetune_jobs, "waits-for-kuberay")
         waiting.create(job("early", kubernetes=KUBERAY))
         waiting.until(lambda status: "EngineMissing" in str(status.get("conditions")), "early")
-        admin.apply(ray_job_crd(), ray_cluster_crd())
-        until(extensions.list_custom_resource_definition, _established, field_selector=f"metadata.name={NAME}")
+        admin.define(ray_job_crd(), ray_cluster_crd())
         waiting.patch("early", {"runPolicy": {"backoffLimit": 2}})  # a reason to look again before the minute is over
         assert running.wait_for_death(30), "it did not start again"
         running.start()
@@ -56,11 +58,6 @@ def kuberay(
         extensions.delete_custom_resource_definition(name)
         until_gone(extensions.list_custom_resource_definition, name)
     operator.start()
-
-
-def _established(definition: client.V1CustomResourceDefinition) -> bool:
-    conditions = (definition.status and definition.status.conditions) or []
-    return any(condition.type == "Established" and condition.status == "True" for condition in conditions)
 
 
 @pytest.fixture
@@ -123,6 +120,39 @@ def test_a_ray_job_s_life(ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods) -> No
     ray.finish("tiny-1")
     pods.end(head, message='{"exitCode": 0, "stages": []}')
     ray_jobs.until_phase("Succeeded")
+
+
+def test_no_worker_waits_in_kuberay_s_init_container(
+    ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods, tmp_path: Path
+) -> None:
+    """Its `ray health-check` takes 15 to 30 s of a start: it has a fifth of a CPU, and is tried every 5 s."""
+    ray_jobs.create(job(kubernetes=KUBERAY, resources={"nodes": 2}))
+    core, place = pods.kubelet.core, ray_jobs.namespace
+    (name,) = pods.kubelet.pods(place, 1, selector="ray.io/node-type=worker")
+    spec = core.read_namespaced_pod(name, place).spec
+    (wait,) = (item for item in spec.init_containers if item.name == WAIT)
+    volumes = {volume.name: volume.config_map.name for volume in spec.volumes if volume.config_map}
+    for mount in (item for item in wait.volume_mounts if item.name in volumes):
+        for file, text in core.read_namespaced_config_map(volumes[mount.name], place).data.items():
+            path = tmp_path / mount.mount_path.lstrip("/") / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    shell = next(item.value for item in wait.env if item.name == "BASH_ENV")
+    environment = {"PATH": os.defpath, "BASH_ENV": f"{tmp_path}{shell}"}
+    done = subprocess.run([*wait.command, *wait.args], env=environment, capture_output=True, text=True, timeout=4)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    asked = ["bash", "-c", "ray stop"]
+    other = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=4)
+    assert "ray: command not found" in other.stderr, "its other commands are Ray's own"
+
+
+def test_a_variable_that_user_and_operator_set_is_no_conflict(ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods) -> None:
+    """The CRD refuses a RayJob whose containers have a variable twice."""
+    mine = {"name": "BASH_ENV", "value": "/mine"}
+    template = {"spec": {"containers": [{"name": "trainer", "env": [mine]}]}}
+    ray_jobs.create(job(kubernetes=KUBERAY, resources={"nodes": 1, "gpusPerNode": 1, "podTemplate": template}))
+    spec = pods.kubelet.core.read_namespaced_pod(pods.head(), ray_jobs.namespace).spec
+    assert [item.value for item in spec.containers[0].env if item.name == "BASH_ENV"] == ["/mine"]
 
 
 def test_what_kuberay_refuses_is_told_and_ends_after_a_limit(ray_jobs: Jobs, pods: Pods, api: client.ApiClient) -> None:

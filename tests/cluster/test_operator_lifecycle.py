@@ -47,6 +47,29 @@ def test_from_apply_to_succeeded(jobs: Jobs, kubelet: KubeletStandIn, core: clie
     assert done["status"]["attempts"][0]["reason"] == "Completed"
 
 
+def test_the_log_has_each_operation_and_each_attempt(
+    jobs: Jobs, kubelet: KubeletStandIn, namespace: str, operator: OperatorProcess
+) -> None:
+    jobs.create(job())
+    for number, code, message in ((1, 1, '{"exitCode": 1, "message": "RuntimeError: a crash"}'), (2, 0, "")):
+        (pod,) = pods_of(kubelet, namespace, number)
+        kubelet.running(namespace, pod)
+        kubelet.finished(namespace, pod, code, message=message)
+    jobs.until_phase("Succeeded")
+    eventually(lambda: f"{namespace}/tiny: attempt 2 ended: Completed" in operator.log())
+    log = operator.log()
+    for kind, name in (("Job", "tiny-1"), ("Job", "tiny-2"), ("ConfigMap", "tiny-1-"), ("Secret", "tiny-2-")):
+        assert f"INFO finetune_operator.apply: applied: create {kind} {namespace}/{name}" in log
+    assert f"applied: patch status of finetunejobs {namespace}/tiny: phase Succeeded" in log
+    lines = [line for line in log.splitlines() if f"INFO finetune_operator.controller: {namespace}/tiny: " in line]
+    assert [line.partition("/tiny: ")[2] for line in lines] == [
+        "attempt 1 started",
+        "attempt 1 failed: TrainingFailed (exit code 1): RuntimeError: a crash",
+        "attempt 2 started",
+        "attempt 2 ended: Completed",
+    ]
+
+
 def test_a_user_error_is_told_and_never_retried(jobs: Jobs, kubelet: KubeletStandIn, namespace: str) -> None:
     jobs.create(job())
     (pod,) = pods_of(kubelet, namespace, 1)

@@ -79,6 +79,7 @@ class Campaign:
         body = long_job(victim.name, victim.cluster.pod_template, steps=self.steps, save=SAVE)
         # A node has room for both pods, so that the job goes on where the other one is lost.
         body["spec"]["resources"] |= {"memoryPerNode": "5Gi", "cpusPerNode": "500m"}
+        body["spec"]["kubernetes"]["engine"] = victim.engine
         apply(victim.admin, victim.namespace, body)
         with victim.following as following:
             following.until_step(SAVE + 1, FIRST_SECONDS)
@@ -146,7 +147,7 @@ def late_image(victim: Victim) -> Round:
     """A job whose image is not there: what status says of it, and how it begins once the image has come."""
     body = long_job(victim.name, victim.cluster.pod_template, steps=SAVE, save=SAVE, nodes=1)
     image = f"finetune.test/{victim.name}:1"
-    body["spec"]["kubernetes"]["image"] = image
+    body["spec"]["kubernetes"] |= {"image": image, "engine": victim.engine}
     began = time.monotonic()
     with Following(victim.admin, victim.namespace, victim.name) as following:
         apply(victim.admin, victim.namespace, body)

@@ -40,6 +40,7 @@ class Victim:
     name: str
     following: Following
     chance: random.Random
+    engine: str = "job"
 
     def pods(self) -> list[Json]:
         """Pods of the attempt that is on its way, by index."""
@@ -88,8 +89,9 @@ def operator(victim: Victim) -> None:
 
 
 def run_deleted(victim: Victim) -> None:
-    """The attempt's Job is deleted."""
-    victim.kubectl("delete", "job", f"{victim.name}-{victim.following.status['attempt']}", "--wait=false")
+    """The attempt's Job or RayJob is deleted."""
+    kind = {"job": "job", "kuberay": "rayjob"}[victim.engine]
+    victim.kubectl("delete", kind, f"{victim.name}-{victim.following.status['attempt']}", "--wait=false")
 
 
 def kubelet_stopped(victim: Victim) -> None:

@@ -20,7 +20,7 @@ from finetune_api.report import PORT, REPORT_PATH
 
 Json = dict[str, Any]
 PAUSE_SECONDS, LOOK_SECONDS, TIMEOUT_SECONDS = 0.2, 1.0, 2.0
-INDEX = "batch.kubernetes.io/job-completion-index"
+INDEX, RAY_TYPE = "batch.kubernetes.io/job-completion-index", "ray.io/node-type"
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,12 @@ class Following:
 
     def _find_driver(self, core: client.CoreV1Api) -> None:
         attempt = int(self.status.get("attempt") or 0)
-        selector = f"{JOB_LABEL}={self.name},{RUN_LABEL}={attempt},{INDEX}=0"
+        selector = f"{JOB_LABEL}={self.name},{RUN_LABEL}={attempt}"
         pods = core.list_namespaced_pod(self.namespace, label_selector=selector, _request_timeout=TIMEOUT_SECONDS).items
-        address = next((pod.status.pod_ip for pod in pods if pod.status.pod_ip), None)
+        address = next((pod.status.pod_ip for pod in pods if pod.status.pod_ip and _drives(pod)), None)
         if address is None:
             self._driver = None
         elif self._driver is None or self._driver[:2] != (attempt, address):
-            selector = f"{JOB_LABEL}={self.name},{RUN_LABEL}={attempt}"
             secrets = core.list_namespaced_secret(self.namespace, label_selector=selector).items
             (found,) = (self.admin.kubectl("get", "secret", f"--namespace={self.namespace}", secrets[0].metadata.name,
                                            "--template={{.data.auth_token | base64decode}}").stdout,)  # fmt: skip
@@ -218,3 +217,9 @@ def _words(status: Json) -> str:
     elif told and told.get("message"):
         parts.append(told["message"][:160])
     return " · ".join(filter(None, parts))
+
+
+def _drives(pod: client.V1Pod) -> bool:
+    """Whether it is the pod of the Ray head and the driver, on either engine."""
+    labels = pod.metadata.labels
+    return bool(labels.get(INDEX) == "0" or labels.get(RAY_TYPE) == "head")

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from servers import free_port
 
+from finetune_api.cluster import Resources
+from finetune_api.exit_codes import ExitCode
 from finetune_api.report import AttemptReport
+from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch import node
 from finetune_trainer.launch.drive import TOKEN_FILE_VARIABLE
+from finetune_trainer.launch.node_role import Seat
 from finetune_trainer.progress.report_server import ReportServer
 
-HERE = "127.0.0.1"
+HERE, HEAD = "127.0.0.1", "head.test"
 SAVING_SECONDS = 1.5
 
 
@@ -58,6 +67,41 @@ def test_a_driver_that_is_asked_to_stop_is_waited_for(port: int, ray: subprocess
     driver.join(30)
     assert ended == [None], "the pod left while the driver was saving"
     assert time.monotonic() - began >= SAVING_SECONDS
+
+
+def test_a_head_that_loses_its_name_is_still_asked_and_waited_for(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KubeRay deletes the head's Service with the pods, as under Kueue's preemption: the driver saves meanwhile."""
+    asked, lost, ready, saved = (threading.Event() for _ in range(4))
+    known, register = socket.getaddrinfo, signal.signal
+    earlier = signal.getsignal(signal.SIGTERM)
+
+    def look_up(host: str, *rest: Any, **options: Any) -> Any:
+        if host == HEAD and lost.is_set():
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return known(HERE if host == HEAD else host, *rest, **options)
+
+    def preempt() -> None:
+        with ReportServer(lambda: AttemptReport(stages=[]), asked.set, "secret", (HERE, port)):
+            assert ready.wait(30)
+            lost.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+            if asked.wait(10):
+                time.sleep(SAVING_SECONDS)
+                saved.set()
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(socket, "gethostbyname", lambda host: look_up(host, port)[0][4][0])
+    monkeypatch.setattr(signal, "signal", lambda *given: (register(*given), ready.set()))
+    monkeypatch.setattr(node, "_RAY", ["sh", "-c", "exec sleep 600"])
+    run = SimpleNamespace(job=SimpleNamespace(spec=SimpleNamespace(resources=Resources())))
+    driver = threading.Thread(target=preempt)
+    driver.start()
+    try:
+        assert node._worker(cast(RunConfig, run), Seat(False, f"{HEAD}:{port}", ())) == ExitCode.FAILED
+        assert saved.is_set(), "the pod left while the driver was saving"
+    finally:
+        register(signal.SIGTERM, earlier)
+        driver.join(30)
 
 
 def test_without_a_driver_a_pod_leaves_at_once(port: int, ray: subprocess.Popen[bytes]) -> None:

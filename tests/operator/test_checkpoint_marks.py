@@ -9,9 +9,10 @@ from worlds import NOW, VALID, attempt, body, conditions, pod, run, seen
 
 from finetune_operator.core.names import mark_of
 from finetune_operator.core.settings import Settings
-from finetune_operator.core.snapshot import RunState, pod_view
+from finetune_operator.core.snapshot import RunState
 from finetune_operator.decide.actions import MarkCheckpoint
 from finetune_operator.decide.decide import decide
+from finetune_operator.engines.registry import observe_pod
 from finetune_operator.plan import Annotate, plan
 
 SETTINGS = Settings()
@@ -69,5 +70,5 @@ def test_nothing_is_written_without_a_checkpoint_or_on_what_ends() -> None:
 def test_a_pod_s_annotations_are_read() -> None:
     labels = {"finetune.dev/job": "tiny", "finetune.dev/run": "1"}
     metadata = {"name": "p", "labels": labels, "annotations": MARKS | {"other": "x"}}
-    view = pod_view({"metadata": metadata, "status": {}})
+    view = observe_pod({"metadata": metadata, "status": {}})
     assert view is not None and view.checkpoint == "1 40 2026-01-01T11:59:00Z"

@@ -9,9 +9,11 @@ import pytest
 from worlds import NOW, ago, body, pod, run, said
 
 from finetune_operator.core.conditions import Reason
-from finetune_operator.core.snapshot import Complaint, PodView, RunState, pod_view
+from finetune_operator.core.snapshot import Complaint, PodView, RunState
 from finetune_operator.decide.classify import Ending, classify, waiting
 from finetune_operator.decide.oom_advice import with_advice, with_preflight_advice
+from finetune_operator.engines import ENGINES
+from finetune_operator.engines.registry import observe_pod
 from finetune_operator.observe.warning_events import complaints_of
 
 FRAMES = 'Traceback (most recent call last):\n  File "/x.py", line 1, in step\n    loss.backward()\n'
@@ -68,9 +70,9 @@ CASES: dict[str, tuple[tuple[PodView, ...], Reason, str, bool, bool]] = {
     "anything": (
         (ended(1, FRAMES + "RuntimeError: what nobody expects"),), Reason.UNKNOWN, "RuntimeError: what nobody expects",
         True, True),
-    "killed without a word": (
+    "killed without a message": (
         (pod(exit_code=137, terminated="Error"),), Reason.UNKNOWN, "exit code 137, SIGKILL", True, True),
-    "no pod at all": ((), Reason.UNKNOWN, "the trainer ended without a word", True, True),
+    "no pod at all": ((), Reason.UNKNOWN, "the trainer ended without a message", True, True),
     "an init container whose code means what it likes": (
         (pod(exit_code=2, failed_container="fetch", termination_message="404"),), Reason.UNKNOWN,
         "container fetch ended with exit code 2", True, True),
@@ -118,7 +120,7 @@ def test_the_faults_of_a_bad_job_stay_whole() -> None:
     [
         (f"{FRAMES}OSError: [Errno 28] No space left\n{FRAMES}    ^^^^^^^^^^", "OSError: [Errno 28] No space left"),
         (f"{FRAMES}    ^^^^^^^^^^\n", "loss.backward()"),
-        ("    ^^^^^^^^^^", "the trainer ended without a word (exit code 1)"),
+        ("    ^^^^^^^^^^", "the trainer ended without a message (exit code 1)"),
     ],
     ids=["an error before it", "code alone", "nothing else"],
 )
@@ -137,7 +139,7 @@ def test_the_log_s_end_of_a_driver_that_was_cut_off() -> None:
 def test_the_log_s_end_of_a_killed_driver_is_not_why_it_ended(code: int, signal: str) -> None:
     log = "[2/2 pretrain] 120/1500 · loss 4.3\n[2/2 pretrain] 130/1500 · loss 4.2"
     found = classify(FAILED, (pod(exit_code=code, phase="Failed", termination_message=log),), None)
-    assert found.message == f"the trainer ended without a word (exit code {code}, {signal})"
+    assert found.message == f"the trainer ended without a message (exit code {code}, {signal})"
     assert found.traceback == log and found.retryable
 
 
@@ -154,7 +156,8 @@ STUCK = {
 @pytest.mark.parametrize("name", STUCK)
 def test_what_holds_a_run_up(name: str) -> None:
     pods, (reason, message), expected = STUCK[name]
-    found = waiting(pods, [Complaint(reason, message)])
+    refused = any(reason in engine.create_failures for engine in ENGINES.values())
+    found = waiting(pods, [Complaint(reason, message, refused)])
     assert found is not None and found[0] is expected
 
 
@@ -231,7 +234,7 @@ def test_the_trainer_s_own_end_counts_and_not_another_container_s() -> None:
 
     def view(*containers: dict[str, Any]) -> PodView:
         labels = {"finetune.dev/job": "tiny", "finetune.dev/run": "1"}
-        found = pod_view(
+        found = observe_pod(
             {"metadata": {"name": "p", "labels": labels}, "status": {"containerStatuses": list(containers)}}
         )
         assert found is not None

@@ -15,7 +15,7 @@ from finetune_operator.core.settings import Settings
 from finetune_operator.core.snapshot import Complaint, Observed, RunState, RunView, Trouble
 from finetune_operator.decide.actions import AbandonRun, Decision, DeleteJob, DeleteRun, HoldJob, StartRun, StopRun
 from finetune_operator.decide.decide import decide
-from finetune_operator.decide.printer_columns import plan_words
+from finetune_operator.decide.printer_columns import plan_summary
 
 SETTINGS = Settings(backoff_seconds=10, backoff_cap_seconds=300)
 TOKEN = support_name("tiny", 1, UID, SETTINGS.token_key)
@@ -316,7 +316,7 @@ def test_progress_alone_is_not_urgent() -> None:
 def test_an_attempt_that_waits_for_storage_says_so() -> None:
     report = {"stages": [], "waiting": "team/job: writing run.json: OSError: [Errno 121] internal error"}
     running = _running(decide(seen(RUNNING, run(), report=report), SETTINGS, NOW))
-    assert running["status"] == "True" and running["message"] == f"waits for storage: {report['waiting']}"
+    assert running["status"] == "True" and running["message"] == f"waiting for storage: {report['waiting']}"
     assert _running(decide(seen(RUNNING, run(), report={"stages": []}), SETTINGS, NOW))["message"] == ""
 
 
@@ -324,12 +324,12 @@ def test_an_attempt_whose_workers_start_again_says_why() -> None:
     report = {"stages": [], "restarting": "error: OSError: [Errno 28] No space left on device"}
     running = _running(decide(seen(RUNNING, run(), report=report), SETTINGS, NOW))
     assert running["status"] == "True"
-    assert running["message"] == f"starts again from the last checkpoint: {report['restarting']}"
+    assert running["message"] == f"restarting from the last checkpoint: {report['restarting']}"
 
 
 def test_a_plan_says_how_long_a_checkpoint_takes_and_what_to_change() -> None:
     plan = {"parameters": 70, "checkpointBytes": 788 << 30, "saveSeconds": 530, "warnings": ["set a to 900"]}
-    assert plan_words(plan) == "70 parameters, 788.0 GiB per checkpoint, 8m to save. Warning: set a to 900"
+    assert plan_summary(plan) == "70 parameters, 788.0 GiB per checkpoint, 8m to save. Warning: set a to 900"
 
 
 def test_a_slow_transport_between_nodes_is_in_the_condition_and_the_status() -> None:
@@ -422,7 +422,7 @@ def test_what_ends_a_job_is_its_failure_and_no_older_one() -> None:
 
 
 def test_what_kubernetes_complains_of_is_told_while_nothing_begins() -> None:
-    complaint = Complaint("FailedCreate", 'pods "x" is forbidden: violates PodSecurity "restricted:latest"')
+    complaint = Complaint("FailedCreate", 'pods "x" is forbidden: violates PodSecurity "restricted:latest"', True)
     world = seen(RUNNING, run(state=RunState.PENDING))
     status = decide(replace(world, complaints=(complaint,)), SETTINGS, NOW).status
     running = next(item for item in status["conditions"] if item["type"] == "Running")
@@ -435,6 +435,7 @@ def test_workers_that_ray_has_no_room_for_are_told() -> None:
     assert (told["status"], told["message"]) == ("True", "no room for 2 workers of 1 CPU each")
 
 
+ELSEWHERE = "kueue.x-k8s.io/multikueue"
 PREEMPTED = Complaint("Queued", "Preempted: to accommodate a workload")
 
 
@@ -452,7 +453,7 @@ def test_a_queue_s_own_words_and_no_deadline_while_it_holds_the_attempt() -> Non
     decision = decide(world, SETTINGS, NOW)
     assert "startTime" not in decision.status and decision.status["phase"] == "Queued"
     assert told(world, "Admitted")["message"] == "Preempted: to accommodate a workload"
-    assert told(world, "Running")["message"] == "its pods save a checkpoint and end"
+    assert told(world, "Running")["message"] == "the pods save a checkpoint and stop"
     later = replace(world, body={**world.body, "status": decision.status})
     assert decide(later, SETTINGS, NOW + timedelta(seconds=3600)).status["phase"] == "Queued"
 
@@ -474,7 +475,7 @@ def test_a_queue_may_not_hold_a_preflight_for_ever() -> None:
     late = replace(waits, runs=(run(0, RunState.QUEUED, age=101),))
     decision = decide(late, limited, NOW)
     assert decision.actions == (DeleteRun(0, "job"),) and decision.status["phase"] == "Failed"
-    assert "held the preflight for 100 s: Pending: no quota" in told(late, "Failed", limited)["message"]
+    assert "held preflight for 100 s: Pending: no quota" in told(late, "Failed", limited)["message"]
 
 
 def deleted(*things: Any) -> Observed:
@@ -485,19 +486,28 @@ def deleted(*things: Any) -> Observed:
 
 
 def test_a_deleted_job_says_what_it_waits_for_and_a_queue_may_not_hold_it_for_ever() -> None:
-    assert "waits for the pods of tiny-1 to end" in told(deleted(run(), pod()), "Running")["message"]
+    assert "waiting for the pods of tiny-1 to end" in told(deleted(run(), pod()), "Running")["message"]
     limited = Settings(helper_queue_seconds=100)
     waits = replace(deleted(run(-1, RunState.QUEUED, age=99)), complaints=(PREEMPTED,))
-    assert "its queue holds the clean-up: Preempted" in told(waits, "Running", limited)["message"]
+    assert "a queue holds the clean-up: Preempted" in told(waits, "Running", limited)["message"]
     assert decide(waits, limited, NOW).actions == ()
     late = decide(replace(waits, runs=(run(-1, RunState.QUEUED, age=101),)), limited, NOW)
     assert late.actions == (DeleteRun(-1, "job"), HoldJob(False))
-    assert "held by its queue for too long" in late.events[-1].message
+    assert "the queue held the clean-up for too long" in late.events[-1].message
 
 
-def test_a_job_that_its_queue_sends_to_another_cluster_is_refused() -> None:
-    world = seen(STARTING, run(state=RunState.PENDING, elsewhere="kueue.x-k8s.io/multikueue"))
+@pytest.mark.parametrize(("status", "number"), [(STARTING, 1), ({"conditions": VALID[:1]}, 0)])
+def test_a_job_that_its_queue_sends_to_another_cluster_is_refused(status: dict[str, Any], number: int) -> None:
+    """Its preflight too, whose pods would be as far away: Kueue holds a Job here as long as it runs there."""
+    away = run(number, RunState.QUEUED, elsewhere=ELSEWHERE)
+    world = seen(status, away, kubernetes={"preflight": not number})
     decision = decide(world, SETTINGS, NOW)
-    assert decision.actions == (DeleteRun(1, "job"),)
+    assert decision.actions == (DeleteRun(number, "job"),)
     failed = told(world, "Failed")
-    assert failed["reason"] == "Rejected" and "kueue.x-k8s.io/multikueue" in failed["message"]
+    assert failed["reason"] == "Rejected" and ELSEWHERE in failed["message"]
+
+
+def test_a_clean_up_that_is_sent_to_another_cluster_holds_no_job() -> None:
+    decision = decide(deleted(run(-1, RunState.QUEUED, elsewhere=ELSEWHERE)), SETTINGS, NOW)
+    assert decision.actions == (DeleteRun(-1, "job"), HoldJob(False))
+    assert ELSEWHERE in decision.events[-1].message

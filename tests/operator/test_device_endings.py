@@ -177,7 +177,7 @@ def test_what_a_pod_cannot_be_placed_for_names_the_nodes() -> None:
     running = next(
         item for item in decide(world, Settings(token_key=b"x"), NOW).status["conditions"] if item["type"] == "Running"
     )
-    assert running["message"] == "0/2 nodes are available (kept away from node-b: a GPU failed there)"
+    assert running["message"] == "0/2 nodes are available (not on node-b, where a GPU failed)"
 
 
 def test_every_pod_knows_its_node() -> None:

@@ -234,6 +234,17 @@ def test_a_network_policy_lets_in_the_run_and_the_operator() -> None:
     assert policy["ingress"][1]["ports"] == [{"port": 8469}]
 
 
+def test_a_variable_of_the_user_s_is_set_once_under_kuberay() -> None:
+    """KubeRay's CRD refuses a name that comes twice."""
+    mine = {"name": "BASH_ENV", "value": "/mine"}
+    template = {"spec": {"containers": [{"name": "trainer", "env": [mine, {"name": "RAY_AUTH_MODE", "value": "x"}]}]}}
+    made = objects(kubernetes={"engine": "kuberay"}, resources={"nodes": 2, "podTemplate": template})["RayJob"]
+    cluster = made["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        env = trainer(group["template"]["spec"])["env"]
+        assert len({item["name"] for item in env}) == len(env) and mine in env
+
+
 def test_kuberay_may_submit_the_driver() -> None:
     settings = Settings(token_key=b"k", network_policy=True, operator_namespace="ops", default_engine="kuberay")
     rule = objects(settings=settings)["NetworkPolicy"]["spec"]["ingress"][2]

@@ -14,7 +14,7 @@ from finetune_operator.decide.actions import Decision, StartRun
 from finetune_operator.decide.attempts import failures
 from finetune_operator.decide.classify import classify
 from finetune_operator.decide.decide import decide
-from finetune_operator.decide.stalls import disliked
+from finetune_operator.decide.stalls import stalled_nodes
 from finetune_operator.engines import ENGINES
 from finetune_operator.metrics import Metrics
 from finetune_operator.render.run import Run
@@ -88,8 +88,8 @@ def test_the_next_attempt_prefers_other_nodes_and_says_so() -> None:
 
 
 def test_only_the_last_stall_counts_so_that_no_job_runs_out_of_nodes() -> None:
-    assert disliked({"attempts": [stalled(1, "node-a", 300), stalled(2, "node-b")]}) == ("node-b",)
-    assert disliked({"attempts": [stalled(1, "node-a", 300), attempt(2, "PodDeleted", 9)]}) == ()
+    assert stalled_nodes({"attempts": [stalled(1, "node-a", 300), stalled(2, "node-b")]}) == ("node-b",)
+    assert stalled_nodes({"attempts": [stalled(1, "node-a", 300), attempt(2, "PodDeleted", 9)]}) == ()
 
 
 def test_the_preference_is_rendered_beside_the_template_s_own_affinity() -> None:

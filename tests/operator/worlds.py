@@ -7,7 +7,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from finetune_api.report import AttemptReport
+from finetune_operator.core.settings import Settings
 from finetune_operator.core.snapshot import Observed, PodView, RunState, RunView
+from finetune_operator.engines import ENGINES
+from finetune_operator.engines.registry import facts
 
 Json = dict[str, Any]
 NOW = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
@@ -27,12 +30,20 @@ def body(status: Json | None = None, **spec: Any) -> Json:
         "storage": {"uri": "s3://bucket/runs"},
         "kubernetes": {"preflight": False},
     }
-    metadata = {"name": "tiny", "namespace": "team", "uid": UID, "generation": 1, "creationTimestamp": ago(3600)}
+    metadata = {
+        "name": "tiny",
+        "namespace": "team",
+        "uid": UID,
+        "generation": 1,
+        "resourceVersion": "1",
+        "creationTimestamp": ago(3600),
+    }
     return {"metadata": metadata, "spec": fields | spec, "status": status or {}}
 
 
 def run(number: int = 1, state: RunState = RunState.RUNNING, **fields: Any) -> RunView:
     created = NOW - timedelta(seconds=fields.pop("age", 60))
+    fields = {"engine": "job"} | fields
     return RunView(f"tiny-{number}", "tiny", fields.pop("owner", UID), number, state, created, **fields)
 
 
@@ -53,7 +64,9 @@ def seen(status: Json | None = None, *things: RunView | PodView, report: Json | 
     """What is observed of a job with that status."""
     runs = tuple(thing for thing in things if isinstance(thing, RunView))
     pods = tuple(thing for thing in things if isinstance(thing, PodView))
-    return Observed(body(status, **spec), runs, pods, AttemptReport.model_validate(report) if report else None)
+    job = body(status, **spec)
+    engines = facts(job["spec"], Settings(), ENGINES)
+    return Observed(job, runs, pods, AttemptReport.model_validate(report) if report else None, engines)
 
 
 def attempt(number: int, reason: str = "", ended: float | None = None, **fields: Any) -> Json:

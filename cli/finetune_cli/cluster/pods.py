@@ -5,12 +5,18 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import quote
 
-from finetune_api.labels import CONTAINER, JOB_LABEL, PREFLIGHT, RUN_LABEL
+from finetune_api.labels import (
+    CONTAINER,
+    JOB_LABEL,
+    NODE_INDEX_LABEL,
+    PREFLIGHT,
+    ROLE_LABEL,
+    RUN_LABEL,
+    WORKER,
+)
 from finetune_cli.cluster.connection import Query
 
 Json = dict[str, Any]
-INDEX = "batch.kubernetes.io/job-completion-index"
-RAY_NODE_TYPE = "ray.io/node-type"
 
 
 def pods_path(namespace: str) -> str:
@@ -31,24 +37,24 @@ def run_words(run: int) -> str:
     return f"attempt {run}" if run else "the preflight"
 
 
-def node_index(pod: Json) -> int:
-    """Which node of its run the pod is; KubeRay counts none, so its head is 0 and its workers follow by name."""
-    metadata = pod["metadata"]
-    known = metadata.get("labels", {}).get(INDEX) or metadata.get("annotations", {}).get(INDEX)
-    if known is not None and known.isdecimal():
-        return int(known)
-    return 1 if metadata.get("labels", {}).get(RAY_NODE_TYPE) == "worker" else 0
-
-
 def by_node(pods: list[Json]) -> dict[int, Json]:
-    """The newest pod of each node."""
+    """Return the newest pod of each node, by the number of the node. Node 0 has the driver.
+
+    Workers that their engine does not number follow in the order of their creation.
+    """
     found: dict[int, Json] = {}
     for pod in sorted(pods, key=lambda pod: (pod["metadata"]["creationTimestamp"], pod["metadata"]["name"])):
-        index = node_index(pod)
-        if RAY_NODE_TYPE in pod["metadata"].get("labels", {}) and index:
-            index = max(found, default=0) + 1
-        found[index] = pod
+        worker = (pod["metadata"].get("labels") or {}).get(ROLE_LABEL) == WORKER
+        found[max(found, default=0) + 1 if worker else _node_index(pod)] = pod
     return found
+
+
+def _node_index(pod: Json) -> int:
+    """Return the number of the node; a pod without a number is the only one of its run, or has the driver."""
+    metadata = pod["metadata"]
+    marks = {**(metadata.get("annotations") or {}), **(metadata.get("labels") or {})}
+    index = str(marks.get(NODE_INDEX_LABEL, 0))
+    return int(index) if index.isdecimal() else 0
 
 
 def has_started(pod: Json) -> bool:

@@ -1,4 +1,4 @@
-"""Names, labels and ports of everything that the operator makes: the one truth about each."""
+"""Names, labels, annotations, ports and paths of the objects that the operator creates."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from finetune_api.labels import CONTAINER as CONTAINER
 from finetune_api.labels import OPERATOR as OPERATOR
 
 LEAST_ANNOTATION = f"{GROUP}/min-nodes"
-"""Nodes that an elastic run can do with; on its Job, so that its state can be read from it alone."""
+"""The least number of nodes of a run, on its main object, whose state can then be read from that object alone."""
 CHECKPOINT_ANNOTATIONS = {name: f"{GROUP}/checkpoint-{name}" for name in ("stage", "step", "time")}
-"""On a run's Job or RayJob and its pods: the last checkpoint's stage, from 0, its step, and when it was saved."""
+"""On the main object of a run and on its pods: the stage (from 0) and the step of the last checkpoint, and when it was
+saved."""
 FINALIZER = f"{GROUP}/storage"
-"""On jobs whose storage is to be emptied before they go; on no others."""
+"""On jobs whose storage is emptied before they are deleted, and on no others."""
 PREFLIGHT_RUN, CLEANUP_RUN = 0, -1
-"""Runs that are no attempts: those count from 1."""
-_WORDS = {PREFLIGHT_RUN: PREFLIGHT, CLEANUP_RUN: CLEANUP}
+"""Numbers of the runs that are not attempts. Attempts are numbered from 1."""
+_HELPER_NAMES = {PREFLIGHT_RUN: PREFLIGHT, CLEANUP_RUN: CLEANUP}
 KUEUE = "kueue.x-k8s.io/"
 QUEUE_LABEL = f"{KUEUE}queue-name"
-"""Kueue's labels are a job's own, and go on to its runs: the queue, the priority class, …"""
+"""Kueue's labels, such as the queue and the priority class, are copied from a job to its runs."""
 PARTIAL_ANNOTATION = f"{KUEUE}job-min-parallelism"
 EQUAL_ANNOTATION = f"{KUEUE}job-completions-equal-parallelism"
-"""By these Kueue may admit an elastic Job with fewer nodes than it would take (partial admission)."""
+"""With these annotations Kueue may admit an elastic run with fewer nodes than its maximum (partial admission)."""
 RAY_PORT = 6379
 CONFIG_FILE = "run.json"
-TOKEN_KEY = "auth_token"  # KubeRay's name for the key
+TOKEN_KEY = "auth_token"  # the key that controllers of Ray clusters read, too
 CONFIG_DIRECTORY = "/etc/finetune"
 TOKEN_DIRECTORY = "/etc/finetune-token"
 CACHE_DIRECTORY = "/cache"
@@ -37,37 +38,38 @@ MANAGED_SELECTOR = f"{MANAGED_BY}={OPERATOR}"
 
 
 def run_name(job: str, run: int) -> str:
-    """Name of a run's Job or RayJob: at most 47 characters, for RayJobs. See `PREFLIGHT_RUN`."""
-    return f"{job}-{_WORDS.get(run, run)}"
+    """Return the name of a run's main object: at most 47 characters for an attempt, which all engines accept."""
+    return f"{job}-{_HELPER_NAMES.get(run, run)}"
 
 
 def support_name(job: str, run: int, uid: str, key: bytes, kind: str = "") -> str:
-    """Name of what a run needs beside it (ConfigMap, Secret, Service).
+    """Return the name of a supporting object of a run: its ConfigMap, Secret, Service or NetworkPolicy.
 
-    It ends in a mark of the job's uid, so that a job made again under its old name never meets the old one's objects
-    while they are collected; and of the operator's key, so that nobody else can have such an object ready.
+    It ends with a hash of the job's uid and the operator's key. The uid keeps a job that is created again under the
+    same name apart from the old job's objects, which the garbage collector may not have deleted yet. The key keeps
+    other users from creating an object of that name beforehand.
     """
-    mark = hmac.new(key, f"{uid}/{run}/name/{kind}".encode(), hashlib.sha256).hexdigest()[:8]
-    return f"{run_name(job, run)}-{mark}"
+    suffix = hmac.new(key, f"{uid}/{run}/name/{kind}".encode(), hashlib.sha256).hexdigest()[:8]
+    return f"{run_name(job, run)}-{suffix}"
 
 
 def labels(job: str, run: int) -> dict[str, str]:
-    """Labels of all of a run's objects."""
-    return {MANAGED_BY: OPERATOR, JOB_LABEL: job, RUN_LABEL: str(_WORDS.get(run, run))}
+    """Return the labels of all objects of a run."""
+    return {MANAGED_BY: OPERATOR, JOB_LABEL: job, RUN_LABEL: str(_HELPER_NAMES.get(run, run))}
 
 
 def run_of(metadata: dict[str, Any]) -> int | None:
-    """The run that an object with these metadata belongs to; None where it belongs to none."""
+    """Return the number of the run that an object belongs to, from its metadata; None where it belongs to none."""
     label = (metadata.get("labels") or {}).get(RUN_LABEL, "")
-    word = next((run for run, word in _WORDS.items() if word == label), None)
-    return int(label) if label.isdecimal() else word
+    helper = next((run for run, name in _HELPER_NAMES.items() if name == label), None)
+    return int(label) if label.isdecimal() else helper
 
 
 def pod_zero_address(job: str, run: int, service: str, namespace: str) -> str:
-    """DNS name of the pod that runs the Ray head and the driver, given the run's Service."""
+    """Return the DNS name of the pod that runs the Ray head and the driver, below the run's Service."""
     return f"{run_name(job, run)}-0.{service}.{namespace}.svc"
 
 
 def mark_of(annotations: dict[str, str]) -> str:
-    """The checkpoint that an object's annotations tell of, as one text; empty where they tell of none."""
+    """Return the checkpoint in an object's annotations as one text; empty where they have none."""
     return " ".join(annotations.get(name, "") for name in CHECKPOINT_ANNOTATIONS.values()).strip()

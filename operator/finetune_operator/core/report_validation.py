@@ -1,7 +1,7 @@
-"""What a run says of itself, read as what it is: words of a program that somebody else wrote (pure).
+"""Validation of the reports of runs, which come from pods that run user code (pure).
 
-A report is taken whole or not at all. What is taken has no text that a terminal would obey, no number that the API
-server could not keep, and says nothing of stages that the job does not have.
+A report is accepted as a whole or rejected. An accepted report has no control characters in its texts, no number that
+the API server cannot store, and no stage that the job does not have.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from finetune_api.report import AttemptReport
 
 Json = dict[str, Any]
 LARGEST_NUMBER = 2**53
-"""Whole numbers above it are not the same in every JSON reader."""
+"""JSON readers may round integers above it."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def clean(text: str) -> str:
-    """The text without control characters (line ends and tabs stay), marks that turn the direction of writing, and
-    halves of characters."""
+    """Return the text with control characters (except newline and tab), bidirectional marks and surrogates replaced."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def read_report(text: str | bytes) -> AttemptReport | None:
-    """The report in a text of JSON; None where there is none."""
+    """Return the report in a JSON text, or None if the text is no valid report."""
     try:
         report = AttemptReport.model_validate_json(text, strict=False)
     except (ValidationError, ValueError):
@@ -35,7 +34,7 @@ def read_report(text: str | bytes) -> AttemptReport | None:
 
 
 def fits(report: AttemptReport, spec: Json) -> bool:
-    """Whether a report is about the stages that the job has."""
+    """Whether a report refers only to stages that the job has."""
     stages = len(spec.get("stages") or [])
     indices = [report.current, report.checkpoint.stage if report.checkpoint else None]
     known = all(index is None or 0 <= index < stages for index in indices)
@@ -43,7 +42,7 @@ def fits(report: AttemptReport, spec: Json) -> bool:
 
 
 def cleaned(value: Any) -> Any:
-    """JSON with clean texts, in keys as in values."""
+    """Return a JSON value with `clean` applied to all its texts, keys included."""
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, dict):

@@ -1,28 +1,28 @@
-"""What is seen of a job and its runs, without any engine's own words."""
+"""The snapshot of a job that decisions are made from: the job, its runs and its pods, in terms of no engine."""
 
 from __future__ import annotations
 
 import json
 import re
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from typing import Any
 
 from finetune_api.labels import CONTAINER, JOB_LABEL
+from finetune_api.problems import Problem
 from finetune_api.report import AttemptReport
 from finetune_operator.core.conditions import Reason, moment
 from finetune_operator.core.names import mark_of, run_of
 
 Json = dict[str, Any]
-COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
 _EXIT_CODE = re.compile(r"exit code:? (-?\d+)")
-RAY_NODE_TYPE = "ray.io/node-type"
 
 
 class RunState(Enum):
-    """How a run stands, in the words of no engine."""
+    """The state of a run, the same for all engines."""
 
     QUEUED = "queued"
     PENDING = "pending"
@@ -35,8 +35,18 @@ ENDED = (RunState.SUCCEEDED, RunState.FAILED)
 
 
 @dataclass(frozen=True, slots=True)
+class PodNode:
+    """What an engine knows about one of its pods."""
+
+    index: int
+    """Number of the node in its run; node 0 has the driver."""
+    owner: str
+    """Identity of the object that created the pod, as `RunView.pods_owner` has it."""
+
+
+@dataclass(frozen=True, slots=True)
 class PodView:
-    """The part of a pod that decisions need. `index` 0 holds the driver."""
+    """The part of a pod that decisions need. The pod with `index` 0 has the driver."""
 
     name: str
     job: str
@@ -44,58 +54,59 @@ class PodView:
     index: int
     phase: str
     owner: str = ""
-    """Uid of the Job, or name of the RayCluster, that made it."""
+    """As of `PodNode`."""
     created: str = ""
     """RFC 3339."""
     ip: str | None = None
     node: str | None = None
     grace_over: datetime | None = None
-    """When a pod that is being deleted has had its grace period; None for any other."""
+    """End of the grace period of a pod that is being deleted; None for any other pod."""
     forced: bool = False
-    """Was to go at once, by somebody's wish, while its containers ran."""
+    """Whether the pod was deleted without a grace period while its containers ran."""
     gone: bool = False
-    """Deleted by now; kept for what it says of its run's end."""
+    """Whether the pod object is deleted. It is kept because it may say why its run ended."""
     ready: bool = True
-    """As its node says, or as is said of a node that says nothing any more."""
+    """The condition Ready. The control plane sets it to False or Unknown when the node stops answering."""
     ready_since: str = ""
-    """RFC 3339; empty where it isn't ready."""
+    """RFC 3339; empty for a pod that is not ready."""
     reason: str | None = None
-    """The pod's own: `Evicted`, `NodeLost`, …"""
+    """Reason of the pod's status, such as `Evicted` or `NodeLost`."""
     message: str = ""
     unschedulable: str | None = None
-    """What the scheduler misses."""
+    """The scheduler's message for a pod that fits on no node."""
     disruption: str | None = None
-    """Reason of the `DisruptionTarget` condition."""
+    """Reason of the condition `DisruptionTarget`."""
     waiting: tuple[str, str] | None = None
-    """Reason and message of a container that can't start."""
+    """Reason and message of a container that cannot start."""
     terminated: str | None = None
-    """Reason of the trainer's end: `OOMKilled`, `Error`, …"""
+    """Reason why the trainer's container terminated, such as `OOMKilled` or `Error`."""
     exit_code: int | None = None
     termination_message: str = ""
     checkpoint: str = ""
-    """The checkpoint that its annotations tell of (`checkpoint_marks`)."""
+    """The checkpoint in its annotations (`decide.checkpoint_annotations`)."""
     failed_container: str = ""
-    """Another container, which failed while the trainer has not ended: then the three above are its own."""
+    """Name of another container that failed while the trainer's had not terminated. `terminated`, `exit_code` and
+    `termination_message` are then of that container."""
 
     @property
     def runs(self) -> bool:
-        """Whether nothing is known of an end."""
+        """Whether the pod runs and nothing says that it ends."""
         return self.phase == "Running" and not self.gone and self.grace_over is None and self.exit_code is None
 
     @property
     def over(self) -> bool:
-        """Whether it has ended or is gone."""
+        """Whether all containers have terminated, or the pod is deleted."""
         return self.gone or self.phase in ("Succeeded", "Failed")
 
     @property
     def ended(self) -> bool:
-        """Whether it has run, and runs no more: its trainer has ended, or the pod is over."""
+        """Whether the trainer's container has terminated, or a pod that had started is over."""
         return self.exit_code is not None or (self.over and self.phase != "Pending")
 
 
 @dataclass(frozen=True, slots=True)
 class RunView:
-    """A run: an attempt (1, 2, …), the preflight or the clean-up (`names.PREFLIGHT_RUN`, `CLEANUP_RUN`)."""
+    """A run: an attempt (1, 2, ...), the preflight or the clean-up (`names.PREFLIGHT_RUN`, `CLEANUP_RUN`)."""
 
     name: str
     job: str
@@ -104,43 +115,62 @@ class RunView:
     run: int
     state: RunState
     created: datetime
-    engine: str = "job"
+    engine: str = ""
+    """Name of the engine that runs it."""
     pods_owner: str = ""
-    """What its pods have as their `owner`: any other pod with its labels is somebody else's."""
+    """The `owner` of its pods. A pod with the run's labels and another owner is not the run's."""
     pods_maker: str = ""
-    """Name of the object whose events say why pods are not made, where it isn't the run's own."""
+    """Name of the object whose events say why pods are not created; empty where that is the run's main object."""
     ends_with_driver: bool = False
-    """Whether the run is over once its driver's pod is, although its engine would go on without it."""
+    """Whether the run is over when the driver's pod is, although its engine would keep it running."""
     orphaned: bool = False
-    """Whether its driver's pod has ended and its engine has not noticed."""
+    """Whether the driver's pod has ended and the engine still reports the run as running."""
     elsewhere: str = ""
-    """The controller that runs it, where that is not this cluster's own: MultiKueue sends it to another cluster."""
+    """The controller that manages it, where that is not one of this cluster: MultiKueue runs it in another cluster."""
     uid: str = ""
     version: int = field(default=0, compare=False)
-    """Of the object, as a number: the larger one is the newer."""
+    """The object's resourceVersion as a number: the larger one is the newer (KEP-5504)."""
     ended: datetime | None = None
     deleting: bool = False
     reason: str = ""
-    """The engine's own, of a failure."""
+    """The engine's reason of a failure."""
     message: str = ""
+    """The engine's message: why the run failed, or what a run that has not started waits for."""
+    disrupted: bool = False
+    """Whether the engine says that the run failed because a pod was evicted, preempted or drained."""
     exit_code: int | None = None
-    """As the engine knows it, where no pod is left to ask."""
+    """The exit code in the engine's message, for runs whose pods are gone."""
     checkpoint: str = ""
     """As of `PodView`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What an engine says of a run's end, or of what holds it: exit codes are found in the message."""
+class EngineStatus:
+    """What an engine says about a run: why it ended, or what it waits for. The message may have an exit code."""
 
     reason: str = ""
     message: str = ""
     ended: str | None = None
+    """RFC 3339."""
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What decisions need to know of engines (`engines.registry.facts`)."""
+
+    missing: str = ""
+    """Why the engine that the job requests is not available here; empty where it is."""
+    refusals: tuple[Problem, ...] = ()
+    """What the job asks for that its engine cannot do."""
+    start_seconds: Mapping[str, int] = field(default_factory=dict)
+    """How long each engine may take to start an attempt whose pods are ready, in seconds; 0 is no limit."""
+    own_labels: tuple[str, ...] = ()
+    """Prefixes of the labels and annotations of pods that belong to the controllers of the engines."""
 
 
 @dataclass(frozen=True)
 class JobView:
-    """A FineTuneJob as the API server has it. Kept as packed text: thousands of parsed specs would fill the memory."""
+    """A FineTuneJob as the API server has it, compressed: thousands of parsed specs would take much more memory."""
 
     namespace: str
     name: str
@@ -156,15 +186,17 @@ class JobView:
 
 @dataclass(frozen=True)
 class Complaint:
-    """A warning of Kubernetes about a run that does not begin: an event's reason and message."""
+    """The reason and message of a warning event about a run that has not started."""
 
     reason: str
     message: str
+    pods_refused: bool = False
+    """Whether it says that the run's pods cannot be created."""
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """The API server did not take a run's objects: for good (`REJECTED`), or until `again` at least."""
+    """The API server refused an object of a run: permanently (`REJECTED`), or at least until `again`."""
 
     reason: Reason
     message: str
@@ -173,19 +205,18 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Observed:
-    """All that a decision is made from."""
+    """The snapshot that a decision is made from."""
 
     body: Json
     runs: tuple[RunView, ...] = ()
     pods: tuple[PodView, ...] = ()
     report: AttemptReport | None = None
-    """What the current run last said of itself."""
-    engine_missing: bool = False
-    """The job wants an engine that the cluster doesn't have."""
+    """The last report of the newest attempt."""
+    engines: EngineFacts = EngineFacts()
     trouble: Trouble | None = None
-    """Why the API server did not take the run's objects when they were last applied."""
+    """Why the API server refused an object of a run when it was last applied."""
     complaints: tuple[Complaint, ...] = ()
-    """About the run that is to begin, newest first; asked for where nothing else says what holds it up."""
+    """About the run that is to start, newest first. They are read only where nothing else says what blocks it."""
 
     @property
     def uid(self) -> str:
@@ -195,7 +226,7 @@ class Observed:
         return next((run for run in self.runs if run.run == number and run.owner == self.uid), None)
 
     def pods_of(self, number: int) -> tuple[PodView, ...]:
-        """The pods that a run of this job has made, by index; of those with one index the newest first."""
+        """Return the pods that a run of this job created, by index; among pods of one index the newest is first."""
         run = self.run(number)
         owned = (pod for pod in self.pods if run is not None and pod.run == number and pod.owner == run.pods_owner)
         newest = sorted(owned, key=lambda pod: (pod.created, pod.name), reverse=True)
@@ -203,15 +234,20 @@ class Observed:
 
 
 def job_view(body: Json) -> JobView:
-    """A FineTuneJob without what nobody reads."""
+    """Return a FineTuneJob without the fields that the operator does not read."""
     metadata = {name: value for name, value in body["metadata"].items() if name != "managedFields"}
     slim = {"metadata": metadata, "spec": body.get("spec", {}), "status": body.get("status", {})}
     packed = zlib.compress(json.dumps(slim, separators=(",", ":")).encode(), level=1)
     return JobView(metadata["namespace"], metadata["name"], metadata["uid"], int(metadata["resourceVersion"]), packed)
 
 
-def pod_view(body: Json) -> PodView | None:
-    """A pod of ours; None for any other."""
+def pod_view(body: Json, node: PodNode) -> PodView | None:
+    """Return a pod of a run; None for any other pod.
+
+    Args:
+        body: the Pod.
+        node: what the pod's engine knows about it.
+    """
     metadata, status = body["metadata"], body.get("status", {})
     run = run_of(metadata)
     job = (metadata.get("labels") or {}).get(JOB_LABEL)
@@ -224,9 +260,9 @@ def pod_view(body: Json) -> PodView | None:
         name=metadata["name"],
         job=job,
         run=run,
-        index=_index(metadata),
+        index=node.index,
         phase=status.get("phase", "Pending"),
-        owner=_maker(metadata),
+        owner=node.owner,
         created=metadata.get("creationTimestamp", ""),
         ip=status.get("podIP"),
         node=(body.get("spec") or {}).get("nodeName"),
@@ -247,18 +283,22 @@ def pod_view(body: Json) -> PodView | None:
     )
 
 
-def run_view(body: Json, engine: str, state: RunState, told: Told, **of_engine: Any) -> RunView | None:
-    """Return an engine's object as a run, or None for one that is not the operator's.
+def run_view(body: Json, engine: str, state: RunState, said: EngineStatus, **fields: Any) -> RunView | None:
+    """Return the main object of a run as a view; None for an object that this operator does not manage.
 
     Args:
-        of_engine: fields of `RunView` that only the engine knows.
+        body: the main object.
+        engine: name of the engine.
+        state: the state of the run.
+        said: what the engine says about it.
+        fields: the fields of `RunView` that only the engine knows.
     """
     metadata = body["metadata"]
     run, job = run_of(metadata), (metadata.get("labels") or {}).get(JOB_LABEL)
     if run is None or job is None:
         return None
     over = state in (RunState.SUCCEEDED, RunState.FAILED)
-    code = _EXIT_CODE.search(told.message)
+    code = _EXIT_CODE.search(said.message)
     return RunView(
         name=metadata["name"],
         job=job,
@@ -269,33 +309,19 @@ def run_view(body: Json, engine: str, state: RunState, told: Told, **of_engine: 
         version=int(metadata.get("resourceVersion", 0)),
         engine=engine,
         uid=str(metadata.get("uid", "")),
-        ended=moment(told.ended) if over and told.ended else None,
+        ended=moment(said.ended) if over and said.ended else None,
         deleting="deletionTimestamp" in metadata,
-        reason=told.reason,
-        message=told.message,
+        reason=said.reason,
+        message=said.message,
         exit_code=_shell_code(int(code[1])) if code else None,
         checkpoint=mark_of(metadata.get("annotations") or {}),
-        **of_engine,
+        **fields,
     )
 
 
 def _shell_code(code: int) -> int:
-    """As a container has it: Ray tells a process that signal 9 has ended by -9, Kubernetes by 137."""
+    """Return the code as a container reports it: for a process that signal 9 killed, Ray says -9, Kubernetes 137."""
     return code if code >= 0 else 128 - code
-
-
-def _index(metadata: Json) -> int:
-    marks = {**(metadata.get("labels") or {}), **(metadata.get("annotations") or {})}
-    if RAY_NODE_TYPE in marks:
-        return 0 if marks[RAY_NODE_TYPE] == "head" else 1
-    index = str(marks.get(COMPLETION_INDEX, 0))
-    return int(index) if index.isdecimal() else 1
-
-
-def _maker(metadata: Json) -> str:
-    owners = metadata.get("ownerReferences") or []
-    owner: Json = next((owner for owner in owners if owner.get("controller")), {})
-    return str(owner["name"] if owner.get("kind") == "RayCluster" else owner.get("uid", ""))
 
 
 def _containers(status: Json) -> list[Json]:
@@ -303,7 +329,7 @@ def _containers(status: Json) -> list[Json]:
 
 
 def _terminated(status: Json) -> tuple[str, Json]:
-    """How the trainer's container ended, or else the first other one that failed."""
+    """Return the terminated state of the trainer's container, or else of the first other container that failed."""
     ends = {item["name"]: (item.get("state") or {}).get("terminated") or {} for item in _containers(status)}
     failed = ((name, end) for name, end in ends.items() if end.get("exitCode"))
     own = ends.get(CONTAINER)
@@ -333,11 +359,16 @@ def _reason(condition: Json | None, status: str) -> str | None:
 
 
 def created(metadata: Json) -> datetime:
-    """When an object was made, by the API server's clock."""
+    """Return when the API server created an object."""
     return moment(metadata["creationTimestamp"])
 
 
-def owner_uid(metadata: Json) -> str:
-    """Uid of the controller that owns an object; empty where none does."""
+def controller_of(metadata: Json) -> Json:
+    """Return the owner reference of an object's controller; empty for an object without one."""
     owners = metadata.get("ownerReferences") or []
-    return next((owner["uid"] for owner in owners if owner.get("controller")), "")
+    return next((owner for owner in owners if owner.get("controller")), {})
+
+
+def owner_uid(metadata: Json) -> str:
+    """Return the uid of the controller that owns an object; empty for an object without one."""
+    return str(controller_of(metadata).get("uid", ""))

@@ -1,4 +1,4 @@
-"""What a decision may ask for."""
+"""Actions and events that a decision may contain (pure)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class StartRun:
-    """Make a run's objects; making them again changes nothing."""
+    """Create a run's objects; creating them again changes nothing."""
 
     run: int
     avoid: tuple[str, ...] = ()
     """Names of nodes that its pods must not run on."""
     rather_not: tuple[str, ...] = ()
-    """Names of nodes that its pods run on only where no other has room."""
+    """Names of nodes that its pods use only if no other node fits."""
 
 
 @dataclass(frozen=True)
 class StopRun:
-    """Ask a run's driver to save a checkpoint and end."""
+    """Ask a run's driver to save a checkpoint and stop."""
 
     run: int
 
@@ -31,42 +31,42 @@ class DeleteRun:
 
     run: int
     engine: str
-    """The engine that runs it, which may not be the one that the operator would choose today."""
+    """The engine that runs it, which may differ from the engine of the current spec and settings."""
 
 
 @dataclass(frozen=True)
 class AbandonRun:
-    """Delete a run whose pods can't be seen to end, since their node doesn't answer: its name is free at once."""
+    """Delete a run without waiting for its pods, whose node does not answer: its name is free at once."""
 
     run: int
     engine: str
-    """As of `DeleteRun`."""
+    """See `DeleteRun.engine`."""
 
 
 @dataclass(frozen=True)
 class DeleteJob:
-    """Delete the FineTuneJob itself; all of its objects go with it."""
+    """Delete the FineTuneJob itself; the garbage collector deletes its objects."""
 
 
 @dataclass(frozen=True)
 class HoldJob:
-    """Put the finalizer on the job, or take it off."""
+    """Add the finalizer to the job, or remove it."""
 
     hold: bool
 
 
 @dataclass(frozen=True)
 class MarkCheckpoint:
-    """Write the last checkpoint's annotations on a run's Job or RayJob and on its pods."""
+    """Annotate the main object of a run and its pods with the last checkpoint."""
 
     run: int
     engine: str
-    """As of `DeleteRun`."""
+    """See `DeleteRun.engine`."""
     annotations: dict[str, str]
     main: bool
-    """Whether the Job or RayJob needs them."""
+    """Whether the main object lacks them."""
     pods: tuple[str, ...]
-    """Names of the pods that need them."""
+    """Names of the pods that lack them."""
 
 
 Action = StartRun | StopRun | DeleteRun | AbandonRun | DeleteJob | HoldJob | MarkCheckpoint
@@ -83,11 +83,11 @@ class Event:
 
 @dataclass(frozen=True)
 class Decision:
-    """A whole answer: the status as it should read, what to do first, and when to look again."""
+    """The result of `decide`: the new status, the actions to apply before it, events, and when to reconcile again."""
 
     status: dict[str, Any]
     actions: tuple[Action, ...] = ()
     events: tuple[Event, ...] = ()
     wake: datetime | None = None
     urgent: bool = False
-    """The status differs in more than progress: write it at once."""
+    """Whether the status differs in more than progress and is therefore written at once."""

@@ -1,4 +1,4 @@
-"""The record of a job's attempts in its status, and what follows from it for the next one (pure)."""
+"""The records of a job's attempts in its status, and what they imply for the next attempt (pure)."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from finetune_operator.core.conditions import Reason, moment
 from finetune_operator.core.settings import Settings
 
 Json = dict[str, Any]
-KEPT = 20
+MAX_RECORDS = 20
 _ERROR = re.compile(r"[\w.]+(Error|Exception)\b")
 _OUTAGE = re.compile(
     r"^[\w.]*(Connection|Timeout|HTTPClient|ClientOS|Disconnected)\w*|^OSError|\[Errno|timed? ?out|"
     r"[Cc]onnection (closed|reset|refused|aborted)|[Bb]roken pipe"
 )
-"""In messages of attempts that a store or the network has ended."""
-_CHANGING = re.compile(r"0x[0-9a-f]+|/tmp/\S+|\d+(\.\d+)?", re.IGNORECASE)
-"""What differs between two messages of the same error: addresses, temporary files, numbers."""
+"""Matches messages of attempts that failed because of storage or the network."""
+_VARIABLE_PARTS = re.compile(r"0x[0-9a-f]+|/tmp/\S+|\d+(\.\d+)?", re.IGNORECASE)
+"""Matches what differs between two messages of the same error: addresses, temporary files, numbers."""
 
 
 def records(status: Json) -> list[Json]:
-    """All attempts on record, oldest first. One without `endTime` is still on its way."""
+    """Return the records of all attempts, oldest first. A record without `endTime` is of an active attempt."""
     found: list[Json] = status.get("attempts") or []
     return found
 
 
 def last(status: Json) -> Json | None:
-    """The attempt that ended last."""
+    """Return the record of the attempt that ended last."""
     return next((record for record in reversed(records(status)) if "endTime" in record), None)
 
 
@@ -38,7 +38,7 @@ def record_of(status: Json, number: int) -> Json | None:
 
 
 def closed(status: Json, number: int) -> bool:
-    """Whether an attempt is on record as ended."""
+    """Whether an attempt's record has an end."""
     return "endTime" in (record_of(status, number) or {})
 
 
@@ -47,7 +47,7 @@ def next_number(status: Json) -> int:
 
 
 def progressed(status: Json, number: int) -> bool:
-    """Whether there is a newer checkpoint than when the attempt began."""
+    """Whether there is a newer checkpoint than at the start of the attempt."""
     earlier = [record for record in records(status) if record["number"] < number]
     before = earlier[-1].get("checkpoint") if earlier else None
     now = (status.get("lastCheckpoint") or {}).get("uri")
@@ -55,25 +55,25 @@ def progressed(status: Json, number: int) -> bool:
 
 
 def failures(status: Json) -> int:
-    """Failed attempts since the last progress: a newer checkpoint sets the count back."""
-    count, position = 0, None
+    """Return the number of failed attempts since the last progress: a newer checkpoint resets the count."""
+    count, checkpoint = 0, None
     for record in records(status):
-        if record.get("checkpoint") != position:
-            count, position = 0, record.get("checkpoint")
+        if record.get("checkpoint") != checkpoint:
+            count, checkpoint = 0, record.get("checkpoint")
         count += bool(record.get("counts"))
     return count
 
 
 def repeated(status: Json) -> str:
-    """The message of an error that has ended the last two attempts at the same step; empty where none has.
+    """Return the message of an error that ended the last two attempts at the same step; empty if there is none.
 
-    Only the trainer's own errors count: an outage may last for two attempts and be over in the third.
+    Only errors of the trainer itself count: an outage may last for two attempts and be over in the third.
     """
     ended = [record for record in records(status) if "endTime" in record][-2:]
     if len(ended) < 2 or not all(map(_own_error, ended)):
         return ""
     one, other = ({name: record.get(name) for name in ("stage", "step")} for record in ended)
-    same = _CHANGING.sub("#", ended[0]["message"]) == _CHANGING.sub("#", ended[1]["message"])
+    same = _VARIABLE_PARTS.sub("#", ended[0]["message"]) == _VARIABLE_PARTS.sub("#", ended[1]["message"])
     return ended[1]["message"] if same and one == other else ""
 
 
@@ -83,9 +83,9 @@ def _own_error(record: Json) -> bool:
 
 
 def next_start(status: Json, settings: Settings) -> datetime | None:
-    """When the next attempt may start: at once after a suspension, else after a wait that doubles.
+    """Return when the next attempt may start: at once after a suspension, else after exponential backoff.
 
-    None: there was none before.
+    None if no attempt has ended.
     """
     record = last(status)
     if record is None:
@@ -98,9 +98,10 @@ def next_start(status: Json, settings: Settings) -> datetime | None:
 
 
 def avoided(status: Json) -> tuple[str, ...]:
-    """Return the nodes that the next attempt must keep away from: a GPU there has broken an earlier one.
+    """Return the nodes that the next attempt must not use: a GPU fault there ended an earlier attempt.
 
-    Empty again after an attempt for which no other node was found in time: a node that may work is better than none.
+    The list is cleared after an attempt for which no other node was found in time: a node that may work is better than
+    none.
     """
     nodes: dict[str, None] = {}
     for record in records(status):
@@ -112,6 +113,6 @@ def avoided(status: Json) -> tuple[str, ...]:
 
 
 def trimmed(status: Json) -> None:
-    """Keep the newest records: a job that is suspended often must not outgrow its object."""
-    if len(records(status)) > KEPT:
-        status["attempts"] = records(status)[-KEPT:]
+    """Keep the newest `MAX_RECORDS` records: etcd limits an object's size."""
+    if len(records(status)) > MAX_RECORDS:
+        status["attempts"] = records(status)[-MAX_RECORDS:]

@@ -1,6 +1,6 @@
-"""The last checkpoint as annotations of a run's Job or RayJob and of its pods (pure).
+"""Annotations with the last checkpoint on the main object of a run and on its pods (pure).
 
-Schedulers and people see there what a preemption would cost (kueue#477, volcano#5999): all steps since.
+They show schedulers and users what a preemption would cost (kueue#477, volcano#5999): all steps since the checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Json = dict[str, Any]
 
 
 def mark_checkpoint(draft: Draft, run: RunView) -> None:
-    """Ask for the annotations of a training run's objects that don't have the newest checkpoint's yet."""
+    """Annotate the objects of a training run that lack the annotations of the newest checkpoint."""
     checkpoint = draft.status.get("lastCheckpoint")
     if not checkpoint or run.deleting:
         return
@@ -30,11 +30,11 @@ def mark_checkpoint(draft: Draft, run: RunView) -> None:
 
 
 def annotations_of(checkpoint: Json) -> dict[str, str]:
-    """Return what `status.lastCheckpoint` is as annotations; a trainer of an older version tells no time."""
+    """Return `status.lastCheckpoint` as annotations; older trainers report no time."""
     found = {"stage": checkpoint["stage"], "step": checkpoint["step"], "time": checkpoint.get("savedAt")}
     return {CHECKPOINT_ANNOTATIONS[name]: str(value) for name, value in found.items() if value is not None}
 
 
 def lacks(view: RunView | PodView, wanted: dict[str, str]) -> bool:
-    """Whether an object's annotations are of another checkpoint."""
+    """Whether an object has no annotations of this checkpoint."""
     return view.checkpoint != mark_of(wanted)

@@ -1,4 +1,4 @@
-"""Why a run ended: from exit codes, container states, pod conditions and the engine's own words (pure)."""
+"""Why a run ended, from exit codes, container states, pod conditions and the engine's messages (pure)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from finetune_operator.decide.device_failures import DeviceEnding, device_ending
 from finetune_operator.decide.stalls import stall_ending
 
 LOST_SECONDS = 30
-"""After its grace period a pod is gone within seconds, unless its node is."""
+"""Time after its grace period at which a pod counts as lost: it ends within seconds unless its node is lost."""
 MESSAGE_LIMIT = 2048
-_GIVEN_UP = "DeletionByTaintManager"
-_NODE_LOST = ("NodeLost", "NodeShutdown", "Shutdown", "Terminated", _GIVEN_UP, "DeletionByPodGC")
+_NODE_TAINTED = "DeletionByTaintManager"
+_NODE_LOST = ("NodeLost", "NodeShutdown", "Shutdown", "Terminated", _NODE_TAINTED, "DeletionByPodGC")
 _EVICTED = ("Evicted", "Preempted", "Preempting", "PreemptionByScheduler", "EvictionByEvictionAPI",
             "TerminationByKubelet", "OutOfcpu", "OutOfmemory", "OutOfpods", "UnexpectedAdmissionError")  # fmt: skip
 _PULL = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 _MOUNT = ("FailedMount", "FailedAttachVolume", "FailedMapVolume")
-_CREATE = ("FailedCreate", "FailedToCreateHeadPod", "FailedToCreateWorkerPod")
 _RENDEZVOUS = re.compile(
     r"NCCL (error|timeout|WARN)|nccl(System|Remote|Internal|UnhandledCuda)Error|WorkNCCL|ProcessGroup(NCCL|Gloo)|"
     r"Watchdog caught collective operation timeout|gloo.*(connect|timeout|Connection)|"
@@ -37,71 +36,76 @@ _RENDEZVOUS = re.compile(
 )
 _WORD, _ERROR = re.compile(r"\w"), re.compile(r"[\w.]+(Error|Exception)\b")
 _SIGNALS = {137: "SIGKILL", 143: "SIGTERM", 139: "SIGSEGV", 134: "SIGABRT"}
-_FROM_OUTSIDE = (137, 143)
-"""Of a process that these end, the last line of its log is what it was doing, and not why it has ended."""
+_KILLED = (137, 143)
+"""Exit codes of a process that a signal ended: the last line of its log is not the reason of its end."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended, for people (`message`, `pod`, `node`) and for the next decision."""
+    """How a run ended: what the status reports, and what the next attempt depends on."""
 
     reason: Reason
     message: str
     retryable: bool
     counts: bool = True
-    """Whether it uses up one of `backoffLimit`: an outsider's doing doesn't."""
+    """Whether it counts towards `backoffLimit`; an end with an outside cause does not."""
     pod: str | None = None
     node: str | None = None
     exit_code: int | None = None
     traceback: str = ""
-    """The last lines of what the driver said, where that is more than the message."""
+    """The last lines of the driver's output, if that is more than the message."""
     container: str = ""
-    """The container that is to blame, where it isn't the trainer's."""
+    """The container that failed, if it is not the trainer's."""
     advice: str = ""
-    """What to do about a device fault (`finetune_api.device_faults`)."""
+    """The remedy for a device fault (`finetune_api.device_faults`)."""
     faulty_node: bool = False
-    """Whether a GPU of `node` is broken: the next attempt keeps away from that node."""
+    """Whether a GPU of `node` is faulty: the next attempt must not use that node."""
     stalled: bool = False
     """Whether a worker on `node` has stalled: the next attempt prefers other nodes."""
 
 
 def classify(run: RunView, pods: tuple[PodView, ...], report: AttemptReport | None) -> Ending:
-    """The ending of a failed run. The first rule that fits wins: the driver's own word, then what Kubernetes saw."""
-    said = _said(pods, report)
-    logged = "" if said else _driver_text(pods)
-    text = (said.message or "") if said else logged or run.message
-    code = _exit_code(run, pods, said)
-    own = "" if logged and code in _FROM_OUTSIDE else _last_line(text)
-    unknown = Ending(Reason.UNKNOWN, own or _wordless(code), True, True, *_place(pods[:1]), code)
-    ending = next(iter(_endings(run, pods, text, code, device_ending(text, pods, said), said)), unknown)
+    """Return how a failed run ended, by the first rule that applies: the driver's report, then the pods' states."""
+    final = _final_report(pods, report)
+    log = "" if final else _driver_text(pods)
+    text = (final.message or "") if final else log or run.message
+    code = _exit_code(run, pods, final)
+    own = "" if log and code in _KILLED else _last_line(text)
+    unknown = Ending(Reason.UNKNOWN, own or _no_message(code), True, True, *_pod_and_node(pods[:1]), code)
+    ending = next(iter(_endings(run, pods, text, code, device_ending(text, pods, final), final)), unknown)
     more = len(text.strip().splitlines()) > 1 and ending.message != _clip(text)
     return replace(ending, traceback=_clip(text) if more else "")
 
 
 def lost(pods: Iterable[PodView], now: datetime) -> Ending | datetime | None:
-    """Whether a node has gone without a word: a pod on it should have ended long ago, and nobody says that it has; or
-    Kubernetes has given the node up and deletes its pods. One that only is tainted keeps its pods ready until they end.
+    """Return the end of a run whose node is lost, if it is.
+
+    A node is lost when Kubernetes deletes its pods because of its `unreachable` taint, or when a pod that is being
+    deleted has not ended `LOST_SECONDS` after its grace period. The pods of a node with another taint stay ready until
+    they end.
 
     Returns:
-        How its run ended then; or the time at which a pod that is being deleted will count as lost.
+        How the run ended; or the time at which a pod that is being deleted will count as lost; or None.
     """
-    going = [pod for pod in pods if pod.grace_over and not pod.over]
-    silent = next((pod for pod in going if pod.disruption == _GIVEN_UP and not pod.ready), None)
-    if silent is not None:
-        message = f"pod {silent.name}: its node does not answer"
-        return Ending(Reason.NODE_LOST, message, True, False, silent.name, silent.node)
-    first = min(going, key=lambda pod: pod.grace_over or now, default=None)
+    deleting = [pod for pod in pods if pod.grace_over and not pod.over]
+    unreachable = next((pod for pod in deleting if pod.disruption == _NODE_TAINTED and not pod.ready), None)
+    if unreachable is not None:
+        message = f"pod {unreachable.name}: its node does not answer"
+        return Ending(Reason.NODE_LOST, message, True, False, unreachable.name, unreachable.node)
+    first = min(deleting, key=lambda pod: pod.grace_over or now, default=None)
     if first is None or first.grace_over is None:
         return None
     due = first.grace_over + timedelta(seconds=LOST_SECONDS)
     if due > now:
         return due
-    message = f"pod {first.name} was to end by {stamp(first.grace_over)}, and its node does not say that it has"
+    message = (
+        f"pod {first.name} has not ended by {stamp(first.grace_over)}, the end of its grace period: its node is lost"
+    )
     return Ending(Reason.NODE_LOST, message, True, False, first.name, first.node)
 
 
 def waiting(pods: Iterable[PodView], complaints: Iterable[Complaint] = ()) -> tuple[Reason, str] | None:
-    """What holds up a run that has not begun, most telling first."""
+    """Return why a run does not start, or None; a container's state comes before scheduling and warning events."""
     pods = tuple(pods)
     for reasons, reason in ((_PULL, Reason.IMAGE_PULL), (_CONFIG, Reason.POD_CONFIG)):
         for pod in pods:
@@ -110,9 +114,10 @@ def waiting(pods: Iterable[PodView], complaints: Iterable[Complaint] = ()) -> tu
     for pod in pods:
         if pod.unschedulable is not None and pod.node is None:
             return Reason.UNSCHEDULABLE, _clip(pod.unschedulable)
-    for said in complaints:
-        known = Reason.POD_CONFIG if said.reason in _MOUNT else Reason.FORBIDDEN if said.reason in _CREATE else None
-        return known or Reason.STARTING, _clip(f"{said.reason}: {said.message}")
+    for warning in complaints:
+        known = Reason.POD_CONFIG if warning.reason in _MOUNT else None
+        known = Reason.FORBIDDEN if warning.pods_refused else known
+        return known or Reason.STARTING, _clip(f"{warning.reason}: {warning.message}")
     return None
 
 
@@ -122,24 +127,26 @@ def _endings(
     text: str,
     code: int | None,
     device: DeviceEnding | None,
-    said: AttemptReport | None,
+    report: AttemptReport | None,
 ) -> Iterable[Ending]:
     driver = next((pod for pod in pods if pod.index == 0), None)
-    place = _place([driver] if driver else [])
+    place = _pod_and_node([driver] if driver else [])
     if code == ExitCode.USER_ERROR:
         yield Ending(Reason.USER_ERROR, _clip(text or "the job, its data or its settings are wrong"), False, True,
                      *place, code)  # fmt: skip
-    yield from _refused_by_a_node(pods)
+    yield from _unfit_nodes(pods)
     if code == ExitCode.GATE_NOT_PASSED:
         yield Ending(Reason.GATE_NOT_PASSED, _clip(text or "an evaluation missed its bound"), False, True, *place, code)
     yield from _lost_pods(pods)
     yield from _deleted_pods(pods)
-    if "DisruptionTarget" in run.message:  # the Job's own word, where no pod is left to tell more
+    if run.disrupted:  # the engine says so, for runs whose pods are gone
         yield Ending(Reason.EVICTED, _clip(run.message), True, False, *place, code)
     yield from _killed_for_memory(pods)
-    if (stall := stall_ending(said, pods)) is not None:
+    if (stall := stall_ending(report, pods)) is not None:
         message, pod = stall
-        yield Ending(Reason.STALLED, _clip(message), True, True, *_place([pod] if pod else []), code, stalled=True)
+        yield Ending(
+            Reason.STALLED, _clip(message), True, True, *_pod_and_node([pod] if pod else []), code, stalled=True
+        )
     if device is not None:
         yield _of_device(device, place, code)
     if code == ExitCode.OUT_OF_MEMORY:
@@ -161,25 +168,27 @@ def _of_device(device: DeviceEnding, place: tuple[str | None, str | None], code:
                   faulty_node=device.node_is_faulty)  # fmt: skip
 
 
-def _refused_by_a_node(pods: tuple[PodView, ...]) -> Iterable[Ending]:
-    """A node beside the driver's that found itself unfit for the job, by the checks of `finetune doctor`: it is set up
-    wrong, or a GPU of it does not work. The driver itself was only told to stop."""
+def _unfit_nodes(pods: tuple[PodView, ...]) -> Iterable[Ending]:
+    """Yield ends caused by nodes other than the driver's that failed the checks of `finetune doctor`.
+
+    Their setup is wrong or a GPU is faulty; the driver's own end is only a consequence.
+    """
     for pod in pods:
-        said = termination_report(pod) if pod.index else None
-        broken = device_ending(said.message or "", pods, said) if said is not None else None
-        if broken is not None and broken.node_is_faulty:
-            yield _of_device(broken, (pod.name, pod.node), pod.exit_code)
-        elif said is not None and said.exit_code == ExitCode.USER_ERROR:
-            message = f"pod {pod.name} on node {pod.node}: {said.message or 'its node does not suit the job'}"
+        report = termination_report(pod) if pod.index else None
+        fault = device_ending(report.message or "", pods, report) if report is not None else None
+        if fault is not None and fault.node_is_faulty:
+            yield _of_device(fault, (pod.name, pod.node), pod.exit_code)
+        elif report is not None and report.exit_code == ExitCode.USER_ERROR:
+            message = f"pod {pod.name} on node {pod.node}: {report.message or 'its node failed the checks of the job'}"
             yield Ending(Reason.USER_ERROR, _clip(message), False, True, pod.name, pod.node, pod.exit_code)
 
 
 def _lost_pods(pods: tuple[PodView, ...]) -> Iterable[Ending]:
-    for marks, reason in ((_NODE_LOST, Reason.NODE_LOST), (_EVICTED, Reason.EVICTED)):
+    for causes, reason in ((_NODE_LOST, Reason.NODE_LOST), (_EVICTED, Reason.EVICTED)):
         for pod in pods:
-            why = next((mark for mark in (pod.disruption, pod.reason) if mark in marks), None)
-            if why is not None:
-                message = f"pod {pod.name}: {why}" + (f": {pod.message}" if pod.message else "")
+            cause = next((item for item in (pod.disruption, pod.reason) if item in causes), None)
+            if cause is not None:
+                message = f"pod {pod.name}: {cause}" + (f": {pod.message}" if pod.message else "")
                 yield Ending(reason, _clip(message), True, False, pod.name, pod.node, pod.exit_code)
 
 
@@ -193,17 +202,19 @@ def _deleted_pods(pods: tuple[PodView, ...]) -> Iterable[Ending]:
 def _killed_for_memory(pods: tuple[PodView, ...]) -> Iterable[Ending]:
     for pod in pods:
         if pod.terminated == "OOMKilled":
-            who = f"container {pod.failed_container} of pod" if pod.failed_container else "pod"
-            yield Ending(Reason.OOM_KILLED, f"{who} {pod.name} used more memory than its limit", False, True, pod.name,
-                         pod.node, pod.exit_code, container=pod.failed_container)  # fmt: skip
+            subject = f"container {pod.failed_container} of pod" if pod.failed_container else "pod"
+            message = f"{subject} {pod.name} used more memory than its limit"
+            yield Ending(Reason.OOM_KILLED, message, False, True, pod.name, pod.node, pod.exit_code,
+                         container=pod.failed_container)  # fmt: skip
 
 
 def termination_report(pod: PodView) -> AttemptReport | None:
-    """The report in a pod's termination message; None where there is none."""
+    """Return the report in a pod's termination message, or None if it has no valid one."""
     return None if pod.failed_container else read_report(pod.termination_message)
 
 
-def _said(pods: tuple[PodView, ...], report: AttemptReport | None) -> AttemptReport | None:
+def _final_report(pods: tuple[PodView, ...], report: AttemptReport | None) -> AttemptReport | None:
+    """Return the driver's last report: of its termination message, or else the polled one if it has an exit code."""
     written = (termination_report(pod) for pod in pods if pod.index == 0)
     return next(filter(None, written), None) or (report if report and report.exit_code is not None else None)
 
@@ -212,29 +223,29 @@ def _driver_text(pods: tuple[PodView, ...]) -> str:
     driver = next((pod for pod in pods if pod.index == 0), None)
     if driver is None or not driver.failed_container:
         return driver.termination_message if driver else ""
-    how = f"container {driver.failed_container} ended with exit code {driver.exit_code}"
-    return f"{driver.termination_message}\n{how}".strip()
+    end = f"container {driver.failed_container} ended with exit code {driver.exit_code}"
+    return f"{driver.termination_message}\n{end}".strip()
 
 
-def _exit_code(run: RunView, pods: tuple[PodView, ...], said: AttemptReport | None) -> int | None:
-    """The driver's; another container's codes mean what they like."""
-    if said is not None and said.exit_code is not None:
-        return said.exit_code
+def _exit_code(run: RunView, pods: tuple[PodView, ...], report: AttemptReport | None) -> int | None:
+    """Return the driver's exit code; those of other containers have other meanings."""
+    if report is not None and report.exit_code is not None:
+        return report.exit_code
     driver = next((pod.exit_code for pod in pods if pod.index == 0 and not pod.failed_container), None)
     return driver if driver is not None else run.exit_code
 
 
-def _wordless(code: int | None) -> str:
-    how = f" (exit code {code}{f', {_SIGNALS[code]}' if code in _SIGNALS else ''})" if code is not None else ""
-    return f"the trainer ended without a word{how}"
+def _no_message(code: int | None) -> str:
+    end = f" (exit code {code}{f', {_SIGNALS[code]}' if code in _SIGNALS else ''})" if code is not None else ""
+    return f"the trainer ended without a message{end}"
 
 
-def _place(pods: Iterable[PodView]) -> tuple[str | None, str | None]:
+def _pod_and_node(pods: Iterable[PodView]) -> tuple[str | None, str | None]:
     return next(((pod.name, pod.node) for pod in pods), (None, None))
 
 
 def _last_line(text: str) -> str:
-    """A traceback's last line is the error itself; one that is torn off below some code has an earlier one, or none."""
+    """Return the last line, which is a traceback's error; of a truncated traceback, the last line with an error."""
     lines = [line for line in text.splitlines() if line.strip() and not RAY_FIELD.match(line)]
     if lines and not _WORD.search(lines[-1]):
         lines = [line for line in lines if _ERROR.match(line)] or [line for line in lines if _WORD.search(line)]
@@ -242,11 +253,11 @@ def _last_line(text: str) -> str:
 
 
 def _line_of(pattern: re.Pattern[str], text: str) -> str:
-    """The last line that says so."""
+    """Return the last line that matches."""
     return _clip(next((line for line in reversed(text.splitlines()) if pattern.search(line)), text).strip())
 
 
 def _clip(text: str) -> str:
-    """The end of a long text: a traceback's last lines tell most. What kubelet took from a log may hold secrets."""
+    """Return the last `MESSAGE_LIMIT` characters without secrets, which a container's log may contain."""
     text = clean(redact(text, {}))
-    return text if len(text) <= MESSAGE_LIMIT else "…" + text[-MESSAGE_LIMIT + 1 :]
+    return text if len(text) <= MESSAGE_LIMIT else "..." + text[-MESSAGE_LIMIT + 3 :]

@@ -1,6 +1,6 @@
-"""What to do about a job, from what is seen of it (pure).
+"""The decision about a job: its new status and what to do, from a snapshot (pure).
 
-One ordered list of steps; the first that has an answer wins.
+The steps run in order until one of them returns True.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from finetune_operator.decide.actions import AbandonRun, Decision, DeleteJob, De
 from finetune_operator.decide.classify import classify, lost, termination_report
 from finetune_operator.decide.oom_advice import with_advice
 from finetune_operator.decide.preflight import preflight
-from finetune_operator.decide.queueing import cleanup_words, queue_limit, queue_message
+from finetune_operator.decide.queueing import cleanup_state, queue_limit, queue_message
 from finetune_operator.decide.running_attempt import follow
 from finetune_operator.decide.spec_check import spec_faults
 from finetune_operator.decide.status_builder import Draft
@@ -25,7 +25,7 @@ from finetune_operator.decide.suspension import deadline, suspend
 
 
 def decide(seen: Observed, settings: Settings, now: datetime) -> Decision:
-    """The status as it should read, what to do, and when to look again."""
+    """Return the new status, the actions, the events and the time of the next reconcile."""
     draft = Draft(seen, settings, now)
     for step in _LAST_STEPS if draft.going() else _STEPS:
         if step(draft):
@@ -34,7 +34,7 @@ def decide(seen: Observed, settings: Settings, now: datetime) -> Decision:
 
 
 def _over(draft: Draft) -> bool:
-    """A finished job: stop what still runs, and delete the job when its time is up."""
+    """Delete what still runs of a finished job, and the job itself after `ttlSecondsAfterFinished`."""
     if not (draft.holds(Type.SUCCEEDED) or draft.holds(Type.FAILED)):
         return False
     for run in draft.seen.runs:
@@ -57,10 +57,10 @@ def _ttl(draft: Draft) -> None:
 
 
 def _invalid(draft: Draft) -> bool:
-    """Checked again only where the spec has changed: of what is below a pod template, CEL cannot see everything."""
+    """Check the spec when it has changed: CEL rules cannot check all of a pod template."""
     if draft.holds(Type.VALIDATED) and not draft.changed():
         return False
-    fault = spec_faults(draft.seen.body, draft.settings)
+    fault = spec_faults(draft.seen.body, draft.settings, draft.seen.engines)
     if fault is not None:
         draft.set(Type.VALIDATED, "False", fault.reason, fault.message)
         draft.status.pop("failure", None)
@@ -70,14 +70,14 @@ def _invalid(draft: Draft) -> bool:
 
 
 def _hold(draft: Draft) -> bool:
-    """A job that empties its storage in the end must not go before that."""
+    """Add the finalizer to a job whose storage is emptied after its deletion."""
     if draft.spec["storage"].get("deletionPolicy") == "Delete" and not draft.held():
         draft.do(HoldJob(True))
     return False
 
 
 def _empty(draft: Draft) -> bool:
-    """A job that is to go: stop its runs, empty its storage, let it go."""
+    """Stop the runs of a deleted job, empty its storage, then remove the finalizer."""
     if not draft.held():
         return True
     runs = [run for run in draft.seen.runs if run.owner == draft.seen.uid and run.run > 0]
@@ -87,7 +87,7 @@ def _empty(draft: Draft) -> bool:
     cleanup = draft.seen.run(CLEANUP_RUN)
     if runs:
         names = ", ".join(run.name for run in runs)
-        draft.set(Type.RUNNING, "False", Reason.CLEANING_UP, f"waits for the pods of {names} to end")
+        draft.set(Type.RUNNING, "False", Reason.CLEANING_UP, f"waiting for the pods of {names} to end")
     elif cleanup is None:
         draft.do(StartRun(CLEANUP_RUN))
     elif cleanup.state in ENDED:
@@ -98,23 +98,26 @@ def _empty(draft: Draft) -> bool:
 
 
 def _await_cleanup(draft: Draft, cleanup: RunView) -> None:
-    """Say what the clean-up waits for, and let the job go once a queue has held it for too long."""
-    draft.set(Type.RUNNING, "False", Reason.CLEANING_UP, f"empties its storage: {cleanup_words(draft, cleanup)}")
+    """Report what the clean-up waits for; remove the finalizer if a queue has held it for too long."""
+    draft.set(Type.RUNNING, "False", Reason.CLEANING_UP, f"emptying the storage: {cleanup_state(draft, cleanup)}")
     end = queue_limit(draft, cleanup)
-    if end is not None and end <= draft.now:
+    if cleanup.elsewhere:
         draft.do(DeleteRun(cleanup.run, cleanup.engine))
-        _let_go(draft, f"its clean-up was held by its queue for too long: {queue_message(draft, cleanup)}")
+        _let_go(draft, f"its clean-up was sent to another cluster by {cleanup.elsewhere}")
+    elif end is not None and end <= draft.now:
+        draft.do(DeleteRun(cleanup.run, cleanup.engine))
+        _let_go(draft, f"the queue held the clean-up for too long: {queue_message(draft, cleanup)}")
 
 
-def _let_go(draft: Draft, trouble: str) -> None:
-    if trouble:
-        message = f"its storage could not be emptied, what is there stays: {trouble}"
+def _let_go(draft: Draft, error: str) -> None:
+    if error:
+        message = f"the storage could not be emptied, its files are kept: {error}"
         draft.event("Warning", Reason.CLEANUP_FAILED.value, message)
     draft.do(HoldJob(False))
 
 
 def _record(draft: Draft) -> bool:
-    """Write the ended attempts into the status before anything is decided from them."""
+    """Record the ended attempts in the status before the other steps use them."""
     for run in sorted(draft.seen.runs, key=lambda run: run.run):
         if run.run < 1 or run.owner != draft.seen.uid:
             continue
@@ -126,21 +129,21 @@ def _record(draft: Draft) -> bool:
             draft.learn(next(filter(None, map(termination_report, pods[:1])), None))
             ending = with_advice(classify(run, pods, draft.seen.report), draft.seen.body, draft.status)
             draft.attempt_ended(run, ending)
-    draft.learn(draft.seen.report)  # the newest attempt's, so after what older ones have said in the end
+    draft.learn(draft.seen.report)  # the report is the newest attempt's, so it comes after the older ones' last reports
     draft.attempts_gone()
     _give_up_lost(draft)
     return False
 
 
 def _of_its_end(run: RunView, pods: tuple[PodView, ...]) -> tuple[PodView, ...]:
-    """Return the pods that tell how a run ended: without a driver's pod that the engine has made since."""
+    """Return the pods that show how a run ended, without a driver pod that the engine created after that."""
     return tuple(pod for pod in pods if pod.ended or pod.index) if run.orphaned else pods
 
 
 def _give_up_lost(draft: Draft) -> None:
-    """A run on a node that is gone for good never ends by itself: it is over, and the next one may start.
+    """End the runs of lost nodes, which never end by themselves, so that the next attempt can start.
 
-    Should the node come back with the run still alive there, storage refuses its checkpoints (`storage/fencing.py`).
+    If the node comes back with the run still alive, storage rejects its checkpoints (`storage/fencing.py`).
     """
     for run in draft.seen.runs:
         if run.owner != draft.seen.uid or run.state is RunState.SUCCEEDED:
@@ -155,7 +158,7 @@ def _give_up_lost(draft: Draft) -> None:
 
 
 def _refused(draft: Draft) -> bool:
-    """The API server did not take what was rendered: for good, or for now."""
+    """Fail a job whose objects the API server rejects; wait if it only forbids them for now."""
     trouble = draft.seen.trouble
     if trouble is None:
         return False
@@ -181,7 +184,7 @@ def _succeeded(draft: Draft) -> bool:
 
 
 def _start(draft: Draft) -> bool:
-    """No attempt is on its way: give up, wait, or start the next one."""
+    """If no attempt is active, fail the job, wait for the backoff delay, or start the next attempt."""
     if draft.active() is not None:
         return False
     last = attempts.last(draft.status)
@@ -202,9 +205,8 @@ def _start(draft: Draft) -> bool:
         draft.set(Type.RUNNING, "False", Reason.BACK_OFF, f"next attempt at {stamp(ready)}, after {last['reason']}")
         draft.wake_at(ready)
         return True
-    if draft.seen.engine_missing:
-        message = "kubernetes.engine is kuberay, but this cluster has no ray.io/v1 RayJob: install KubeRay, or use job"
-        draft.set(Type.RUNNING, "False", Reason.ENGINE_MISSING, message)
+    if draft.seen.engines.missing:
+        draft.set(Type.RUNNING, "False", Reason.ENGINE_MISSING, draft.seen.engines.missing)
         draft.wake_at(draft.now + timedelta(seconds=60))
         return True
     if not draft.queued():

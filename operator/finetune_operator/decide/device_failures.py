@@ -1,4 +1,4 @@
-"""How an attempt ended whose last words tell of a device fault, such as a broken GPU or a missing compiler (pure)."""
+"""The end of an attempt by a device fault, such as a faulty GPU or a missing compiler (pure)."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _REASONS = {
     FaultKind.NCCL_TIMEOUT: Reason.RENDEZVOUS,
     FaultKind.NCCL_SYSTEM: Reason.RENDEZVOUS,
 }
-"""One reason per class. NCCL's two classes share one: both are a lost connection between workers."""
-_TRIED_AGAIN = (Retry.AGAIN, Retry.ELSEWHERE)
+"""One reason per kind of fault. Both kinds of NCCL faults are a lost connection between workers."""
+_RETRIED = (Retry.AGAIN, Retry.ELSEWHERE)
 
 
 @dataclass(frozen=True)
 class DeviceEnding:
-    """What a device fault says of an attempt's end."""
+    """An attempt's end by a device fault."""
 
     reason: Reason
     line: str
@@ -37,17 +37,18 @@ class DeviceEnding:
     retryable: bool
     advice: str
     pod: PodView | None
-    """The pod on the node of the fault, where that is known."""
+    """The pod on the node of the fault, if known."""
     node_is_faulty: bool
-    """Whether the next attempt should keep away from that pod's node."""
+    """Whether the next attempt must not use that pod's node."""
 
 
 def device_ending(text: str, pods: tuple[PodView, ...], report: AttemptReport | None) -> DeviceEnding | None:
-    """Return what the text says of a device fault, or None where it says nothing of one.
+    """Return the device fault in a text, or None.
 
     Args:
-        text: the last words of the driver: its report's message, or the end of its log.
-        report: the driver's report, which may name the node of the fault.
+        text: The message of the driver's report, or the end of its log.
+        pods: The pods of the run.
+        report: The driver's report, which may name the node of the fault.
     """
     found = device_fault(text)
     return None if found is None else _ending(found, pods, report)
@@ -57,13 +58,15 @@ def _ending(found: Found, pods: tuple[PodView, ...], report: AttemptReport | Non
     fault, pod = found.fault, _pod_of_fault(pods, report)
     faulty = fault.retry is Retry.ELSEWHERE and pod is not None and pod.node is not None
     return DeviceEnding(
-        _REASONS[fault.kind], found.line, fault.retry in _TRIED_AGAIN, fault.advice, pod, node_is_faulty=faulty
+        _REASONS[fault.kind], found.line, fault.retry in _RETRIED, fault.advice, pod, node_is_faulty=faulty
     )
 
 
 def _pod_of_fault(pods: tuple[PodView, ...], report: AttemptReport | None) -> PodView | None:
-    """The pod on the node that the report names; without a name, the only pod. A node without one of the run's pods is
-    not believed: a report is the word of a program that runs the user's code."""
+    """Return the pod on the node that the report names, or the pod of a run with one node.
+
+    A node without a pod of the run is ignored: the report comes from a pod that runs user code.
+    """
     if report is not None and report.node is not None:
         return next((pod for pod in pods if pod.node == report.node), None)
     return pods[0] if len({pod.node for pod in pods}) == 1 else None

@@ -1,4 +1,4 @@
-"""The step of a decision that has a job checked before any GPU is claimed (pure)."""
+"""The decision step that runs preflight: it checks a job before any GPU is claimed (pure)."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ from finetune_operator.core.snapshot import RunState, RunView
 from finetune_operator.decide.actions import DeleteRun, StartRun
 from finetune_operator.decide.classify import Ending, classify, termination_report, waiting
 from finetune_operator.decide.oom_advice import with_preflight_advice
-from finetune_operator.decide.queueing import queue_limit, queue_message
+from finetune_operator.decide.queueing import queue_limit, queue_message, refuse
 from finetune_operator.decide.status_builder import Draft
 
 
 def preflight(draft: Draft) -> bool:
-    """Start the check, wait for it, and take over what it says."""
+    """Start preflight, wait for it, and take its result."""
     if draft.holds(Type.PLANNED):
         return False
     if not draft.kubernetes.preflight:
         draft.set(Type.PLANNED, "True", Reason.PREFLIGHT_SKIPPED)
         return False
     run = draft.seen.run(PREFLIGHT_RUN)
-    if run is None and draft.status.get("attempts"):  # it passed, was cleaned up, and nobody was there to write it down
+    if run is None and draft.status.get("attempts"):  # it passed and was deleted while no operator ran
         draft.set(Type.PLANNED, "True", Reason.PREFLIGHT_PASSED)
         return False
     if run is None or run.deleting:
         draft.set(Type.PLANNED, "Unknown", Reason.PREFLIGHT_RUNNING)
         draft.do(StartRun(PREFLIGHT_RUN))
         return True
+    if run.elsewhere:
+        draft.set(Type.PLANNED, "False", Reason.REJECTED)
+        return refuse(draft, run)
     pods = draft.seen.pods_of(PREFLIGHT_RUN)
-    passed = any(pod.phase == "Succeeded" for pod in pods)  # its Job says so a second later
+    passed = any(pod.phase == "Succeeded" for pod in pods)  # the main object's status follows a second later
     if passed or run.state is RunState.SUCCEEDED:
         draft.learn(next(filter(None, map(termination_report, pods)), None))
-        draft.set(Type.PLANNED, "True", Reason.PREFLIGHT_PASSED, draft.plan_words())
+        draft.set(Type.PLANNED, "True", Reason.PREFLIGHT_PASSED, draft.plan_summary())
         return False
     if run.state is RunState.FAILED:
         ending = with_preflight_advice(classify(run, pods, None), draft.settings.preflight_memory)
@@ -46,9 +49,8 @@ def preflight(draft: Draft) -> bool:
     limit = patience(stuck[0], draft.settings) if stuck is not None else 0
     if stuck is None or not limit:
         return True
-    end = begun(draft, run) + timedelta(
-        seconds=limit * (draft.policy.backoff_limit + 1)
-    )  # as long as attempts would try
+    attempts = draft.policy.backoff_limit + 1  # preflight waits as long as all attempts together would
+    end = begun(draft, run) + timedelta(seconds=limit * attempts)
     if end > draft.now:
         draft.wake_at(end)
         return True
@@ -57,14 +59,14 @@ def preflight(draft: Draft) -> bool:
 
 
 def _held(draft: Draft, run: RunView) -> bool:
-    """A queue holds the check: say so, and give up after a while."""
+    """Report that a queue holds preflight, and fail the job after `helper_queue_seconds`."""
     message = queue_message(draft, run)
     draft.set(Type.PLANNED, "Unknown", Reason.QUEUED, message)
     end = queue_limit(draft, run)
     if end is None or end > draft.now:
         return True
     draft.do(DeleteRun(run.run, run.engine))
-    message = f"its queue held the preflight for {draft.settings.helper_queue_seconds} s: {message}"
+    message = f"the queue held preflight for {draft.settings.helper_queue_seconds} s: {message}"
     return _preflight_failed(draft, Ending(Reason.QUEUED, message, retryable=False))
 
 
@@ -76,14 +78,14 @@ def _preflight_failed(draft: Draft, ending: Ending) -> bool:
 
 
 def patience(reason: Reason, settings: Settings) -> int:
-    """Seconds that a run may be held up by that; 0 is for ever: quotas are lifted, and networks come back."""
+    """Return for how many seconds a run may wait for this reason; 0 means no limit, since a quota may be raised."""
     if reason is Reason.UNSCHEDULABLE:
         return settings.start_seconds
     return settings.image_pull_seconds if reason in (Reason.IMAGE_PULL, Reason.POD_CONFIG) else 0
 
 
 def begun(draft: Draft, run: RunView) -> datetime:
-    """Return since when a run may begin, and has its pods: its time in a queue does not count."""
+    """Return since when a run has its pods and may start: its time in a queue does not count."""
     created = [moment(pod.created) for pod in draft.seen.pods_of(run.run) if pod.created and not pod.gone]
     admitted = draft.admitted() if run.run > 0 else None
     return max(run.created, min(created, default=run.created), admitted or run.created)

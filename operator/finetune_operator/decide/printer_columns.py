@@ -1,4 +1,4 @@
-"""What `kubectl get ftj` shows, derived from the conditions and the progress (pure)."""
+"""The columns of `kubectl get ftj`, derived from the conditions and the progress (pure)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 from finetune_operator.core.conditions import Reason, Type
 
 Json = dict[str, Any]
-_ENDS = {Type.SUCCEEDED.value: "Succeeded", Type.FAILED.value: "Failed", Type.SUSPENDED.value: "Suspended"}
-LONGEST_SECONDS = 999 * 86400
-_WAITS = {
+_END_PHASES = {Type.SUCCEEDED.value: "Succeeded", Type.FAILED.value: "Failed", Type.SUSPENDED.value: "Suspended"}
+MAX_SECONDS = 999 * 86400
+_WAIT_PHASES = {
     Reason.STOPPING.value: "Stopping",
     Reason.BACK_OFF.value: "Retrying",
     Reason.QUEUED.value: "Queued",
@@ -18,7 +18,7 @@ _WAITS = {
 
 
 def columns(status: Json, spec: Json, stopping: bool = False) -> Json:
-    """Phase, stage, step, loss and ETA; what isn't known has no entry."""
+    """Return phase, stage, step, loss and ETA; unknown values have no entry."""
     stages, progress = status.get("stages") or [], status.get("progress") or {}
     found: Json = {"phase": phase(status, stopping), "stage": _stage(stages, spec)}
     running = found["phase"] in ("Running", "Stopping")
@@ -31,14 +31,14 @@ def columns(status: Json, spec: Json, stopping: bool = False) -> Json:
 
 
 def phase(status: Json, stopping: bool = False) -> str:
-    """One word for people."""
+    """Return the phase of a job, derived from its conditions."""
     conditions = {item["type"]: item for item in status.get("conditions", [])}
-    for kind, word in _ENDS.items():
+    for kind, name in _END_PHASES.items():
         if conditions.get(kind, {}).get("status") == "True":
-            return word
+            return name
     running = conditions.get(Type.RUNNING.value, {})
-    if stopping or running.get("reason") in _WAITS:
-        return _WAITS.get(running.get("reason", ""), "Stopping")
+    if stopping or running.get("reason") in _WAIT_PHASES:
+        return _WAIT_PHASES.get(running.get("reason", ""), "Stopping")
     if running.get("status") == "True":
         return "Running"
     if conditions.get(Type.PLANNED.value, {}).get("status") == "Unknown":
@@ -57,8 +57,8 @@ def _stage(stages: list[Json], spec: Json) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`45s`, `12m`, `3h20m`, `2d4h`."""
-    seconds = min(max(seconds, 0), LONGEST_SECONDS)
+    """Return a duration as `45s`, `12m`, `3h20m` or `2d4h`."""
+    seconds = min(max(seconds, 0), MAX_SECONDS)
     minutes = int(seconds) // 60
     if seconds < 60:
         return f"{int(seconds)}s"
@@ -69,8 +69,8 @@ def duration(seconds: float) -> str:
     return f"{minutes // 1440}d{minutes % 1440 // 60}h"
 
 
-def plan_words(plan: Json | None) -> str:
-    """Preflight's plan in a line."""
+def plan_summary(plan: Json | None) -> str:
+    """Return preflight's plan in one line; empty without a plan."""
     if not plan:
         return ""
     parts = [f"{plan['parameters']:,} parameters"]

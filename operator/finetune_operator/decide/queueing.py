@@ -1,4 +1,4 @@
-"""Steps of a decision about a run that a queue (Kueue) holds, or has sent elsewhere (pure)."""
+"""Decision steps for a run that a queue (Kueue) holds or has sent to another cluster (pure)."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from finetune_operator.decide.status_builder import Draft
 
 
 def held(draft: Draft, run: RunView) -> bool:
-    """Say what the queue says. The time that it takes counts for no deadline: that begins again with the admission, as
-    it does after a suspension, and as Kubernetes has it for Jobs."""
+    """Report that a queue holds the attempt.
+
+    The time in the queue does not count towards `activeDeadlineSeconds`: it starts again with the admission, as after a
+    suspension and as for Jobs.
+    """
     draft.set(Type.ADMITTED, "False", Reason.QUEUED, queue_message(draft, run))
     going = any(not pod.over for pod in draft.seen.pods_of(run.run))
-    draft.set(Type.RUNNING, "False", Reason.QUEUED, "its pods save a checkpoint and end" if going else "")
+    draft.set(Type.RUNNING, "False", Reason.QUEUED, "the pods save a checkpoint and stop" if going else "")
     draft.status.pop("startTime", None)
     return True
 
 
 def refuse(draft: Draft, run: RunView) -> bool:
-    """End a job whose queue sends it to another cluster: its pods would never be seen here."""
+    """Fail a job whose queue sends it to another cluster, where this operator cannot see its pods."""
     message = (
-        f"{run.name} is managed by {run.elsewhere}, which runs it in another cluster: this operator does not follow it "
-        "there. Choose a queue of this cluster"
+        f"{run.name} is managed by {run.elsewhere}, which runs it in another cluster, where this operator cannot "
+        "follow it. Choose a queue of this cluster"
     )
     draft.do(DeleteRun(run.run, run.engine))
     draft.stop_reason(run.run, Reason.REJECTED, message)
@@ -34,12 +37,12 @@ def refuse(draft: Draft, run: RunView) -> bool:
 
 
 def queue_message(draft: Draft, run: RunView) -> str:
-    """Return Kueue's own words where it has some, else the engine's."""
-    return next((said.message for said in draft.seen.complaints), "") or run.message
+    """Return Kueue's message, or the engine's if Kueue has none."""
+    return next((warning.message for warning in draft.seen.complaints), "") or run.message
 
 
 def queue_limit(draft: Draft, run: RunView) -> datetime | None:
-    """Return until when a queue may hold a preflight or a clean-up; None where none holds it, or for ever."""
+    """Return until when a queue may hold a preflight or a clean-up; None if no queue holds it or there is no limit."""
     seconds = draft.settings.helper_queue_seconds
     if run.state is not RunState.QUEUED or not seconds:
         return None
@@ -48,9 +51,9 @@ def queue_limit(draft: Draft, run: RunView) -> datetime | None:
     return end
 
 
-def cleanup_words(draft: Draft, run: RunView) -> str:
-    """Return what a clean-up waits for."""
+def cleanup_state(draft: Draft, run: RunView) -> str:
+    """Return what a clean-up waits for, or that it runs."""
     if run.state is RunState.QUEUED:
-        return f"its queue holds the clean-up: {queue_message(draft, run)}"
+        return f"a queue holds the clean-up: {queue_message(draft, run)}"
     stuck = waiting(draft.seen.pods_of(run.run), draft.seen.complaints)
     return stuck[1] if stuck is not None else "the clean-up runs"

@@ -1,6 +1,6 @@
-"""Values that a user wrote into the pod template's environment, kept out of what the operator says (pure).
+"""Redaction of environment values of the pod template from status, events and log (pure).
 
-The job itself shows them to whoever may read it; its status, its events and the operator's log reach other readers.
+Users who may read the job see these values in its spec; its events and the operator's log have other readers.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ from typing import Any
 from finetune_api.redact import MARK, SHORTEST, is_secret
 
 Json = dict[str, Any]
-SAID = ("message", "traceback", "stopMessage")
+TEXT_FIELDS = ("message", "traceback", "stopMessage")
 LONG = 16
-"""A value of so many characters may be a secret whatever its variable is called."""
+"""A value with this many characters or more may be a secret, whatever the name of its variable."""
 
 
 def secret_literals(spec: Json) -> list[str]:
-    """Literal values of environment variables that may be secrets, longest first."""
+    """Return the literal values of environment variables that may be secrets, longest first."""
     template = (spec.get("resources") or {}).get("podTemplate")
     found = {str(value) for name, value in _environment(template) if _may_be_secret(str(name), str(value))}
     return sorted(found, key=len, reverse=True)
 
 
 def without(text: str, literals: list[str]) -> str:
-    """A text that has none of the literals."""
+    """Return the text with all literals replaced by the redaction mark."""
     for literal in literals:
         text = text.replace(literal, MARK)
     return text
 
 
 def hidden(value: Any, literals: list[str]) -> Any:
-    """JSON in which no text that a run or Kubernetes has said has one of the literals."""
+    """Return a JSON value without the literals in messages and tracebacks of runs and of Kubernetes."""
     if isinstance(value, dict):
         return {
-            name: without(item, literals) if name in SAID and isinstance(item, str) else hidden(item, literals)
+            name: without(item, literals) if name in TEXT_FIELDS and isinstance(item, str) else hidden(item, literals)
             for name, item in value.items()
         }
     return [hidden(item, literals) for item in value] if isinstance(value, list) else value
@@ -45,7 +45,7 @@ def _may_be_secret(name: str, value: str) -> bool:
 
 
 def _environment(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Name and value of everything that looks like a variable, wherever it is in the template."""
+    """Yield name and value of everything in the template that has the form of an environment variable."""
     if isinstance(value, dict):
         if isinstance(value.get("value"), str):
             yield value.get("name", ""), value["value"]

@@ -1,4 +1,4 @@
-"""Steps of a decision that stop what runs: a deadline, a suspension (pure)."""
+"""Decision steps that stop an attempt: the deadline and `runPolicy.suspend` (pure)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune_operator.decide.status_builder import Draft
 
 
 def deadline(draft: Draft) -> bool:
-    """A job whose time is over: its attempt saves a checkpoint, and the job has failed."""
+    """After `activeDeadlineSeconds`, let the attempt save a checkpoint and fail the job."""
     seconds, started = draft.policy.active_deadline_seconds, draft.status.get("startTime")
     if seconds is None or started is None:
         return False
@@ -29,9 +29,9 @@ def deadline(draft: Draft) -> bool:
 
 
 def suspend(draft: Draft) -> bool:
-    """A job that is not to run: its attempt saves a checkpoint, and no pod is left."""
-    run, wanted = draft.active(), draft.policy.suspend
-    if not wanted:
+    """Suspend a job: its attempt saves a checkpoint, then all of its pods are deleted."""
+    run = draft.active()
+    if not draft.policy.suspend:
         draft.resumed()
         return False
     if run is not None and _stop(draft, run, Reason.SUSPENDED):
@@ -39,7 +39,7 @@ def suspend(draft: Draft) -> bool:
         return True
     _drop_preflight(draft)
     last = draft.status.get("lastCheckpoint")
-    kept = f"goes on from step {last['step']} of stage {last['stage'] + 1}" if last else "nothing was trained yet"
+    kept = f"resumes from step {last['step']} of stage {last['stage'] + 1}" if last else "no checkpoint was saved yet"
     draft.set(Type.RUNNING, "False", Reason.SUSPENDED)
     draft.set(Type.SUSPENDED, "True", Reason.SUSPENDED, kept)
     draft.status.pop("startTime", None)
@@ -47,7 +47,7 @@ def suspend(draft: Draft) -> bool:
 
 
 def _drop_preflight(draft: Draft) -> None:
-    """A suspended job has no pods at all: its check begins anew when it goes on."""
+    """Delete preflight, since a suspended job has no pods: it starts again when the job is resumed."""
     run = draft.seen.run(PREFLIGHT_RUN)
     if run is None or run.state in ENDED:
         return
@@ -57,20 +57,20 @@ def _drop_preflight(draft: Draft) -> None:
 
 
 def _stop(draft: Draft, run: RunView, reason: Reason) -> bool:
-    """Ask for a checkpoint, give it time, then delete the run; False once it is gone."""
-    asked = draft.stop_asked(run.run)
+    """Ask for a checkpoint, wait for the grace period, then delete the run; return False once it is gone."""
+    requested = draft.stop_asked(run.run)
     if run.deleting:
-        draft.set(Type.RUNNING, "False", Reason.STOPPING, "the pods have their grace period")
+        draft.set(Type.RUNNING, "False", Reason.STOPPING, "the pods are in their grace period")
         return True
     grace = draft.kubernetes.checkpoint_grace_seconds
     runs = draft.trains(run)
-    if runs and asked is None:
+    if runs and requested is None:
         draft.ask_stop(run.run)
         draft.do(StopRun(run.run))
         draft.wake_at(draft.now + timedelta(seconds=grace))
-    elif asked is not None and asked + timedelta(seconds=grace) > draft.now:
-        draft.do(StopRun(run.run))  # again, in case the first request met nobody
-        draft.wake_at(min(asked + timedelta(seconds=grace), draft.now + timedelta(seconds=5)))
+    elif requested is not None and requested + timedelta(seconds=grace) > draft.now:
+        draft.do(StopRun(run.run))  # again: the first request may not have been received
+        draft.wake_at(min(requested + timedelta(seconds=grace), draft.now + timedelta(seconds=5)))
     else:
         draft.do(DeleteRun(run.run, run.engine))
     draft.set(Type.RUNNING, "True" if runs else "False", Reason.STOPPING)

@@ -1,17 +1,14 @@
-"""What can run an attempt: a new engine is a module here with the three functions of `Engine`, and a line below."""
+"""The engines that can run an attempt. A new engine is a module in this folder and a line in this list."""
 
 from __future__ import annotations
 
-from finetune_operator.core.settings import Settings, engine_name
 from finetune_operator.engines import indexed_job, kuberay
 from finetune_operator.engines.engine import Engine
 
-ENGINES: dict[str, Engine] = {"job": indexed_job.ENGINE, "kuberay": kuberay.ENGINE}
+REGISTERED = [
+    indexed_job.ENGINE,
+    kuberay.ENGINE,
+]
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in REGISTERED}
 
-
-def engine_of(wanted: str, settings: Settings) -> Engine:
-    """The engine that a job names, or the operator's default."""
-    return ENGINES[engine_name(wanted, settings)]
-
-
-__all__ = ["ENGINES", "Engine", "engine_of"]
+__all__ = ["ENGINES", "Engine"]

@@ -1,35 +1,37 @@
-"""Engine `job`: one Indexed Job per attempt. A pod is a node; pod 0 runs the Ray head and the driver."""
+"""Engine `job`: one Indexed Job per attempt. Each pod is a node; pod 0 runs the Ray head and the driver."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from finetune_api.exit_codes import ExitCode
+from finetune_api.labels import NODE_INDEX_LABEL
 from finetune_operator.core import names
-from finetune_operator.core.snapshot import RunState, RunView, Told, run_view
+from finetune_operator.core.snapshot import EngineStatus, PodNode, RunState, RunView, controller_of, run_view
 from finetune_operator.engines.engine import Engine
-from finetune_operator.render.pods import pod_template
+from finetune_operator.render.pods import NODE_COMMAND, RUN_CONFIG, pod_template
 from finetune_operator.render.run import Run
 
 Json = dict[str, Any]
-_CONFIG = f"{names.CONFIG_DIRECTORY}/{names.CONFIG_FILE}"
-NODE_COMMAND = ["finetune", "node", "--run-config", _CONFIG]
+NAME = "job"
 HELPER_COMMANDS = {
-    names.PREFLIGHT_RUN: ["finetune", "preflight", "--run-config", _CONFIG],
-    names.CLEANUP_RUN: ["finetune", "cleanup", "--run-config", _CONFIG],
+    names.PREFLIGHT_RUN: ["finetune", "preflight", "--run-config", RUN_CONFIG],
+    names.CLEANUP_RUN: ["finetune", "cleanup", "--run-config", RUN_CONFIG],
 }
 HELPER_RETRIES = 2
-_DISRUPTED: Json = {
+_DISRUPTION = "DisruptionTarget"
+_FAIL_ON_DISRUPTION: Json = {
     "action": "FailJob",
-    "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+    "onPodConditions": [{"type": _DISRUPTION, "status": "True"}],
 }
-_TELLING = [code.value for code in (ExitCode.USER_ERROR, ExitCode.OUT_OF_MEMORY, ExitCode.GATE_NOT_PASSED)]
-"""Not INTERRUPTED: a Job that a queue suspends ends its pods by that code, and would fail once it is admitted again."""
+_FINAL_CODES = [code.value for code in (ExitCode.USER_ERROR, ExitCode.OUT_OF_MEMORY, ExitCode.GATE_NOT_PASSED)]
+"""Not INTERRUPTED: the pods of a Job that a queue suspends end with that code, and the Job must not fail by it, because
+the queue admits it again later."""
 _OWN_CONTROLLER = "kubernetes.io/job-controller"
 
 
 def render(run: Run) -> Json:
-    """The Job of an attempt, of the preflight, or of the clean-up."""
+    """Return the Job of an attempt, a preflight or a clean-up."""
     spec = _attempt_spec(run) if run.is_attempt else _helper_spec(run)
     metadata = run.metadata(run.name)
     least = str(run.resources.min_nodes or run.nodes)
@@ -47,46 +49,56 @@ def _attempt_spec(run: Run) -> Json:
         "completionMode": "Indexed",
         "completions": run.nodes,
         "parallelism": run.nodes,
-        "backoffLimit": 0,  # retries are the operator's
-        "successPolicy": {"rules": [{"succeededIndexes": "0"}]},  # the driver's word is the attempt's
+        "backoffLimit": 0,  # the operator retries
+        "successPolicy": {"rules": [{"succeededIndexes": "0"}]},  # the attempt succeeds when its driver does
         "podReplacementPolicy": "Failed",
-        "podFailurePolicy": {"rules": [_fail_on(_TELLING), _DISRUPTED]},
+        "podFailurePolicy": {"rules": [_fail_on(_FINAL_CODES), _FAIL_ON_DISRUPTION]},
         "template": template,
     }
 
 
 def _helper_spec(run: Run) -> Json:
-    """A preflight or a clean-up: one pod, no GPU."""
+    """Return the spec of a preflight or a clean-up: one pod without GPUs."""
+    ignore_disruption = {**_FAIL_ON_DISRUPTION, "action": "Ignore"}
     return {
-        "backoffLimit": HELPER_RETRIES,  # no checkpoint to go on from, so Kubernetes' own retries will do
+        "backoffLimit": HELPER_RETRIES,  # a helper has no checkpoint, so the Job controller can retry it
         "ttlSecondsAfterFinished": 86400,
         "podReplacementPolicy": "Failed",
-        "podFailurePolicy": {"rules": [_fail_on([ExitCode.USER_ERROR.value]), {**_DISRUPTED, "action": "Ignore"}]},
+        "podFailurePolicy": {"rules": [_fail_on([ExitCode.USER_ERROR.value]), ignore_disruption]},
         "template": pod_template(run, HELPER_COMMANDS[run.number], gpus=False),
     }
 
 
 def _fail_on(codes: list[int]) -> Json:
-    """The Job's own message then names the exit code, which outlives the pod."""
+    """Return the rule that fails the Job on these exit codes. Its message keeps the code when the pod is gone."""
     values = {"containerName": names.CONTAINER, "operator": "In", "values": sorted(codes)}
     return {"action": "FailJob", "onExitCodes": values}
 
 
 def observe(body: Json) -> RunView | None:
-    """How a Job stands."""
+    """Return the state of a Job; None for a Job that this operator does not manage."""
     status = body.get("status") or {}
     conditions = {item["type"]: item for item in status.get("conditions") or [] if item.get("status") == "True"}
-    state, telling = _state(body, status, conditions)
-    ended = status.get("completionTime") or telling.get("lastTransitionTime")
-    told = Told(telling.get("reason", ""), telling.get("message", ""), ended)
+    state, condition = _state(body, status, conditions)
+    ended = status.get("completionTime") or condition.get("lastTransitionTime")
+    message = condition.get("message", "")
     manager = (body.get("spec") or {}).get("managedBy") or _OWN_CONTROLLER
-    elsewhere = "" if manager == _OWN_CONTROLLER else manager
-    return run_view(body, "job", state, told, pods_owner=str(body["metadata"].get("uid", "")), elsewhere=elsewhere)
+    return run_view(
+        body,
+        NAME,
+        state,
+        EngineStatus(condition.get("reason", ""), message, ended),
+        pods_owner=str(body["metadata"].get("uid", "")),
+        elsewhere="" if manager == _OWN_CONTROLLER else manager,
+        disrupted=_DISRUPTION in message,
+    )
 
 
 def _state(body: Json, status: Json, conditions: dict[str, Json]) -> tuple[RunState, Json]:
-    """The state, and the condition that tells of it. Failure counts once all pods are gone: until then they may save
-    a checkpoint."""
+    """Return the state and the condition that explains it.
+
+    A Job has failed only when all of its pods are gone: until then they may save a checkpoint.
+    """
     if "Complete" in conditions or "SuccessCriteriaMet" in conditions:
         return RunState.SUCCEEDED, conditions.get("Complete") or conditions["SuccessCriteriaMet"]
     if "Failed" in conditions:
@@ -98,4 +110,26 @@ def _state(body: Json, status: Json, conditions: dict[str, Json]) -> tuple[RunSt
     return (RunState.RUNNING if (status.get("ready") or 0) >= least else RunState.PENDING), {}
 
 
-ENGINE = Engine("job", "batch", "v1", "jobs", render, observe)
+def locate(metadata: Json) -> PodNode | None:
+    """Return the node of a pod that a Job created. The pod of a helper has no index and is node 0."""
+    controller = controller_of(metadata)
+    if controller.get("kind") != "Job":
+        return None
+    marks = {**(metadata.get("labels") or {}), **(metadata.get("annotations") or {})}
+    index = str(marks.get(NODE_INDEX_LABEL, 0))
+    return PodNode(int(index) if index.isdecimal() else 1, str(controller.get("uid", "")))
+
+
+ENGINE = Engine(
+    name=NAME,
+    kind="Job",
+    plural="jobs",
+    group="batch",
+    version="v1",
+    render=render,
+    observe=observe,
+    locate=locate,
+    own_labels=("batch.kubernetes.io/", "job-name", "controller-uid"),
+    create_failures=("FailedCreate",),
+    runs_helpers=True,
+)

@@ -1,4 +1,4 @@
-"""What the watches have told, kept small: the newest state of each job, run and pod."""
+"""Cache of the newest state of each job, run and pod, as compact views."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Key = tuple[str, str]
 
 
 class Cache:
-    """Everything known, by job. Written by the watches and the poller, read by the controller, in one event loop."""
+    """All known objects by job. The watches and the poller write it, the controller reads it, in one event loop."""
 
     def __init__(self) -> None:
         self.jobs: dict[Key, JobView] = {}
@@ -26,7 +26,7 @@ class Cache:
         self._pods: defaultdict[Key, dict[str, PodView]] = defaultdict(dict)
 
     def put_job(self, body: Json) -> Key:
-        """Keep a job's newest state: a watch may tell late of what an answer has already overtaken."""
+        """Keep a job's newest state: a watch event may be older than an answer that is already stored."""
         key = (body["metadata"]["namespace"], body["metadata"]["name"])
         if not self.is_news(body):
             return key
@@ -37,18 +37,18 @@ class Cache:
         return key
 
     def is_news(self, body: Json) -> bool:
-        """Whether a job's state is newer than the one that is known. Versions compare as numbers (KEP-5504)."""
+        """Whether a job's state is newer than the stored one. Resource versions compare as numbers (KEP-5504)."""
         old = self.jobs.get((body["metadata"]["namespace"], body["metadata"]["name"]))
         return old is None or int(body["metadata"]["resourceVersion"]) > old.version
 
     def forget(self, key: Key) -> None:
-        """The job is gone; its runs and pods go by their own events."""
+        """Remove a deleted job; its runs and pods are removed by their own events."""
         self.jobs.pop(key, None)
         self.reports.pop(key, None)
         self.troubles.pop(key, None)
 
     def put_run(self, namespace: str, run: RunView) -> Key:
-        """Keep a run's newest state: an answer may come later than what a watch has told since."""
+        """Keep a run's newest state: an answer may be older than a watch event that is already stored."""
         key = (namespace, run.job)
         old = self.run_named(key, run.name)
         if old is None or old.version <= run.version:
@@ -68,19 +68,19 @@ class Cache:
         return key
 
     def drop_pod(self, key: Key, pod: PodView) -> None:
-        """A deleted pod is remembered while its run is there: often it goes before the run is seen to have failed."""
+        """Mark a deleted pod as gone, and keep it while its run exists: it often goes before its run has failed."""
         if any(run.run == pod.run for run in self._runs.get(key, {}).values()):
             self._keep_pod(key, replace(pod, gone=True, ip=None))
         else:
             self._drop(self._pods, key, pod.name)
 
     def _keep_pod(self, key: Key, pod: PodView) -> None:
-        """That a pod was deleted by force shows in the first state after that alone."""
+        """Store a pod and keep its `forced`: only the first event after a forced deletion shows it."""
         old = self._pods[key].get(pod.name)
         self._pods[key][pod.name] = replace(pod, forced=True) if old is not None and old.forced else pod
 
     def observed(self, key: Key) -> Observed | None:
-        """All that is known of a job; None where it is gone."""
+        """Return the snapshot of a job, or None if the job is deleted."""
         job = self.jobs.get(key)
         if job is None:
             return None
@@ -92,20 +92,20 @@ class Cache:
         return self._runs.get(key, {}).get(name)
 
     def _report(self, key: Key, runs: tuple[RunView, ...]) -> AttemptReport | None:
-        """The newest attempt's; an older one's says nothing of it."""
+        """Return the newest attempt's report; None if the last report came from an older attempt."""
         number, report = self.reports.get(key, (0, None))
         uid = self.jobs[key].uid
         return report if number == max((run.run for run in runs if run.owner == uid), default=0) else None
 
     def drivers(self) -> Iterator[tuple[Key, PodView]]:
-        """The running pods that have a report to give."""
+        """Yield the running driver pods, which serve a report."""
         for key, pods in self._pods.items():
             for pod in pods.values():
                 if pod.run > 0 and pod.index == 0 and pod.phase == "Running" and pod.ip and self._is_own(key, pod):
                     yield key, pod
 
     def _is_own(self, key: Key, pod: PodView) -> bool:
-        """Whether a run of the job itself made the pod: no other gets to see the run's token."""
+        """Whether a run of the job owns the pod: the run's token must not be sent to any other pod."""
         job = self.jobs.get(key)
         runs = (run for run in self._runs.get(key, {}).values() if job is not None and run.owner == job.uid)
         return any(run.run == pod.run and run.pods_owner == pod.owner for run in runs)

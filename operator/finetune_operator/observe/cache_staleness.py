@@ -1,4 +1,4 @@
-"""What one watch presupposes and another has not told yet (pure): it is asked for before anything is decided."""
+"""Objects that one watch implies and another has not delivered yet (pure): they are read before a decision."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from finetune_operator.decide import attempts
 
 
 def untold_runs(seen: Observed) -> list[int]:
-    """Attempts on record that have not ended, and whose run no watch has told of."""
+    """Return the numbers of recorded attempts without an end whose run is not in the cache."""
     status = _status(seen)
     numbers = (record["number"] for record in attempts.records(status))
     return [number for number in numbers if not attempts.closed(status, number) and seen.run(number) is None]
 
 
 def untold_ends(seen: Observed) -> list[RunView]:
-    """Runs that have ended, of whose end nothing is on record, and whose pods have not all been seen to end: only pods
-    say how it ended and what was found."""
+    """Return the ended runs whose end is not in the status and whose pods have not all ended in the cache.
+
+    Only the pods have the reason of a run's end and the result of a preflight.
+    """
     ended = (run for run in seen.runs if run.owner == seen.uid and run.state in ENDED and not _written(seen, run.run))
     return [run for run in ended if not _pods_ended(seen, run.run)]
 

@@ -1,9 +1,10 @@
-"""Asks the running attempts how they do, at their own HTTP port.
+"""Poll the progress reports of running attempts over HTTP.
 
-Progress comes by this way, and not through the API server, for three reasons: it costs the API server nothing, a
-pod needs no rights there, and an attempt runs on when the operator is down.
+Reports do not go through the API server, for three reasons: polls put no load on it, a pod needs no RBAC rights, and an
+attempt keeps running while the operator is down.
 
-A pod runs its user's code, so nothing that it answers is trusted: not its size, not its pace, not where it points to.
+A pod runs its user's code, so its answers are not trusted: their size and time are limited, and redirects are not
+followed.
 """
 
 from __future__ import annotations
@@ -27,26 +28,26 @@ TIMEOUT_SECONDS = 3.0
 LARGEST_REPORT = 256 * 1024
 AT_ONCE = 64
 POLLS_PER_SECOND = 50.0
-"""Most, all pods together: with thousands of them each is asked less often."""
+"""Maximum rate, all pods together: with thousands of pods each is polled less often."""
 LONGEST_PAUSE = 60.0
-"""Until a pod that did not answer is asked again."""
+"""Maximum time until a pod that did not answer is polled again."""
 ROUND_SECONDS = 1.0
 log = logging.getLogger(__name__)
 Driver = tuple[Key, str]
-"""A job's key and the name of its driver's pod."""
+"""A job's key and the name of its driver pod."""
 
 
 @dataclass
 class _Pace:
-    """When a pod is asked next, and how often in a row it did not answer."""
+    """When a pod is polled next, and how many polls in a row had no answer."""
 
     due: float
-    silent: int = 0
-    asking: bool = False
+    unanswered: int = 0
+    polling: bool = False
 
 
 class Poller:
-    """Keeps the cache's reports fresh; `changed(key)` is called where one has changed."""
+    """Keeps the cache's reports up to date and calls `changed(key)` when a report has changed."""
 
     def __init__(self, cache: Cache, settings: Settings, changed: Callable[[Key], None]) -> None:
         self._cache, self._settings, self._changed = cache, settings, changed
@@ -57,7 +58,7 @@ class Poller:
         self._http = aiohttp.ClientSession(timeout=timeout, trust_env=False)
 
     async def run(self) -> None:
-        """Until cancelled: every second, or more often where that is the setting, ask whoever is due."""
+        """Poll the pods that are due until cancelled: every second, or every `poll_seconds` if that is less."""
         try:
             while True:
                 self._round()
@@ -69,16 +70,17 @@ class Poller:
             await self._http.close()
 
     async def stop(self, key: Key, run: int) -> bool:
-        """Ask an attempt to save a checkpoint and end; whether it heard."""
+        """Ask an attempt to save a checkpoint and stop; return whether it accepted the request."""
         for found, pod in self._cache.drivers():
             if found == key and pod.run == run:
                 try:
                     async with self._http.post(
                         _url(pod, STOP_PATH), headers=self._headers(key, pod), allow_redirects=False
                     ) as answer:
+                        log.info("%s/%s: attempt %d is asked to stop: HTTP %d", *key, run, answer.status)
                         return answer.status == 202
                 except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                    log.info("%s/%s: attempt %d did not hear the wish to stop: %s", *key, run, error)
+                    log.info("%s/%s: attempt %d cannot be asked to stop: %s", *key, run, error)
         return False
 
     def _round(self) -> None:
@@ -86,30 +88,30 @@ class Poller:
         now, least = asyncio.get_running_loop().time(), len(drivers) / POLLS_PER_SECOND
         self._paces = {
             driver: self._paces.get(driver) or _Pace(now + random.uniform(0, least)) for driver in drivers
-        }  # those that come at once, after a restart say, are spread
+        }  # polls of pods that appear at the same time, for example after a restart, are spread
         for driver, pace in self._paces.items():
-            if pace.due <= now and not pace.asking:
-                pace.asking = True
-                task = asyncio.create_task(self._ask(driver[0], drivers[driver], pace, least))
+            if pace.due <= now and not pace.polling:
+                pace.polling = True
+                task = asyncio.create_task(self._poll(driver[0], drivers[driver], pace, least))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
-    async def _ask(self, key: Key, pod: PodView, pace: _Pace, least: float) -> None:
+    async def _poll(self, key: Key, pod: PodView, pace: _Pace, least: float) -> None:
         report = None
         try:
             async with self._limit:
                 report = await self._report(key, pod)
-        finally:  # whatever went wrong, the pod is asked again
-            pace.silent = pace.silent + 1 if report is None else 0
-            pause = min(self._settings.poll_seconds * 2 ** min(pace.silent, 16), LONGEST_PAUSE)
+        finally:  # also after an error the pod is polled again
+            pace.unanswered = pace.unanswered + 1 if report is None else 0
+            pause = min(self._settings.poll_seconds * 2 ** min(pace.unanswered, 16), LONGEST_PAUSE)
             pace.due = asyncio.get_running_loop().time() + max(pause, least, self._settings.poll_seconds)
-            pace.asking = False
+            pace.polling = False
         if report is not None and self._cache.reports.get(key) != (pod.run, report):
             self._cache.reports[key] = (pod.run, report)
             self._changed(key)
 
     async def _report(self, key: Key, pod: PodView) -> AttemptReport | None:
-        """What the attempt says; None where it says nothing yet, or nothing that can be read."""
+        """Return the attempt's report, or None if there is no answer or no valid report."""
         try:
             async with self._http.get(
                 _url(pod, REPORT_PATH), headers=self._headers(key, pod), allow_redirects=False
@@ -127,7 +129,7 @@ class Poller:
 
 
 async def _body(answer: aiohttp.ClientResponse) -> bytes:
-    """The answer's body; empty where it is larger than any report."""
+    """Return the answer's body; empty if it is larger than `LARGEST_REPORT`."""
     body = b""
     async for piece in answer.content.iter_chunked(16 * 1024):
         body += piece

@@ -1,8 +1,10 @@
-"""Lists one kind of object, watches it, and lists again where the watch has lost the thread (client-go's Reflector).
+"""List and watch one kind of object, and list again when the watch has expired (client-go's Reflector).
 
-Kopf watches the FineTuneJobs. Their runs and pods are watched here, for three things that kopf does not do: a list is
-read in pages, and each object kept as its small view alone; what went while no watch was open is dropped after the
-next list; and thousands of objects at the start cost no more than once each.
+Kopf watches the FineTuneJobs. Runs and pods are watched here for two reasons. When a watch has expired (410 Gone), kopf
+lists again and emits no event for objects that were deleted in the meantime; the deletion of a run or pod is the only
+sign of some failures, so it must not be missed. And kopf starts a task for each object that has an event, and keeps a
+memo of each object until its deletion; with thousands of pods that is most of the operator's memory and of its
+start-up time, while this module keeps a small view of each object and no task.
 """
 
 from __future__ import annotations
@@ -28,18 +30,18 @@ Name = tuple[str, str]
 
 
 class Expired(Exception):
-    """The API server does not remember that far back: list again."""
+    """The resource version is too old for a watch: list again."""
 
 
 class Reflector(Generic[View]):
-    """Keeps somebody's views of the objects at `path` fresh.
+    """Keeps views of the objects at `path` up to date.
 
     Args:
-        path: of the list, without a query.
-        selector: label selector.
-        view: the view of an object; None for one that is nobody's business.
-        put: is called for each view that is new or has changed.
-        drop: is called for each whose object is gone.
+        path: URL path of the list, without a query.
+        selector: Label selector.
+        view: Returns the view of an object, or None for an object to ignore.
+        put: Called with namespace and view for each view that is new or has changed.
+        drop: Called with namespace and last view for each object that was deleted.
     """
 
     def __init__(
@@ -56,13 +58,13 @@ class Reflector(Generic[View]):
         self._known: dict[Name, View] = {}
         self._version = ""
         self.listed = asyncio.Event()
-        """Set once everything that there is has been told."""
+        """Set once `put` has been called for every object of the first list."""
 
     async def run(self) -> None:
-        """Until cancelled. What went wrong, or was over at once, is tried again after a pause that doubles."""
+        """List and watch until cancelled; retry errors and watches that end at once with exponential backoff."""
         pause, clock = FIRST_PAUSE_SECONDS, asyncio.get_running_loop().time
         while True:
-            began = clock()
+            started = clock()
             try:
                 if not self._version:
                     await self._list()
@@ -72,13 +74,13 @@ class Reflector(Generic[View]):
                 self._version = ""
             except (ApiException, aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
                 log.info("%s: %s: %s", self._path, type(error).__name__, getattr(error, "reason", error))
-            if clock() - began > LAST_PAUSE_SECONDS:
+            if clock() - started > LAST_PAUSE_SECONDS:
                 pause = FIRST_PAUSE_SECONDS
             await asyncio.sleep(pause * random.uniform(0.8, 1.2))
             pause = min(2 * pause, LAST_PAUSE_SECONDS)
 
     async def _list(self) -> None:
-        """All objects, page by page; those that are there no more are dropped."""
+        """Read all objects in pages, and drop those that no longer exist."""
         found: set[Name] = set()
         before, more, version = set(self._known), "", ""
         while True:
@@ -88,7 +90,7 @@ class Reflector(Generic[View]):
                 if error.status == EXPIRED:
                     raise Expired from error
                 raise
-            found |= {self._tell(item) for item in page.get("items", [])}
+            found |= {self._put_view(item) for item in page.get("items", [])}
             version = version or page["metadata"]["resourceVersion"]
             if not page["metadata"].get("continue"):
                 break
@@ -99,7 +101,7 @@ class Reflector(Generic[View]):
         self.listed.set()
 
     async def _watch(self) -> None:
-        """Until the API server ends the watch, as it does every few minutes."""
+        """Follow a watch until the API server ends it, after `WATCH_SECONDS` at most."""
         query = f"watch=1&allowWatchBookmarks=true&timeoutSeconds={WATCH_SECONDS}&resourceVersion={self._version}"
         async for event in self._api.stream(f"{self._path}?{self._query}&{query}", WATCH_SECONDS):
             item = event["object"]
@@ -109,12 +111,12 @@ class Reflector(Generic[View]):
                 raise ApiException(status=item.get("code"), reason=item.get("message"))
             self._version = item["metadata"]["resourceVersion"]
             if event["type"] == "DELETED":
-                self._tell(item)  # its last state may say how it ended
+                self._put_view(item)  # the last state may have the reason of its end
                 self._forget((item["metadata"]["namespace"], item["metadata"]["name"]))
             elif event["type"] != "BOOKMARK":
-                self._tell(item)
+                self._put_view(item)
 
-    def _tell(self, item: Json) -> Name:
+    def _put_view(self, item: Json) -> Name:
         name = (item["metadata"]["namespace"], item["metadata"]["name"])
         view = self._view(item)
         if view is None:

@@ -1,1 +1,1 @@
-"""A run's objects as manifests: pure functions of the job, the run's number and the settings."""
+"""Manifests of the objects of a run: pure functions of the job, the number of the run and the settings."""

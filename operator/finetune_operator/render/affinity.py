@@ -9,42 +9,46 @@ _REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
 _PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
 
 
-def away_from(nodes: tuple[str, ...], affinity: object) -> Json:
-    """Return a pod's affinity with the condition that it must not run on these nodes.
+def exclude_nodes(nodes: tuple[str, ...], affinity: object) -> Json:
+    """Return a pod's affinity with the requirement that the pod does not run on these nodes.
 
-    Terms of `nodeSelectorTerms` are alternatives, so each of them gets the condition. A field selector takes one value
-    only (Kubernetes' `ValidateNodeFieldSelectorRequirement`), so each node gets an expression of its own.
+    Terms of `nodeSelectorTerms` are alternatives, so each of them gets the requirement. A field selector takes one
+    value only (Kubernetes' `ValidateNodeFieldSelectorRequirement`), so each node gets an expression of its own.
 
     Args:
-        affinity: the pod template's own affinity, of whatever type the user wrote.
+        nodes: names of nodes.
+        affinity: the affinity of the pod template. Its type is not checked before.
     """
     whole = _mapping(affinity)
     of_nodes = _mapping(whole.get("nodeAffinity"))
     required = _mapping(of_nodes.get(_REQUIRED))
-    given = required.get("nodeSelectorTerms")
-    expressions = _elsewhere(nodes)
-    terms = [_with(term, expressions) for term in given] if isinstance(given, list) and given else None
+    templated = required.get("nodeSelectorTerms")
+    expressions = _not_on(nodes)
+    terms = [_with(term, expressions) for term in templated] if isinstance(templated, list) and templated else None
     required["nodeSelectorTerms"] = terms or [{"matchFields": expressions}]
     return whole | {"nodeAffinity": of_nodes | {_REQUIRED: required}}
 
 
-def rather_away_from(nodes: tuple[str, ...], affinity: object) -> Json:
-    """Return a pod's affinity with the preference, of the greatest weight, not to run on these nodes."""
+def avoid_nodes(nodes: tuple[str, ...], affinity: object) -> Json:
+    """Return a pod's affinity with the preference, of the greatest weight, that the pod does not run on these nodes."""
     whole = _mapping(affinity)
     if not nodes:
         return whole
     of_nodes = _mapping(whole.get("nodeAffinity"))
-    given = of_nodes.get(_PREFERRED)
-    own = {"weight": 100, "preference": {"matchFields": _elsewhere(nodes)}}
-    return whole | {"nodeAffinity": of_nodes | {_PREFERRED: [*(given if isinstance(given, list) else []), own]}}
+    templated = of_nodes.get(_PREFERRED)
+    own = {"weight": 100, "preference": {"matchFields": _not_on(nodes)}}
+    return whole | {"nodeAffinity": of_nodes | {_PREFERRED: [*(templated if isinstance(templated, list) else []), own]}}
 
 
-def _elsewhere(nodes: tuple[str, ...]) -> list[Json]:
+def _not_on(nodes: tuple[str, ...]) -> list[Json]:
     return [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
 
 
 def _with(term: object, expressions: list[Json]) -> object:
-    """An empty term matches no node, and one of another type is the API server's to refuse: both stay as they are."""
+    """Return a term with more expressions.
+
+    An empty term, which matches no node, and a term of another type, which the API server refuses, stay as they are.
+    """
     if not isinstance(term, dict) or not term:
         return term
     fields = term.get("matchFields")

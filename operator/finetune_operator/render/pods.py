@@ -1,4 +1,4 @@
-"""The pod template of a run: the user's own, with the trainer's container, volumes and limits put in."""
+"""The pod template of a run: the user's template plus the trainer's container, volumes and limits."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from typing import Any
 from finetune_api.report import NODE_VARIABLE, PORT
 from finetune_operator.core import names
 from finetune_operator.render import support
-from finetune_operator.render.affinity import away_from, rather_away_from
+from finetune_operator.render.affinity import avoid_nodes, exclude_nodes
 from finetune_operator.render.run import Run
 
 Json = dict[str, Any]
+RUN_CONFIG = f"{names.CONFIG_DIRECTORY}/{names.CONFIG_FILE}"
+NODE_COMMAND = ["finetune", "node", "--run-config", RUN_CONFIG]
+"""What each pod of an attempt runs."""
 USER = 1000
 GPU = "nvidia.com/gpu"
 DISK = "ephemeral-storage"
 NETWORKS = ("k8s.v1.cni.cncf.io/networks", "v1.multus-cni.io/default-network")
-"""Annotations by which Multus gives a pod more networks."""
+"""Annotations by which Multus attaches more networks to a pod."""
 _AWAY_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 NODE_AWAY_SECONDS = 120
-"""How long a node may not answer, from when Kubernetes has noticed (50 s), until its pods are given up. Kubernetes' own
-default is 300: the GPUs of all other nodes would wait."""
-_PLACES = ("kubernetes.io/", "topology.kubernetes.io/")
+"""How long the pods of a node that does not answer are kept, counted from when Kubernetes notices it (50 s). Kubernetes
+waits 300 s by default, in which the GPUs of all other nodes would be idle."""
+_PLACEMENT_LABELS = ("kubernetes.io/", "topology.kubernetes.io/")
 _TMP = "/tmp"
 _CONTAINER_SECURITY: Json = {
     "allowPrivilegeEscalation": False,
@@ -39,16 +42,17 @@ _POD_SECURITY: Json = {
 
 
 def pod_template(run: Run, command: list[str], *, gpus: bool = True) -> Json:
-    """A node's pod.
+    """Return the template of a run's pods.
 
     Args:
-        command: what the trainer's container runs.
-        gpus: whether it takes the node's resources; a preflight takes its own small share.
+        run: the run.
+        command: the command of the trainer's container.
+        gpus: whether a pod requests the GPUs, CPUs and memory of a node. The pod of a preflight or a clean-up requests
+            only the small amounts of the settings.
     """
     template: Json = copy.deepcopy(run.spec.get("resources", {}).get("podTemplate") or {})
     metadata, spec = template.setdefault("metadata", {}), template.setdefault("spec", {})
-    metadata["labels"] = {**_queue(metadata.get("labels") or {}), **names.labels(run.job, run.number)}
-    spec.setdefault("restartPolicy", "Never")
+    metadata["labels"] = {**_without_queue(metadata.get("labels") or {}), **names.labels(run.job, run.number)}
     spec["restartPolicy"] = "Never"
     spec.setdefault("automountServiceAccountToken", False)
     spec.setdefault("enableServiceLinks", False)
@@ -59,63 +63,65 @@ def pod_template(run: Run, command: list[str], *, gpus: bool = True) -> Json:
         spec["initContainers"] = [_confined(item) for item in spec["initContainers"]]
     spec["containers"] = _containers(run, spec.get("containers") or [], command, gpus)
     if not gpus:
-        _leave_accelerators(spec)
-        _leave_networks(metadata)
+        _drop_accelerators(spec)
+        _drop_networks(metadata)
     elif run.avoid or run.rather_not:
-        kept = away_from(run.avoid, spec.get("affinity")) if run.avoid else spec.get("affinity")
-        spec["affinity"] = rather_away_from(run.rather_not, kept)
+        affinity = exclude_nodes(run.avoid, spec.get("affinity")) if run.avoid else spec.get("affinity")
+        spec["affinity"] = avoid_nodes(run.rather_not, affinity)
     spec["tolerations"] = _tolerations(spec.get("tolerations") or [])
     return template
 
 
-def _tolerations(given: list[Json]) -> list[Json]:
-    """The user's, and for how long a node may be away, where they don't say."""
-    covered = {item.get("key") for item in given if item.get("effect") in (None, "", "NoExecute")}
+def _tolerations(templated: list[Json]) -> list[Json]:
+    """Return the template's tolerations, and the time that a node may be away where the template does not set it."""
+    covered = {item.get("key") for item in templated if item.get("effect") in (None, "", "NoExecute")}
     own = {"operator": "Exists", "effect": "NoExecute", "tolerationSeconds": NODE_AWAY_SECONDS}
-    return [*given, *({"key": taint, **own} for taint in _AWAY_TAINTS if not covered & {None, "", taint})]
+    return [*templated, *({"key": taint, **own} for taint in _AWAY_TAINTS if not covered & {None, "", taint})]
 
 
-def _leave_accelerators(spec: Json) -> None:
-    """A preflight takes no GPU and no GPU node: of what leads to one only what says which kind of machine, and where,
-    stays. Nor does it wait for what lets attempts start."""
+def _drop_accelerators(spec: Json) -> None:
+    """Remove what would place a preflight on a GPU node or delay it.
+
+    Of the node selector, labels of the kind of machine and of its location stay.
+    """
     for name in ("resources", "resourceClaims", "schedulingGates"):
         spec.pop(name, None)
-    chosen = spec.pop("nodeSelector", None) or {}
-    kept = {name: value for name, value in chosen.items() if name.startswith(_PLACES)}
+    selector = spec.pop("nodeSelector", None) or {}
+    kept = {name: value for name, value in selector.items() if name.startswith(_PLACEMENT_LABELS)}
     if kept:
         spec["nodeSelector"] = kept
 
 
-def _leave_networks(metadata: Json) -> None:
-    """A network attachment of RDMA adapters exists on GPU nodes alone, and takes a device there."""
+def _drop_networks(metadata: Json) -> None:
+    """Remove network attachments: those of RDMA adapters exist on GPU nodes only, and take a device there."""
     annotations = metadata.get("annotations")
     if isinstance(annotations, dict):
         metadata["annotations"] = {name: text for name, text in annotations.items() if name not in NETWORKS}
 
 
-def _queue(labels: dict[str, str]) -> dict[str, str]:
-    """Without the queue's label, which belongs on the run as a whole."""
+def _without_queue(labels: dict[str, str]) -> dict[str, str]:
+    """Return the labels without the queue's, which belongs on the main object of the run."""
     return {name: value for name, value in labels.items() if name != names.QUEUE_LABEL}
 
 
-def _containers(run: Run, given: list[Json], command: list[str], gpus: bool) -> list[Json]:
-    own = next((item for item in given if item.get("name") == names.CONTAINER), {})
+def _containers(run: Run, templated: list[Json], command: list[str], gpus: bool) -> list[Json]:
+    own = next((item for item in templated if item.get("name") == names.CONTAINER), {})
     trainer = _trainer(run, own, command, gpus)
-    others = [item for item in given if item.get("name") != names.CONTAINER]
+    others = [item for item in templated if item.get("name") != names.CONTAINER]
     return [trainer, *(map(_confined, others) if gpus else [])]
 
 
-def _security(given: Json) -> Json:
-    """The trainer's own; a capability that the user adds (IPC_LOCK) does not bring back those that are dropped."""
-    capabilities = _CONTAINER_SECURITY["capabilities"] | (given.get("capabilities") or {})
-    return {**_CONTAINER_SECURITY, **given, "capabilities": capabilities}
+def _security(templated: Json) -> Json:
+    """Return the security context of the trainer. A user may add one capability (IPC_LOCK); all others are dropped."""
+    capabilities = _CONTAINER_SECURITY["capabilities"] | (templated.get("capabilities") or {})
+    return {**_CONTAINER_SECURITY, **templated, "capabilities": capabilities}
 
 
 def _confined(container: Json) -> Json:
-    """A user's own container, without what Pod Security's «restricted» forbids."""
-    given = container.get("securityContext") or {}
-    drop = {"capabilities": {"drop": ["ALL"]} | (given.get("capabilities") or {})}
-    return {**container, "securityContext": {"allowPrivilegeEscalation": False, **given, **drop}}
+    """Return a container of the user's without what the Pod Security level "restricted" forbids."""
+    context = container.get("securityContext") or {}
+    drop = {"capabilities": {"drop": ["ALL"]} | (context.get("capabilities") or {})}
+    return {**container, "securityContext": {"allowPrivilegeEscalation": False, **context, **drop}}
 
 
 def _trainer(run: Run, own: Json, command: list[str], gpus: bool) -> Json:
@@ -144,8 +150,8 @@ def _trainer(run: Run, own: Json, command: list[str], gpus: bool) -> Json:
     return container
 
 
-def _env(run: Run, given: list[Json]) -> list[Json]:
-    """The user's, and then the operator's, which win."""
+def _env(run: Run, templated: list[Json]) -> list[Json]:
+    """Return the user's variables and the operator's, which replace those of the same name."""
     own = {
         "HOME": _TMP,
         "HF_HOME": f"{names.CACHE_DIRECTORY}/huggingface",
@@ -164,7 +170,7 @@ def _env(run: Run, given: list[Json]) -> list[Json]:
     own_list: list[Json] = [{"name": name, "value": value} for name, value in own.items()]
     own_list.append({"name": NODE_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}})
     names_of_own = {item["name"] for item in own_list}
-    return [*(item for item in given if item.get("name") not in names_of_own), *own_list]
+    return [*(item for item in templated if item.get("name") not in names_of_own), *own_list]
 
 
 def _volumes(run: Run) -> list[Json]:
@@ -203,36 +209,37 @@ def _mounts(run: Run) -> list[Json]:
     return mounts
 
 
-def _resources(run: Run, given: Json, gpus: bool) -> Json:
-    """Requests are limits where the job names an amount; what the template says otherwise (RDMA, …) stays.
+def _resources(run: Run, templated: Json, gpus: bool) -> Json:
+    """Return the requests and limits of the trainer. Other resources of the template, such as RDMA devices, stay.
 
-    A pod with GPUs requests the host memory that the preflight planned, where the user names none: without a request it
-    may land on a node whose memory other pods use. It is no limit, as it is an estimate.
+    Amounts that the job names are requests and, except for CPUs, limits. A pod with GPUs whose job names no memory
+    requests the host memory that the preflight planned: without a request the scheduler may choose a node whose memory
+    other pods use. It is no limit, because it is an estimate.
     """
     if not gpus:
         own = {"cpu": run.settings.preflight_cpu, "memory": run.settings.preflight_memory}
         return {"requests": own, "limits": {"memory": own["memory"]}}
-    wanted = run.resources
+    requested = run.resources
     amounts: dict[str, str] = {}
-    if wanted.cpus_per_node:
-        amounts["cpu"] = wanted.cpus_per_node
-    if wanted.memory_per_node:
-        amounts["memory"] = wanted.memory_per_node
+    if requested.cpus_per_node:
+        amounts["cpu"] = requested.cpus_per_node
+    if requested.memory_per_node:
+        amounts["memory"] = requested.memory_per_node
     limits = {name: value for name, value in amounts.items() if name != "cpu"}  # a CPU limit only throttles
-    if run.kubernetes.cache_size_limit and DISK not in (given.get("requests") or {}):
+    if run.kubernetes.cache_size_limit and DISK not in (templated.get("requests") or {}):
         amounts[DISK] = run.kubernetes.cache_size_limit
-    if wanted.gpus_per_node:
-        limits[GPU] = str(wanted.gpus_per_node)
+    if requested.gpus_per_node:
+        limits[GPU] = str(requested.gpus_per_node)
     return {
-        **given,
-        "requests": {**_planned(run, given), **(given.get("requests") or {}), **amounts},
-        "limits": {**(given.get("limits") or {}), **limits},
+        **templated,
+        "requests": {**_planned(run, templated), **(templated.get("requests") or {}), **amounts},
+        "limits": {**(templated.get("limits") or {}), **limits},
     }
 
 
-def _planned(run: Run, given: Json) -> Json:
+def _planned(run: Run, templated: Json) -> Json:
     """Return the planned memory request of a pod with GPUs whose template names no memory."""
-    named = {**(given.get("requests") or {}), **(given.get("limits") or {})}
+    named = {**(templated.get("requests") or {}), **(templated.get("limits") or {})}
     if run.planned_host_bytes is None or not run.resources.gpus_per_node or "memory" in named:
         return {}
     return {"memory": f"{-(-run.planned_host_bytes // (1 << 20))}Mi"}

@@ -1,4 +1,4 @@
-"""One run of one job, with all that its objects are rendered from."""
+"""One run of a job: the input from which all of its objects are rendered."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What rendering reads. Attempts have numbers from 1; see `names.PREFLIGHT_RUN`."""
+    """A run of a job. Attempts are numbered from 1; `names.PREFLIGHT_RUN` and `names.CLEANUP_RUN` are the helpers."""
 
     body: Json
+    """The FineTuneJob."""
     number: int
     settings: Settings
     avoid: tuple[str, ...] = ()
-    """Names of nodes that its pods must not run on."""
+    """Names of nodes that the pods must not run on."""
     rather_not: tuple[str, ...] = ()
-    """Names of nodes that its pods run on only where no other has room."""
+    """Names of nodes that the pods run on only where no other node has room."""
 
     @property
     def is_attempt(self) -> bool:
@@ -53,22 +54,22 @@ class Run:
 
     @property
     def support(self) -> str:
-        """Name of its Secret, Service and NetworkPolicy."""
+        """Name of the Secret, the Service and the NetworkPolicy."""
         return names.support_name(self.job, self.number, self.uid, self.settings.token_key)
 
     @property
     def config(self) -> str:
-        """Name of its ConfigMap."""
+        """Name of the ConfigMap."""
         return names.support_name(self.job, self.config_run.number, self.uid, self.settings.token_key, "config")
 
     @property
     def config_run(self) -> Run:
-        """The run whose ConfigMap it reads: a preflight checks what the first attempt is going to do."""
+        """The run whose ConfigMap the pods mount: a preflight checks the configuration of the first attempt."""
         return replace(self, number=1) if self.number == names.PREFLIGHT_RUN else self
 
     @property
     def queue_labels(self) -> dict[str, str]:
-        """Return what a queue knows the run by; preflight and clean-up may have a queue of their own."""
+        """Kueue's labels of the run. Preflights and clean-ups may have a queue of their own."""
         labels = self.body["metadata"].get("labels") or {}
         found = {name: value for name, value in labels.items() if name.startswith(names.KUEUE)}
         if not self.is_attempt and self.settings.helper_queue:
@@ -85,25 +86,25 @@ class Run:
 
     @property
     def planned_host_bytes(self) -> int | None:
-        """Host memory that a node needs, as the preflight found."""
+        """Host memory in bytes that a node needs, from the plan of the preflight; None without a plan."""
         plan = (self.body.get("status") or {}).get("plan") or {}
         found = plan.get("hostBytes")
         return None if found is None else int(found)
 
     @property
     def nodes(self) -> int:
-        """Pods at most."""
+        """The largest number of pods."""
         return self.resources.max_nodes or self.resources.nodes or 1
 
     def metadata(self, name: str) -> Json:
-        """Metadata of one of its objects: owned by the job, so that it goes when the job does."""
+        """Return the metadata of an object of the run. The job owns it, so that Kubernetes deletes it after the job."""
         owner = {
             "apiVersion": API_VERSION,
             "kind": KIND,
             "name": self.job,
             "uid": self.uid,
             "controller": True,
-            "blockOwnerDeletion": False,  # true would need the right to change the job's finalizers
+            "blockOwnerDeletion": False,  # true needs the right to update the job's finalizers
         }
         labels = names.labels(self.job, self.number)
         return {"name": name, "namespace": self.namespace, "labels": labels, "ownerReferences": [owner]}

@@ -1,11 +1,11 @@
-"""What every run needs beside its pods: its configuration, its token, its name in DNS, its walls."""
+"""The supporting objects of a run: ConfigMap, Secret, Service and NetworkPolicy."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from finetune_api.claims import claim_of, mounted
@@ -13,23 +13,22 @@ from finetune_api.job import API_VERSION, KIND
 from finetune_api.report import PORT
 from finetune_api.runconfig import RunConfig
 from finetune_operator.core import names
-from finetune_operator.core.settings import engine_name
 from finetune_operator.render.run import Run
 
 Json = dict[str, Any]
-DASHBOARD_PORT = 8265
 
 
 def token(key: bytes, uid: str, run: int) -> str:
-    """A run's token: for Ray's own authentication and for the report's port.
+    """Return the token of a run, for Ray's authentication and for the HTTP port of the report.
 
-    Derived (HMAC-SHA256 under the operator's key), so that it is the same after a restart and no Secret is ever read.
+    It is derived from the operator's key (HMAC-SHA256), so that it is the same after a restart and the operator never
+    has to read a Secret.
     """
     return hmac.new(key, f"{uid}/{run}".encode(), hashlib.sha256).hexdigest()
 
 
 def run_config(run: Run) -> RunConfig:
-    """The resolved job of one attempt."""
+    """Return the resolved job of an attempt."""
     metadata = {"name": run.job, "namespace": run.namespace}
     job = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": _without_template(run.spec)}
     return RunConfig.model_validate(
@@ -49,14 +48,14 @@ def _without_template(spec: Json) -> Json:
 
 
 def root(spec: Json, namespace: str, name: str) -> str:
-    """A job's directory in storage. The namespace is part of it, so that two jobs of one name never meet."""
+    """Return the directory of a job in storage. It has the namespace, so that two jobs of the same name differ."""
     storage = spec["storage"]
     base = mounted(storage.get("uri") or storage["path"])
     return f"{base.rstrip('/')}/{namespace}/{name}"
 
 
 def claims(spec: Json) -> list[str]:
-    """PersistentVolumeClaims that `pvc://` URIs of the storage, the model and the data name."""
+    """Return the PersistentVolumeClaims that `pvc://` URIs of the storage, the model and the data name."""
     uris = [spec["storage"].get("uri"), spec["model"].get("uri"), *_data_uris(spec["stages"])]
     return sorted({claim for uri in uris if uri and (claim := claim_of(uri))})
 
@@ -67,24 +66,28 @@ def _data_uris(stages: list[Json]) -> Iterator[str | None]:
             yield from (source.get("uri") for source in data.get("sources") or [])
 
 
-def config_map(run: Run) -> Json:
-    """The attempt's RunConfig. Immutable: a running job never changes under its user.
+def config_map(run: Run, files: Mapping[str, str]) -> Json:
+    """Return the ConfigMap with the RunConfig of an attempt. It is immutable, so that a running attempt never changes.
 
-    Without the pod template, which is for the operator alone and may hold values that not every reader of ConfigMaps
-    should see.
+    It does not have the pod template, which only the operator needs and which may have values that not every reader of
+    ConfigMaps may see.
+
+    Args:
+        run: the run.
+        files: more files, with their content by name.
     """
-    text = json.dumps(run_config(run).to_json(), ensure_ascii=False, separators=(",", ":"))  # it may have 1 MiB
+    text = json.dumps(run_config(run).to_json(), ensure_ascii=False, separators=(",", ":"))  # the limit is 1 MiB
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": run.config_run.metadata(run.config),
         "immutable": True,
-        "data": {names.CONFIG_FILE: text},
+        "data": {names.CONFIG_FILE: text, **files},
     }
 
 
 def secret(run: Run) -> Json:
-    """The attempt's token."""
+    """Return the Secret with the token of an attempt."""
     return {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -96,7 +99,10 @@ def secret(run: Run) -> Json:
 
 
 def service(run: Run) -> Json:
-    """Names for the pods. Not-ready ones too: workers look for the head before anything is ready."""
+    """Return the headless Service that gives the pods names.
+
+    It publishes pods that are not ready, too: workers look the head up before any pod is ready.
+    """
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -110,8 +116,13 @@ def service(run: Run) -> Json:
     }
 
 
-def network_policy(run: Run) -> Json:
-    """Only the run's own pods, and the operator for the report, get in."""
+def network_policy(run: Run, ingress: Iterable[Json]) -> Json:
+    """Return the NetworkPolicy that lets in the run's own pods, and the operator to the port of the report.
+
+    Args:
+        run: the attempt.
+        ingress: more ingress rules, from the run's engine.
+    """
     own = {"podSelector": {"matchLabels": names.labels(run.job, run.number)}}
     operator = {
         "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": run.settings.operator_namespace}},
@@ -124,24 +135,24 @@ def network_policy(run: Run) -> Json:
         "spec": {
             "podSelector": own["podSelector"],
             "policyTypes": ["Ingress"],
-            "ingress": [{"from": [own]}, {"from": [operator], "ports": [{"port": PORT}]}, *_for_kuberay(run)],
+            "ingress": [{"from": [own]}, {"from": [operator], "ports": [{"port": PORT}]}, *ingress],
         },
     }
 
 
-def _for_kuberay(run: Run) -> list[Json]:
-    """KubeRay's operator submits the driver at Ray's dashboard, whose token it has."""
-    if engine_name(run.kubernetes.engine, run.settings) != "kuberay":
-        return []
-    kuberay = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}}
-    return [{"from": [kuberay], "ports": [{"port": DASHBOARD_PORT}]}]
+def support_objects(run: Run, ingress: Iterable[Json], files: Mapping[str, str]) -> list[Json]:
+    """Return the supporting objects of a run in the order of their creation.
 
+    Preflights and clean-ups have no Ray cluster, so they need no Service, no token and no NetworkPolicy.
 
-def support_objects(run: Run) -> list[Json]:
-    """In the order of their making. What is no attempt has no Ray, so no name and no token."""
+    Args:
+        run: the run.
+        ingress: more ingress rules of the NetworkPolicy, from the run's engine.
+        files: more files of the ConfigMap, from the engine of the run that it is for (`Run.config_run`).
+    """
     if not run.is_attempt:
-        return [config_map(run)]
-    walls = [network_policy(run)] if run.settings.network_policy else []
-    checked = run.number == 1 and run.kubernetes.preflight  # the preflight's own is there already
-    config = [] if checked else [config_map(run)]
-    return [*config, secret(run), service(run), *walls]
+        return [config_map(run, files)]
+    policies = [network_policy(run, ingress)] if run.settings.network_policy else []
+    checked = run.number == 1 and run.kubernetes.preflight  # the preflight has created the same ConfigMap
+    config = [] if checked else [config_map(run, files)]
+    return [*config, secret(run), service(run), *policies]

@@ -94,8 +94,9 @@ def _worker(run: RunConfig, place: NodeRole) -> int:
     if not _reachable(host, int(port)):
         print(f"no Ray head at {place.address} within {HEAD_SECONDS:.0f} s", file=sys.stderr)
         return ExitCode.FAILED
+    address = socket.gethostbyname(host)  # KubeRay deletes the name's Service together with the pods
     ray = subprocess.Popen([*_RAY, "start", "--block", *place.options], env=_environment(place))
-    signal.signal(signal.SIGTERM, lambda *_: _leave(host, ray))
+    signal.signal(signal.SIGTERM, lambda *_: _leave(address, ray))
     ray.wait()
     return ExitCode.FAILED
 
@@ -134,9 +135,8 @@ def _until_driver_ends(host: str) -> None:
             reached = time.monotonic()
         except ConnectionRefusedError:
             return
-        except OSError as error:  # the network may come back; but the DNS name of a pod disappears when the pod ends
-            if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
-                return
+        except OSError:
+            pass  # the network may come back
         time.sleep(RETRY_SECONDS)  # polls, because there is no event to wait for
 
 
