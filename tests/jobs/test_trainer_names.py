@@ -25,10 +25,10 @@ from finetune_trainer.stages.reward.stage import RewardTrainer
 from finetune_trainer.stages.rlhf.policy import PolicyTrainer
 from finetune_trainer.stages.rlhf.stage import GrpoTrainer, RlooTrainer
 from finetune_trainer.stages.sft.stage import SftTrainer
-from finetune_trainer.training.pair_trainer import PairTrainer
+from finetune_trainer.training.preference_trainer import PreferenceTrainer
 from finetune_trainer.training.stage_trainer import StageTrainer
 
-OURS = [StageTrainer, PairTrainer, PolicyTrainer, RoundTrainer]
+OURS = [StageTrainer, PreferenceTrainer, PolicyTrainer, RoundTrainer]
 STAGES = [SftTrainer, CausalTrainer, MaskedTrainer, EsftTrainer, DpoTrainer, RewardTrainer, RlooTrainer, GrpoTrainer,
           OnlineTrainer]  # fmt: skip
 BASES = [transformers.Trainer, trl.SFTTrainer, trl.DPOTrainer, trl.RewardTrainer, trl.RLOOTrainer, trl.GRPOTrainer,

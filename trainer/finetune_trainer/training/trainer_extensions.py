@@ -35,8 +35,8 @@ class StageParts:
     """Tokens this worker has trained on since they were last taken; a tensor, so that counting needs no sync."""
     samples: int = 0
     """Rows this worker has trained on since they were last taken."""
-    pairs_share: float = 1.0
-    """In preference stages: forward passes of all workers in this step, divided by the step's pairs."""
+    rows_share: float = 1.0
+    """In preference stages: forward passes of all workers in this step, divided by the step's rows."""
     routing: RoutingCounter | None = None
     """Counts what the routers choose while training; None in a dense model."""
     tools: StageTools | None = None

@@ -17,13 +17,13 @@ from finetune_trainer.esft.selection import ExpertConfig
 from finetune_trainer.esft.trainable import prepare, require_input_gradients
 from finetune_trainer.model.precision import train_in_float32
 from finetune_trainer.stages.esft.expert_choice import ExpertChoice
-from finetune_trainer.stages.sft.stage import supervised_batches
 from finetune_trainer.training.adapter_model import starting_model
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.expert_results import save_scores
 from finetune_trainer.training.stage_io import StageTools
 from finetune_trainer.training.stage_trainer import StageTrainer
+from finetune_trainer.training.supervised_batches import supervised_batches
 from finetune_trainer.training.trainer_extensions import StageParts
 
 TRAINED = "trained.safetensors"

@@ -20,7 +20,7 @@ from finetune_trainer.storage.filesystem import Storage
 from finetune_trainer.training.answers import SEEDS, PromptRow, draw, options_of, prompt_row
 from finetune_trainer.training.collectives import Peers
 from finetune_trainer.training.context import StageContext
-from finetune_trainer.training.pair_trainer import PairTrainer
+from finetune_trainer.training.preference_trainer import PreferenceTrainer
 from finetune_trainer.training.prompt_feed import PromptFeed
 from finetune_trainer.training.trainer_extensions import StageParts
 
@@ -46,7 +46,7 @@ class RoundParts(StageParts):
     """The round whose pairs are at hand."""
 
 
-class RoundTrainer(PairTrainer):
+class RoundTrainer(PreferenceTrainer):
     """Mixin over TRL's DPOTrainer: a round's pairs are made at its first step, and kept in storage.
 
     An answer is drawn by the stage's seed, the round and the prompt's place in it, whichever worker draws it. The
