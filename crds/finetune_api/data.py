@@ -11,8 +11,6 @@ from finetune_api.base import ApiModel, cel, exactly_one, expects, not_exactly_o
 from finetune_api.model import HubId, Path, Revision, Uri
 
 DATA_SOURCES = ("inline", "file", "directory", "hub", "uri", "stage")
-RowKind = Literal["text", "sft", "preference", "prompt"]
-"""What rows are to a stage: plain text, dialogues, pairs of answers, or prompts to answer."""
 StageName = Annotated[
     str,
     Field(

@@ -106,7 +106,7 @@ class FineTuneJobSpec(ApiModel):
                     what = "makes no data" if name in made else "is no stage before this one"
                     yield f"stages[{index}].{place}: {name!r} {what}{did_you_mean(name, makers)}"
             for kind in stage.kinds:
-                made[stage.name or kind] = kind == SYNTHESIZE
+                made[stage.name or kind] = getattr(stage, kind).produces == "data"
 
     def _unknown_models(self) -> Iterator[str]:
         """Models to compare with, or to be taught by, that are no earlier stage's; or that are the evaluated one."""
@@ -124,7 +124,7 @@ class FineTuneJobSpec(ApiModel):
                 where = f"stages[{index}].synthesize.teacher.model.stage"
                 yield f"{where}: {teacher!r} {_no_model(teacher, leaves_model)}{did_you_mean(teacher, models[1:])}"
             for kind in stage.kinds:
-                leaves_model[stage.name or kind] = kind != "tokenizer" and getattr(stage, kind).hands_on
+                leaves_model[stage.name or kind] = getattr(stage, kind).produces == "model"
 
     def _unknown_reward_stages(self) -> Iterator[str]:
         """Reward models that are no earlier `reward` stage's."""
@@ -136,7 +136,7 @@ class FineTuneJobSpec(ApiModel):
                     hint = did_you_mean(name, [title for title, fits in before.items() if fits])
                     yield f"stages[{index}].{place}: {name!r} {what}{hint}"
             for kind in stage.kinds:
-                before[stage.name or kind] = kind == "reward"
+                before[stage.name or kind] = getattr(stage, kind).produces == "rewardModel"
 
 
 def _no_model(name: str, before: dict[str, bool]) -> str:

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import ApiModel, Json, cel, rules
-from finetune_api.data import DataSpec, RowKind
+from finetune_api.data import DataSpec
+from finetune_api.declaration import TrainingDeclaration, Updates
 
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Rate = Annotated[float, Field(ge=0, le=1)]
@@ -59,7 +60,7 @@ class Quantization(ApiModel):
     """Quantize the 4-bit constants too."""
 
 
-class TrainingSpec(ApiModel):
+class TrainingSpec(TrainingDeclaration):
     """Data, optimizer, schedule and saving: what every trained stage has."""
 
     model_config = rules(STREAMING_RULE)
@@ -115,23 +116,33 @@ class TrainingSpec(ApiModel):
         if self.data.streaming and self.max_steps is None:
             yield "streaming data has no known length: set maxSteps"
 
-    @property
-    def trains(self) -> bool:
-        """Whether the stage takes optimizer steps."""
-        return True
+
+class AdapterSpec(TrainingSpec):
+    """Training of every weight, or of low-rank adapters."""
+
+    model_config = rules(STREAMING_RULE, QUANTIZED_LORA_RULE)
+
+    lora: Lora | None = None
+    """Train adapters. Default: train every weight."""
+    quantization: Quantization | None = None
+    """Quantize the base model under the adapters. Default: not quantized."""
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.quantization is not None and self.lora is None:
+            yield "quantization needs lora: quantized weights don't train"
 
     @property
-    def hands_on(self) -> bool:
-        """Whether the next stage starts from this one's result."""
-        return True
+    def updates(self) -> Updates:
+        return "weights" if self.lora is None else "adapter"
 
     @property
-    def row_kind(self) -> RowKind:
-        """The kind of rows that the stage reads."""
-        raise NotImplementedError
+    def merges(self) -> bool:
+        return self.lora is not None and self.lora.merge
 
 
-def quantization_faults(lora: Lora | None, quantization: Quantization | None) -> Iterator[str]:
-    """The Python twin of `QUANTIZED_LORA_RULE`."""
-    if quantization is not None and lora is None:
-        yield "quantization needs lora: quantized weights don't train"
+def resolve_overflow(overflow: str, limit: int | None) -> str:
+    """Return what happens to a row longer than `limit` tokens: `auto` truncates where a limit is set, else refuses."""
+    if overflow != "auto":
+        return overflow
+    return "error" if limit is None else "truncate"

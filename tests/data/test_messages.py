@@ -160,12 +160,12 @@ def test_a_prompt_never_has_the_mark() -> None:
     wrong = {**REPLY, "weight": 0}
     talk = normalise({"messages": [ASK, wrong, ASK, REPLY, ASK, wrong]}, SPEC, "sft")
     assert [message.get("train", True) for message in talk["messages"]] == [True, False, True, True, True, False]
-    assert prompt_of(talk, "sft") == {"messages": [ASK, REPLY, ASK], "reference": "b"}
+    assert prompt_of(talk) == {"messages": [ASK, REPLY, ASK], "reference": "b"}
     assert normalise({"messages": [ASK, wrong, ASK]}, SPEC, "prompt")["prompt"] == [ASK, REPLY, ASK]
     pair = {"prompt": [ASK, wrong, ASK], "chosen": [wrong, ASK, REPLY], "rejected": [REPLY]}
     example = normalise(pair, SPEC, "preference")
     assert example["prompt"] == [ASK, REPLY, ASK] and example["chosen"][0] == {**REPLY, "train": False}
-    assert prompt_of(example, "preference") == {"messages": [ASK, REPLY, ASK, REPLY, ASK], "reference": "b"}
+    assert prompt_of(example) == {"messages": [ASK, REPLY, ASK, REPLY, ASK], "reference": "b"}
 
 
 SHAREGPT = [

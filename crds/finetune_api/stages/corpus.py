@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune_api.base import ApiModel
-from finetune_api.data import DataSpec, RowKind
+from finetune_api.data import DataSpec
+from finetune_api.declaration import Produces, RowKind, StageDeclaration, Task
 from finetune_api.training import PositiveInt, TrainingSpec
 
 SpecialToken = Annotated[str, Field(min_length=1, max_length=64)]
 
 
-class TokenizerSpec(ApiModel):
+class TokenizerSpec(StageDeclaration):
     """A byte-level BPE tokenizer trained from a corpus, with a chat template that marks assistant tokens."""
 
     data: DataSpec
@@ -33,13 +33,11 @@ class TokenizerSpec(ApiModel):
         return False
 
     @property
-    def hands_on(self) -> bool:
-        """The next stage has its tokenizer."""
-        return True
+    def produces(self) -> Produces:
+        return "tokenizer"
 
     @property
     def row_kind(self) -> RowKind:
-        """The kind of rows that it reads."""
         return "text"
 
 
@@ -63,3 +61,39 @@ class PretrainSpec(TrainingSpec):
     @property
     def row_kind(self) -> RowKind:
         return "text"
+
+    @property
+    def task(self) -> Task:
+        return self.objective
+
+    @property
+    def row_limit(self) -> int:
+        return self.block_size
+
+    @property
+    def row_overflow(self) -> str:
+        return "split"
+
+    @property
+    def trained_share(self) -> float:
+        return self.mlm_probability if self.objective == "masked" else 1.0
+
+    @property
+    def fills_rows(self) -> bool:
+        return True
+
+    @property
+    def sequences_per_row(self) -> int:
+        return 1
+
+    @property
+    def holds_reference(self) -> bool:
+        return False
+
+    @property
+    def extra_forwards(self) -> int:
+        return 0
+
+    @property
+    def token_loss(self) -> bool:
+        return True

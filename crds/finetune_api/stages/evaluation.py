@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import ApiModel, cel, exactly_one, expects, not_exactly_one, rules
-from finetune_api.data import DataSpec, RowKind, StageName
+from finetune_api.data import DataSpec, StageName
+from finetune_api.declaration import Produces, RowKind
 from finetune_api.generation import Generation
 from finetune_api.model import Path
 from finetune_api.problems import did_you_mean
@@ -155,8 +156,11 @@ class EvaluateSpec(BesideSpec):
 
     @property
     def row_kind(self) -> RowKind:
-        """The kind of rows that it reads."""
         return "sft"
+
+    @property
+    def produces(self) -> Produces:
+        return "nothing"
 
     @property
     def generates(self) -> bool:

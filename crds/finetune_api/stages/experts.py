@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import ApiModel, cel, exactly_one, not_exactly_one, rules
+from finetune_api.declaration import Produces, Updates
 from finetune_api.model import Path
 from finetune_api.stages.supervised import PACKING_RULE, SupervisedSpec
 from finetune_api.training import STREAMING_RULE
@@ -88,5 +89,13 @@ class EsftSpec(SupervisedSpec):
         return not self.score_only
 
     @property
-    def hands_on(self) -> bool:
-        return not self.score_only
+    def produces(self) -> Produces:
+        return "nothing" if self.score_only else "model"
+
+    @property
+    def updates(self) -> Updates:
+        return "experts"
+
+    @property
+    def merges(self) -> bool:
+        return self.merge

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from finetune_api.base import ApiModel, Json, cel, exactly_one, expects, not_exactly_one, rules
-from finetune_api.data import Column, RowKind, StageName
+from finetune_api.data import Column, StageName
+from finetune_api.declaration import PaddingSide, RowKind
 from finetune_api.endpoint import Endpoint
 from finetune_api.model import Path
 from finetune_api.stages.preference import LOSS_RULES, PreferenceLoss
 from finetune_api.training import (
     QUANTIZED_LORA_RULE,
-    Lora,
+    AdapterSpec,
     PositiveInt,
-    Quantization,
-    TrainingSpec,
-    quantization_faults,
 )
 
 FunctionPath = Annotated[
@@ -73,7 +72,7 @@ class Reward(ApiModel):
         yield from not_exactly_one(self, *REWARDS)
 
 
-class PromptSpec(TrainingSpec):
+class PromptSpec(AdapterSpec):
     """Training on a model's own answers to prompts; a row is a prompt."""
 
     model_config = rules(PROMPTS_RULE, QUANTIZED_LORA_RULE)
@@ -87,14 +86,9 @@ class PromptSpec(TrainingSpec):
     """How answers are drawn."""
     learning_rate: Annotated[float, Field(ge=0, le=10)] = 1e-6
     """Peak learning rate of AdamW."""
-    lora: Lora | None = None
-    """Train adapters. Default: train every weight."""
-    quantization: Quantization | None = None
-    """Quantize the base model under the adapters. Default: not quantized."""
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()
-        yield from quantization_faults(self.lora, self.quantization)
         if self.data.streaming:
             yield PROMPTS_STREAM
 
@@ -102,9 +96,43 @@ class PromptSpec(TrainingSpec):
     def row_kind(self) -> RowKind:
         return "prompt"
 
+    @property
+    def row_limit(self) -> int | None:
+        return self.max_prompt_length
+
+    @property
+    def row_overflow(self) -> str:
+        if self.overflow != "auto":
+            return self.overflow
+        return "error" if self.max_prompt_length is None else "drop"
+
+    @property
+    def answer_length(self) -> int:
+        return self.generation.max_new_tokens
+
+    @property
+    def generates(self) -> bool:
+        return True
+
+    @property
+    def token_loss(self) -> bool:
+        return False
+
+    @property
+    @abstractmethod
+    def answers_per_prompt(self) -> int:
+        """Answers drawn to each prompt."""
+
+    @property
+    @abstractmethod
+    def scorers(self) -> Mapping[str, Reward | Judge]:
+        """What scores the answers, by its place below the spec."""
+
     def reward_stages(self) -> Iterator[tuple[str, str]]:
         """Each earlier stage whose reward model scores answers: its place below the spec, and its name."""
-        yield from ()
+        for place, scorer in self.scorers.items():
+            if scorer.stage is not None:
+                yield f"{place}.stage", scorer.stage
 
 
 class RlhfSpec(PromptSpec):
@@ -138,10 +166,30 @@ class RlhfSpec(PromptSpec):
         if self.max_kl is not None and self.beta == 0:
             yield MAX_KL_FAULT
 
-    def reward_stages(self) -> Iterator[tuple[str, str]]:
-        for index, reward in enumerate(self.rewards):
-            if reward.stage is not None:
-                yield f"rewards[{index}].stage", reward.stage
+    @property
+    def sequences_per_row(self) -> int:
+        return self.num_generations
+
+    @property
+    def answers_per_prompt(self) -> int:
+        return self.num_generations
+
+    @property
+    def scorers(self) -> Mapping[str, Reward | Judge]:
+        return {f"rewards[{index}]": reward for index, reward in enumerate(self.rewards)}
+
+    @property
+    def holds_reference(self) -> bool:
+        return self.beta > 0 and self.lora is None
+
+    @property
+    def extra_forwards(self) -> int:
+        return 1 if self.beta > 0 else 0
+
+    @property
+    def padding_side(self) -> PaddingSide:
+        """TRL's policy trainers pad prompts on the left."""
+        return "left"
 
 
 CRITERIA_FAULT = "criteria goes with endpoint"
@@ -192,6 +240,24 @@ class OnlineSpec(PromptSpec, PreferenceLoss):
         yield from super().faults()
         yield from self.loss_faults()
 
-    def reward_stages(self) -> Iterator[tuple[str, str]]:
-        if self.judge.stage is not None:
-            yield "judge.stage", self.judge.stage
+    @property
+    def sequences_per_row(self) -> int:
+        """The best and the worst answer."""
+        return 2
+
+    @property
+    def answers_per_prompt(self) -> int:
+        return self.num_generations
+
+    @property
+    def scorers(self) -> Mapping[str, Reward | Judge]:
+        return {"judge": self.judge}
+
+    @property
+    def holds_reference(self) -> bool:
+        return self.reference == "start" and self.lora is None
+
+    @property
+    def extra_forwards(self) -> int:
+        """None while training: the reference's log-probabilities are part of each round's pairs."""
+        return 0

@@ -8,14 +8,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import ApiModel, Json, cel, rules
-from finetune_api.data import RowKind
+from finetune_api.declaration import Produces, RowKind, Task
 from finetune_api.training import (
     QUANTIZED_LORA_RULE,
     STREAMING_RULE,
-    Lora,
-    Quantization,
-    TrainingSpec,
-    quantization_faults,
+    AdapterSpec,
+    resolve_overflow,
 )
 
 LossWeight = Annotated[float, Field(ge=0, le=1000)]
@@ -71,7 +69,7 @@ class PreferenceLoss(ApiModel):
             yield f"lossWeights has {len(self.loss_weights)} values for {len(self.loss_type)} loss types"
 
 
-class PairSpec(TrainingSpec):
+class PairSpec(AdapterSpec):
     """Training on pairs of a chosen and a rejected answer."""
 
     model_config = rules(STREAMING_RULE, QUANTIZED_LORA_RULE)
@@ -81,18 +79,26 @@ class PairSpec(TrainingSpec):
     overflow: Literal["auto", "error", "truncate", "drop"] = "auto"
     """What happens to a longer pair: `error` refuses the job, `truncate` cuts its end, `drop` leaves it out.
     `auto`: `truncate` where `maxLength` is set, else `error`."""
-    lora: Lora | None = None
-    """Train adapters. Default: train every weight."""
-    quantization: Quantization | None = None
-    """Quantize the base model under the adapters. Default: not quantized."""
-
-    def faults(self) -> Iterator[str]:
-        yield from super().faults()
-        yield from quantization_faults(self.lora, self.quantization)
 
     @property
     def row_kind(self) -> RowKind:
         return "preference"
+
+    @property
+    def row_limit(self) -> int | None:
+        return self.max_length
+
+    @property
+    def row_overflow(self) -> str:
+        return resolve_overflow(self.overflow, self.max_length)
+
+    @property
+    def sequences_per_row(self) -> int:
+        return 2
+
+    @property
+    def token_loss(self) -> bool:
+        return False
 
 
 class DpoSpec(PairSpec, PreferenceLoss):
@@ -126,6 +132,14 @@ class DpoSpec(PairSpec, PreferenceLoss):
             yield "reference precomputed needs data that is not streaming"
         yield from self.loss_faults()
 
+    @property
+    def holds_reference(self) -> bool:
+        return self.reference == "model" or (self.reference == "auto" and self.lora is None)
+
+    @property
+    def extra_forwards(self) -> int:
+        return 0 if self.reference == "precomputed" else 1
+
 
 class RewardSpec(PairSpec):
     """A reward model: scores answers so that chosen ones score above rejected ones (Bradley-Terry)."""
@@ -147,6 +161,17 @@ class RewardSpec(PairSpec):
             yield "no stage trains on a reward model's adapter: leave lora.merge true"
 
     @property
-    def hands_on(self) -> bool:
-        """The next stage starts from the model before: a reward model answers nothing."""
+    def produces(self) -> Produces:
+        return "rewardModel"
+
+    @property
+    def task(self) -> Task:
+        return "reward"
+
+    @property
+    def holds_reference(self) -> bool:
         return False
+
+    @property
+    def extra_forwards(self) -> int:
+        return 0

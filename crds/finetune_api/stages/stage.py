@@ -16,8 +16,6 @@ from finetune_api.stages.synthesis import SynthesizeSpec
 
 STAGE_KINDS = ("tokenizer", "pretrain", "sft", "esft", "dpo", "reward", "rlhf", "online", "synthesize", "evaluate")
 
-AdapterSpec = SftSpec | DpoSpec | RewardSpec | RlhfSpec | OnlineSpec
-"""Stages that may train adapters."""
 TrainedSpec = PretrainSpec | SftSpec | EsftSpec | DpoSpec | RewardSpec | RlhfSpec | OnlineSpec
 """Stages that train a model."""
 StageSpec = TokenizerSpec | TrainedSpec | SynthesizeSpec | EvaluateSpec

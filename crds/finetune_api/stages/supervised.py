@@ -8,14 +8,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import cel, rules
-from finetune_api.data import RowKind
+from finetune_api.declaration import RowKind
 from finetune_api.training import (
     QUANTIZED_LORA_RULE,
     STREAMING_RULE,
-    Lora,
-    Quantization,
+    AdapterSpec,
     TrainingSpec,
-    quantization_faults,
+    resolve_overflow,
 )
 
 Overflow = Literal["auto", "error", "truncate", "drop", "split"]
@@ -45,17 +44,36 @@ class SupervisedSpec(TrainingSpec):
     def row_kind(self) -> RowKind:
         return "sft"
 
+    @property
+    def row_limit(self) -> int | None:
+        return self.max_length
 
-class SftSpec(SupervisedSpec):
+    @property
+    def row_overflow(self) -> str:
+        return resolve_overflow(self.overflow, self.max_length)
+
+    @property
+    def packs(self) -> bool:
+        return self.packing
+
+    @property
+    def sequences_per_row(self) -> int:
+        return 1
+
+    @property
+    def holds_reference(self) -> bool:
+        return False
+
+    @property
+    def extra_forwards(self) -> int:
+        return 0
+
+    @property
+    def token_loss(self) -> bool:
+        return True
+
+
+class SftSpec(SupervisedSpec, AdapterSpec):
     """Supervised fine-tuning: the loss is on the assistant's tokens of every turn."""
 
     model_config = rules(STREAMING_RULE, QUANTIZED_LORA_RULE, PACKING_RULE)
-
-    lora: Lora | None = None
-    """Train adapters. Default: train every weight."""
-    quantization: Quantization | None = None
-    """Quantize the base model under the adapters. Default: not quantized."""
-
-    def faults(self) -> Iterator[str]:
-        yield from super().faults()
-        yield from quantization_faults(self.lora, self.quantization)

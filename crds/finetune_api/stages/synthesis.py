@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import ApiModel, cel, exactly_one, not_exactly_one, rules
-from finetune_api.data import Column, DataSource, DataSpec, RowKind, StageName
+from finetune_api.data import Column, DataSource, DataSpec, StageName
+from finetune_api.declaration import Produces, RowKind
 from finetune_api.endpoint import Endpoint
 from finetune_api.generation import Generation
 from finetune_api.model import HubId, Path, Revision, Uri
@@ -235,8 +236,15 @@ class SynthesizeSpec(BesideSpec):
 
     @property
     def row_kind(self) -> RowKind:
-        """The kind of rows that it reads."""
         return "prompt" if self.evolve is not None else "text"
+
+    @property
+    def produces(self) -> Produces:
+        return "data"
+
+    @property
+    def generates(self) -> bool:
+        return self.teacher.model is not None
 
     @property
     def method(self) -> str:

@@ -100,14 +100,14 @@ def _see(
         seen.first.setdefault(str(error), place)
         return
     seen.usable += 1
-    _see_form(example, kind, seen)
+    _see_form(example, seen)
 
 
-def _see_form(example: Example, kind: Kind, seen: _Seen) -> None:
-    if kind == "preference":
+def _see_form(example: Example, seen: _Seen) -> None:
+    if "chosen" in example:
         seen.pairs += 1
         seen.identical += example["chosen"] == example["rejected"]
-    if kind == "prompt":
+    if "columns" in example:
         seen.prompts.add(type(example["prompt"]))
 
 

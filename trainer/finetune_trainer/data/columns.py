@@ -7,21 +7,17 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.data import DataSpec, RowKind
+from finetune_api.data import DataSpec
+from finetune_api.declaration import RowKind
 from finetune_api.problems import did_you_mean, nearest
 from finetune_trainer.data.format_detection import decoded_chat, recognise, suggestion
 from finetune_trainer.data.json_values import EmptyRow, FormError, kind_name
 from finetune_trainer.data.messages import Message, read_messages
 from finetune_trainer.data.readers import Row
+from finetune_trainer.data.row_kinds import row_kind
 from finetune_trainer.data.tools import read_tools
 from finetune_trainer.data.transcripts import parse_transcript
 
-NEEDED: dict[RowKind, str] = {
-    "text": "`text`",
-    "sft": "`messages`, `prompt` and `completion`, or `text`",
-    "preference": "`chosen` and `rejected`",
-    "prompt": "`prompt`, `messages`, or `chosen` and `rejected`",
-}
 CHATS = ("messages", "prompt", "completion", "chosen", "rejected")
 FUNCTIONS = "functions"
 """Where rows of OpenAI's older form have their tools."""
@@ -111,7 +107,7 @@ class Fields:
         there = ", ".join(f"`{key}`" for key in self.row) or "no columns"
         line = suggestion(self.row, self.kind)
         remedy = f": set `{line}`" if line else " (`columns` gives other names, `template` makes texts from columns)"
-        return f"no column `{column}`{hint} The row has {there}; this stage needs {NEEDED[self.kind]}{remedy}"
+        return f"no column `{column}`{hint} The row has {there}; this stage needs {row_kind(self.kind).needed}{remedy}"
 
 
 def read_fields(row: Row, spec: DataSpec, kind: RowKind) -> Fields:

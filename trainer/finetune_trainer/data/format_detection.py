@@ -10,9 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune_api.data import DataSpec, RowKind
+from finetune_api.data import DataSpec
+from finetune_api.declaration import RowKind
 from finetune_trainer.data.json_values import EmptyRow, FormError, kind_name, parse_json
 from finetune_trainer.data.messages import SPEAKERS
+from finetune_trainer.data.row_kinds import row_kind
 
 Row = dict[str, Any]
 Turns = list[dict[str, str]]
@@ -46,13 +48,14 @@ def recognise(row: Row, given: Row, spec: DataSpec, kind: RowKind) -> Form | Non
     Raises:
         FormError: the row has a known form, and a value in it has another.
     """
-    if kind == "text" or spec.template is not None or spec.columns.named & FORMS:
+    needs = row_kind(kind)
+    if needs.joined or spec.template is not None or spec.columns.named & FORMS:
         return None
-    if "chosen" in given and "rejected" in given and kind != "sft":
+    if "chosen" in given and "rejected" in given and needs.pairs != "no":
         return None if "prompt" in given else _prompt_of_pair(row, given, spec)
-    if kind == "preference" or given.keys() & FORMS:
+    if needs.pairs == "only" or given.keys() & FORMS:
         return None
-    return _sharegpt(row) or (None if spec.transcript else _alpaca(row, kind))
+    return _sharegpt(row) or (None if spec.transcript else _alpaca(row, needs.needs_answer))
 
 
 def _prompt_of_pair(row: Row, given: Row, spec: DataSpec) -> Form | None:
@@ -75,12 +78,12 @@ def _sharegpt(row: Row) -> Form | None:
     return Form({"messages": chat}, note=f"{style} from column `{column}`", column=column)
 
 
-def _alpaca(row: Row, kind: RowKind) -> Form | None:
+def _alpaca(row: Row, needs_answer: bool) -> Form | None:
     """`instruction`, `input` and `output`, with earlier turns in `history` as LLaMA-Factory has them."""
-    if "instruction" not in row or ("output" not in row and kind != "prompt"):
+    if "instruction" not in row or ("output" not in row and needs_answer):
         return None
     prompt, answer = _instruction(row), _string(row.get("output"), "output")
-    if not answer and kind == "sft":
+    if not answer and needs_answer:
         raise EmptyRow("empty")
     note = f"Alpaca rows from columns {_listed(name for name in ('instruction', 'input', 'output') if name in row)}"
     turns = _history(row)
@@ -159,18 +162,18 @@ def _listed(names: Iterable[str]) -> str:
 
 def suggestion(row: Row, kind: RowKind) -> str | None:
     """Return the line of settings that most likely reads a row whose columns have other names; None without a guess."""
-    strings = [name for name, value in row.items() if isinstance(value, str)]
-    if kind == "text":
+    strings, needs = [name for name, value in row.items() if isinstance(value, str)], row_kind(kind)
+    if needs.joined:
         column = next((name for name in TEXTS if name in strings), strings[0] if len(strings) == 1 else None)
         return f"columns: {{text: {column}}}" if column else None
     chat = next((name for name, value in row.items() if _is_chat(decoded_chat(value))), None)
-    if chat is not None and kind != "preference":
+    if chat is not None and needs.pairs != "only":
         return f"columns: {{messages: {chat}}}"
     asked = next((name for name in QUESTIONS if name in strings), None)
-    if asked is None or kind == "prompt":
+    if asked is None or not needs.needs_answer:
         return f"columns: {{prompt: {asked}}}" if asked else None
     answer = next((name for name in ANSWERS if name in strings and name != asked), None)
-    return _template(row, asked, answer) if kind == "sft" and answer else None
+    return _template(row, asked, answer) if needs.pairs != "only" and answer else None
 
 
 def _template(row: Row, asked: str, answer: str) -> str:

@@ -6,26 +6,26 @@ import re
 from typing import Any
 
 from finetune_trainer.data.messages import Message, answer_text, without_train
-from finetune_trainer.data.row_formats import Example, Kind
+from finetune_trainer.data.row_formats import Example
 
 PROMPT_WORDS = 32
 Prompt = dict[str, Any]
 
 
-def prompt_of(example: Example, kind: Kind) -> Prompt | None:
-    """A row as a prompt; None where nothing is left to answer.
+def prompt_of(example: Example) -> Prompt | None:
+    """Return a normalised row of any kind as a prompt; None where nothing is left to answer.
 
     It has `messages` (with `tools`, where the row has them) or `prompt` (plain text), and `reference`, what the row
     goes on with.
     """
-    asked = _asked(example, kind)
+    asked = _asked(example)
     if asked is None or "messages" not in asked or not example.get("tools"):
         return asked
     return {**asked, "tools": example["tools"]}
 
 
-def _asked(example: Example, kind: Kind) -> Prompt | None:
-    if kind == "prompt":
+def _asked(example: Example) -> Prompt | None:
+    if "columns" in example:
         name = "prompt" if isinstance(example["prompt"], str) else "messages"
         return {name: example["prompt"], "reference": example["columns"].get("reference")}
     if "text" in example:
@@ -34,7 +34,7 @@ def _asked(example: Example, kind: Kind) -> Prompt | None:
         return {"prompt": example["text"][:end], "reference": example["text"][end:]}
     if "messages" in example:
         return _last_turn(example["messages"])
-    answer = example["chosen" if kind == "preference" else "completion"]
+    answer = example["chosen" if "chosen" in example else "completion"]
     if isinstance(answer, str):
         return {"prompt": example["prompt"], "reference": answer}
     at = next((index for index, message in enumerate(answer) if _is_answer(message)), None)
@@ -55,4 +55,4 @@ def _is_answer(message: Message) -> bool:
 
 def has_reference(example: Example) -> bool:
     """Whether a row of dialogue says what the answer to it is; plain text does not."""
-    return "text" not in example and prompt_of(example, "sft") is not None
+    return "text" not in example and prompt_of(example) is not None

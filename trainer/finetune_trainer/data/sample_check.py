@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
-from finetune_api.stages import TrainedSpec
+from finetune_api.training import TrainingSpec
 from finetune_trainer.data.encode import Encoder
 from finetune_trainer.data.preparation import encoding_of, stats_problems
 from finetune_trainer.data.report import Stats
@@ -21,7 +21,7 @@ SAMPLE_ROWS = 256
 
 
 def sample_problems(
-    stage: TrainedSpec, tokenizer: PreTrainedTokenizerFast, context: int | None, where: str, base_dir: Path
+    stage: TrainingSpec, tokenizer: PreTrainedTokenizerFast, context: int | None, where: str, base_dir: Path
 ) -> list[Problem]:
     """Return what is wrong with the first rows of a stage's data once they are tokens.
 

@@ -19,6 +19,7 @@ from finetune_trainer.data.encode import Columns, Encoder, Encoding, cut_blocks
 from finetune_trainer.data.packing import pack
 from finetune_trainer.data.report import Stats
 from finetune_trainer.data.row_formats import EmptyRow, Example, FormError, Kind, normalise
+from finetune_trainer.data.row_kinds import row_kind
 from finetune_trainer.data.sources import Cursor, Located, join_row, locate, source_rows
 from finetune_trainer.errors import UserError
 from finetune_trainer.form import form_of
@@ -195,7 +196,7 @@ class StreamedRows(IterableDataset[Columns]):
         self, rows: list[Example], encoder: Encoder, carry: tuple[int, ...]
     ) -> tuple[list[Columns], tuple[int, ...]]:
         """All outputs of one unit, and the tokens left over."""
-        if self.encoding.kind == "text":
+        if row_kind(self.encoding.kind).joined:
             start = np.array(carry, np.int32)
             blocks, rest = cut_blocks(
                 [start, *encoder.documents([row["text"] for row in rows])], self.encoding.limit or 1

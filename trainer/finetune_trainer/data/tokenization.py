@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from finetune_trainer.data.encode import Encoder, Encoding
 from finetune_trainer.data.report import Stats
 from finetune_trainer.data.row_formats import Example
+from finetune_trainer.data.row_kinds import row_kind
 from finetune_trainer.data.rows import RowStore, cut_tasks
 from finetune_trainer.data.shards import SHARDS, pack_shards, write_shard
 from finetune_trainer.form import form_of
@@ -52,7 +53,7 @@ def tokenise(
 ) -> Stats:
     """Tokenise rows of the store, in order of `indices`, into shards in `directory`."""
     directory.mkdir(parents=True)
-    size = max(TEXT_TASK, 256 * (encoding.limit or 0)) if encoding.kind == "text" else ROW_TASK
+    size = max(TEXT_TASK, 256 * (encoding.limit or 0)) if row_kind(encoding.kind).joined else ROW_TASK
     tasks = cut_tasks(store.sizes(indices), size, MAX_TASK_ROWS)
     work = Work(store, indices, tasks, Encoder(tokenizer, encoding), directory)
     total = Stats()

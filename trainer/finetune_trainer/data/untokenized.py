@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_api.data import DataSpec
-from finetune_api.stages import TrainedSpec
+from finetune_api.training import TrainingSpec
 from finetune_trainer.data.preparation import open_table
 from finetune_trainer.data.prompts import Prompt, prompt_of
 from finetune_trainer.data.rows import RowStore, order_rows
@@ -43,7 +43,7 @@ def _texts(store: RowStore, indices: NDArray[np.int64]) -> Iterator[str]:
     return (store[int(index)]["text"] for index in indices)
 
 
-def eval_prompts(stage: TrainedSpec, base_dir: Path, cache_dir: Path, n: int) -> list[Prompt]:
+def eval_prompts(stage: TrainingSpec, base_dir: Path, cache_dir: Path, n: int) -> list[Prompt]:
     """The first `n` held-out rows (training rows, where none are held out) as prompts to generate from.
 
     Each has `messages` (a conversation) or `prompt` (plain text), and `reference`, what the data goes on with. For
@@ -52,10 +52,10 @@ def eval_prompts(stage: TrainedSpec, base_dir: Path, cache_dir: Path, n: int) ->
     """
     if stage.data.streaming and stage.eval_data is None:
         return []
-    spec, kind = stage.eval_data or stage.data, stage.row_kind
+    spec = stage.eval_data or stage.data
     where = "evalData" if stage.eval_data else "data"
-    store = open_table(spec, kind, where, cache_dir, base_dir, lambda message: None)
+    store = open_table(spec, stage.row_kind, where, cache_dir, base_dir, lambda message: None)
     train, held = order_rows(len(store), spec, where)
     indices = train if stage.eval_data or not len(held) else held
-    found = (prompt_of(store[int(index)], kind) for index in indices)
+    found = (prompt_of(store[int(index)]) for index in indices)
     return [prompt for prompt, _ in zip((one for one in found if one), range(n), strict=False)]

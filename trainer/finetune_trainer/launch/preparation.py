@@ -8,9 +8,10 @@ from pathlib import Path
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import EvaluateSpec, PretrainSpec
+from finetune_api.stages import EvaluateSpec
 from finetune_api.training import TrainingSpec
 from finetune_trainer.data import DataReport, Prepared, prepare
+from finetune_trainer.data.row_kinds import row_kind
 from finetune_trainer.data.summary import data_line
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.evaluation.rows import eval_rows
@@ -68,9 +69,10 @@ class Preparation:
 
     def _can_be_prepared(self, layout: StageLayout) -> bool:
         """Whether the stage reads data that is there; what a stage has yet to make is prepared by the workers."""
-        spec = self.run.job.spec.stages[layout.index].spec
+        stage = self.run.job.spec.stages[layout.index]
         waits = any(not self.storage.exists(other.done) for other in waits_for(self.run, layout.index))
-        return isinstance(spec, (TrainingSpec, EvaluateSpec)) and not waits
+        reads = stage.evaluate is not None or isinstance(stage.spec, TrainingSpec)
+        return reads and not waits
 
     def prepare(self, index: int) -> DataSize | None:
         """Prepare one stage's data; returns its size, or None where it is not known.
@@ -112,7 +114,7 @@ class Preparation:
     def _form_note(self, spec: TrainingSpec, report: DataReport) -> str | None:
         """Return what to know of a stage that does not train in chats though the tokenizer has a chat template."""
         form = main_form(report.forms)
-        if isinstance(spec, PretrainSpec) or form in (None, "chat") or not self.tokenizer.chat_template:
+        if row_kind(spec.row_kind).joined or form in (None, "chat") or not self.tokenizer.chat_template:
             return None
         return f"the rows are {FORMS[form]}: the chat template is not used, and `finetune chat` asks without it, too"
 

@@ -14,7 +14,6 @@ from finetune_trainer.launch.sharing.node_files import NodeFiles
 from finetune_trainer.model.config import context_length, load_config, load_tokenizer
 from finetune_trainer.model.reward_score import pad_apart
 from finetune_trainer.model.source import stage_source
-from finetune_trainer.model.task import task_of
 from finetune_trainer.plan.steps import rows_per_step
 from finetune_trainer.stage_graph import directories, layouts, place, scratch, spec_of, waits_for
 from finetune_trainer.storage.filesystem import Storage
@@ -43,7 +42,7 @@ def stage_context(
     tokenizer = load_tokenizer(source)
     config = load_config(source, tokenizer)
     data = _prepared(run, index, spec, tokenizer, context_length(config), threads, files)
-    if task_of(spec) == "reward":  # after the data, whose place in the cache depends on the tokenizer's tokens
+    if spec.task == "reward":  # after the data, whose place in the cache depends on the tokenizer's tokens
         pad_apart(tokenizer, config.get_text_config().vocab_size)
     output = storage.local(layout.checkpoints) or scratch(run, index)
     rows = work.rows_per_step or _rows_per_step(spec, placement.world_size)

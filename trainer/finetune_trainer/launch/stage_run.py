@@ -31,7 +31,6 @@ from finetune_trainer.launch.work_order import WorkOrder
 from finetune_trainer.layout import METRICS
 from finetune_trainer.model.composite import frozen_note
 from finetune_trainer.model.load_notes import loading_notes
-from finetune_trainer.model.task import task_of
 from finetune_trainer.progress.channel import Event, StageBegun, StageDone, TransportFound, Waiting, WorkerEnd
 from finetune_trainer.progress.heartbeats import PulseThread, place_of
 from finetune_trainer.progress.metrics_log import MetricsLog
@@ -191,7 +190,7 @@ class StageRun:
         """Log what is changed of the saved model that the stage starts from as it loads."""
         context = self.context
         if self.first:
-            for note in loading_notes(context.source, context.job_model, task_of(context.spec)):
+            for note in loading_notes(context.source, context.job_model, context.spec.task):
                 self._log(note)
 
     def _resume_point(self) -> ResumePoint | None:
@@ -349,6 +348,6 @@ def _placement(accelerator: bool) -> Placement:
 def _prompts(context: StageContext) -> list[dict[str, Any]]:
     """Prompts to sample with; masked models and reward models answer none."""
     spec = context.spec
-    if task_of(spec) != "causal":
+    if spec.task != "causal":
         return []
     return eval_prompts(spec, Path(context.run.base_dir), Path(context.run.cache_dir), SAMPLE_PROMPTS)

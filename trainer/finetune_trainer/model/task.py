@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
-from finetune_api.stages import PretrainSpec, RewardSpec
+from finetune_api.declaration import Task as Task
 from finetune_trainer.model.composite import AutoLanguageModel, AutoScoringModel
 
-Task = Literal["causal", "masked", "reward"]
-"""Continue a text, fill its masks, or score it with one number."""
 SCORE = "score"
 """The head of a reward model, as transformers names it in causal families."""
 
@@ -25,13 +23,6 @@ _CLASSES: dict[Task, Any] = {
 def auto_class(task: Task) -> Any:
     """Return the auto class that builds and loads a model for a task: transformers' own, or one over it."""
     return _CLASSES[task]
-
-
-def task_of(spec: object) -> Task:
-    """What a stage's model is asked for."""
-    if isinstance(spec, PretrainSpec):
-        return spec.objective
-    return "reward" if isinstance(spec, RewardSpec) else "causal"
 
 
 def score_head(model: PreTrainedModel) -> nn.Module | None:

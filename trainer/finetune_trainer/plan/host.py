@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from transformers import PretrainedConfig, PreTrainedModel
 
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import EsftSpec, TrainedSpec
+from finetune_api.stages import TrainedSpec
 from finetune_trainer.errors import Outage, UserError
 from finetune_trainer.model.base_files import open_base
 from finetune_trainer.model.composite_families import is_composite
@@ -110,8 +110,7 @@ def host_work(
         workers: of the whole job.
         dtype_bytes: of the dtype that the job computes in.
     """
-    resources, lora = run.job.spec.resources, getattr(spec, "lora", None)
-    merges = spec.merge if isinstance(spec, EsftSpec) else lora is not None and lora.merge
+    resources = run.job.spec.resources
     saved = getattr(config, "dtype", None) if run.job.spec.model.config is None else None
     targets = find_targets(model)
     weights = dict(model.named_parameters())
@@ -120,8 +119,8 @@ def host_work(
         workers=math.ceil(workers / (resources.max_nodes or resources.nodes or 1)),
         data_workers=spec.dataloader_num_workers,
         saved_bytes=getattr(saved, "itemsize", dtype_bytes),
-        merges=merges,
-        by_tensor=not merges or merges_by_tensor(run, config),
+        merges=spec.merges,
+        by_tensor=not spec.merges or merges_by_tensor(run, config),
         dequantizes=run.job.spec.model.dequantize and method_of(config) is not None,
         composite=is_composite(config),
         largest=max(weight.numel() for weight in weights.values()),

@@ -8,8 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import EvaluateSpec, SynthesizeSpec
-from finetune_api.training import TrainingSpec
+from finetune_api.stages import SynthesizeSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.config import load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
@@ -38,15 +37,16 @@ def plan_job(run: RunConfig, context: PlanContext, rows: Rows | None = None) -> 
     dtype = plan_dtype(run, context.device)
     stages, syntheses, teachers, problems = [], [], [], []
     for index, stage in enumerate(run.job.spec.stages):
-        spec = stage.spec
         try:
-            if isinstance(spec, SynthesizeSpec):
-                asked = None if list(stage.sources_from_stages()) else _synthesis(run, index, spec)
+            planner = StagePlanner(run, context, config, dtype, index, stage)
+            if stage.synthesize is not None:
+                asked = None if list(stage.sources_from_stages()) else _synthesis(run, index, stage.synthesize)
                 syntheses.append(asked)
                 teachers.append(plan_teacher(run, context, config, dtype, index, asked))
-            elif isinstance(spec, (TrainingSpec, EvaluateSpec)):
-                planner = StagePlanner(run, context, config, dtype, index, stage)
-                stages.append(planner.evaluation(spec, rows) if isinstance(spec, EvaluateSpec) else planner.plan(rows))
+            elif stage.evaluate is not None:
+                stages.append(planner.evaluation(stage.evaluate, rows))
+            elif stage.tokenizer is None:
+                stages.append(planner.plan(rows))
         except UserError as error:
             problems += error.problems
     if problems:

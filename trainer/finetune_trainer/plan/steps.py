@@ -56,7 +56,7 @@ def warmup_steps(spec: TrainingSpec, total: int | None) -> int | None:
 
 
 def flops_per_token(
-    size: ModelSize, length: int, adapter_parameters: int | None = None, *, reference: bool = False
+    size: ModelSize, length: int, adapter_parameters: int | None = None, extra_forwards: int = 0
 ) -> float:
     """FLOPs of one training token: `6 N + 12 L H Q T` (PaLM, arXiv 2204.02311, appendix B).
 
@@ -66,12 +66,12 @@ def flops_per_token(
 
     Args:
         adapter_parameters: trainable parameters of an adapter; None where every weight is trained.
-        reference: one more forward pass, of DPO's reference model.
+        extra_forwards: forward passes without gradients, such as the reference's.
     """
     attention = 4 * size.layers * size.heads * size.head_dim * length
     forward = 2 * size.matmul + attention
     trained = 3 * forward if adapter_parameters is None else 4 * size.matmul + 3 * attention + 6 * adapter_parameters
-    return float(trained + (forward if reference else 0))
+    return float(trained + extra_forwards * forward)
 
 
 def mfu(flops_per_token: float, tokens_per_second: float, peak: float | None, workers: int = 1) -> float | None:

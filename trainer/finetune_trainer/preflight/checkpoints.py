@@ -8,9 +8,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+from finetune_api.declaration import Task
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import EsftSpec, EvaluateSpec, PromptSpec, SynthesizeSpec
+from finetune_api.stages import PromptSpec, SynthesizeSpec
 from finetune_api.training import TrainingSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.checkpoint_matching import match_checkpoint
@@ -22,7 +23,7 @@ from finetune_trainer.model.load_notes import loading_notes
 from finetune_trainer.model.prequantized import environment_fault, method_of, training_fault
 from finetune_trainer.model.saved_model import is_reward_model, root_of
 from finetune_trainer.model.source import ModelSource, base_source, local_path
-from finetune_trainer.model.task import Task, as_reward, auto_class, task_of
+from finetune_trainer.model.task import as_reward, auto_class
 from finetune_trainer.model.vocabulary import added_rows, vocabulary_fault
 from finetune_trainer.model.weights import is_here, weight_faults
 from finetune_trainer.stage_graph import place, stage_before
@@ -33,8 +34,8 @@ def checkpoint_problems(run: RunConfig) -> Iterator[Problem]:
     """Yield the faults of the job's model, its teachers and its reward models, as far as they are on this machine."""
     yield from _base(run)
     for index, stage in enumerate(run.job.spec.stages):
-        if isinstance(stage.spec, SynthesizeSpec):
-            yield from _teacher(run, index, stage.spec)
+        if stage.synthesize is not None:
+            yield from _teacher(run, index, stage.synthesize)
         if isinstance(stage.spec, PromptSpec):
             yield from _reward_models(run, index, stage.spec)
 
@@ -58,7 +59,7 @@ def _source(run: RunConfig) -> ModelSource | None:
 def _tasks(run: RunConfig) -> list[Task]:
     """Return what stages that start from the job's model ask it for, each once."""
     starting = [stage for index, stage in enumerate(run.job.spec.stages) if stage_before(run, index) is None]
-    return list(dict.fromkeys(task_of(stage.spec) for stage in starting))
+    return list(dict.fromkeys(stage.spec.task for stage in starting))
 
 
 def _base(run: RunConfig) -> Iterator[Problem]:
@@ -95,7 +96,8 @@ def _quantized(run: RunConfig, config: PretrainedConfig, where: str) -> Iterator
         yield Problem(where, fault)
         return
     for index in starting:
-        if isinstance(found := stages[index].spec, EvaluateSpec) and found.quantization and not spec.dequantize:
+        found = stages[index].evaluate
+        if found is not None and found.quantization and not spec.dequantize:
             yield Problem(f"{place(run, index)}.quantization", f"the model's weights are quantized already ({method})")
     if not spec.dequantize and (fault := environment_fault(config)):
         yield Problem(where, fault)
@@ -130,7 +132,7 @@ def _saving(
 def _added_rows_kept(run: RunConfig) -> Iterator[Problem]:
     """An adapter of experts holds no embeddings, so rows that were added would be lost."""
     for index, stage in enumerate(run.job.spec.stages):
-        if isinstance(stage.spec, EsftSpec) and not stage.spec.merge and stage_before(run, index) is None:
+        if stage.esft is not None and not stage.esft.merge and stage_before(run, index) is None:
             message = "the result would lack the embedding rows that model.resizeEmbeddings adds: set true"
             yield Problem(f"{place(run, index)}.merge", message)
 
@@ -157,8 +159,7 @@ def _teacher(run: RunConfig, index: int, spec: SynthesizeSpec) -> Iterator[Probl
 def _reward_models(run: RunConfig, index: int, spec: PromptSpec) -> Iterator[Problem]:
     """Yield the faults of reward models in directories; others show when they are fetched."""
     where = place(run, index)
-    named = {f"{where}.rewards[{at}].model": one.model for at, one in enumerate(getattr(spec, "rewards", ()))}
-    named[f"{where}.judge.model"] = getattr(getattr(spec, "judge", None), "model", None)
+    named = {f"{where}.{at}.model": scorer.model for at, scorer in spec.scorers.items()}
     for field, text in named.items():
         path = None if text is None or "://" in text else local_path(text, run.base_dir)
         if path is None or not is_reward_model(path):

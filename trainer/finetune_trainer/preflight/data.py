@@ -9,7 +9,7 @@ from pathlib import Path
 from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import DATA_FIELDS, EvaluateSpec, PromptSpec, StageSpec, SynthesizeSpec
+from finetune_api.stages import DATA_FIELDS, PromptSpec, StageSpec
 from finetune_trainer.data import inspect, reading_notes
 from finetune_trainer.errors import UserError
 from finetune_trainer.evaluation.harness_tasks import task_problems
@@ -55,7 +55,7 @@ def _refusal(run: RunConfig) -> Iterator[Problem]:
 
 def _data(run: RunConfig) -> Iterator[Problem]:
     for index, stage in enumerate(run.job.spec.stages):
-        referenced = isinstance(stage.spec, EvaluateSpec) and stage.spec.generates
+        referenced = stage.evaluate is not None and stage.evaluate.generates
         for field, data in _sources(stage.spec):
             where = f"{place(run, index)}.{field}"
             yield from inspect(data, stage.spec.row_kind, where, Path(run.base_dir), referenced=referenced)
@@ -80,8 +80,8 @@ def _evaluations(run: RunConfig) -> Iterator[Problem]:
     """Tasks that are not there, databases that can't be made, models that are compared and can't be."""
     masked = {stage.title for stage in run.job.spec.stages if is_masked(stage)}
     for index, stage in enumerate(run.job.spec.stages):
-        spec, where = stage.spec, place(run, index)
-        if not isinstance(spec, EvaluateSpec):
+        spec, where = stage.evaluate, place(run, index)
+        if spec is None:
             continue
         yield from task_problems(spec, where, run.base_dir)
         for at, name in enumerate(spec.compare_with):
@@ -106,8 +106,8 @@ def _syntheses(run: RunConfig) -> Iterator[Problem]:
     """Teachers that can't be reached or loaded, databases and evaluation data that can't be read."""
     stages = run.job.spec.stages
     for index, stage in enumerate(stages):
-        spec, where = stage.spec, place(run, index)
-        if not isinstance(spec, SynthesizeSpec):
+        spec, where = stage.synthesize, place(run, index)
+        if spec is None:
             continue
         from finetune_trainer.synthesis.checks import synthesis_problems  # an HTTP client: few jobs need one
 

@@ -9,7 +9,6 @@ import torch
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import SynthesizeSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.host_memory import host_memory
 from finetune_trainer.plan.devices import Device, local_device
@@ -88,5 +87,5 @@ def _resources(run: RunConfig, workers: Workers) -> Iterator[Problem]:
 def _is_told(problem: Problem, told: list[Problem], run: RunConfig) -> bool:
     """Whether a stage that makes data has been found faulty in other words already."""
     stages = enumerate(run.job.spec.stages)
-    paths = [place(run, index) for index, stage in stages if isinstance(stage.spec, SynthesizeSpec)]
+    paths = [place(run, index) for index, stage in stages if stage.synthesize is not None]
     return any(problem.path.startswith(path) and any(one.path.startswith(path) for one in told) for path in paths)

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import SupervisedSpec
+from finetune_api.training import TrainingSpec
 from finetune_trainer.model.document_masks import Form
 from finetune_trainer.model.task import auto_class
 from finetune_trainer.model.tiny import small_configs
@@ -49,7 +49,7 @@ def packing_problems(run: RunConfig, config: PretrainedConfig, accelerator: bool
     device = "cuda" if accelerator and torch.cuda.is_available() else "cpu"
     for index, stage in enumerate(run.job.spec.stages):
         spec = stage.spec
-        if isinstance(spec, SupervisedSpec) and spec.packing and spec.trains:
+        if isinstance(spec, TrainingSpec) and spec.packs and spec.trains:
             trial = Trial(config, run.job.spec.model.attn_implementation, packed_rows(spec), device)
             finding = trial.cached(Path(run.cache_dir, "packing"))
             if finding is not None and finding.form is None:

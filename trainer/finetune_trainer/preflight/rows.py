@@ -53,8 +53,8 @@ def _sample(run: RunConfig) -> Iterator[Problem]:
     for index, stage in enumerate(stages):
         if list(waits_for(run, index)):
             continue
-        if isinstance(stage.spec, EvaluateSpec):
-            yield from _rows(run, index, stage.spec, tokenizer, context)
+        if stage.evaluate is not None:
+            yield from _rows(run, index, stage.evaluate, tokenizer, context)
         if isinstance(stage.spec, TrainingSpec):
             yield from sample_problems(stage.spec, tokenizer, context, place(run, index), Path(run.base_dir))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import PretrainSpec, PromptSpec, Stage
+from finetune_api.stages import Stage
 from finetune_trainer.plan.workers import Workers
 from finetune_trainer.stage_graph import place, stage_before
 
@@ -19,7 +19,7 @@ def setting_problems(run: RunConfig, workers: Workers) -> Iterator[Problem]:
 
 def is_masked(stage: Stage) -> bool:
     """Whether the stage trains a model that fills masks."""
-    return isinstance(stage.spec, PretrainSpec) and stage.spec.objective == "masked"
+    return stage.spec.task == "masked"
 
 
 def _pipeline(run: RunConfig) -> Iterator[Problem]:
@@ -39,7 +39,7 @@ def _adapter_faults(run: RunConfig, stage: Stage, before: Stage | None, where: s
     untrained = run.job.spec.model.config is not None and (before is None or before.tokenizer is not None)
     if lora is not None and untrained:
         yield Problem(f"{where}.lora", "adapts a model that is built from scratch and never trained: pretrain it first")
-    if isinstance(stage.spec, PromptSpec) and lora is None and untrained:
+    if stage.spec.trains and stage.spec.generates and lora is None and untrained:
         yield Problem(where, "asks a model for answers that is built from scratch and never trained: pretrain it first")
     if stage.esft is not None and untrained:
         yield Problem(where, "trains some experts of a model that is built from scratch and never trained: pretrain it")
@@ -47,7 +47,7 @@ def _adapter_faults(run: RunConfig, stage: Stage, before: Stage | None, where: s
     if stage.esft is not None and carried is not None and not carried.merge:
         yield Problem(where, f"starts from an adapter that is not merged: set lora.merge in {before.title}")
     goes_on = lora is not None and carried is not None and not carried.merge
-    if goes_on and stage.reward is None:  # a reward stage merges what is carried on
+    if goes_on and stage.spec.task != "reward":  # a reward stage merges what is carried on
         for name in ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora"):
             if getattr(lora, name) != getattr(carried, name):
                 message = f"is {getattr(lora, name)!r}, but the adapter carried on from {before.title} has "

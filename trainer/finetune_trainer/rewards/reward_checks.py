@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import Judge, OnlineSpec, PromptSpec, Reward, RlhfSpec
+from finetune_api.stages import Judge, PromptSpec, Reward
 from finetune_trainer.data.checks import column_problems
 from finetune_trainer.endpoint.client import ChatClient
 from finetune_trainer.errors import UserError
@@ -23,15 +23,13 @@ def reward_problems(spec: PromptSpec, run: RunConfig, where: str) -> Iterator[Pr
     Args:
         where: the stage's place, such as `stages[2].rlhf`.
     """
-    if isinstance(spec, OnlineSpec):
-        yield from _judge_problems(spec.judge, run, f"{where}.judge")
-    if isinstance(spec, RlhfSpec):
-        for index, reward in enumerate(spec.rewards):
-            yield from _problems(reward, spec, run, where, f"{where}.rewards[{index}]")
+    for place, scorer in spec.scorers.items():
+        yield from _judge_problems(scorer, run, f"{where}.{place}")
+        if isinstance(scorer, Reward):
+            yield from _reward_problems(scorer, spec, run, where, f"{where}.{place}")
 
 
-def _problems(reward: Reward, spec: PromptSpec, run: RunConfig, stage: str, where: str) -> Iterator[Problem]:
-    yield from _judge_problems(reward, run, where)
+def _reward_problems(reward: Reward, spec: PromptSpec, run: RunConfig, stage: str, where: str) -> Iterator[Problem]:
     if reward.regex is not None:
         try:
             re.compile(reward.regex)

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import PretrainSpec, PromptSpec, TokenizerSpec, TrainedSpec
+from finetune_api.stages import Stage, TrainedSpec
 from finetune_trainer.data import Prepared, StreamedRows
 from finetune_trainer.layout import StageLayout
 from finetune_trainer.model.load import JobModel
@@ -79,9 +79,13 @@ class StageContext:
     @cached_property
     def spec(self) -> TrainedSpec:
         """The stage's own part of the job."""
-        spec = spec_of(self.run, self.layout.index)
-        assert not isinstance(spec, TokenizerSpec), "a tokenizer stage has no worker"
-        return cast(TrainedSpec, spec)  # a stage that trains nothing asks for its spec itself
+        # A stage that trains nothing reads its spec's own fields by itself.
+        return cast(TrainedSpec, spec_of(self.run, self.layout.index))
+
+    @property
+    def stage(self) -> Stage:
+        """The stage as the job has it."""
+        return self.run.job.spec.stages[self.layout.index]
 
     @property
     def job_model(self) -> JobModel:
@@ -115,7 +119,7 @@ class StageContext:
     def feed(self) -> Feed:
         """The training rows, from the beginning or from where the stage goes on."""
         seed = self.spec.seed
-        if isinstance(self.spec, PromptSpec):
+        if self.spec.generates:
             place = self.placement
             even = EvenDivision(self.rows_per_step, self.division.most, place.world_size, place.rank)
             repeats = getattr(self.spec, "num_iterations", 1)
@@ -144,7 +148,7 @@ class StageContext:
     @property
     def trains_base(self) -> bool:
         """Whether every weight trains, and not adapters or some experts alone."""
-        return isinstance(self.spec, PretrainSpec) or getattr(self.spec, "lora", self) is None
+        return self.spec.updates == "weights"
 
     @property
     def carries_adapter(self) -> bool:

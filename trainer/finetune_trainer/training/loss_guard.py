@@ -15,7 +15,6 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune_api.problems import Problem
-from finetune_api.stages import PretrainSpec, SupervisedSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.heartbeat import during, enter
 from finetune_trainer.training.bad_numbers import Finding, Judge
@@ -55,7 +54,7 @@ class LossGuard(TrainerCallback):
         self.context, self.peers, self.dropped, self.say = context, peers, dropped, say
         self.policy = context.run.job.spec.run_policy.on_bad_loss
         spec = context.spec
-        self.judge = Judge(isinstance(spec, (PretrainSpec, SupervisedSpec)), spec.max_grad_norm, 0)
+        self.judge = Judge(spec.token_loss, spec.max_grad_norm, 0)
         self.numbers = RowNumbers(context)
         self.trainer: Any = None
         self.in_a_row = 0

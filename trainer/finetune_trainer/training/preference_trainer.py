@@ -23,15 +23,15 @@ class PreferenceTrainer(StageTrainer):
     def count(self, batches: list[dict[str, Any]]) -> None:
         """Count the tokens and rows of a step's batches, and the step's rows on all workers."""
         super().count(batches)
-        rows = torch.tensor([sum(map(self._rows, batches))], device=self.accelerator.device)
+        rows = torch.tensor([sum(map(self._row_count, batches))], device=self.accelerator.device)
         passes = len(batches) * self.accelerator.num_processes
         self.stage.rows_share = passes / max(int(self.accelerator.gather(rows).sum()), 1)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return TRL's loss; in training, in proportion to the number of rows in the batch."""
-        rows = self._rows(inputs)
+        rows = self._row_count(inputs)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         return loss * (rows * self.stage.rows_share) if self.model.training else loss
 
-    def _rows(self, batch: dict[str, Any]) -> int:
+    def _row_count(self, batch: dict[str, Any]) -> int:
         return len(batch["input_ids"]) // self.sequences_per_row

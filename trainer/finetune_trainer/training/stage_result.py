@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from finetune_api.stages import EsftSpec, PretrainSpec
 from finetune_trainer.form import write_form
 from finetune_trainer.generation.stop_tokens import unstopped, write_stops
 from finetune_trainer.model.adapter import ADAPTER_WEIGHTS
@@ -19,7 +18,7 @@ from finetune_trainer.model.load import SHARD_SIZE
 from finetune_trainer.model.precision import round_weights
 from finetune_trainer.model.reward_score import set_score_pad
 from finetune_trainer.model.saved_model import is_adapter, root_of
-from finetune_trainer.model.task import auto_class, task_of
+from finetune_trainer.model.task import auto_class
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.expert_results import save_experts
 from finetune_trainer.training.merging import merge_adapter, whole_source
@@ -33,7 +32,7 @@ def save_result(trainer: Any, context: StageContext, directory: Path) -> None:
     """
     _save_weights(trainer, context, directory)
     if context.placement.rank == 0:
-        task = task_of(context.spec)
+        task = context.spec.task
         complete_result(directory, context.source.name, context.source.revision, auto_class(task))
         answers = task == "causal"
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
@@ -46,7 +45,7 @@ def save_result(trainer: Any, context: StageContext, directory: Path) -> None:
 def adapter_note(context: StageContext, directory: Path) -> str | None:
     """Return what a user of a saved adapter must know: that plain transformers does not stop where its answers end."""
     base = context.source.name
-    if base is None or not is_adapter(directory) or task_of(context.spec) != "causal":
+    if base is None or not is_adapter(directory) or context.spec.task != "causal":
         return None
     missing = unstopped(root_of(base), context.source.revision, directory, context.tokenizer)
     if not missing:
@@ -58,8 +57,8 @@ def adapter_note(context: StageContext, directory: Path) -> str | None:
 
 
 def _save_weights(trainer: Any, context: StageContext, directory: Path) -> None:
-    if isinstance(context.spec, EsftSpec):
-        save_experts(trainer, context, context.spec, directory)
+    if context.stage.esft is not None:
+        save_experts(trainer, context, context.stage.esft, directory)
         return
     adapter = None if context.trains_base else directory.with_name("adapter")
     if context.placement.rank == 0:
@@ -83,7 +82,7 @@ def _save_whole(trainer: Any, context: StageContext, directory: Path) -> None:
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     model.config.dtype = dtype
     model.config.get_text_config().use_cache = True
-    if task_of(context.spec) == "reward":
+    if context.spec.task == "reward":
         set_score_pad(model.config, context.tokenizer)
     if is_composite(model.config):
         model, state = _in_base(model, state, context), None
@@ -94,7 +93,7 @@ def _save_whole(trainer: Any, context: StageContext, directory: Path) -> None:
 def _in_base(model: PreTrainedModel, state: dict[str, Tensor], context: StageContext) -> PreTrainedModel:
     """A composite model as its base has it, the trained language model in place."""
     assert context.source.name is not None
-    task, source = task_of(context.spec), context.source
+    task, source = context.spec.task, context.source
     options = {"num_labels": 1} if task == "reward" else {}
     whole = in_base(source.name, source.revision, model, state, auto_class(task), **options)
     if task == "reward":
@@ -112,9 +111,8 @@ def _save_adapter(trainer: Any, context: StageContext, directory: Path) -> None:
 
 
 def _finish_adapter(context: StageContext, adapter: Path, directory: Path) -> None:
-    assert not isinstance(context.spec, (PretrainSpec, EsftSpec)) and context.spec.lora is not None
-    if context.spec.lora.merge:
-        task = task_of(context.spec)
+    if context.spec.merges:
+        task = context.spec.task
         source = whole_source(context) if task == "reward" else context.source
         merge_adapter(context, source, adapter, directory, task)
     else:
