@@ -18,7 +18,15 @@ import numpy as np
 import pyarrow as pa
 
 from finetune_api.data import DataSpec
-from finetune_trainer.data.cache_keys import FORMAT_VERSION, hash_of, tokenizer_parts
+from finetune_trainer.data.cache_keys import (
+    FILES_FOUND_BY,
+    FORMAT_VERSION,
+    HUB_FIELDS,
+    hash_of,
+    reading_fields,
+    source_fields,
+    tokenizer_parts,
+)
 from finetune_trainer.data.encode import Encoding
 from finetune_trainer.data.readers import DataFile
 from finetune_trainer.data.shards import SHARDS
@@ -57,20 +65,14 @@ def stream_hash(spec: DataSpec, located: list[Located], encoding: Encoding, pack
     Files are known by their sizes and by some of their blocks, so a change of the same length elsewhere goes unseen. A
     hub dataset is known by the revision that the job gives.
     """
-    how = [_json(getattr(spec, name)) for name in ("columns", "template", "transcript")]
-    rows = [spec.shuffle, spec.seed, [_source(one) for one in located]]
-    return hash_of(FORMAT_VERSION, *how, *rows, vars(encoding), packed, tokenizer_parts(tokenizer))
-
-
-def _json(value: Any) -> Any:
-    return None if value is None else value.to_json()
+    sources = [_source(one) for one in located]
+    how = [reading_fields(spec, excluded=set()), vars(encoding), packed, tokenizer_parts(tokenizer)]
+    return hash_of(FORMAT_VERSION, sources, *how)
 
 
 def _source(located: Located) -> Any:
-    source = located.source
-    hub = [source.hub, source.subset, source.split, source.revision] if source.hub else None
-    joined = located.joined and [source.join and source.join.key, located.joined]
-    return [hub, source.inline, joined, _files(located.files)]
+    others = set() if located.source.hub else HUB_FIELDS
+    return [*source_fields(located, FILES_FOUND_BY | others), _files(located.files)]
 
 
 def _files(files: list[DataFile]) -> list[list[Any]]:
