@@ -50,7 +50,7 @@ def _spec(source: DataSource, **fields: Any) -> LaterSpec:
 
 
 def test_a_field_that_is_added_later_changes_the_key(key: Key) -> None:
-    source, skipping = LaterSource(inline=INLINE), LaterSource(inline=INLINE, skip_rows=3)
+    source, skipping = LaterSource(inline=INLINE), LaterSource.model_validate({"inline": INLINE, "skipRows": 3})
     plain = key(_spec(source), source)
     assert plain == key(_spec(source), LaterSource(inline=INLINE))
     assert plain != key(_spec(source, strip=True), source)
@@ -60,7 +60,7 @@ def test_a_field_that_is_added_later_changes_the_key(key: Key) -> None:
 def test_where_rows_come_from_and_their_order_do_not_change_the_key_of_a_table() -> None:
     source = DataSource(inline=INLINE)
     moved = [source.model_copy(update={"file": "other.jsonl", "format": "jsonl"})]
-    chosen = DataSpec(sources=[source], limit=1, validation_split=0.5, shuffle=False, seed=1)
+    chosen = DataSpec(sources=[source], limit=1, shuffle=False, seed=1)
     assert _table(DataSpec(sources=[source]), source) == _table(chosen, moved[0])
 
 

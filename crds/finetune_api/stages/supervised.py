@@ -73,7 +73,7 @@ class SupervisedSpec(TrainingSpec):
         return True
 
 
-class SftSpec(SupervisedSpec, AdapterSpec):
+class SftSpec(AdapterSpec, SupervisedSpec):
     """Supervised fine-tuning: the loss is on the assistant's tokens of every turn."""
 
     model_config = rules(STREAMING_RULE, QUANTIZED_LORA_RULE, PACKING_RULE)
