@@ -1,4 +1,4 @@
-"""Preparation of a stage's data: tokenised once into a cache keyed by content, whoever asks for it first."""
+"""Preparation of a stage's data: tokenised once, into a cache that is keyed by content."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ MAX_FAULTS = 5
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be prepared and how."""
+    """How a stage's data is prepared."""
 
     where: str
     encoding: Encoding
@@ -83,9 +83,10 @@ def prepare(
     num_proc: int,
     on_progress: Log | None = None,
 ) -> Prepared:
-    """Data of a stage, tokenised. `where` is the stage's path, such as `stages[1].sft`.
+    """Return a stage's data as tokens.
 
-    Columns, lists of int32 unless said otherwise:
+    The columns of each kind of rows are documented by `encode` in its module of `row_kinds`; all are lists of int32
+    unless noted:
 
     - pretrain: `input_ids`, each of exactly `blockSize` tokens
     - sft: `input_ids`, `labels` (-100 where there is no loss); packed also `seq_lengths`
@@ -94,8 +95,12 @@ def prepare(
 
     The result is the same bytes for any `num_proc`. With `streaming`, `train` is a `streaming.StreamedRows`.
 
+    Args:
+        context: the model's context in tokens, or None.
+        where: the stage's path, such as `stages[1].sft`.
+
     Raises:
-        UserError: the data can't be read or does not suit the stage; all faults that were found.
+        UserError: the data can't be read or does not fit the stage; it has all faults that were found.
     """
     log = on_progress or (lambda message: None)
     encoding, packed = encoding_of(stage, context, where)
@@ -177,7 +182,7 @@ def training_rows(stage: TrainingSpec, where: str, cache_dir: Path, base_dir: Pa
 
 
 def _parts(stage: TrainingSpec, where: str, cache_dir: Path, base_dir: Path, log: Log) -> dict[str, Part]:
-    """What is to be tokenised ahead: `train`, unless it is streamed, and `eval`, where there is any."""
+    """Return the parts to tokenise ahead: `train`, unless it is streamed, and `eval` where rows are held out."""
     kind, parts = stage.row_kind, {}
     if not stage.data.streaming:
         table = open_table(stage.data, kind, f"{where}.data", cache_dir, base_dir, log)
@@ -193,7 +198,7 @@ def _parts(stage: TrainingSpec, where: str, cache_dir: Path, base_dir: Path, log
 
 
 def _cached(plan: Plan, parts: dict[str, Part], cache: Path, started: float) -> Ready:
-    """The prepared parts, built by whoever asks first while all others wait."""
+    """Return the prepared parts. The first process builds them while the others wait for its lock."""
     drawn = {name: [part.store.directory.name, content_digest(part.indices)] for name, part in parts.items()}
     directory = cache / prepared_key(drawn, plan.encoding, plan.packed, tokenizer_key(plan.tokenizer))
     cache.mkdir(parents=True, exist_ok=True)
@@ -207,7 +212,7 @@ def _cached(plan: Plan, parts: dict[str, Part], cache: Path, started: float) -> 
 
 
 def _build(directory: Path, plan: Plan, parts: dict[str, Part], started: float) -> None:
-    """Prepare all parts in a directory beside the final one, then rename it: it is whole or not there."""
+    """Prepare all parts in a temporary directory, then rename it, so that the final one is complete or absent."""
     part = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
     part.mkdir(parents=True)
     try:
@@ -257,7 +262,7 @@ def stats_problems(stats: Stats, encoding: Encoding, where: str, data_where: str
 
 
 def _row_faults(stats: Stats, where: str) -> list[Problem]:
-    """One problem for each reason, of which the first row is named."""
+    """Return one problem for each reason, which names the first row."""
     reasons: dict[str, list[int]] = {}
     for row, reason in stats.faults:
         reasons.setdefault(reason, []).append(row)

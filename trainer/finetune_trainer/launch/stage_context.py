@@ -1,4 +1,4 @@
-"""All that a stage's trainer is built from, on one worker."""
+"""The context of a stage on one worker, from which its trainer is built."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stage_context(
     storage: Storage,
     files: NodeFiles | None = None,
 ) -> StageContext:
-    """Return all that a stage's trainer is built from, its data prepared or found prepared.
+    """Return the context of a stage; its data is prepared, or found in the cache.
 
     Args:
         files: of the nodes, where the stage runs in a worker group.
@@ -64,7 +64,7 @@ def _prepared(
     threads: int,
     files: NodeFiles,
 ) -> Prepared | None:
-    """Return the stage's data, found prepared or, where another stage made it, prepared now by the first worker."""
+    """Return the stage's data from the cache; data that another stage made is prepared by the first worker."""
     if not isinstance(spec, TrainingSpec):
         return None
 

@@ -1,4 +1,4 @@
-"""The plan of a whole job: one record per stage, made of plain values."""
+"""The plan of a job: one record per stage, of plain values."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 def plan_job(run: RunConfig, context: PlanContext, rows: Rows | None = None) -> JobPlan:
-    """The plan of every trained stage of a job. Nothing is allocated but the plan.
+    """Return the plan of every trained stage of a job. No model is allocated.
 
     Args:
-        rows: tells a stage's data size, which takes reading and tokenising; without it steps may be unknown.
+        rows: returns the size of a stage's data, which takes reading and tokenising; without it, steps may be unknown.
 
     Raises:
-        UserError: all faults that stand in the way together: a model that can't be built, an adapter that matches
-            nothing, a sharding that can't work.
+        UserError: it has all faults: a model that can't be built, an adapter that matches no module, an invalid
+            sharding.
     """
     config = context.config or job_config(run)
     dtype = plan_dtype(run, context.device)
@@ -64,7 +64,7 @@ def _synthesis(run: RunConfig, index: int, spec: SynthesizeSpec) -> SynthesisPla
 
 
 def job_config(run: RunConfig) -> PretrainedConfig:
-    """The configuration of the job's model, with the vocabulary of the tokenizer it will have.
+    """Return the configuration of the job's model, with the vocabulary of its tokenizer.
 
     Raises:
         UserError: as `load_config`.
@@ -79,7 +79,7 @@ def job_config(run: RunConfig) -> PretrainedConfig:
 
 
 def plan_dtype(run: RunConfig, device: Device) -> torch.dtype:
-    """The dtype that the job's `model.dtype` means on a device, which need not be this machine's."""
+    """Return the dtype of the job's `model.dtype` on a device, which may be another machine's."""
     named = run.job.spec.model.dtype
     if named != "auto":
         dtype = getattr(torch, named)

@@ -49,7 +49,7 @@ from finetune_trainer.stage_graph import place
 
 @dataclass(frozen=True)
 class StagePlanner:
-    """Makes the plan of one stage of a job."""
+    """Plans one stage of a job."""
 
     run: RunConfig
     context: PlanContext
@@ -89,7 +89,7 @@ class StagePlanner:
         return replace(plan, host=host_estimate(size, with_zero(load, plan.zero), plan.memory, work))
 
     def evaluation(self, spec: EvaluateSpec, rows: Rows | None) -> StagePlan:
-        """The plan of a stage that only reads models, one after the other, each worker all of each."""
+        """Return the plan of a stage that reads models, one after the other; each worker loads the whole model."""
         check_reading(spec, self.config, self.path)
         size, device, workers = model_size(meta_model(self.config)), self.context.device, self.context.workers
         data = rows(self.index) if rows is not None else None
@@ -194,7 +194,7 @@ class StagePlanner:
         )
 
     def length(self, data: DataSize | None) -> tuple[int, list[str]]:
-        """Tokens per row, and a note where that is only the model's context."""
+        """Return the tokens per row, and a note where they are only the model's context."""
         spec = self.spec
         if spec.fills_rows:
             assert spec.row_limit is not None
@@ -209,7 +209,7 @@ class StagePlanner:
         return length, [f"the longest example is not known: memory is for the model's context, {length} tokens"]
 
     def _answered_length(self, spec: TrainedSpec, data: DataSize | None) -> tuple[int, list[str]]:
-        """Tokens of the longest prompt with the longest answer."""
+        """Return the tokens of the longest prompt with the longest answer, and a note where they are not known."""
         context = context_length(self.config)
         length = answered_length(spec, data.longest if data else None, context)
         if length is not None:
@@ -223,19 +223,19 @@ class StagePlanner:
         return adapter_size(meta_model(self.config, self.spec.task), lora, f"{self.path}.lora")
 
     def _spare_adapter(self) -> AdapterSize:
-        """The size of a default adapter, for advice."""
+        """Return the size of a default adapter, for advice."""
         return adapter_size(meta_model(self.config, self.spec.task), Lora())
 
     def _lean_adapter(self) -> tuple[AdapterSize, list[str]]:
-        """The stage's adapter without stacked experts, for advice."""
+        """Return the stage's adapter without stacked experts, for advice."""
         lora = _lora(self.spec)
         assert lora is not None
         return without_experts(meta_model(self.config, self.spec.task), lora)
 
     def _attention(self, model: Any) -> str:
         """Return the implementation that the job asks for, or transformers picks."""
-        asked = self.run.job.spec.model.attn_implementation
-        return asked if asked != "auto" else str(model.config._attn_implementation)
+        requested = self.run.job.spec.model.attn_implementation
+        return requested if requested != "auto" else str(model.config._attn_implementation)
 
     @property
     def spec(self) -> TrainedSpec:
