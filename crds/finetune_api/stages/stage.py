@@ -9,14 +9,27 @@ from finetune_api.data import StageName
 from finetune_api.stages.corpus import PretrainSpec, TokenizerSpec
 from finetune_api.stages.evaluation import EvaluateSpec
 from finetune_api.stages.experts import EsftSpec
+from finetune_api.stages.kto import KtoSpec
 from finetune_api.stages.policy import OnlineSpec, PromptSpec, RlhfSpec
 from finetune_api.stages.preference import DpoSpec, RewardSpec
 from finetune_api.stages.supervised import SftSpec
 from finetune_api.stages.synthesis import SynthesizeSpec
 
-STAGE_KINDS = ("tokenizer", "pretrain", "sft", "esft", "dpo", "reward", "rlhf", "online", "synthesize", "evaluate")
+STAGE_KINDS = (
+    "tokenizer",
+    "pretrain",
+    "sft",
+    "esft",
+    "dpo",
+    "kto",
+    "reward",
+    "rlhf",
+    "online",
+    "synthesize",
+    "evaluate",
+)
 
-TrainedSpec = PretrainSpec | SftSpec | EsftSpec | DpoSpec | RewardSpec | RlhfSpec | OnlineSpec
+TrainedSpec = PretrainSpec | SftSpec | EsftSpec | DpoSpec | KtoSpec | RewardSpec | RlhfSpec | OnlineSpec
 """Stages that train a model."""
 StageSpec = TokenizerSpec | TrainedSpec | SynthesizeSpec | EvaluateSpec
 DATA_FIELDS = ("data", "eval_data")
@@ -40,6 +53,8 @@ class Stage(ApiModel):
     """Fine-tuning of the experts that the data uses."""
     dpo: DpoSpec | None = None
     """Preference tuning."""
+    kto: KtoSpec | None = None
+    """Preference tuning on single answers that are labelled good or bad."""
     evaluate: EvaluateSpec | None = None
     """Measure the model, and stop the job where it is not good enough."""
     reward: RewardSpec | None = None
