@@ -43,6 +43,7 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python crds/generate.py --check
+	$(BIN)/zizmor --offline --quiet .github
 
 clean:
 	rm -rf .venv $(UV_HOME) runs .pytest_cache .mypy_cache .ruff_cache

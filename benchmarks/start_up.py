@@ -30,7 +30,7 @@ from faults import Victim
 from following import Following
 from stage import set_up
 
-from finetune_api.labels import JOB_LABEL
+from finetune_api.labels import CONTAINER, JOB_LABEL
 
 Json = dict[str, Any]
 SECONDS = 300
@@ -49,10 +49,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=3, help="how many")
     parser.add_argument("--nodes", type=int, default=2, help="pods of a job, of one worker each")
+    parser.add_argument("--no-fork-server", action="store_true", help="set FINETUNE_FORK_SERVER=0 in the job's pods")
     arguments = parser.parse_args()
     with ExitStack() as stack:
         victim = set_up(stack, random.Random(0))
-        measured = [measure(victim, f"start-{number}", arguments.nodes) for number in range(arguments.jobs)]
+        template = victim.cluster.pod_template
+        if arguments.no_fork_server:
+            template = _without_fork_server(template)
+        measured = [measure(victim, f"start-{number}", arguments.nodes, template) for number in range(arguments.jobs)]
     print(table(measured))
     print(f"{LIBRARIES}, in one process alone: {statistics.median(_import_seconds() for _ in range(3)):.1f} s")
 
@@ -63,10 +67,22 @@ def _import_seconds() -> float:
     return time.monotonic() - began
 
 
-def measure(victim: Victim, name: str, nodes: int) -> dict[str, float]:
+def _without_fork_server(template: Json) -> Json:
+    """Return a copy of a pod template whose trainer containers start processes without the fork server."""
+    changed: Json = json.loads(json.dumps(template))
+    containers = changed.setdefault("spec", {}).setdefault("containers", [])
+    trainer = next((one for one in containers if one["name"] == CONTAINER), None)
+    if trainer is None:
+        trainer = {"name": CONTAINER}
+        containers.append(trainer)
+    trainer.setdefault("env", []).append({"name": "FINETUNE_FORK_SERVER", "value": "0"})
+    return changed
+
+
+def measure(victim: Victim, name: str, nodes: int, template: Json) -> dict[str, float]:
     """Seconds from the apply to each moment of one job's start."""
     began = datetime.now(UTC)
-    apply(victim.admin, victim.namespace, long_job(name, victim.cluster.pod_template, steps=20, save=10, nodes=nodes))
+    apply(victim.admin, victim.namespace, long_job(name, template, steps=20, save=10, nodes=nodes))
     with Following(victim.admin, victim.namespace, name) as following:
         following.until(lambda it: it.status.get("phase") == "Succeeded", SECONDS, "success")
     moments = {**_of_pods(victim, name), **_of_log(victim, name)}

@@ -137,9 +137,9 @@ def compiler(options: Options) -> Json:
 
 def _loss_and_launcher(options: Options) -> Json:
     """The launcher's error, empty where it compiles, and the loss's error, None where it works."""
-    from finetune_trainer.doctor.programs import LAUNCHER, answer_of
+    from finetune_trainer.doctor.programs import LAUNCHER, run_program
 
-    launcher = answer_of(LAUNCHER).get("error")
+    launcher = run_program(LAUNCHER).get("error")
     try:
         return {"launcher": launcher, "loss": None, "value": _trl_loss(options)}
     except Exception as error:

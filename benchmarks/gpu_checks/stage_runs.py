@@ -85,7 +85,7 @@ def run_stage(
     from finetune_trainer.training.context import Placement
     from finetune_trainer.training.deepspeed import join_process_group
     from finetune_trainer.training.memory import reset_peaks, usage
-    from finetune_trainer.training.reset_state import forget_stage, release
+    from finetune_trainer.training.reset_state import release, reset_stage_state
     from finetune_trainer.training.stage_work import StageWork
 
     run = run_config(options, name, shape, stage, zero, model)
@@ -104,7 +104,7 @@ def run_stage(
     measured = usage(options.accelerator, context=0).peak
     release(trainer)
     del trainer
-    forget_stage()
+    reset_stage_state()
     return Figures(
         losses=losses,
         seconds=[after - earlier for earlier, after in pairwise(clock)],

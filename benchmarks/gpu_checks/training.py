@@ -45,7 +45,7 @@ def _plain_sft(options: Options, rows: list[Json], length: int, steps: int) -> t
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
-    from finetune_trainer.training.reset_state import forget_stage, release
+    from finetune_trainer.training.reset_state import release, reset_stage_state
 
     join_group(options)
     model = AutoModelForCausalLM.from_pretrained(saved_model(options, "1.7B"), dtype=torch.float32)
@@ -63,7 +63,7 @@ def _plain_sft(options: Options, rows: list[Json], length: int, steps: int) -> t
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     release(trainer)
     del trainer, model
-    forget_stage()
+    reset_stage_state()
     return losses, [after - before for before, after in pairwise(times)]
 
 

@@ -27,9 +27,9 @@ def node_command(run_config: RunConfigFile) -> None:
 
 def await_driver_command() -> None:
     """Wait for the driver of this pod and end as it did: the entrypoint of a RayJob."""
-    from finetune_trainer.launch.driver_exit import await_end
+    from finetune_trainer.launch.driver_exit import wait_for_exit_code
 
-    raise typer.Exit(await_end())
+    raise typer.Exit(wait_for_exit_code())
 
 
 def preflight_command(run_config: RunConfigFile) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from finetune_trainer.doctor.facts import Driver, Fabric, Package
 from finetune_trainer.doctor.gather import driver_facts, fabric_facts, gather, hub_facts
-from finetune_trainer.doctor.programs import LAUNCHER, TORCH, answer_of
+from finetune_trainer.doctor.programs import LAUNCHER, TORCH, run_program
 
 CLOSED = (
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023\n"
@@ -63,10 +63,10 @@ def test_triton_s_launcher_compiles_here_and_not_without_a_compiler(
     pytest.importorskip("triton")
     monkeypatch.delenv("CC", raising=False)
     if shutil.which("gcc") is not None:
-        answer = answer_of(LAUNCHER)
+        answer = run_program(LAUNCHER)
         assert (answer["compiler"], answer["error"]) == (shutil.which("gcc"), "")
     monkeypatch.setenv("PATH", str(tmp_path))
-    answer = answer_of(LAUNCHER)
+    answer = run_program(LAUNCHER)
     assert (answer["compiler"], answer["error"]) == (None, "Failed to find C compiler.")
 
 
@@ -79,21 +79,21 @@ def test_headers_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, tmp
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
-    assert answer_of(LAUNCHER)["error"] == "cuda_utils.c:9:10: fatal error: Python.h: No such file or directory"
+    assert run_program(LAUNCHER)["error"] == "cuda_utils.c:9:10: fatal error: Python.h: No such file or directory"
 
 
 def test_the_driver_s_library_is_looked_for_as_triton_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     (tmp_path / "libcuda.so.1").touch()
     monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(tmp_path))
-    assert answer_of(LAUNCHER)["libcuda_error"] == ""
+    assert run_program(LAUNCHER)["libcuda_error"] == ""
 
 
 def test_torch_on_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """torch's own words, from libraries that stand in for NVIDIA's."""
     for name, value in fake_driver.build(tmp_path).items():
         monkeypatch.setenv(name, value)
-    answer = answer_of(TORCH, "no_such_package", "json")
+    answer = run_program(TORCH, "no_such_package", "json")
     assert answer["error"].startswith("RuntimeError: The NVIDIA driver on your system is too old (found version 12040)")
     assert (answer["gpus"], answer["imports"]["json"]) == ([], "")
     assert answer["imports"]["no_such_package"].startswith("ModuleNotFoundError")
@@ -108,7 +108,7 @@ def test_a_program_that_dies_is_an_answer(tmp_path: Path, program: str, says: st
     """A broken driver may end a process by a signal."""
     path = tmp_path / "program.py"
     path.write_text(program)
-    assert says in answer_of(path)["error"]
+    assert says in run_program(path)["error"]
 
 
 def test_all_facts_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from finetune_trainer.doctor.facts import Driver, Facts
 from finetune_trainer.errors import TrainingFailed, UserError
 from finetune_trainer.launch import drive, node
 from finetune_trainer.launch.cluster_preflight import run_preflight
-from finetune_trainer.launch.node_role import Seat
+from finetune_trainer.launch.node_role import NodeRole
 from finetune_trainer.preflight.gpu_node import fault_of, image_problems, machine_problems
 
 BROKEN = "AcceleratorError: CUDA error: uncorrectable ECC error encountered"
@@ -139,9 +139,9 @@ def test_gpus_on_an_old_driver_are_a_user_error_in_every_pod(
         monkeypatch.setenv(name, value)
     run = run_config(tmp_path)
     if index == "0":
-        code = drive.say_last_word(drive.AttemptReporter(["sft"]), lambda: drive._train(run, None, None, print))  # type: ignore[arg-type]
+        code = drive.report_outcome(drive.AttemptReporter(["sft"]), lambda: drive._train(run, None, None, print))  # type: ignore[arg-type]
     else:
-        code = node._worker(run, Seat(False, "no-such-host:1", ()))
+        code = node._worker(run, NodeRole(False, "no-such-host:1", ()))
     report = json.loads(log.read_text())
     assert code == 2 and report["exitCode"] == 2
     assert "NVIDIA driver: found one for CUDA 12.4, needed 580 or newer" in report["message"]

@@ -15,7 +15,7 @@ from finetune_trainer.doctor.facts import Fabric
 from finetune_trainer.doctor.nccl_log import Transport, joined, parse_log
 from finetune_trainer.progress.attempt_report import AttemptReporter
 from finetune_trainer.runtime import nccl_log_variables
-from finetune_trainer.training.transport import log_file, slow_network, transport_here
+from finetune_trainer.training.transport import log_file, read_transport, slow_network
 
 IB_2_18 = """\
 pod-0:71:71 [0] NCCL INFO Bootstrap : Using eth0:10.0.3.7<0>
@@ -137,9 +137,9 @@ def test_the_log_is_asked_for_unless_the_user_did(tmp_path: Path, monkeypatch: p
         monkeypatch.setenv(name, value)
     path = log_file(os.environ)
     assert path is not None and str(os.getpid()) in path.name
-    assert transport_here() == Transport()
+    assert read_transport() == Transport()
     path.write_text(TCP_2_20)
-    assert transport_here().network == "Socket"
+    assert read_transport().network == "Socket"
     assert log_file({"NCCL_DEBUG": "WARN", "NCCL_DEBUG_FILE": "/x"}) is None
 
 

@@ -12,7 +12,7 @@ import pytest
 from finetune_api.device_faults import FaultKind
 from finetune_api.job import FineTuneJob
 from finetune_api.validation import check_job
-from finetune_trainer.doctor.examine import OF_IMAGE, OF_NODE, examine
+from finetune_trainer.doctor.examine import IMAGE_CHECKS, NODE_CHECKS, examine
 from finetune_trainer.doctor.facts import Driver, Fabric, Facts, Gpu, Host, Hub, Package, Toolchain, Torch
 from finetune_trainer.doctor.finding import Finding, Scope, State, missing
 from finetune_trainer.doctor.needs import Needs, gpu_node, job_needs
@@ -189,7 +189,7 @@ def test_without_a_job_and_without_gpus_all_that_a_gpu_node_needs_is_named() -> 
 
 
 def test_every_check_has_the_scope_under_which_it_is_listed() -> None:
-    for scope, checks in ((Scope.IMAGE, OF_IMAGE), (Scope.NODE, OF_NODE)):
+    for scope, checks in ((Scope.IMAGE, IMAGE_CHECKS), (Scope.NODE, NODE_CHECKS)):
         assert {check(GOOD, NEEDS).scope for check in checks} == {scope}
         assert {check(Facts(), gpu_node()).scope for check in checks} == {scope}
     assert len(examine(GOOD, NEEDS, Scope.IMAGE)) + len(examine(GOOD, NEEDS, Scope.NODE)) == len(examine(GOOD, NEEDS))

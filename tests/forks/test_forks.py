@@ -263,6 +263,17 @@ def test_why_there_is_no_server_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(said) == 1 and "without the fork server" in said[0]
 
 
+def test_the_environment_switches_the_server_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither does a server start, nor is `0` taken for the path of a socket, by processes that inherit it."""
+    monkeypatch.setenv(wire.SOCKET_VARIABLE, "0")
+    said: list[str] = []
+    with fork_imports.forks(config(0), said.append) as server:
+        assert server is None and os.environ[wire.SOCKET_VARIABLE] == "0"
+        assert not wire.has_server() and wire.connect() is None
+        assert client.run_fork(["x.py"]) is None
+    assert said == ["processes start without the fork server: FINETUNE_FORK_SERVER=0"]
+
+
 def test_a_server_ends_with_whoever_started_it(tmp_path: Path) -> None:
     """Also where that is killed: nothing of it must stay behind."""
     program = """

@@ -19,7 +19,7 @@ PROGRAM = """
 import json, os, sys, time
 import psutil
 from finetune_trainer.forks.client import fork_server
-from finetune_trainer.forks.start import lean
+from finetune_trainer.forks.start import patch_ray
 from finetune_trainer.runtime import apply_environment, quiet_environment
 
 def told():
@@ -28,7 +28,7 @@ def told():
 if __name__ == "__main__":
     apply_environment(quiet_environment(accelerator=False))
     with fork_server(["numpy"], ["wave", "ray.actor"]) as server:
-        lean()
+        patch_ray()
         import ray
         began = time.monotonic()
         ray.init(address="local", num_cpus=4, include_dashboard=False, runtime_env={"env_vars": {"WORD": "x"}},

@@ -21,7 +21,7 @@ from transformers import PrinterCallback
 
 from finetune_trainer.stages import make_trainer
 from finetune_trainer.training.deepspeed import join_process_group
-from finetune_trainer.training.reset_state import forget_stage, release
+from finetune_trainer.training.reset_state import release, reset_stage_state
 
 
 def parts(trainer: Any) -> Iterator[tuple[str, Any]]:
@@ -69,5 +69,5 @@ if __name__ == "__main__":
     torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/rendezvous", rank=0, world_size=1)
     for job, zero in json.loads(Path(sys.argv[2]).read_text()):
         references = train(job, Path(sys.argv[1]), zero)
-        forget_stage()
+        reset_stage_state()
         print("ALIVE", json.dumps([len(references), alive(references), tensor_bytes()]), flush=True)

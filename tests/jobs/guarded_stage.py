@@ -17,11 +17,11 @@ from transformers import PrinterCallback, TrainerCallback
 from finetune_trainer.stages import make_trainer
 from finetune_trainer.storage.checkpoints import CheckpointStore
 from finetune_trainer.storage.filesystem import Storage
-from finetune_trainer.training.collectives import Peers
+from finetune_trainer.training.collectives import Collectives
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.dropped_steps import DroppedSteps
 from finetune_trainer.training.loss_guard import LossGuard
-from finetune_trainer.training.reset_state import forget_stage
+from finetune_trainer.training.reset_state import reset_stage_state
 
 Job = dict[str, Any]
 BAD = "@"
@@ -73,10 +73,10 @@ class _Publishes(TrainerCallback):
         self.store, self.guard = store, guard
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.guard.peers.wait()
+        self.guard.collectives.barrier()
         if self.guard.context.placement.rank == 0:
             self.store.publish(state.global_step, world_size=1, zero=0, rows_per_step=2, shards=1)
-        self.guard.peers.wait()
+        self.guard.collectives.barrier()
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def guarded(context: StageContext, said: list[str], callbacks: tuple[TrainerCall
     """The stage's trainer before its first step."""
     storage = Storage(context.run.root)
     store = CheckpointStore(storage, context.layout, Path(context.output_dir, "scratch"))
-    guard = LossGuard(context, Peers(), DroppedSteps(store), said.append)
+    guard = LossGuard(context, Collectives(), DroppedSteps(store), said.append)
     trainer = make_trainer(context)
     trainer.remove_callback(PrinterCallback)
     guard.attach(trainer)
@@ -94,7 +94,7 @@ def guarded(context: StageContext, said: list[str], callbacks: tuple[TrainerCall
     try:
         yield trainer
     finally:
-        forget_stage()
+        reset_stage_state()
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from finetune_trainer.launch.stage_context import stage_context
 from finetune_trainer.stages import make_trainer
 from finetune_trainer.storage.filesystem import Storage
 from finetune_trainer.training.context import Placement, ResumePoint, StageContext
-from finetune_trainer.training.reset_state import forget_stage
+from finetune_trainer.training.reset_state import reset_stage_state
 from finetune_trainer.training.stage_work import StageWork
 
 Job = dict[str, Any]
@@ -77,7 +77,7 @@ def trained(
     try:
         yield trainer
     finally:
-        forget_stage()
+        reset_stage_state()
 
 
 def losses(job: Job, directory: Path) -> list[float]:

@@ -16,8 +16,8 @@ from in_process import open_stage
 from finetune_trainer.errors import Interrupted
 from finetune_trainer.stages import perform
 from finetune_trainer.storage.filesystem import Storage
-from finetune_trainer.training.collectives import Peers
-from finetune_trainer.training.stage_io import StageTools
+from finetune_trainer.training.collectives import Collectives
+from finetune_trainer.training.stage_io import StageIO
 
 Job = dict[str, Any]
 SCRIPT = """
@@ -109,7 +109,7 @@ def perform_stage(job: Job, directory: Path, stop: threading.Event | None = None
     """The job's first stage in this process; None where it was stopped. Relative paths start in `directory`."""
     context = open_stage(job, directory)
     end: Any = _End(stop or threading.Event())
-    tools = StageTools(context, Storage(context.run.root), Peers(), end, directory / "scratch")
+    tools = StageIO(context, Storage(context.run.root), Collectives(), end, directory / "scratch")
     try:
         return perform(context, tools)
     except Interrupted:

@@ -8,12 +8,12 @@ import random
 
 import pytest
 
-from finetune_trainer.training.bad_numbers import LEAST, WINDOW, Finding, Judge
+from finetune_trainer.training.bad_numbers import LEAST, WINDOW, Finding, LossMonitor
 
 
 def judged(losses: list[float], norms: list[float] | None = None, **fields: object) -> list[Finding | None]:
-    judge = Judge(**{"watch_level": True, "clip": 1.0, "warmup": 0} | fields)  # type: ignore[arg-type]
-    return [judge.finding(step, loss, norms[step] if norms else 0.5) for step, loss in enumerate(losses)]
+    judge = LossMonitor(**{"watch_level": True, "clip": 1.0, "warmup": 0} | fields)  # type: ignore[arg-type]
+    return [judge.check(step, loss, norms[step] if norms else 0.5) for step, loss in enumerate(losses)]
 
 
 def curve(seed: int, steps: int = 2000, batch_noise: float = 0.2) -> list[float]:
@@ -75,9 +75,9 @@ def test_exploding_gradients() -> None:
 
 
 def test_a_resumed_run_judges_as_an_undisturbed_one() -> None:
-    judge = Judge(True, 1.0, 0)
+    judge = LossMonitor(True, 1.0, 0)
     for step, loss in enumerate(curve(1, WINDOW + 9)):
-        judge.finding(step, loss, 0.5)
-    resumed = Judge(True, 1.0, 0)
+        judge.check(step, loss, 0.5)
+    resumed = LossMonitor(True, 1.0, 0)
     resumed.restore(json.loads(json.dumps(judge.to_state())))
     assert resumed == judge and resumed.losses.maxlen == WINDOW

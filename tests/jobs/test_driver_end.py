@@ -16,8 +16,8 @@ from finetune_trainer.launch import driver_exit
 
 WAITS = """
 import os, signal, sys
-from finetune_trainer.launch.driver_exit import Farewell
-farewell = Farewell()
+from finetune_trainer.launch.driver_exit import TerminationSignal
+farewell = TerminationSignal()
 signal.signal(signal.SIGTERM, lambda *_: None)  # the driver's own, while it runs
 if sys.argv[1] == "before":
     os.kill(os.getpid(), signal.SIGTERM)
@@ -29,14 +29,14 @@ farewell.wait()
 def test_the_entrypoint_ends_as_the_driver_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     end, message = tmp_path / "end", tmp_path / "message"
     message.write_text(json.dumps({"exitCode": 2, "message": "stages[0].data: no such file"}))
-    threading.Timer(0.2, driver_exit.write_end, (2, end)).start()
-    assert driver_exit.await_end(end, message) == 2
+    threading.Timer(0.2, driver_exit.write_exit_code, (2, end)).start()
+    assert driver_exit.wait_for_exit_code(end, message) == 2
     assert capsys.readouterr().out == "stages[0].data: no such file\n"
 
 
 def test_a_driver_that_was_killed_left_no_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    driver_exit.write_end(137, tmp_path / "end")
-    assert driver_exit.await_end(tmp_path / "end", tmp_path / "none") == 137
+    driver_exit.write_exit_code(137, tmp_path / "end")
+    assert driver_exit.wait_for_exit_code(tmp_path / "end", tmp_path / "none") == 137
     assert capsys.readouterr().out == "\n"
 
 

@@ -16,7 +16,7 @@ from finetune_api.stages import TokenizerSpec
 from finetune_trainer.launch.stage_run import _prompts
 from finetune_trainer.stages.tokenizer.stage import train_tokenizer
 from finetune_trainer.storage.filesystem import Storage
-from finetune_trainer.training.collectives import Peers
+from finetune_trainer.training.collectives import Collectives
 from finetune_trainer.training.samples import SamplesCallback
 from finetune_trainer.training.stage_result import save_result
 
@@ -54,7 +54,7 @@ def test_trains_and_answers(kind: str, fields: Job, family_model: Path, base_job
     base_job["spec"] |= {"model": {"path": str(family_model)}, "stages": [stage(kind, **fields)]}
     context = open_stage(base_job, tmp_path)
     storage, prompts = Storage(context.run.root), _prompts(context)
-    samples = SamplesCallback(context, storage, prompts, Peers())
+    samples = SamplesCallback(context, storage, prompts, Collectives())
     with trained(context, callbacks=[samples]) as trainer:
         samples.after(trainer.model)
         logged = [row for row in trainer.state.log_history if "loss" in row]

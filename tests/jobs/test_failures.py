@@ -21,9 +21,9 @@ from finetune_api.device_faults import FaultKind, device_fault
 from finetune_api.report import AttemptReport
 from finetune_trainer.errors import TrainingFailed, UserError
 from finetune_trainer.launch import drive
-from finetune_trainer.launch.failures import Failure, Kind, classify, place_of, placed
+from finetune_trainer.launch.failures import Failure, Kind, classify, errors_with_step, step_of
 from finetune_trainer.launch.fault_location import faults_with_node
-from finetune_trainer.launch.worker_group import keep_trying
+from finetune_trainer.launch.worker_group import retry_attempts
 from finetune_trainer.progress.attempt_report import AttemptReporter
 from finetune_trainer.training.dropped_steps import RolledBack
 
@@ -111,7 +111,7 @@ def test_the_report_of_an_attempt_names_the_node_of_a_broken_gpu(
     def work() -> None:
         raise TrainingFailed("a\nGPU fault on node gpu-7: CUDA error: uncorrectable ECC error", node="gpu-7")
 
-    assert drive.say_last_word(reporter, work) == 1
+    assert drive.report_outcome(reporter, work) == 1
     report = AttemptReport.model_validate_json((tmp_path / "log").read_text())
     assert (report.node, report.exit_code) == ("gpu-7", 1)
 
@@ -127,7 +127,7 @@ class _WorkersFailed(TrainingFailedError):
 def at_step(step: int, error: Exception) -> Exception:
     """The error as a worker raises it after so many steps of the first stage, and as Ray passes it on."""
     try:
-        with placed(0, SimpleNamespace(state=SimpleNamespace(global_step=step))):
+        with errors_with_step(0, SimpleNamespace(state=SimpleNamespace(global_step=step))):
             raise error
     except Exception as raised:
         found: Exception = pickle.loads(pickle.dumps(raised))
@@ -140,7 +140,7 @@ def attempts(*errors: Exception | None) -> tuple[Failure | None, list[str]]:
     restarted: list[str] = []
     left = iter(ends)
     ask: Callable[[], Failure | None] = lambda: next(left)  # noqa: E731
-    return keep_trying(ask, lambda: False, lambda _: False, 3, restarted.append, str), restarted
+    return retry_attempts(ask, lambda: False, lambda _: False, 3, restarted.append, str), restarted
 
 
 def shapes(step: int, size: int = 2) -> Exception:
@@ -153,7 +153,7 @@ def test_the_same_error_at_the_same_step_is_final() -> None:
     assert failure is not None and len(restarted) == 1
     last = failure.text.splitlines()[-1]
     assert last.startswith("RuntimeError: The size of tensor a (3)")
-    assert "twice in a row after step 5 of stage 1: not tried again" in last
+    assert "twice in a row after step 5 of stage 1: not retried" in last
 
 
 @pytest.mark.parametrize(
@@ -187,4 +187,4 @@ def test_rollbacks_use_up_no_retries_and_are_told_in_their_own_words() -> None:
 
 def test_a_workers_own_error_outweighs_the_others_broken_connections() -> None:
     found = classify(_WorkersFailed(at_step(5, RuntimeError("Connection closed by peer")), shapes(5)))
-    assert found.kind is Kind.ERROR and place_of(found.error) == (0, 5) and found.retryable
+    assert found.kind is Kind.ERROR and step_of(found.error) == (0, 5) and found.retryable

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from in_process import open_stage, trained
 
-from finetune_trainer.storage.disk_full import full_disk_named
+from finetune_trainer.storage.disk_full import name_full_disk
 
 Job = dict[str, Any]
 TAKES_THE_WEIGHTS = "900k"
@@ -41,5 +41,5 @@ def test_a_checkpoint_without_room_names_the_disk(base_job: Job, tmp_path: Path,
 
 
 def test_where_there_is_room_a_fault_is_told_as_it_is(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="something else"), full_disk_named(tmp_path / "to" / "be" / "made"):
+    with pytest.raises(ValueError, match="something else"), name_full_disk(tmp_path / "to" / "be" / "made"):
         raise ValueError("something else")

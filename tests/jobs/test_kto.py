@@ -19,7 +19,7 @@ from finetune_trainer.data.encode import Encoder, Encoding
 from finetune_trainer.data.report import Stats
 from finetune_trainer.data.row_formats import EmptyRow, FormError, normalise
 from finetune_trainer.stages.kto.stage import UnpairedCollator
-from finetune_trainer.training.reset_state import forget_stage
+from finetune_trainer.training.reset_state import reset_stage_state
 
 Job = dict[str, Any]
 REAL = Path(__file__).parents[3] / "shared/data/hh-harmless-test.jsonl.gz"
@@ -69,7 +69,7 @@ def test_trl_has_the_same_losses(loss: str, base_job: Job, tiny_model: Path, tmp
     theirs.remove_callback(PrinterCallback)
     first = theirs.train().metrics
     found = [row for row in theirs.state.log_history if "loss" in row and "kl" in row]
-    forget_stage()
+    reset_stage_state()
     assert first["train_loss"] > 0 and len(found) == 2
     names = ["loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen"]
     assert [found[0][name] for name in names] == pytest.approx([ours[0][name] for name in names], abs=1e-5)

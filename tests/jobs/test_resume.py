@@ -23,7 +23,7 @@ from finetune_trainer.layout import RUN_CONFIG
 
 Job = dict[str, Any]
 STEPS, SAVE, LAST_HIT = 160, 5, 24
-AGAIN = "starting again from the last checkpoint"
+AGAIN = "restarting from the last checkpoint"
 
 
 @pytest.fixture

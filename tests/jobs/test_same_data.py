@@ -92,11 +92,13 @@ def test_other_rows_are_refused_unless_they_are_named(
     changed = open_stage(base_job, tmp_path)
     told = refusal(before, changed, "stages[0].sft.maxSteps", "stages[1].sft.data.limit", "stages[0].sft.evalData")
     counts = "" if streaming else " (12 then, 7 now)"
-    assert told.startswith(f"{FIELD}: other rows{counts} than at step 100, where this stage goes on: put the data back")
+    assert told.startswith(
+        f"{FIELD}: other rows{counts} than at step 100, from which this stage resumes: restore the data"
+    )
     assert told.endswith(f"such as --set {FIELD}.sources[0].file=rows.jsonl")
     for named in (FIELD, f"{FIELD}.sources[0].file", f"{FIELD}.limit"):
         found = compare(before, changed, named)
-        assert found.other_rows and "goes on with them, because --set names" in found.notes[0]
+        assert found.other_rows and "continues with them, because --set names" in found.notes[0]
 
 
 def test_a_row_that_changed_among_as_many_is_seen(base_job: Job, tmp_path: Path) -> None:
@@ -183,8 +185,8 @@ def test_a_resumed_run_compares_before_it_trains(base_job: Job, write_job: Write
 
     prepare(resume=False)
     store = CheckpointStore(storage, layouts(context.run)[0], tmp_path / "scratch")
-    (store.place(100) / "weights").mkdir(parents=True)
-    (store.place(100) / "weights/w").write_text("w")
+    (store.local_directory(100) / "weights").mkdir(parents=True)
+    (store.local_directory(100) / "weights/w").write_text("w")
     store.publish(100, world_size=1, zero=0, rows_per_step=8, shards=1, data=asdict(context.data.key))
     assert not any("step 100" in line for line in prepare())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune_api.cluster import Resources
-from finetune_trainer.launch.node_role import Seat, replaces_nodes, seat
+from finetune_trainer.launch.node_role import NodeRole, node_role, replaces_nodes
 
 RESOURCES = Resources.model_validate({"workersPerNode": 2})
 PLACES = '--resources={"finetune_worker": 2}'
@@ -12,19 +12,19 @@ HEAD = """ray start --head  --block  --dashboard-agent-listen-port=52365  --dash
 WORKER = "ray start  --address=tiny-head-svc.team.svc.cluster.local:6379  --block  --metrics-export-port=8080 "
 
 
-def of(command: str) -> Seat:
-    return seat(RESOURCES, {"KUBERAY_GEN_RAY_START_CMD": command})
+def of(command: str) -> NodeRole:
+    return node_role(RESOURCES, {"KUBERAY_GEN_RAY_START_CMD": command})
 
 
 def test_the_first_pod_of_a_job_is_the_head() -> None:
-    found = seat(RESOURCES, {"FINETUNE_HEAD_ADDRESS": "tiny-1-0.x:6379", "JOB_COMPLETION_INDEX": "0"})
+    found = node_role(RESOURCES, {"FINETUNE_HEAD_ADDRESS": "tiny-1-0.x:6379", "JOB_COMPLETION_INDEX": "0"})
     assert found.head and not found.watched and found.environment == {}
     assert found.address.endswith(":6379") and not found.address.startswith("tiny")
     assert {"--head", "--include-dashboard=false", PLACES} <= set(found.options)
 
 
 def test_the_others_of_a_job_join_it() -> None:
-    found = seat(RESOURCES, {"FINETUNE_HEAD_ADDRESS": "tiny-1-0.x:6379", "JOB_COMPLETION_INDEX": "3"})
+    found = node_role(RESOURCES, {"FINETUNE_HEAD_ADDRESS": "tiny-1-0.x:6379", "JOB_COMPLETION_INDEX": "3"})
     assert not found.head and found.address == "tiny-1-0.x:6379"
     assert {"--address=tiny-1-0.x:6379", PLACES} <= set(found.options)
 

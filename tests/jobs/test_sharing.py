@@ -29,22 +29,22 @@ from finetune_trainer.launch.sharing.carriers import (
     IN_FLIGHT_BYTES,
     STREAMS,
     StorageCarrier,
-    by_storage,
     chunk_bytes,
+    nodes_share_storage,
 )
-from finetune_trainer.launch.sharing.files import Entry, Roots, entries_of, read_chunk
+from finetune_trainer.launch.sharing.files import Entry, Roots, list_entries, read_chunk
 from finetune_trainer.launch.sharing.node_files import NodeFiles
 from finetune_trainer.launch.sharing.offer import Offers
 from finetune_trainer.launch.sharing.receiver import Receiver
-from finetune_trainer.launch.sharing.records import Place
+from finetune_trainer.launch.sharing.records import SharedDirectory
 from finetune_trainer.plan.workers import Workers
 from finetune_trainer.stage_graph import directories
 from finetune_trainer.storage.filesystem import Storage
-from finetune_trainer.training.collectives import Peers, missing_ranks
+from finetune_trainer.training.collectives import Collectives, missing_ranks
 from finetune_trainer.training.context import Placement
 from finetune_trainer.training.deepspeed import set_group_timeout
 
-DATA = Place("cache", "prepared/abc")
+DATA = SharedDirectory("cache", "prepared/abc")
 CHUNK = 1000
 
 
@@ -55,10 +55,10 @@ class Wire:
         self.roots, self.left, self.damages = roots, breaks_after, damages
         self.bytes, self.largest = 0, 0
 
-    def read(self, place: Place, path: str, offset: int, size: int) -> bytes:
+    def read(self, place: SharedDirectory, path: str, offset: int, size: int) -> bytes:
         if self.left is not None and self.bytes >= self.left:
             raise ConnectionError("the other node is away")
-        content = read_chunk(self.roots.of(place), path, offset, size)
+        content = read_chunk(self.roots.path_of(place), path, offset, size)
         self.bytes, self.largest = self.bytes + len(content), max(self.largest, size)
         if self.damages:
             self.damages -= 1
@@ -69,7 +69,7 @@ class Wire:
 def nodes(tmp_path: Path) -> tuple[Roots, Roots]:
     """Two nodes, the first of which has data of 10,500 bytes."""
     first, second = (Roots(str(tmp_path / name / "cache"), str(tmp_path / name / "hub")) for name in "ab")
-    directory = first.of(DATA)
+    directory = first.path_of(DATA)
     (directory / "train").mkdir(parents=True)
     (directory / "train/0.arrow").write_bytes(os.urandom(10_000))
     (directory / "report.json").write_bytes(os.urandom(500))
@@ -78,7 +78,7 @@ def nodes(tmp_path: Path) -> tuple[Roots, Roots]:
 
 def received(first: Roots, second: Roots, wire: Wire) -> int:
     receiver = Receiver(second, wire.read, CHUNK, streams=1)
-    return receiver.receive(DATA, lambda: entries_of(first.of(DATA)))
+    return receiver.receive(DATA, lambda: list_entries(first.path_of(DATA)))
 
 
 def same(one: Path, other: Path) -> bool:
@@ -91,7 +91,7 @@ def test_a_directory_travels_once_in_chunks(tmp_path: Path) -> None:
     first, second = nodes(tmp_path)
     wire = Wire(first)
     assert received(first, second, wire) == wire.bytes == 10_500
-    assert wire.largest == CHUNK and same(first.of(DATA), second.of(DATA))
+    assert wire.largest == CHUNK and same(first.path_of(DATA), second.path_of(DATA))
     assert received(first, second, wire) == 0 and wire.bytes == 10_500
 
 
@@ -100,35 +100,35 @@ def test_what_broke_off_goes_on_where_it_was(tmp_path: Path) -> None:
     broken = Wire(first, breaks_after=4_000)
     with pytest.raises(ConnectionError, match="away"):
         received(first, second, broken)
-    assert not second.of(DATA).exists(), "half of a directory counts as the whole"
+    assert not second.path_of(DATA).exists(), "half of a directory counts as the whole"
     again = Wire(first)
     assert received(first, second, again) == again.bytes == 10_500 - broken.bytes
-    assert same(first.of(DATA), second.of(DATA))
+    assert same(first.path_of(DATA), second.path_of(DATA))
 
 
 def test_damaged_bytes_are_fetched_again_and_never_used(tmp_path: Path) -> None:
     first, second = nodes(tmp_path)
     assert received(first, second, Wire(first, damages=1)) > 10_500
-    assert same(first.of(DATA), second.of(DATA))
+    assert same(first.path_of(DATA), second.path_of(DATA))
     third = Roots(str(tmp_path / "c"), "")
     with pytest.raises(OSError, match="damaged twice"):
         received(first, third, Wire(first, damages=1000))
-    assert not third.of(DATA).exists()
+    assert not third.path_of(DATA).exists()
 
 
 def test_a_hub_repository_gets_what_it_lacks_with_its_links(tmp_path: Path) -> None:
     first, second = nodes(tmp_path)
-    model = Place("hub", "models--a--b")
+    model = SharedDirectory("hub", "models--a--b")
     for roots, files in ((first, ("x", "y")), (second, ("x",))):
-        (roots.of(model) / "blobs").mkdir(parents=True)
-        (roots.of(model) / "snapshots/1").mkdir(parents=True)
+        (roots.path_of(model) / "blobs").mkdir(parents=True)
+        (roots.path_of(model) / "snapshots/1").mkdir(parents=True)
         for name in files:
-            (roots.of(model) / "blobs" / name).write_bytes(b"weights" * 100)
-            (roots.of(model) / "snapshots/1" / f"{name}.safetensors").symlink_to(f"../../blobs/{name}")
+            (roots.path_of(model) / "blobs" / name).write_bytes(b"weights" * 100)
+            (roots.path_of(model) / "snapshots/1" / f"{name}.safetensors").symlink_to(f"../../blobs/{name}")
     wire = Wire(first)
-    count = Receiver(second, wire.read, CHUNK, 2).receive(model, lambda: entries_of(first.of(model)))
+    count = Receiver(second, wire.read, CHUNK, 2).receive(model, lambda: list_entries(first.path_of(model)))
     assert count == wire.bytes == 700
-    link = second.of(model) / "snapshots/1/y.safetensors"
+    link = second.path_of(model) / "snapshots/1/y.safetensors"
     assert link.is_symlink() and link.read_bytes() == b"weights" * 100
 
 
@@ -141,13 +141,13 @@ def run_of(**storage: str) -> RunConfig:
 def test_storage_carries_what_every_node_can_see(tmp_path: Path) -> None:
     first, second = nodes(tmp_path)
     storage = Storage("memory://sharing/job")
-    StorageCarrier(storage).put(DATA, first.of(DATA))
+    StorageCarrier(storage).put(DATA, first.path_of(DATA))
     carrier = StorageCarrier(storage)
     assert Receiver(second, carrier.read, CHUNK, 2).receive(DATA, lambda: carrier.entries(DATA)) == 10_500
-    assert same(first.of(DATA), second.of(DATA))
+    assert same(first.path_of(DATA), second.path_of(DATA))
     local = Storage(str(tmp_path))  # of a pod: a claim is mounted there
-    assert by_storage(run_of(path="/x"), storage) and by_storage(run_of(uri="pvc://claim/x"), local)
-    assert not by_storage(run_of(path="/x"), local)
+    assert nodes_share_storage(run_of(path="/x"), storage) and nodes_share_storage(run_of(uri="pvc://claim/x"), local)
+    assert not nodes_share_storage(run_of(path="/x"), local)
 
 
 def test_the_driver_offers_by_storage_and_cleans_up_unless_nodes_share_a_cache(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_the_driver_offers_by_storage_and_cleans_up_unless_nodes_share_a_cache(t
         (data / "report.json").write_text("{}")
         offers = Offers(run, storage, print)
         offer = offers.make()
-        offered = [place for place in offer.places if place.path == "prepared/0123"]
+        offered = [place for place in offer.directories if place.path == "prepared/0123"]
         assert bool(offered) is (claim is None) and storage.exists("shared") is (claim is None)
         assert claim or (tmp_path / offer.marker).exists()
         offers.close(done=False)
@@ -200,10 +200,10 @@ def _worker(rank: int, world: int, port: int, late: dict[int, float], loading: f
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
     set_group_timeout(2)
     group = dist.new_group(backend="gloo")  # as DeepSpeed makes its own
-    peers = Peers(f"node-{rank}", loading)
+    collectives = Collectives(f"node-{rank}", loading)
     time.sleep(late.get(rank, 0.0))
     try:
-        peers.meet("its model is loaded")
+        collectives.rendezvous("its model is loaded")
         dist.all_reduce(torch.ones(1), group=group)
         said.send("met")
     except Exception as error:
@@ -239,7 +239,7 @@ def test_a_worker_that_loads_longer_than_a_collective_may_take_is_waited_for() -
 def test_missing_workers_are_named_with_their_nodes() -> None:
     found = meet({1: 600.0}, loading=2)
     assert "worker 1 (node node-1) of 3" in found[0] and "loadingTimeoutSeconds" in found[0]
-    assert found[0].startswith("NotMet")
+    assert found[0].startswith("WorkersMissing")
 
 
 def test_the_others_name_the_first_worker() -> None:
@@ -254,7 +254,7 @@ def _node(rank: int, job: dict[str, Any], directory: Path) -> tuple[Any, ...]:
     )
     said: list[str] = []
     storage, place = Storage(str(directory / "claim")), Placement(rank, 0, 2, accelerator=False)
-    files = NodeFiles(run, storage, place, Peers(f"node-{rank}"), 2, said.append)
+    files = NodeFiles(run, storage, place, Collectives(f"node-{rank}"), 2, said.append)
     tokenizer = AutoTokenizer.from_pretrained(job["spec"]["model"]["path"])
 
     def work() -> Prepared:
@@ -281,16 +281,16 @@ def test_ranks_in_torchs_words() -> None:
 
 
 def test_a_missing_worker_is_tried_again() -> None:
-    from finetune_trainer.errors import NotMet
+    from finetune_trainer.errors import WorkersMissing
 
-    assert _kind(NotMet("worker 1 did not get so far")) is Kind.LOST
+    assert _kind(WorkersMissing("worker 1 did not get so far")) is Kind.LOST
 
 
 def test_an_entry_says_where_a_link_leads(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x")
     (tmp_path / "b").symlink_to("a")
-    assert [entry.path for entry in entries_of(tmp_path)] == ["a", "b"]
-    assert entries_of(tmp_path)[1] == Entry("b", 0, link="a")
+    assert [entry.path for entry in list_entries(tmp_path)] == ["a", "b"]
+    assert list_entries(tmp_path)[1] == Entry("b", 0, link="a")
 
 
 def test_the_time_limit_of_collectives_goes_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +299,7 @@ def test_the_time_limit_of_collectives_goes_to_torch(tmp_path: Path, monkeypatch
     job["spec"]["runPolicy"] = {"ddpTimeout": 77}
     places = {"root": str(tmp_path), "baseDir": "/", "cacheDir": str(tmp_path)}
     run = RunConfig.model_validate({"job": job, **places})
-    fit = worker_group.GroupFit(
+    fit = worker_group.WorkerGroup(
         run, Workers(2, 2, False, 1), print, threading.Event(), lambda stall: pytest.fail(str(stall))
     )
     assert fit._trainer([], None).backend_config.timeout_s == 77

@@ -19,10 +19,10 @@ from finetune_trainer.launch import cluster, stage_run
 from finetune_trainer.launch.cluster import start_ray
 from finetune_trainer.launch.work_order import WorkOrder
 from finetune_trainer.plan.workers import Workers
-from finetune_trainer.progress.channel import WorkerEnd
+from finetune_trainer.progress.channel import WorkerChannel
 from finetune_trainer.runtime import allocator_environment
 from finetune_trainer.training.memory import Usage, reset_peaks, usage
-from finetune_trainer.training.stage_io import StageTools
+from finetune_trainer.training.stage_io import StageIO
 from finetune_trainer.training.stage_work import StageWork
 
 Job = dict[str, Any]
@@ -99,13 +99,13 @@ def test_a_stage_does_not_report_the_peak_of_the_one_before(
     monkeypatch.setattr(ray.train, "get_context", lambda: alone)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=str))
     for name, value in {
-        "WorkerEnd": lambda channel: SimpleNamespace(send=lambda event: None, beat=lambda beat: None),
+        "WorkerChannel": lambda channel: SimpleNamespace(send=lambda event: None, heartbeat=lambda heartbeat: None),
         "answer_signals": lambda: None,
         "join_process_group": lambda zero, accelerator: None,
         "stage_context": lambda run, work, threads, placement, *_: SimpleNamespace(placement=placement),
         "StageRun": _Run,
         "require_gate": lambda *_: None,
-        "listen": lambda tell: None,
+        "on_waiting": lambda report: None,
     }.items():
         monkeypatch.setattr(stage_run, name, value)
     work = StageWork(index=0, zero=0, flops_per_token=0.0, peak_flops=None)
@@ -126,7 +126,7 @@ def test_every_line_of_progress_has_them_apart(gpu: StandIn, base_job: Job, tmp_
     context = replace(context, placement=replace(context.placement, accelerator=True, context_bytes=GIB // 2))
     gpu.work(2 * GIB, 3 * GIB, nccl=GIB)
     end: Any = _End()
-    tools = StageTools(context, None, None, end, tmp_path)  # type: ignore[arg-type]
+    tools = StageIO(context, None, None, end, tmp_path)  # type: ignore[arg-type]
     tools.progress(1, 2)
     [line] = end.sent
     told = {name: value for name, value in line.to_json().items() if name.startswith("memory")}
@@ -135,7 +135,7 @@ def test_every_line_of_progress_has_them_apart(gpu: StandIn, base_job: Job, tmp_
     }  # fmt: skip
 
 
-class _End(WorkerEnd):
+class _End(WorkerChannel):
     def __init__(self) -> None:
         self.sent: list[Any] = []
 
@@ -170,7 +170,7 @@ def test_workers_on_gpus_get_expandable_segments(
     """Unless the user has configured the allocator by any of its names."""
     given: dict[str, Any] = {}
     monkeypatch.setattr(ray, "init", lambda **options: given.update(options))
-    monkeypatch.setattr(cluster, "lean", lambda: None)
+    monkeypatch.setattr(cluster, "patch_ray", lambda: None)
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in user.items():

@@ -17,7 +17,7 @@ from running import curve, start, workers
 
 Job = dict[str, Any]
 STEPS, TIMEOUT = 160, 5
-AGAIN = "starting again from the last checkpoint"
+AGAIN = "restarting from the last checkpoint"
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from two_workers import on_two_workers
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch.stage_run import stage_context
 from finetune_trainer.storage.filesystem import Storage
-from finetune_trainer.training.collectives import Peers
+from finetune_trainer.training.collectives import Collectives
 from finetune_trainer.training.context import Placement
 from finetune_trainer.training.stage_work import StageWork
 from finetune_trainer.training.step_times import LEAST, StepTimes, spread
@@ -72,7 +72,7 @@ def test_the_slow_worker_shows_though_both_take_equally_long(base_job: dict[str,
             collate = trainer.data_collator
             trainer.data_collator = lambda batch: (time.sleep(SLEEP * rank), collate(batch))[1]  # the slowness itself
             trainer.train()
-            return [seconds for (seconds,) in Peers().numbers([trainer.stage.times.own()])]
+            return [seconds for (seconds,) in Collectives().gather_numbers([trainer.stage.times.own()])]
 
     for quick, slow in on_two_workers(train):
         assert slow > quick + SLEEP, "it sleeps twice as long"

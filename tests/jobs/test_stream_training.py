@@ -13,7 +13,7 @@ from transformers import PrinterCallback, TrainerCallback
 from finetune_trainer.data import StreamedRows
 from finetune_trainer.stages import make_trainer
 from finetune_trainer.training.context import ResumePoint, StageContext
-from finetune_trainer.training.reset_state import forget_stage
+from finetune_trainer.training.reset_state import reset_stage_state
 
 Job = dict[str, Any]
 STEPS, KEPT = 6, 3
@@ -42,7 +42,7 @@ def _train(context: StageContext, resume: Path | None = None) -> list[tuple[int,
     trainer.add_callback(_Keep(trainer))
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     log = [(row["step"], row["loss"], round(row["epoch"], 9)) for row in trainer.state.log_history if "loss" in row]
-    forget_stage()
+    reset_stage_state()
     return log
 
 

@@ -55,7 +55,7 @@ def test_one_node_tokenises_and_a_slow_one_gets_data_and_weights(
     (tmp_path / "two/huggingface/hub").mkdir(parents=True)
     slow = FileLock(tmp_path / "two/huggingface/hub" / f"{REPOSITORY}.lock")
     with slow, TwoNodes(job, tmp_path) as nodes:
-        wait_for(nodes, "node two got prepared")
+        wait_for(nodes, "node two fetched prepared")
         time.sleep(limit + 3)  # the download of the second node, which nothing of the first one's takes part in
         assert nodes.head.process.poll() is None, nodes.output
         slow.release()

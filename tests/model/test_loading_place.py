@@ -16,7 +16,7 @@ from saved_models import make_model, save
 from finetune_trainer.model.load import load_whole
 from finetune_trainer.training.adapter_model import starting_model
 from finetune_trainer.training.context import Placement
-from finetune_trainer.training.reset_state import forget_stage
+from finetune_trainer.training.reset_state import reset_stage_state
 
 META = torch.device("meta")
 """Stands in for an accelerator: what is read onto it never was in the host's memory."""
@@ -46,13 +46,13 @@ def test_a_stage_reads_onto_its_workers_device(
             "storage": {"path": str(tmp_path / "runs")},
         },
     }
-    forget_stage()
+    reset_stage_state()
     context = replace(open_stage(job, tmp_path), placement=Placement(0, 0, 1, accelerator=True))
     try:
         assert {weight.device for weight in starting_model(context).parameters()} == {META}
         assert replace(context, zero=3).load_device is None  # ZeRO-3 divides the weights as they load
     finally:
-        forget_stage()
+        reset_stage_state()
 
 
 def test_loading_on_a_cpu_holds_the_weights_once(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_job import DATA, run, text_of
 
-from finetune_trainer.launch.cluster_preflight import _told
+from finetune_trainer.launch.cluster_preflight import _plan_report
 from finetune_trainer.plan import PlanContext, plan_job
 from finetune_trainer.plan.devices import Device, known_device
 from finetune_trainer.plan.host import DATA_WORKER, DRIVER, PROCESS, HostMemory
@@ -81,7 +81,7 @@ def test_the_plan_shows_it_and_tells_the_operator() -> None:
     (stage,) = plan.stages
     assert stage.host is not None
     assert "host memory of a node: 15.8 GiB (processes 8 GiB, loading 7.83 GiB" in text_of(plan)
-    assert plan.to_json()["stages"][0]["host"]["total"] == stage.host.total == _told(plan)["hostBytes"]
+    assert plan.to_json()["stages"][0]["host"]["total"] == stage.host.total == _plan_report(plan)["hostBytes"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tiny_models import tiny
 
 from finetune_api.report import PlanReport
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.launch.cluster_preflight import _saving
+from finetune_trainer.launch.cluster_preflight import _saving_report
 from finetune_trainer.plan.devices import Device
 from finetune_trainer.plan.job import plan_job
 from finetune_trainer.plan.memory import Workload
@@ -149,12 +149,12 @@ def test_a_nodes_cache_must_hold_its_part(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_preflight_reports_the_checkpoint_and_warns_of_the_grace_period(tmp_path: Path) -> None:
     run = run_of(str(tmp_path), checkpointGraceSeconds=1)
-    told = PlanReport.model_validate({"parameters": 1} | _saving(run, planned(run)))
+    told = PlanReport.model_validate({"parameters": 1} | _saving_report(run, planned(run)))
     assert told.checkpoint_bytes == WEIGHTS_70B * 12 and told.save_seconds is not None
     (warning,) = told.warnings
     assert warning.startswith("kubernetes.checkpointGraceSeconds: is 1") and "(measured)" in warning
     patient = run_of(str(tmp_path), checkpointGraceSeconds=86400)
-    assert "warnings" not in _saving(patient, planned(patient))
+    assert "warnings" not in _saving_report(patient, planned(patient))
 
 
 def test_the_stores_speed_is_measured_and_nothing_is_left() -> None:

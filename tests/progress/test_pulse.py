@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from finetune_api.report import AttemptReport
-from finetune_trainer.heartbeat import Phase, Pulse, during, pulse
+from finetune_trainer.heartbeat import Heartbeat, Phase, in_phase, process_heartbeat
 from finetune_trainer.launch import drive
 from finetune_trainer.launch.driver_watch import DriverWatch
 from finetune_trainer.launch.stack_dumps import Stacks, collect, kill
 from finetune_trainer.launch.stall_diagnosis import culprit, record
 from finetune_trainer.launch.stall_watch import LEAST_SECONDS, STEPS, Stall, StallWatch
 from finetune_trainer.progress.attempt_report import AttemptReporter
-from finetune_trainer.progress.heartbeats import Beat, PulseThread, place_of
+from finetune_trainer.progress.heartbeats import HeartbeatThread, WorkerHeartbeat, first_heartbeat
 from finetune_trainer.progress.process_activity import activity, state
 
 WORKER = """
@@ -103,24 +103,24 @@ class Heard:
     """Receives beats."""
 
     def __init__(self) -> None:
-        self.beats: list[Beat] = []
+        self.beats: list[WorkerHeartbeat] = []
         self.news = threading.Event()
 
-    def __call__(self, beat: Beat) -> None:
+    def __call__(self, beat: WorkerHeartbeat) -> None:
         self.beats.append(beat)
         self.news.set()
 
-    def next(self) -> Beat:
+    def next(self) -> WorkerHeartbeat:
         assert self.news.wait(20)
         self.news.clear()
         return self.beats[-1]
 
 
 def test_a_beat_and_a_phase_are_told() -> None:
-    heard, own = Heard(), Pulse()
-    with PulseThread(place_of(1, 2, "node-a", "id"), own, heard):
+    heard, own = Heard(), Heartbeat()
+    with HeartbeatThread(first_heartbeat(1, 2, "node-a", "id"), own, heard):
         first = heard.next()
-        own.enter(Phase("forward pass", measured=True, step=3, order=1))
+        own.enter_phase(Phase("forward pass", measured=True, step=3, order=1))
         second = heard.next()
     assert (first.rank, first.workers, first.host, first.progress) == (1, 2, "node-a", 1)
     assert (second.phase.name, second.phase.step, second.progress) == ("forward pass", 3, 2)
@@ -128,13 +128,13 @@ def test_a_beat_and_a_phase_are_told() -> None:
 
 def test_work_counts_outside_of_measured_phases_alone() -> None:
     """A worker that waits in NCCL spins: there its CPU time is no progress. A merge has no other progress to tell."""
-    heard, own = Heard(), Pulse()
-    with PulseThread(place_of(0, 1, "a", "id"), own, heard):
+    heard, own = Heard(), Heartbeat()
+    with HeartbeatThread(first_heartbeat(0, 1, "a", "id"), own, heard):
         heard.next()
         deadline = time.monotonic() + 20
         while len(heard.beats) < 2:  # this loop is the work
             assert time.monotonic() < deadline
-        own.enter(Phase("backward pass", measured=True))
+        own.enter_phase(Phase("backward pass", measured=True))
         deadline = time.monotonic() + 20
         while heard.beats[-1].phase.name != "backward pass":
             assert time.monotonic() < deadline
@@ -145,20 +145,20 @@ def test_work_counts_outside_of_measured_phases_alone() -> None:
 
 
 def test_a_phase_within_a_phase_keeps_its_place_and_gives_it_back() -> None:
-    before = pulse().phase  # of whatever ran in this process before
-    with during("saving", step=7, order=3), during("waiting", measured=True, waits=True):
-        assert pulse().phase == Phase("waiting", True, True, 7, 3)
-    assert pulse().phase == before
+    before = process_heartbeat().phase  # of whatever ran in this process before
+    with in_phase("saving", step=7, order=3), in_phase("waiting", measured=True, waits=True):
+        assert process_heartbeat().phase == Phase("waiting", True, True, 7, 3)
+    assert process_heartbeat().phase == before
 
 
 def beat(
     rank: int, progress: int, step: int = 4, order: int = 2, name: str = "backward pass", **fields: object
-) -> Beat:
+) -> WorkerHeartbeat:
     phase = Phase(name, True, bool(fields.get("waits")), step, order)
-    return Beat(rank, 2, 100 + rank, f"node-{rank}", f"id-{rank}", progress, phase)
+    return WorkerHeartbeat(rank, 2, 100 + rank, f"node-{rank}", f"id-{rank}", progress, phase)
 
 
-def beats(*found: Beat) -> dict[int, Beat]:
+def beats(*found: WorkerHeartbeat) -> dict[int, WorkerHeartbeat]:
     return {one.rank: one for one in found}
 
 
@@ -183,7 +183,7 @@ def test_any_worker_s_progress_is_progress_and_none_before_the_first_beat_is_a_s
     ],
     ids=["loads rows", "a step behind", "saves while the other waits", "never began", "all wait"],
 )
-def test_who_is_behind(found: dict[int, Beat], behind: int) -> None:
+def test_who_is_behind(found: dict[int, WorkerHeartbeat], behind: int) -> None:
     assert Stall(60, found, 2).culprit == behind
     assert f"worker {behind}" in Stall(60, found, 2).words(behind)
 
@@ -239,7 +239,7 @@ def test_a_driver_that_hangs_is_told_with_its_stacks_and_one_that_waits_for_othe
 def test_the_last_word_of_a_driver_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drive, "TERMINATION_LOG", tmp_path / "log")
     monkeypatch.setenv("FINETUNE_NODE_NAME", "node-b")
-    code = drive.end_hung(AttemptReporter(["sft"]), "no progress of the driver for 9 s; its stacks:\nFile x")
+    code = drive.report_hung_driver(AttemptReporter(["sft"]), "no progress of the driver for 9 s; its stacks:\nFile x")
     report = AttemptReport.model_validate_json((tmp_path / "log").read_text())
     assert code == 1 and (report.node, report.exit_code) == ("node-b", 1)
     assert report.stalled == "no progress of the driver for 9 s" and "File x" not in (report.message or "")

@@ -221,5 +221,5 @@ def test_a_wait_for_storage_is_a_line() -> None:
     reporter.waiting("")
     assert screen.getvalue().splitlines() == [
         "waiting for storage: writing run.json: OSError: away",
-        "storage answers again",
+        "storage responds again",
     ]

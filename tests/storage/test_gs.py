@@ -84,9 +84,9 @@ def test_a_checkpoint_counts_once_its_manifest_is_there(storage: Storage, tmp_pa
     store = CheckpointStore(storage, StageLayout(0, "sft"), tmp_path / "scratch")
     run = {"world_size": 1, "zero": 0, "rows_per_step": 2, "shards": 1}
     for step in (1, 2, 3):
-        (store.place(step) / "inner").mkdir(parents=True)
-        (store.place(step) / "model.safetensors").write_bytes(bytes([step]) * 20 * MIB)
-        (store.place(step) / "inner" / "rng").write_text(str(step))
+        (store.local_directory(step) / "inner").mkdir(parents=True)
+        (store.local_directory(step) / "model.safetensors").write_bytes(bytes([step]) * 20 * MIB)
+        (store.local_directory(step) / "inner" / "rng").write_text(str(step))
         store.push(step)
         if step < 3:
             store.publish(step, **run)
@@ -96,7 +96,7 @@ def test_a_checkpoint_counts_once_its_manifest_is_there(storage: Storage, tmp_pa
     assert store.clean() == [3] and store.steps() == [2]
     store.drop_copy(2)
     store.fetch(2)
-    assert (store.place(2) / "model.safetensors").read_bytes() == bytes([2]) * 20 * MIB
+    assert (store.local_directory(2) / "model.safetensors").read_bytes() == bytes([2]) * 20 * MIB
     assert json.loads(storage.read_text(f"{store.layout.checkpoint(2)}/{MANIFEST}"))["files"]["inner/rng"] == 1
 
 

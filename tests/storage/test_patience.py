@@ -13,9 +13,9 @@ from finetune_trainer.storage import retry
 
 def test_a_wait_is_told_until_the_last_of_several_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr(retry._waits, "told", None)  # what listened before listens again afterwards
+    monkeypatch.setattr(retry._waits, "report", None)  # what listened before listens again afterwards
     monkeypatch.setattr(retry, "FIRST_SECONDS", 0.01)
-    retry.listen(told.append)
+    retry.on_waiting(told.append)
     back = {name: threading.Event() for name in "ab"}
     tries, tried_again = Counter[str](), {name: threading.Event() for name in "ab"}
 
@@ -26,7 +26,9 @@ def test_a_wait_is_told_until_the_last_of_several_ends(monkeypatch: pytest.Monke
         if not back[name].is_set():
             raise TimeoutError(name)
 
-    threads = {name: threading.Thread(target=retry.patiently, args=(partial(work, name), name, 60)) for name in "ab"}
+    threads = {
+        name: threading.Thread(target=retry.call_with_retries, args=(partial(work, name), name, 60)) for name in "ab"
+    }
     for name in "ab":
         threads[name].start()
         assert tried_again[name].wait(30)

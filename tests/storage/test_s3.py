@@ -18,7 +18,7 @@ from finetune_trainer.errors import Interrupted
 from finetune_trainer.layout import MANIFEST, RUN_CONFIG, StageLayout
 from finetune_trainer.storage import retry
 from finetune_trainer.storage.checkpoints import CheckpointStore
-from finetune_trainer.storage.fencing import Hold
+from finetune_trainer.storage.fencing import AttemptFence
 from finetune_trainer.storage.filesystem import Storage
 
 MIB = 1 << 20
@@ -37,7 +37,7 @@ def store(storage: Storage, tmp_path: Path) -> CheckpointStore:
 
 def written(store: CheckpointStore, step: int, size: int = 1000) -> Path:
     """A checkpoint's files where a worker writes them, as yet on its machine alone."""
-    place = store.place(step)
+    place = store.local_directory(step)
     (place / "inner").mkdir(parents=True)
     (place / "model.safetensors").write_bytes(random.Random(step).randbytes(size))
     (place / "inner" / "rng").write_text(str(step))
@@ -143,8 +143,8 @@ def test_a_server_that_is_away_in_the_middle_of_a_save_loses_no_checkpoint(
 ) -> None:
     """It is killed once the upload has begun (or a little later), and comes back after a while; the wait is told."""
     told: list[str] = []
-    monkeypatch.setattr(retry._waits, "told", None)  # what listened before listens again afterwards
-    retry.listen(told.append)
+    monkeypatch.setattr(retry._waits, "report", None)  # what listened before listens again afterwards
+    retry.on_waiting(told.append)
     place = written(store, 30, 200 * MIB)
     content = (place / "model.safetensors").read_bytes()
     saving = threading.Thread(target=lambda: (store.push(30), store.publish(30, **RUN)))
@@ -174,7 +174,7 @@ def test_what_no_waiting_mends_is_told_at_once(s3: S3Server) -> None:
 
 def test_patience_ends(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_SECONDS", 0.1)
-    nowhere = Storage(f"s3://{BUCKET}/x", patience=0.2, endpoint_url="http://127.0.0.1:9")
+    nowhere = Storage(f"s3://{BUCKET}/x", retry_seconds=0.2, endpoint_url="http://127.0.0.1:9")
     with pytest.raises(OSError, match="writing a"):
         nowhere.write_text("a", "b")
 
@@ -189,7 +189,7 @@ def test_rows_of_a_bucket_as_a_source(storage: Storage, tmp_path: Path) -> None:
 
 def test_an_attempt_that_a_later_one_has_followed_saves_no_more(storage: Storage) -> None:
     """As on a node that the cluster has given up, which is alive all the same."""
-    first, second = Hold(storage, 1), Hold(storage, 2)
+    first, second = AttemptFence(storage, 1), AttemptFence(storage, 2)
     first.check()  # nobody has begun: nothing to lose
     storage.write_text(RUN_CONFIG, json.dumps({"attempt": 1}))
     first.check()

@@ -1,4 +1,4 @@
-"""Errors whose type says what to do about them."""
+"""Exceptions whose type determines the exit code and whether a retry may help."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from finetune_api.problems import Problem
 
 
 class UserError(Exception):
-    """The job, its data or its flags are wrong: a retry fails the same way. Carries one problem per fault."""
+    """The job, its data or its options are wrong, so a retry fails in the same way.
+
+    Args:
+        problems: the problems, or a message.
+    """
 
     exit_code = ExitCode.USER_ERROR
 
@@ -18,28 +22,29 @@ class UserError(Exception):
         super().__init__("\n".join(map(str, self.problems)))
 
     def __reduce__(self) -> tuple[type[UserError], tuple[list[Problem]]]:
-        """Keep the problems across process borders (Ray pickles exceptions by their arguments)."""
+        """Keep the problems when the exception is pickled: Ray pickles exceptions by their arguments."""
         return type(self), (self.problems,)
 
 
 class Interrupted(Exception):
-    """Training was asked to stop and did, after saving a checkpoint."""
+    """Training was asked to stop and has saved a checkpoint."""
 
     exit_code = ExitCode.INTERRUPTED
 
 
 class GateNotPassed(Exception):
-    """An evaluation missed a bound that the job sets; what was measured is in storage."""
+    """An evaluation missed the gate of the job. Its metrics are in storage."""
 
     exit_code = ExitCode.GATE_NOT_PASSED
 
 
 class TrainingFailed(Exception):
-    """A stage failed for a reason that is not the user's, and retries were of no use.
+    """A stage failed for a reason other than the job, and retries did not help.
 
     Args:
-        advice: what to do about it, where that is known.
-        node: name of the node on which a GPU fault happened.
+        text: error message.
+        advice: the remedy, if one is known.
+        node: name of the node of a GPU fault.
     """
 
     exit_code = ExitCode.FAILED
@@ -50,13 +55,13 @@ class TrainingFailed(Exception):
 
 
 class Outage(Exception):
-    """A service that the job needs does not answer. The same job may succeed later."""
+    """A service that the job needs does not respond. The same job may succeed later."""
 
     exit_code = ExitCode.FAILED
 
 
-class NotMet(Exception):
-    """Workers did not come to where the others waited for them: one of them is slow, or cut off."""
+class WorkersMissing(Exception):
+    """Some workers did not reach a rendezvous in time, because they are slow or disconnected."""
 
     exit_code = ExitCode.FAILED
 
@@ -68,5 +73,5 @@ class OutOfMemory(TrainingFailed):
 
 
 def exit_code_of(error: BaseException) -> ExitCode:
-    """What an error that ends a run says to whoever started it."""
+    """Return the exit code of a run that ends with an error."""
     return getattr(error, "exit_code", ExitCode.FAILED)

@@ -1,4 +1,4 @@
-"""The form in which a model was trained, kept beside its weights: what it was not trained on, it answers badly."""
+"""The prompt format in which a model was trained, saved with its weights: other formats give worse completions."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 FORM_FILE = "finetune.json"
-"""In a result's directory."""
+"""File in the directory of a result."""
 
 Form = Literal["chat", "prompt-completion", "text"]
-"""How rows reach the model: through the chat template, as a prompt with its completion right after it, or as a text."""
+"""The format of rows: with the chat template, as a prompt directly followed by its completion, or as a text."""
 FORMS: dict[Form, str] = {
     "chat": "conversations through the chat template",
     "prompt-completion": "prompts and completions as plain text",
@@ -20,7 +20,7 @@ FORMS: dict[Form, str] = {
 
 
 def form_of(row: Mapping[str, Any], has_template: bool) -> Form:
-    """Return the form of a normalised row (`data.forms`), for a tokenizer with or without a chat template."""
+    """Return the form of a normalised row (`data.row_formats`), for a tokenizer with or without a chat template."""
     if "text" in row:
         return "text"
     if "messages" in row:
@@ -30,18 +30,24 @@ def form_of(row: Mapping[str, Any], has_template: bool) -> Form:
 
 
 def main_form(rows: Mapping[str, int]) -> Form | None:
-    """Return the form to ask in after training on so many rows of each form; None where there are none.
+    """Return the form for prompts to a model, given its training rows of each form; None if there are no rows.
 
-    Chat where any row is one, because a chat model may be trained on documents too and still be asked in chats.
+    It is `chat` if any row is a chat, because chat models are often trained on documents too.
     """
-    counts = {form: rows[form] for form in FORMS if rows.get(form)}
+    counts: dict[Form, int] = {form: rows[form] for form in FORMS if rows.get(form)}
     if not counts:
         return None
-    return "chat" if "chat" in counts else max(counts, key=lambda form: counts[form])
+    return "chat" if "chat" in counts else max(counts, key=counts.__getitem__)
 
 
 def write_form(directory: Path, stage: str, rows: Mapping[str, int]) -> None:
-    """Write beside a result's weights how many rows of each form its last stage was trained on; nothing for no rows."""
+    """Write the form and the number of training rows of each form to a result's directory; nothing without rows.
+
+    Args:
+        directory: directory of the result.
+        stage: name of the stage.
+        rows: number of training rows of each form.
+    """
     form = main_form(rows)
     if form is not None:
         facts = {"trainedAs": form, "rows": dict(rows), "stage": stage}
@@ -49,7 +55,7 @@ def write_form(directory: Path, stage: str, rows: Mapping[str, int]) -> None:
 
 
 def read_form(directory: str | Path) -> Form | None:
-    """Return the form in which a result was trained; None for any other model, of which that is not known."""
+    """Return the form in which a result was trained; None for other models, whose form is unknown."""
     try:
         known = json.loads(Path(directory, FORM_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Whether an evaluated model is good enough for a pipeline to go on."""
+"""Checks the gate of an evaluation: whether the model is good enough for the next stage."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from finetune_trainer.stage_graph import layouts, place
 from finetune_trainer.storage.filesystem import Storage
 
 Measured = dict[str, dict[str, float]]
-"""Metrics by model."""
+"""Metrics by name of the model."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One bound of a gate and what was measured."""
+    """The result of one bound of a gate."""
 
     gate: Gate
     value: float | None
-    """The metric, or its difference to another model's; None where it was not measured."""
+    """The metric, or its difference to that of another model; None if it was not measured."""
 
     @property
     def passed(self) -> bool:
-        """A value that is not there, or is no number, passes nothing."""
+        """Whether the value is within the bound. None and NaN are not."""
         value, gate = self.value, self.gate
         if value is None:
             return False
@@ -35,13 +35,13 @@ class Verdict:
 
     @property
     def expected(self) -> str:
-        """`at least 0.5`"""
+        """The bound for a message, such as `at least 0.5`."""
         bounds = (("at least", self.gate.at_least), ("at most", self.gate.at_most))
-        return " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
+        return " and ".join(f"{name} {bound:g}" for name, bound in bounds if bound is not None)
 
     @property
     def subject(self) -> str:
-        """`rougeL`, or `rougeL minus base's`."""
+        """The metric for a message, such as `rougeL` or `rougeL minus base's`."""
         return self.gate.metric + (f" minus {self.gate.relative_to}'s" if self.gate.relative_to else "")
 
     def __str__(self) -> str:
@@ -50,15 +50,15 @@ class Verdict:
 
 
 def verdicts(gates: list[Gate], measured: Measured, model: str) -> list[Verdict]:
-    """What each bound says of `model`."""
+    """Return the verdict of each bound on `model`."""
     return [Verdict(gate, _value(gate, measured, model)) for gate in gates]
 
 
 def require_gate(run: RunConfig, storage: Storage, index: int) -> None:
-    """Hold what a finished stage has measured against its gate; stages that measure nothing pass.
+    """Check the metrics of a finished stage against its gate. Stages without a gate pass.
 
     Raises:
-        GateNotPassed: it missed a bound; the message names every one that it missed.
+        GateNotPassed: the stage missed a bound; the message names all bounds that it missed.
     """
     spec = run.job.spec.stages[index].evaluate
     if spec is None or not spec.gate:

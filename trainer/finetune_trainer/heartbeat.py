@@ -1,9 +1,9 @@
-"""What this process is doing and whether it gets on: read by a thread that tells the driver.
+"""The heartbeat of this process: its current phase and whether it makes progress.
 
-Two kinds of phases. In a *measured* one (a training step, a wait for other workers) only `beat` and a change of phase
-are progress: a worker that waits inside NCCL spins, so its CPU time says nothing. In any other one (loading, saving,
-merging, compiling, downloading) the CPU time and the bytes read and written are progress too, so that no long phase has
-to report each of its parts.
+A thread reads it and sends it to the driver (`progress.heartbeats`). There are two kinds of phases. In a *measured* one
+(a training step, a wait for other workers) only `record_progress` and a change of phase count as progress: a worker
+that waits inside NCCL spins, so its CPU time proves nothing. In any other phase (loading, saving, merging, compiling,
+downloading) CPU time and bytes read or written count too, so that a long phase need not report each of its parts.
 """
 
 from __future__ import annotations
@@ -15,68 +15,70 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Phase:
-    """What a process does."""
+    """A phase of a process, such as `forward pass`."""
 
     name: str
     measured: bool = False
-    """Whether only beats are progress."""
+    """Whether only heartbeats count as progress."""
     waits: bool = False
-    """Whether it waits for other workers, so that it is not the one behind."""
+    """Whether the process waits for other workers, so that it is not the one that is behind."""
     step: int = 0
-    """Optimizer steps done before it."""
+    """Optimizer steps done before the phase."""
     order: int = 0
-    """Place of the phase within its step: the worker with the lowest step and place is behind the others."""
+    """Position of the phase within its step: the worker with the lowest step and position is behind the others."""
 
 
 IDLE = Phase("starting")
 
 
-class Pulse:
-    """The pulse of one process. Phases belong to the thread that trains; any thread may beat."""
+class Heartbeat:
+    """The heartbeat of one process. Only the training thread changes the phase; any thread may record progress."""
 
     def __init__(self) -> None:
-        self.beats = 0
+        self.count = 0
         self.phase = IDLE
 
-    def beat(self) -> None:
-        """Something was done."""
-        self.beats += 1
+    def record_progress(self) -> None:
+        """Count one unit of work."""
+        self.count += 1
 
-    def enter(self, phase: Phase) -> None:
+    def enter_phase(self, phase: Phase) -> None:
         """Begin a phase, which lasts until the next one."""
         self.phase = phase
-        self.beats += 1
+        self.count += 1
 
 
-_pulse = Pulse()
+_heartbeat = Heartbeat()
 
 
-def pulse() -> Pulse:
-    """Return this process's pulse."""
-    return _pulse
+def process_heartbeat() -> Heartbeat:
+    """Return the heartbeat of this process."""
+    return _heartbeat
 
 
-def beat() -> None:
-    """Say that something was done: a batch measured, a token generated, an answer or a part of a file received."""
-    _pulse.beat()
+def record_progress() -> None:
+    """Record a unit of work: a batch evaluated, a token generated, a response or a part of a file received."""
+    _heartbeat.record_progress()
 
 
 @contextmanager
-def during(
+def in_phase(
     name: str, *, measured: bool = False, waits: bool = False, step: int | None = None, order: int | None = None
 ) -> Iterator[None]:
-    """Inside, the process does what `name` says. Step and place are those of the phase around it where not given."""
-    before = _pulse.phase
-    where = (before.step if step is None else step, before.order if order is None else order)
-    _pulse.enter(Phase(name, measured, waits, *where))
+    """Run the block in a phase, then return to the previous one. Step and order default to those of that phase."""
+    before = _heartbeat.phase
+    _heartbeat.enter_phase(Phase(name, measured, waits, *_position(step, order)))
     try:
         yield
     finally:
-        _pulse.enter(before)
+        _heartbeat.enter_phase(before)
 
 
-def enter(name: str, *, measured: bool = False, step: int | None = None, order: int | None = None) -> None:
-    """Begin a phase that ends where the next one begins."""
-    before = _pulse.phase
-    where = (before.step if step is None else step, before.order if order is None else order)
-    _pulse.enter(Phase(name, measured, False, *where))
+def enter_phase(name: str, *, measured: bool = False, step: int | None = None, order: int | None = None) -> None:
+    """Begin a phase, which lasts until the next one. Step and order default to those of the current phase."""
+    _heartbeat.enter_phase(Phase(name, measured, False, *_position(step, order)))
+
+
+def _position(step: int | None, order: int | None) -> tuple[int, int]:
+    current = _heartbeat.phase
+    return (current.step if step is None else step, current.order if order is None else order)

@@ -1,8 +1,8 @@
-"""Access to the Hugging Face hub: what is an outage, and what is a fault of the job.
+"""Access to the Hugging Face hub, which distinguishes an outage from an error of the job.
 
-The libraries try each file six times and wait 23 s in all before they report that the hub does not answer, once for
-each of several files, and then raise the same type of error as for a model that does not exist. One request for the
-repository's description, sent first, tells the cases apart at once.
+If the hub does not respond, the libraries retry each of several files six times, for 23 s in total, and then raise the
+same type of error as for a model that does not exist. One request for the repository's description, sent first,
+distinguishes the cases at once.
 """
 
 from __future__ import annotations
@@ -32,25 +32,26 @@ from finetune_trainer.errors import Outage, UserError
 
 Kind = Literal["model", "dataset"]
 TIMEOUT_SECONDS = 10.0
-"""How long the hub may take to answer the first request."""
+"""Timeout of the first request to the hub."""
 _TOKEN = "run `hf auth login` or set HF_TOKEN (on a cluster: a Secret named in kubernetes.envFromSecrets)"
 _outages: list[Outage] = []
-"""Why this process uses the cache alone, where it was not told to."""
+"""The outage because of which this process uses only the cache, although HF_HUB_OFFLINE was not set."""
 
 
 @contextmanager
 def hub_access(name: str, where: str, revision: str | None = None, kind: Kind = "model") -> Iterator[None]:
-    """Check that the hub has a repository, then translate what the libraries raise while it is read.
+    """Check that the hub has a repository, and translate the libraries' exceptions in the block that reads it.
 
     Args:
-        name: a local directory, for which nothing is done, or a hub id.
-        where: the field of the job that names it.
+        name: a hub id, or a local directory, for which nothing is done.
+        where: the field of the job that contains the name.
         revision: branch, tag or commit. Default: the main branch.
+        kind: model or dataset.
 
     Raises:
-        Outage: the hub does not answer or fails, and the repository is not in the cache.
-        UserError: there is no such repository or revision, access is denied, or the cache alone may be used
-            (HF_HUB_OFFLINE) and does not have it.
+        Outage: the hub does not respond or fails, and the repository is not in the cache.
+        UserError: the repository or revision does not exist, access is denied, or HF_HUB_OFFLINE is set and the
+            repository is not in the cache.
     """
     if os.path.isdir(name):
         yield
@@ -69,7 +70,7 @@ def hub_access(name: str, where: str, revision: str | None = None, kind: Kind = 
 
 @cache
 def _require(name: str, where: str, revision: str | None, kind: Kind) -> None:
-    """Ask the hub for a repository, once per process; without an answer, fall back on the cache."""
+    """Request a repository's description, once per process. If the hub does not respond, use the cache."""
     if is_offline_mode():
         if not _is_cached(name, revision, kind):
             raise _outages[0] if _outages else UserError([Problem(where, _not_cached(name, revision, kind))])
@@ -107,30 +108,30 @@ def _is_cached(name: str, revision: str | None, kind: Kind) -> bool:
 
 
 def _is_prepared(dataset: str) -> bool:
-    """Whether the `datasets` library keeps the tables that it made of a hub dataset."""
+    """Whether the `datasets` library has prepared tables of a hub dataset in its cache."""
     from datasets import config
 
     return Path(config.HF_DATASETS_CACHE, dataset.replace("/", "___")).is_dir()
 
 
 def _use_cache_only(outage: Outage) -> None:
-    """Keep this process and those that it starts from waiting for a hub that does not answer."""
+    """Make this process and its children use only the cache, so that they do not wait for the hub."""
     _outages.append(outage)
     os.environ["HF_HUB_OFFLINE"] = "1"
     constants.HF_HUB_OFFLINE = True
-    if "datasets" in sys.modules:  # which copies the setting when it is imported
+    if "datasets" in sys.modules:  # it copies the setting when it is imported
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True
 
 
 def _is_outage(error: Exception) -> bool:
-    """Whether a later try may succeed: no answer at all, too many requests, or an error of the server."""
+    """Whether a retry may succeed: no response, too many requests, or a server error."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code == 429 or error.response.status_code >= 500
     return isinstance(error, (httpx2.HTTPError, ConnectionError, TimeoutError))
 
 
 def _network_cause(error: BaseException) -> Exception | None:
-    """The failed request behind an error, if it is an outage. The libraries chain it as the cause or the context."""
+    """Return the failed request that has caused an error, if it is an outage: the libraries chain exceptions."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
@@ -144,17 +145,17 @@ def _network_cause(error: BaseException) -> Exception | None:
 def _outage(error: Exception, more: str = "") -> Outage:
     host = constants.ENDPOINT.removeprefix("https://")
     reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return Outage(f"{host} can't be reached: {reason}{more}; with HF_HUB_OFFLINE=1 the cache alone is used")
+    return Outage(f"{host} can't be reached: {reason}{more}; with HF_HUB_OFFLINE=1 only the cache is used")
 
 
 def _refusal(error: Exception, name: str, revision: str | None, kind: Kind) -> str:
-    place = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
+    url = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
     if isinstance(error, GatedRepoError):
-        return f"{kind} {name} is gated: accept its terms at {place}, then {_TOKEN}"
+        return f"{kind} {name} is gated: accept its terms at {url}, then {_TOKEN}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status == 401 and "Invalid credentials" in str(error):
         return f"the hub does not accept the token: {_TOKEN}"
-    if isinstance(error, RepositoryNotFoundError) or status == 401:  # the hub's answer without a login
+    if isinstance(error, RepositoryNotFoundError) or status == 401:  # the hub's response without a login
         return f"the hub has no {kind} {name}, or it is private: check the name; for a private one {_TOKEN}"
     if isinstance(error, RevisionNotFoundError):
         return f"{kind} {name} has no revision {revision!r}: expected a branch, a tag or a commit"

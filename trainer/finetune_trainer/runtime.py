@@ -1,4 +1,4 @@
-"""The process environment that makes the libraries quiet, steady and private."""
+"""Environment variables that make the libraries quiet and stable, and disable their telemetry."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ QUIET_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would start each worker by `uv run` too, which may fail
-    "RAY_raylet_start_wait_time_s": "180",  # the default 30 s is too short for a busy machine
-    "RAY_prestart_worker_first_driver": "0",  # a process per CPU, which no worker of ours can take over
-    "RAY_worker_niceness": "0",  # Ray runs its workers at 15, behind whatever else the machine does
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every line of a worker appears twice
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would start workers by `uv run` too, which may fail
+    "RAY_raylet_start_wait_time_s": "180",  # the default of 30 s is too short for a busy machine
+    "RAY_prestart_worker_first_driver": "0",  # otherwise one process per CPU, which our workers cannot use
+    "RAY_worker_niceness": "0",  # Ray's default of 15 gives its workers less CPU time than other processes
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise every line of a worker appears twice
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # SIGTERM tells us, and the watcher is a process that loads Ray
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # SIGTERM is enough, and the watcher is another process that loads Ray
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "TOKENIZERS_PARALLELISM": "false",
@@ -35,35 +35,35 @@ QUIET_ENVIRONMENT = {
 }
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-"""What torch 2.13 reads its allocator's settings from; the last two are its older names."""
+"""Environment variables from which torch 2.13 reads the settings of its allocator; the last two are older names."""
 
 
 def node_name() -> str:
-    """Return the name of this node: Kubernetes' in a pod of the operator's, else the machine's own."""
+    """Return the name of this node: the Kubernetes node in a pod of the operator, or else the hostname."""
     return os.environ.get(NODE_VARIABLE) or socket.gethostname()
 
 
 def quiet_environment(accelerator: bool) -> dict[str, str]:
-    """Variables for every process of a run.
+    """Return the environment variables of every process of a run.
 
     Args:
-        accelerator: whether the run uses GPUs; DeepSpeed otherwise picks one where it finds CUDA's libraries.
+        accelerator: whether the run uses GPUs. If not, DeepSpeed must be kept from choosing CUDA where it is installed.
     """
     return QUIET_ENVIRONMENT | ({} if accelerator else {"DS_ACCELERATOR": "cpu"})
 
 
 def allocator_environment(accelerator: bool, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variable that makes torch's CUDA allocator use expandable segments, which fragment less.
+    """Return the variable that makes torch's CUDA allocator use expandable segments, which reduce fragmentation.
 
-    Rows of changing length otherwise leave gaps in it: memory that is reserved, and out of memory with gigabytes free.
+    Otherwise rows of varying length fragment the memory, which then runs out with gigabytes reserved but unused.
 
     Args:
         accelerator: whether the run uses GPUs.
-        environment: the user's. Nothing is added where it configures the allocator, or where vLLM is installed: its
-            sleep mode refuses expandable segments (`CuMemAllocator`).
+        environment: environment of the user. The result is empty if it configures the allocator, or if vLLM is
+            installed, whose sleep mode does not support expandable segments (`CuMemAllocator`).
     """
-    chosen = any(name in environment for name in ALLOCATOR_VARIABLES)
-    if not accelerator or chosen or find_spec("vllm") is not None:
+    configured = any(name in environment for name in ALLOCATOR_VARIABLES)
+    if not accelerator or configured or find_spec("vllm") is not None:
         return {}
     return {ALLOCATOR_VARIABLES[0]: "expandable_segments:True"}
 
@@ -72,9 +72,9 @@ NCCL_LOG_LEVEL, NCCL_LOG_FILE = "NCCL_DEBUG", "NCCL_DEBUG_FILE"
 
 
 def nccl_log_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that make NCCL write its log to a file for each process (`%h`: host, `%p`: process).
+    """Return the variables that make NCCL write the log of each process to a file (`%h`: host, `%p`: process id).
 
-    Empty where the user has set NCCL_DEBUG.
+    Empty if the user has set NCCL_DEBUG.
     """
     if NCCL_LOG_LEVEL in environment:
         return {}
@@ -83,12 +83,12 @@ def nccl_log_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def apply_environment(variables: dict[str, str]) -> None:
-    """Set what the user hasn't set, and hush what has no variable of its own."""
+    """Set the variables that the user has not set, and silence loggers that have no variable."""
     hush()
     for name, value in variables.items():
         os.environ.setdefault(name, value)
 
 
 def hush() -> None:
-    """At each import bitsandbytes advises a package that fetches faster kernels from the hub at run time."""
+    """Silence bitsandbytes, which recommends a package with faster kernels whenever it is imported."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""All checks, in the order of the table (pure)."""
+"""Runs all checks, in the order of the table. Pure."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from finetune_trainer.doctor.finding import Finding, Scope
 from finetune_trainer.doctor.needs import Needs
 
 Check = Callable[[Facts, Needs], Finding]
-OF_IMAGE: tuple[Check, ...] = (
+IMAGE_CHECKS: tuple[Check, ...] = (
     toolchain.compiler,
     devices.torch_build,
     libraries.bitsandbytes,
     libraries.flash_attention,
     libraries.vllm,
 )
-OF_NODE: tuple[Check, ...] = (
+NODE_CHECKS: tuple[Check, ...] = (
     devices.driver,
     devices.gpus,
     devices.cuda,
@@ -40,7 +40,9 @@ def examine(facts: Facts, needs: Needs, scope: Scope | None = None) -> list[Find
     """Return one finding for each check.
 
     Args:
-        scope: only the checks of the image, which need no GPU, or only those of the node. Default: all.
+        facts: facts of the machine.
+        needs: needs of the job.
+        scope: run only the checks of the image, which need no GPU, or only those of the node. Default: all.
     """
-    checks = {Scope.IMAGE: OF_IMAGE, Scope.NODE: OF_NODE, None: OF_IMAGE + OF_NODE}[scope]
+    checks = {Scope.IMAGE: IMAGE_CHECKS, Scope.NODE: NODE_CHECKS, None: IMAGE_CHECKS + NODE_CHECKS}[scope]
     return [check(facts, needs) for check in checks]

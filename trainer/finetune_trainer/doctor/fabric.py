@@ -1,5 +1,7 @@
-"""Checks of what RDMA between nodes needs (pure). NCCL falls back to TCP where something is missing, and says so in its
-log alone (NCCL_DEBUG=INFO)."""
+"""Checks of the requirements of RDMA between nodes. Pure.
+
+If one is missing, NCCL falls back to TCP, which only its log (NCCL_DEBUG=INFO) shows.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ _SEVERAL = "RDMA between several nodes"
 
 
 def rdma_devices(facts: Facts, needs: Needs) -> Finding:
-    """Verbs devices in the container. Adapters of the machine are not enough: a device plugin puts them into pods."""
+    """Check for verbs devices in the container. A device plugin must add the machine's adapters to pods."""
     fabric, name = facts.fabric, "RDMA devices"
     found = ", ".join(fabric.devices) or (
         f"none in this container, {', '.join(fabric.adapters)} on the machine" if fabric.adapters else "none"
@@ -21,7 +23,7 @@ def rdma_devices(facts: Facts, needs: Needs) -> Finding:
     if fabric.devices:
         return Finding(name, State.OK, found, "/dev/infiniband/uverbs*")
     remedy = (
-        "Install an RDMA device plugin and ask for its resource in resources.podTemplate limits (such as rdma/hca: 1), "
+        "Install an RDMA device plugin and request its resource in resources.podTemplate limits (such as rdma/hca: 1), "
         "or accept TCP, which is several times slower"
     )
     state = State.MISSING if needs.rdma else State.WARNING
@@ -29,10 +31,10 @@ def rdma_devices(facts: Facts, needs: Needs) -> Finding:
 
 
 def locked_memory(facts: Facts, needs: Needs) -> Finding:
-    """RDMA pins its buffers: an unlimited RLIMIT_MEMLOCK, or CAP_IPC_LOCK in effect.
+    """Check that RDMA can pin its buffers: RLIMIT_MEMLOCK is unlimited, or CAP_IPC_LOCK is in effect.
 
-    Kubernetes adds capabilities to the bounding set of a container that does not run as root, where they have no
-    effect; the limit is containerd's own.
+    For a container that does not run as root, Kubernetes adds capabilities only to the bounding set, where they have no
+    effect. The limit is that of containerd.
     """
     fabric, name, needed = facts.fabric, "Locked memory", "RLIMIT_MEMLOCK unlimited, or CAP_IPC_LOCK in effect"
     limit = "unlimited" if fabric.locked_bytes is None else f"{fabric.locked_bytes / 1024:.0f} KiB"
@@ -46,10 +48,10 @@ def locked_memory(facts: Facts, needs: Needs) -> Finding:
 
 
 def peer_memory(facts: Facts, needs: Needs) -> Finding:
-    """GPUDirect RDMA: the adapter reads GPU memory itself, by nvidia-peermem or DMA-BUF (open kernel module)."""
+    """Check for GPUDirect RDMA, by which the adapter reads GPU memory: nvidia-peermem or DMA-BUF (open module)."""
     name, needed = "GPUDirect RDMA", "the kernel module nvidia-peermem, or NVIDIA's open kernel module (DMA-BUF)"
     ways = {"nvidia-peermem": facts.fabric.peer_memory, "open kernel module": facts.driver.open_module}
-    found = ", ".join(way for way, there in ways.items() if there) or "none"
+    found = ", ".join(way for way, present in ways.items() if present) or "none"
     if not _several(needs) or not facts.fabric.devices:
         return Finding(name, State.NOT_NEEDED, found, _SEVERAL)
     if any(ways.values()):

@@ -11,23 +11,23 @@ from finetune_api.problems import Problem
 
 
 class State(StrEnum):
-    """How what was found compares with what is needed."""
+    """The result of comparing a fact with a need."""
 
     OK = "ok"
     WARNING = "warning"
-    """Training works, but slower or with a risk that the remedy removes."""
+    """Training works, but is slower or has a risk that the remedy removes."""
     MISSING = "missing"
     """Training fails without it."""
     NOT_NEEDED = "not needed"
 
 
 class Scope(StrEnum):
-    """Where the cause of a finding lies."""
+    """The cause of a finding."""
 
     IMAGE = "image"
-    """In the container image, or in the Python environment: the same on every node, with or without GPUs."""
+    """The container image or the Python environment, which is the same on every node, with or without GPUs."""
     NODE = "node"
-    """In the machine and in how the container runs there."""
+    """The machine and the settings of the container on it."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Finding:
     state: State
     found: str
     needed: str
-    """What is needed, or what would need it where the state is `NOT_NEEDED`."""
+    """What is needed; if the state is `NOT_NEEDED`, what would need it."""
     remedy: str = ""
-    """What to do; empty where nothing has to be done."""
+    """The remedy; empty if none is necessary."""
     field: str = "resources.gpusPerNode"
-    """The field of the job that brings the need."""
+    """The field of the job that causes the need."""
     scope: Scope = Scope.NODE
     device: bool = False
     """Whether a broken GPU explains the finding as well as a wrong setup does."""
@@ -53,10 +53,10 @@ class Finding:
 
     @property
     def problem(self) -> Problem:
-        """The finding as a fault of the job."""
+        """The finding as a problem of the job."""
         return Problem(self.field, f"{self.name}: found {self.found}, needed {self.needed}. {self.remedy}")
 
 
 def missing(findings: Iterable[Finding]) -> list[Finding]:
-    """Return the findings without which training fails."""
+    """Return the findings that make training fail."""
     return [one for one in findings if one.state is State.MISSING]

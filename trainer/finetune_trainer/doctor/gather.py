@@ -1,4 +1,4 @@
-"""Read the facts from this machine. Nothing is changed, and nothing is decided here."""
+"""Reads the facts of this machine, without changing it or evaluating them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from finetune_trainer.doctor.facts import Driver, Fabric, Facts, Gpu, Host, Hub, Package, Toolchain, Torch
 from finetune_trainer.doctor.libraries import KERNELS
-from finetune_trainer.doctor.programs import LAUNCHER, TORCH, answer_of
+from finetune_trainer.doctor.programs import LAUNCHER, TORCH, run_program
 from finetune_trainer.host_memory import host_memory
 
 PACKAGES = ("bitsandbytes", "vllm", *KERNELS.values())
@@ -31,25 +31,25 @@ _LIBRARY = re.compile(r"libbitsandbytes_cuda(\d+)\.")
 
 
 def gather(cache: Path, *, ask_hub: bool) -> Facts:
-    """Return the facts of this machine: some seconds, for torch is imported and a C file is compiled.
+    """Return the facts of this machine. It takes some seconds, because it imports torch and compiles a C file.
 
     Args:
         cache: directory of prepared data and downloads.
-        ask_hub: whether to connect to the Hugging Face hub.
+        ask_hub: whether to send a request to the Hugging Face hub.
     """
     with ThreadPoolExecutor(3) as pool:
-        launcher = pool.submit(answer_of, LAUNCHER)
-        probe = pool.submit(answer_of, TORCH, *(name for name in KERNELS.values() if find_spec(name)))
+        launcher = pool.submit(run_program, LAUNCHER)
+        probe = pool.submit(run_program, TORCH, *(name for name in KERNELS.values() if find_spec(name)))
         hub = pool.submit(hub_facts) if ask_hub else None
         host, packages = host_facts(cache), package_facts()
-        tried = {
+        imported = {
             name: Package(packages[name].version, error) for name, error in probe.result().get("imports", {}).items()
         }
         return Facts(
             toolchain=_toolchain(launcher.result()),
             torch=_torch(probe.result()),
             driver=driver_facts(),
-            packages={**packages, **tried},
+            packages={**packages, **imported},
             bitsandbytes_cudas=bitsandbytes_cudas(),
             host=host,
             fabric=fabric_facts(),
@@ -58,9 +58,9 @@ def gather(cache: Path, *, ask_hub: bool) -> Facts:
 
 
 def gather_image() -> Facts:
-    """Return the facts of the image alone: its packages and its compiler."""
+    """Return only the facts of the image: its packages and its compiler."""
     return Facts(
-        toolchain=_toolchain(answer_of(LAUNCHER)),
+        toolchain=_toolchain(run_program(LAUNCHER)),
         torch=_torch({}),
         packages=package_facts(),
         bitsandbytes_cudas=bitsandbytes_cudas(),
@@ -68,12 +68,12 @@ def gather_image() -> Facts:
 
 
 def _toolchain(answer: dict[str, Any]) -> Toolchain:
-    words = (answer.get("error") or "", answer.get("libcuda_error") or "")
-    return Toolchain(answer.get("triton"), answer.get("compiler"), *words)
+    errors = (answer.get("error") or "", answer.get("libcuda_error") or "")
+    return Toolchain(answer.get("triton"), answer.get("compiler"), *errors)
 
 
 def _torch(answer: dict[str, Any]) -> Torch:
-    """torch's version from its own file, which also tells of a torch that can't be imported."""
+    """Return the facts of torch. Its version is read from a file, so that it is known even if the import fails."""
     found = find_spec("torch")
     built = runpy.run_path(str(Path(found.origin).with_name("version.py"))) if found and found.origin else {}
     gpus = [Gpu(gpu["name"], tuple(gpu["capability"]), gpu["memory"]) for gpu in answer.get("gpus", [])]
@@ -88,7 +88,7 @@ def _torch(answer: dict[str, Any]) -> Torch:
 
 
 def package_facts() -> dict[str, Package]:
-    """Return the optional packages that are installed; none is imported."""
+    """Return the optional packages that are installed, without importing them."""
     return {name: Package(_version(name)) for name in PACKAGES if find_spec(name) is not None}
 
 
@@ -102,7 +102,7 @@ def _version(name: str) -> str:
 
 
 def bitsandbytes_cudas() -> tuple[str, ...]:
-    """Return the CUDA versions that bitsandbytes has a library for. It is not imported: that opens the GPUs."""
+    """Return the CUDA versions of bitsandbytes' libraries, without importing it, which would open the GPUs."""
     found = find_spec("bitsandbytes")
     folder = Path(found.origin).parent if found and found.origin else None
     names = [path.name for path in folder.iterdir()] if folder else []
@@ -110,23 +110,27 @@ def bitsandbytes_cudas() -> tuple[str, ...]:
 
 
 def driver_facts(root: Path = Path("/")) -> Driver:
-    """Return what the kernel says of NVIDIA's driver and devices.
+    """Return the facts of NVIDIA's driver and devices.
 
     Args:
-        root: of the file system that holds /proc, /sys and /dev.
+        root: root of the file system with /proc, /sys and /dev.
     """
     text = _read(root / "proc/driver/nvidia/version")
     match = _DRIVER.search(text)
     devices = [path for path in (root / "dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal()]
     bus = (root / "sys/bus/pci/devices").glob("*")
-    mine = [
+    on_bus = [
         path for path in bus if _read(path / "vendor").strip() == NVIDIA and _read(path / "class").startswith(DISPLAY)
     ]
-    return Driver(match[1] if match else None, "Open Kernel Module" in text, len(devices), len(mine))
+    return Driver(match[1] if match else None, "Open Kernel Module" in text, len(devices), len(on_bus))
 
 
 def fabric_facts(root: Path = Path("/")) -> Fabric:
-    """Return what RDMA has here; `root` as of `driver_facts`."""
+    """Return the facts of RDMA.
+
+    Args:
+        root: root of the file system with /proc, /sys and /dev.
+    """
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     effective = next((line for line in _read(root / "proc/self/status").splitlines() if line.startswith("CapEff:")), "")
     capabilities = int(effective.partition(":")[2].strip() or "0", 16)
@@ -155,7 +159,7 @@ def _size_of_shm() -> int | None:
 
 
 def hub_facts() -> Hub:
-    """Return whether the hub answers, where the environment allows to ask. An answer that refuses is an answer."""
+    """Return whether the hub responds, unless HF_HUB_OFFLINE is set. An HTTP error is a response."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

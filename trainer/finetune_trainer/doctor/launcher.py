@@ -1,7 +1,7 @@
-"""Compile Triton's kernel launcher by Triton's own build function: `python launcher.py` prints one line of JSON.
+"""Compiles Triton's kernel launcher by Triton's build function: `python launcher.py` prints one line of JSON.
 
-It runs as a program of its own, by path, so that the compiler's words can be read from its standard error. Triton links
-the launcher with the driver's library, which is looked for, but not linked with: machines without GPUs have none.
+It runs as a script, by path, so that the compiler's messages can be read from its standard error. Triton links the
+launcher with the driver's library; this script only searches for it, because machines without GPUs have none.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Print Triton's version, its compiler and what fails; return 1 where the launcher does not compile."""
+    """Print Triton's version, its compiler and its errors; return 1 if the launcher does not compile."""
     found: dict[str, str | None] = {"triton": None, "compiler": _compiler(), "error": "", "libcuda_error": ""}
     try:
         import triton  # type: ignore[import-untyped]
@@ -38,15 +38,15 @@ def main() -> int:
 
 
 def _compiler() -> str | None:
-    """The compiler that `triton.runtime.build` takes."""
+    """Return the compiler that `triton.runtime.build` uses."""
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
 def _short(error: Exception) -> str:
-    words = (
+    message = (
         str(error).split("Please specify")[0] if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
     )
-    return " ".join(words.split())[:300]
+    return " ".join(message.split())[:300]
 
 
 if __name__ == "__main__":

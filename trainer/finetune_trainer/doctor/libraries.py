@@ -1,4 +1,4 @@
-"""Checks of packages beside torch (pure)."""
+"""Checks of optional packages. Pure."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from finetune_trainer.doctor.needs import Needs
 from finetune_trainer.plan.vllm_version import REQUIREMENT, TORCH, VERSION, fits_version
 
 KERNELS = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-"""Package that transformers imports for each `model.attnImplementation`."""
+"""The package that transformers imports for each `model.attnImplementation`."""
 
 
 def bitsandbytes(facts: Facts, needs: Needs) -> Finding:
-    """bitsandbytes' library for torch's CUDA, by its own rule: of the same major version (`cextension.py`)."""
+    """Check that bitsandbytes has a library for torch's CUDA, of the same major version (`cextension.py`)."""
     name, package, cuda = "bitsandbytes for CUDA", facts.packages.get("bitsandbytes"), facts.torch.cuda
     found = (
         f"{package.version}, for CUDA {' '.join(facts.bitsandbytes_cudas) or 'none'}" if package else "not installed"
@@ -24,35 +24,36 @@ def bitsandbytes(facts: Facts, needs: Needs) -> Finding:
     needed = f"a library for CUDA {major or 'of torch'}.x"
     if major and any(version[:2] == major for version in facts.bitsandbytes_cudas):
         return Finding(name, State.OK, found, needed, field=field, scope=Scope.IMAGE)
-    remedy = "Install a bitsandbytes that has a library for torch's CUDA, or leave quantization out"
+    remedy = "Install a bitsandbytes that has a library for torch's CUDA, or remove quantization"
     return Finding(name, State.MISSING, found, needed, remedy, field, Scope.IMAGE)
 
 
 def flash_attention(facts: Facts, needs: Needs) -> Finding:
-    """The package of the attention kernel that the job names, and that it can be imported."""
-    field, wanted = "model.attnImplementation", KERNELS.get(needs.attention)
-    if wanted is None:
-        have = [f"{name} {facts.packages[name].version}" for name in KERNELS.values() if name in facts.packages]
+    """Check that the package of the job's attention kernel is installed and can be imported."""
+    field, required = "model.attnImplementation", KERNELS.get(needs.attention)
+    if required is None:
+        installed = [f"{name} {facts.packages[name].version}" for name in KERNELS.values() if name in facts.packages]
         needed = "model.attnImplementation flash_attention_2 or flash_attention_3"
-        return Finding("flash-attn", State.NOT_NEEDED, ", ".join(have) or "not installed", needed, field=field,
+        return Finding("flash-attn", State.NOT_NEEDED, ", ".join(installed) or "not installed", needed, field=field,
                        scope=Scope.IMAGE)  # fmt: skip
-    package = facts.packages.get(wanted)
+    package = facts.packages.get(required)
     if package is not None and not package.error:
-        return Finding("flash-attn", State.OK, f"{wanted} {package.version}", wanted, field=field, scope=Scope.IMAGE)
+        found = f"{required} {package.version}"
+        return Finding("flash-attn", State.OK, found, required, field=field, scope=Scope.IMAGE)
     found = "not installed" if package is None else f"{package.version}, whose import fails: {package.error}"
-    remedy = f"Install {wanted} for this torch and CUDA in the image, or set model.attnImplementation to sdpa"
-    return Finding("flash-attn", State.MISSING, found, wanted, remedy, field, Scope.IMAGE)
+    remedy = f"Install {required} for this torch and CUDA in the image, or set model.attnImplementation to sdpa"
+    return Finding("flash-attn", State.MISSING, found, required, remedy, field, Scope.IMAGE)
 
 
 def vllm(facts: Facts, needs: Needs) -> Finding:
-    """Check vLLM, which generates the answers of RLHF where it is installed; transformers does elsewhere."""
+    """Check vLLM, which generates the completions of RLHF if it is installed; otherwise transformers does."""
     package, field = facts.packages.get("vllm"), f"{needs.vllm}.vllm"
     found = package.version if package else "not installed"
     if not needs.gpus or not needs.vllm:
         return Finding("vLLM", State.NOT_NEEDED, found, "rlhf stages on GPUs", field=field, scope=Scope.IMAGE)
     needed = f"vLLM {VERSION}.*, built for torch {TORCH}"
     if package is None:
-        remedy = f"Install '{REQUIREMENT}' in the image, or set vllm to off: transformers generates the answers, slower"
+        remedy = f"Install '{REQUIREMENT}' in the image, or set vllm to off: transformers is slower"
         return Finding("vLLM", State.WARNING, found, needed, remedy, field, Scope.IMAGE)
     if fits_version(package.version):
         return Finding("vLLM", State.OK, found, needed, field=field, scope=Scope.IMAGE)

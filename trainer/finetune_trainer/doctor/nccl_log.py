@@ -1,4 +1,4 @@
-"""What NCCL's log (NCCL_DEBUG=INFO, subsystem INIT) says of how GPUs reach each other (pure).
+"""Parses the transport between GPUs from NCCL's log (NCCL_DEBUG=INFO, subsystem INIT). Pure.
 
 Formats: NCCL 2.18 to 2.29, `src/transport/{net,p2p,shm}.cc`, `src/transport/net_ib*` and `src/init.cc`:
 
@@ -27,12 +27,12 @@ _REASONS = (
     re.compile(r"(NCCL_NET set by environment to \S+)"),
     re.compile(r"(Failed to initialize NET plugin IB)"),
 )
-_LONGEST = 200
+_MAX_REASON = 200
 
 
 @dataclass(frozen=True)
 class Transport:
-    """How GPUs reach each other."""
+    """The transport between GPUs."""
 
     network: str = ""
     """NCCL's name of the network between nodes: `IB` (InfiniBand and RoCE), `Socket` (TCP), or a plugin's."""
@@ -43,11 +43,11 @@ class Transport:
     inside: tuple[str, ...] = ()
     """Transports within a node: `P2P/CUMEM`, `P2P/IPC`, `SHM`."""
     reasons: tuple[str, ...] = ()
-    """NCCL's own words on why it does not use InfiniBand."""
+    """NCCL's messages on why it does not use InfiniBand."""
 
     @property
     def words(self) -> str:
-        """One line for people."""
+        """Description of the transport in one line."""
         direct = {SOCKET: " (TCP)"}.get(self.network, " with GPUDirect RDMA" if self.gpu_direct else
                                         " without GPUDirect RDMA")  # fmt: skip
         between = f"NET/{self.network}{direct} between nodes" if self.network else ""
@@ -55,9 +55,9 @@ class Transport:
 
 
 def parse_log(lines: Iterable[str]) -> Transport:
-    """Return what one worker's log says. What it does not say stays empty.
+    """Return the transport in one worker's log. Fields that the log does not show stay empty.
 
-    The network that connections use counts; without connections the one that NCCL has chosen.
+    The network is that of the connections, or without connections the one that NCCL has chosen.
     """
     chosen, devices, used, direct = "", "", [], []
     inside, reasons = set(), []
@@ -71,13 +71,13 @@ def parse_log(lines: Iterable[str]) -> Transport:
             chosen = found[1]
         elif found := _DEVICES.search(line):
             devices = found[1]
-        reasons += [match[1].strip()[:_LONGEST] for match in (one.search(line) for one in _REASONS) if match]
+        reasons += [match[1].strip()[:_MAX_REASON] for match in (one.search(line) for one in _REASONS) if match]
     network = SOCKET if SOCKET in used else (used or [chosen])[-1]
     return Transport(network, bool(direct) and all(direct), devices, tuple(sorted(inside)), _once(reasons))
 
 
 def joined(parts: Iterable[Transport]) -> Transport:
-    """Return what all workers together say: the slowest network, and GPUDirect only where all have it."""
+    """Return the transport of all workers: the slowest network, and GPUDirect only if all connections use it."""
     known = [one for one in parts if one != Transport()]
     if not known:
         return Transport()

@@ -1,9 +1,9 @@
-"""What a job needs of a node (pure)."""
+"""Derives the requirements of a job on its nodes. Pure."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,42 +12,43 @@ from finetune_api.job import FineTuneJob
 from finetune_api.stages import Stage
 
 _RDMA = re.compile(r"rdma|infiniband|\bhca\b|/(?:ib|roce)\b|/efa\b", re.IGNORECASE)
-"""Names of extended resources that device plugins for RDMA offer: `rdma/hca`, `nvidia.com/hostdev_rdma`, AWS' `efa`."""
+"""Matches extended resources of RDMA device plugins: `rdma/hca`, `nvidia.com/hostdev_rdma`, AWS' `efa`."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What to hold a node against. Paths are fields of the job, empty where no field asks for it."""
+    """The requirements on a node. Paths are fields of the job that cause a requirement; empty if none does."""
 
     gpus: int
-    """GPUs of a node; 0 for a job on CPUs."""
+    """GPUs per node; 0 for a job on CPUs."""
     nodes: int = 1
     compiled: str = ""
     """Path of a stage whose loss is a Triton kernel on GPUs."""
     quantized: str = ""
-    """Path of a quantization."""
+    """Path of a quantized stage."""
     attention: str = "auto"
     dtype: str = "auto"
     vllm: str = ""
-    """Path of a stage that generates with vLLM where it is installed."""
+    """Path of a stage that generates with vLLM if it is installed."""
     hub: str = ""
-    """Path of a model or a data set on the Hugging Face hub."""
+    """Path of a model or a dataset on the Hugging Face hub."""
     rdma: bool = False
-    """Whether the pod template asks for an RDMA device."""
+    """Whether the pod template requests an RDMA device."""
     memory: str | None = None
     """`resources.memoryPerNode`."""
 
 
 def gpu_node() -> Needs:
-    """Return what any GPU node should have: one that trains a quantized model by itself."""
+    """Return the requirements on any GPU node: it trains a quantized model on one GPU."""
     return Needs(gpus=1, compiled="stages", quantized="stages")
 
 
 def job_needs(job: FineTuneJob, gpus_here: int) -> Needs:
-    """Return what a job needs of each of its nodes.
+    """Return the requirements of a job on each of its nodes.
 
     Args:
-        gpus_here: GPUs of this machine, which a job takes where it does not say how many.
+        job: the job.
+        gpus_here: GPUs of this machine, which a job uses if it does not set `resources.gpusPerNode`.
     """
     resources, stages = job.spec.resources, job.spec.stages
     gpus = resources.gpus_per_node if resources.gpus_per_node is not None else gpus_here
@@ -66,13 +67,13 @@ def job_needs(job: FineTuneJob, gpus_here: int) -> Needs:
 
 
 def _is_compiled(stage: Stage) -> bool:
-    """TRL's language-model losses and log-probabilities are Triton kernels on CUDA (`trl/kernels`)."""
+    """Whether a stage uses TRL's language-model losses or log-probabilities, which are Triton kernels on CUDA."""
     spec = stage.spec
     return spec.trains and spec.task == "causal"
 
 
-def _first(stages: list[Stage], wanted: Any) -> str:
-    return next((f"stages[{index}].{stage.kind}" for index, stage in enumerate(stages) if wanted(stage)), "")
+def _first(stages: list[Stage], matches: Callable[[Stage], bool]) -> str:
+    return next((f"stages[{index}].{stage.kind}" for index, stage in enumerate(stages) if matches(stage)), "")
 
 
 def _hub(job: FineTuneJob) -> str:
@@ -87,7 +88,7 @@ def _data(stage: Stage) -> Iterator[DataSpec]:
 
 
 def _extended_resources(template: dict[str, Any] | None) -> Iterator[str]:
-    """Names of the limits of a pod template's containers; what is of another type than it should be is left out."""
+    """Yield the names of the limits of a pod template's containers. Values of wrong types are ignored."""
     spec = (template or {}).get("spec")
     containers = spec.get("containers") if isinstance(spec, dict) else None
     for container in containers if isinstance(containers, list) else []:

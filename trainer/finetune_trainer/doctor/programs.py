@@ -1,4 +1,4 @@
-"""Run the doctor's programs, each in a process of its own."""
+"""Runs the doctor's scripts, each in a separate process."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 180.0
-"""Importing torch and opening eight GPUs takes some ten seconds on a busy node."""
+"""Timeout. Importing torch and opening eight GPUs takes about ten seconds on a busy node."""
 LAUNCHER, TORCH = (Path(__file__).with_name(name) for name in ("launcher.py", "torch_probe.py"))
 
 
-def answer_of(program: Path, *arguments: str) -> dict[str, Any]:
-    """Return what a program prints as its last line of JSON.
+def run_program(program: Path, *arguments: str) -> dict[str, Any]:
+    """Run a script and return the JSON in the last line of its output.
 
-    One that dies, such as by a driver's signal, or does not end in time, answers with an `error` that says so.
+    If the script crashes, such as by a signal of the driver, or does not end in time, the result has an `error`.
     """
-    command = [sys.executable, "-P", str(program), *arguments]  # this folder's modules are not for the libraries
+    command = [sys.executable, "-P", str(program), *arguments]  # -P: libraries must not import modules of this folder
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        return {"error": f"no answer within {SECONDS:.0f} s"}
+        return {"error": f"no result within {SECONDS:.0f} s"}
     lines = done.stdout.strip().splitlines()
     try:
         answer: dict[str, Any] = json.loads(lines[-1])
     except (IndexError, ValueError):
-        last = (done.stderr.strip().splitlines() or ["no words"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no error message"])[-1]
         return {"error": f"ended with exit code {done.returncode}: {last[:300]}"}
     if answer.get("error") and "fatal error:" in done.stderr:
         answer["error"] = next(line for line in done.stderr.splitlines() if "fatal error:" in line).strip()[:300]

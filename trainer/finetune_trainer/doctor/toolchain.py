@@ -1,4 +1,4 @@
-"""Checks of what compiles kernels at run time (pure)."""
+"""Checks of the compiler and the libraries that kernels need at run time. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INSTALL = (
 
 
 def compiler(facts: Facts, needs: Needs) -> Finding:
-    """Triton compiles its kernel launcher with a C compiler, at the first kernel of each process that has no cache."""
+    """Check that Triton can compile its kernel launcher, as it does at the first kernel of an uncached process."""
     tools, name = facts.toolchain, "C compiler and Python headers"
     needed = "gcc or clang, libc and Python headers: Triton compiles its kernel launcher at run time"
     if not needs.gpus or tools.triton is None:
@@ -28,10 +28,10 @@ def compiler(facts: Facts, needs: Needs) -> Finding:
 
 
 def libcuda(facts: Facts, needs: Needs) -> Finding:
-    """Triton links its launcher with the driver's library, which it looks for by ldconfig."""
+    """Check that Triton finds the driver's library, with which it links its launcher, by ldconfig."""
     tools, name, needed = facts.toolchain, LIBCUDA, "the driver's library, where ldconfig or LD_LIBRARY_PATH finds it"
     if not needs.gpus or tools.triton is None:
-        return Finding(name, State.NOT_NEEDED, "not looked for", "training on GPUs")
+        return Finding(name, State.NOT_NEEDED, "not checked", "training on GPUs")
     if not tools.libcuda_error:
         return Finding(name, State.OK, "found", needed)
     remedy = "Run the container by the NVIDIA container runtime, or set TRITON_LIBCUDA_PATH to the library's directory"

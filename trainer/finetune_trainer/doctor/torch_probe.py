@@ -1,7 +1,7 @@
-"""Ask torch what it can do here: `python torch_probe.py PACKAGE…` prints one line of JSON.
+"""Reads torch's build and GPUs, and runs a kernel on each: `python torch_probe.py PACKAGE...` prints one line of JSON.
 
-It runs as a program of its own, by path, because what opens a GPU can't be forked afterwards and keeps some hundred
-megabytes of it. The packages are optional ones whose import is tried, since theirs can fail where they are installed.
+It runs as a script, by path, because a process that has opened a GPU can't be forked and keeps some hundred megabytes
+of its memory. The packages are optional ones, whose import is tried, because it may fail although they are installed.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def main(packages: list[str]) -> None:
-    """Print torch's build, each GPU, and what fails."""
+    """Print torch's build, each GPU and all errors."""
     found: dict[str, Any] = {"error": "", "gpus": [], "nccl": None, "architectures": [], "imports": {}}
     try:
         torch = importlib.import_module("torch")
@@ -46,9 +46,9 @@ def _properties(torch: Any, number: int) -> dict[str, Any]:
 
 
 def _compute(torch: Any, number: int) -> None:
-    """Add on a GPU, and read the sum back: a broken GPU, or one without code for it, shows here."""
+    """Compute a sum on a GPU and check it, which fails on a broken GPU or one that torch does not support."""
     if int((torch.ones(8, device=f"cuda:{number}") + 1).sum().item()) != 16:
-        raise RuntimeError(f"GPU {number} adds wrongly")
+        raise RuntimeError(f"GPU {number} computes wrong results")
 
 
 def _import_error(name: str) -> str:

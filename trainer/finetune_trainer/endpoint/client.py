@@ -28,7 +28,7 @@ from finetune_trainer.endpoint.chat import BadBody, ChatAnswer, ChatRequest, rea
 from finetune_trainer.endpoint.rate_limit import Pace
 from finetune_trainer.endpoint.request_body import Dialect
 from finetune_trainer.errors import UserError
-from finetune_trainer.heartbeat import beat
+from finetune_trainer.heartbeat import record_progress
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class ChatClient:
 
     async def _send(self, request: ChatRequest) -> ChatAnswer:
         assert self._session is not None
-        beat()  # a request has a timeout of its own
+        record_progress()  # a request has a timeout of its own
         sent = self._dialect.body(request)
         headers = {"Idempotency-Key": request.key(self.endpoint.model)}
         url = f"{self._base}/chat/completions"
@@ -166,7 +166,7 @@ class ChatClient:
         except (ClientError, OSError, TimeoutError, BadBody) as error:
             raise _Passing(_words(error)) from error
         self._heard = _now()
-        beat()
+        record_progress()
         return answer
 
     def _failure(self, response: ClientResponse, text: str, sent: dict[str, Any]) -> Exception:

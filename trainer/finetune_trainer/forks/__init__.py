@@ -1,6 +1,7 @@
-"""Processes that begin with the libraries imported, because they are forked from one that has imported them.
+"""Starts processes with the libraries imported, by forking a server process that has imported them once.
 
-On a node of a cluster every worker of Ray, every helper of Ray Train and the driver would otherwise import the same
-libraries, each for seconds of CPU. `server` imports them once and forks; `worker` is what Ray runs in place of its own
-start of a worker; `start` is `ray start` with that put in. Where there is no server, all is as without this package.
+Otherwise the driver, every Ray worker and every helper actor of Ray Train on a node would import the same libraries,
+each for seconds of CPU time. `server` imports them and forks; `worker` is the script that Ray runs instead of its own
+to start a worker; `start` is `ray start` with that script. Without a server, processes start as usual. The environment
+variable FINETUNE_FORK_SERVER=0 switches the server off.
 """

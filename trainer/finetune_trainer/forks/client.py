@@ -1,4 +1,4 @@
-"""The fork server from the side of the process that starts it."""
+"""Starts the fork server and requests forks from it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ BACKLOG = 256
 
 @contextmanager
 def fork_server(modules: list[str], for_workers: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that has imported these modules, or is about to: whoever asks meanwhile waits.
+    """Run a server that imports modules; requests wait until it has imported them. A context manager.
 
-    Every process that is started inside finds it by its environment. It ends with this process at the latest.
+    Processes that are started inside find the server by their environment. It ends with this process at the latest.
 
     Args:
+        modules: modules that do not import Ray.
         for_workers: modules that need Ray.
     """
     directory, before = Path(tempfile.mkdtemp(prefix="forks-")), os.environ.get(wire.SOCKET_VARIABLE)
@@ -43,7 +44,7 @@ def fork_server(modules: list[str], for_workers: list[str]) -> Iterator[subproce
 
 
 def _start(path: Path, names: list[str]) -> subprocess.Popen[bytes]:
-    """It inherits the listening socket, and ends where its standard input does."""
+    """Start the server process, which inherits the listening socket and ends when its standard input is closed."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         path.chmod(0o600)
@@ -54,18 +55,18 @@ def _start(path: Path, names: list[str]) -> subprocess.Popen[bytes]:
 
 
 def run_fork(argv: list[str]) -> int | None:
-    """Run a script as a fork, pass SIGTERM and SIGINT on to it, and return its exit status.
+    """Run a script as a fork, forward SIGTERM and SIGINT to it, and return its exit status.
 
-    Returns None where there is no server: nothing has run then.
+    Returns None if there is no server; the script has not run then.
     """
     connection = wire.connect()
     if connection is None:
         return None
-    wire.ask(connection, argv, dict(os.environ))
-    pid = wire.line(connection)
+    wire.send_request(connection, argv, dict(os.environ))
+    pid = wire.read_number(connection)
     if pid is None:
         return None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: os.kill(pid, received))
-    status = wire.line(connection)
+    status = wire.read_number(connection)
     return 128 + signal.SIGKILL if status is None else status

@@ -1,9 +1,9 @@
-"""Ray's dashboard with what KubeRay needs of it alone: to submit a job, and to ask how it stands.
+"""Ray's dashboard with only the two modules that KubeRay needs to submit a job and to read its state.
 
-The module for that finds the head by what the module of the nodes writes down.
+JobHead serves these requests; it finds the head node by data that NodeHead writes.
 
-Each further module of the dashboard is a process of its own, of a second of CPU and 100 MB. Ray's commands have no
-option for that. Run as a script, with the path of Ray's own script and its arguments.
+Each further module of the dashboard is a process of its own, with a second of CPU time and 100 MB of memory. Ray's
+commands have no option to omit them. This file is run as a script, with the path of Ray's script and its arguments.
 """
 
 import runpy

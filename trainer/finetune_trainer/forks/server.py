@@ -1,14 +1,15 @@
-"""The process that imports the libraries and forks: `python -m finetune_trainer.forks.server DESCRIPTOR MODULE… -- …`.
+"""The fork server: `python -m finetune_trainer.forks.server DESCRIPTOR MODULE... -- MODULE...`.
 
-The modules after the dashes need Ray, whose library reads at its import which worker it is in. All workers of a node
-are alike in that, so they are imported when the first one is asked for.
+The modules after `--` need Ray, whose library reads the settings of its worker when it is imported. These are the same
+for all workers of a node, so the server imports these modules when the first worker is requested.
 
-A fork copies only the thread that calls it, so nothing here starts threads. A process that has opened a GPU can't be
-forked: the server is for jobs on CPUs (`launch.preload`), hides the GPUs from what it imports, and ends where an import
-has opened one all the same. The caller then does without it.
+A fork copies only the thread that calls it, so the server starts no threads. A process that has opened a GPU can't be
+forked: the server is for jobs on CPUs (`launch.fork_imports`), hides the GPUs from its imports, and ends if an import
+has opened one nevertheless. Processes then start without the server.
 
-A fork ends with the server, and the server with whoever started it: a killed driver leaves no worker behind that would
-train on beside the next attempt's. Ray's own look for its raylet lets workers live for seconds.
+A fork ends with the server, and the server ends with the process that has started it: a killed driver leaves no worker
+that would continue to train next to those of the next attempt. Without this, workers would live for seconds until they
+notice that their raylet has ended.
 """
 
 from __future__ import annotations
@@ -26,32 +27,33 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from finetune_trainer.forks.wire import take
+from finetune_trainer.forks.wire import receive_request
 from finetune_trainer.runtime import hush
 
 GPU_DEVICES = "/dev/nvidia"
 NO_JOB = "ffffffff"
-"""What Ray calls the job of a worker that it starts before there is any."""
+"""Ray's job id of a worker that it starts before there is a job."""
 PR_SET_PDEATHSIG = 1
-"""Of prctl(2): the signal that a process gets when the thread that forked it ends."""
+"""Option of prctl(2): the signal that a process receives when the thread that has forked it ends."""
 RAY_SETTINGS = ("RAY_JOB_ID", "RAY_RAYLET_PID")
-"""What Ray tells each of its workers by the environment, and Ray's library reads once, at its import."""
+"""Environment variables of a Ray worker that Ray's library reads once, when it is imported."""
 
 
 class ForkServer:
-    """Forks a process for each request, and tells whoever asked how it ends."""
+    """Forks a process for each request and sends its exit status to the client."""
 
     def __init__(self, listener: socket.socket, for_workers: list[str]) -> None:
         self._listener, self._for_workers = listener, for_workers
         self._worker: list[str] | None = None
-        """What Ray's library knows of the workers that are forked here, once it is imported."""
-        self._asked: dict[int, socket.socket] = {}
+        """The Ray settings of the workers that are forked here, once Ray is imported."""
+        self._clients: dict[int, socket.socket] = {}
+        """Connections of running forks, by process id."""
         self._wake, self._signalled = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._signalled)
 
     def run(self) -> None:
-        """Until whoever started it closes standard input, or ends."""
+        """Serve until the process that has started this one closes standard input or ends."""
         with selectors.DefaultSelector() as selector:
             for source in (self._listener, self._wake, sys.stdin):
                 selector.register(source, selectors.EVENT_READ)
@@ -68,11 +70,11 @@ class ForkServer:
     def _fork(self) -> None:
         connection, _ = self._listener.accept()
         try:
-            request, streams = take(connection)
+            request, streams = receive_request(connection)
         except (OSError, ValueError):
             connection.close()
             return
-        if not self._is_ready_for(request):
+        if not self._accepts(request):
             for descriptor in (*streams, connection.detach()):
                 os.close(descriptor)
             return
@@ -84,24 +86,27 @@ class ForkServer:
             self._become(request, streams)
         for stream in streams:
             os.close(stream)
-        self._asked[pid] = connection
-        _tell(connection, pid)
+        self._clients[pid] = connection
+        _send(connection, pid)
 
-    def _is_ready_for(self, request: dict[str, object]) -> bool:
-        """Import what a worker needs where it is the first; another Ray's worker can't be forked here."""
+    def _accepts(self, request: dict[str, object]) -> bool:
+        """Whether a process can be forked here. Import the modules of workers for the first worker.
+
+        A worker of another Ray cluster can't be forked, because Ray has been imported with other settings.
+        """
         environment = request["environment"]
         assert isinstance(environment, dict)
-        wanted = [environment.get(name, "") for name in RAY_SETTINGS]
-        if wanted[0] == NO_JOB:
+        settings = [environment.get(name, "") for name in RAY_SETTINGS]
+        if settings[0] == NO_JOB:
             return False
-        if self._worker is None and all(wanted):
-            self._worker = wanted
+        if self._worker is None and all(settings):
+            self._worker = settings
             os.environ.update({name: value for name, value in environment.items() if name.startswith("RAY_")})
             load(self._for_workers)
-        return not any(wanted) or wanted == self._worker
+        return not any(settings) or settings == self._worker
 
     def _reap(self) -> None:
-        """Several may have ended by one signal."""
+        """Send the exit status of all forks that have ended: several may have ended by one signal."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -109,14 +114,14 @@ class ForkServer:
                 return
             if pid == 0:
                 return
-            connection = self._asked.pop(pid, None)
+            connection = self._clients.pop(pid, None)
             if connection is not None:
                 code = os.waitstatus_to_exitcode(status)
-                _tell(connection, code if code >= 0 else 128 - code)
+                _send(connection, code if code >= 0 else 128 - code)
                 connection.close()
 
     def _become(self, request: dict[str, object], streams: list[int]) -> NoReturn:
-        """The new process: nothing of the server's is left to it but its modules."""
+        """Run the requested script in the forked process, which keeps only the imported modules of the server."""
         code = 1
         try:
             os.setsid()
@@ -125,7 +130,7 @@ class ForkServer:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             self._listener.close()
-            for connection in self._asked.values():
+            for connection in self._clients.values():
                 connection.close()
             for number, stream in enumerate(streams):
                 os.dup2(stream, number)
@@ -135,7 +140,7 @@ class ForkServer:
             os.environ.clear()
             os.environ.update(environment)
             os.chdir(str(request["directory"]))
-            _fresh_chance()
+            _reseed()
             sys.argv = argv
             runpy.run_path(argv[0], run_name="__main__")
             code = 0
@@ -148,23 +153,23 @@ class ForkServer:
 
 
 def _end_with(server: int) -> None:
-    """Have the kernel kill this process when the server ends."""
+    """Make the kernel kill this process when the server ends."""
     if sys.platform != "linux":
-        return  # nothing like it there: a worker ends once it misses its raylet
+        return  # other systems have no such option: a worker ends once it notices that its raylet has ended
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != server:
-        os._exit(1)  # it has ended already
+        os._exit(1)  # the server has ended already
 
 
-def _fresh_chance() -> None:
-    """What a process seeds at its start and a fork would share; `random` does so by itself."""
+def _reseed() -> None:
+    """Reseed NumPy, whose state the forks would share; `random` reseeds itself after a fork."""
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed()
 
 
 def _leave(code: int) -> NoReturn:
-    """As the interpreter ends, but not into the server's own frames."""
+    """End the process as the interpreter does, without returning to the frames of the server."""
     import atexit
     import contextlib
 
@@ -176,15 +181,15 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _tell(connection: socket.socket, number: int) -> None:
+def _send(connection: socket.socket, number: int) -> None:
     try:
         connection.sendall(f"{number}\n".encode())
     except OSError:
-        return  # whoever asked has gone
+        return  # the client has ended
 
 
 def opened_gpu() -> bool:
-    """Whether this process holds a GPU's device open."""
+    """Whether this process has a GPU device open."""
     for entry in Path("/proc/self/fd").iterdir():
         try:
             if os.readlink(entry).startswith(GPU_DEVICES):
@@ -195,15 +200,15 @@ def opened_gpu() -> bool:
 
 
 def load(modules: list[str]) -> None:
-    """Import them, and let no collection touch what is shared with the forks from here on.
+    """Import modules and exempt their objects from garbage collection, so that forks keep sharing their memory.
 
-    bitsandbytes compiles two functions at its import, which loads all of inductor for kernels that CUDA and x86 have
-    natively; here they stay as written. A fork has its own environment: what is compiled later is compiled.
+    bitsandbytes compiles two functions when it is imported, which loads all of inductor although CUDA and x86 have
+    native kernels for them. Compilation is disabled here; forks have their own environment and may compile.
     """
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    gc.disable()  # nearly nothing of an import is garbage, and looking for it takes a twentieth of the time
+    gc.disable()  # imports create nearly no garbage, and collections would take 5% of the time
     for module in modules:
-        if importlib.util.find_spec(module) is not None:  # a kind of stage without a module of that name is no matter
+        if importlib.util.find_spec(module) is not None:  # some kinds of stages have no module of that name
             importlib.import_module(module)
     gc.enable()
     gc.collect()
@@ -211,27 +216,27 @@ def load(modules: list[str]) -> None:
 
 
 def hide_gpus() -> None:
-    """Let no library open a GPU at its import. A fork gets the environment of the process that asked for it.
+    """Keep libraries from opening a GPU when they are imported. Forks have the environment of their client.
 
-    torch counts no device then, without asking the driver (`torch.cuda._device_count_nvml`), and keeps no count before
-    CUDA is initialised; DeepSpeed and bitsandbytes choose what is for CPUs.
+    torch then counts no devices, without a call of the driver (`torch.cuda._device_count_nvml`), and does not cache the
+    count before CUDA is initialised; DeepSpeed and bitsandbytes choose their CPU variants.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 
 def main(listener: socket.socket, modules: list[str], for_workers: list[str]) -> None:
-    """Import, then serve: whoever has asked meanwhile waits at the socket."""
+    """Import the modules, then serve. Requests wait in the socket until then."""
     hide_gpus()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that has started this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the process that has started this one
     hush()
     load(modules)
     if opened_gpu():
-        sys.exit("a library has opened a GPU at its import: processes start without the fork server")
+        sys.exit("a library has opened a GPU when it was imported: processes start without the fork server")
     if "ray" in sys.modules:
         sys.exit("one of the modules imports Ray: processes start without the fork server")
     ForkServer(listener, for_workers).run()
-    os._exit(0)  # to tear the libraries down takes a second, in which the forks would work on
+    os._exit(0)  # a regular exit takes a second, in which the forks would continue to run
 
 
 if __name__ == "__main__":

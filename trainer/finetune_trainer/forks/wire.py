@@ -1,6 +1,6 @@
-"""How a process asks the server for a fork: one request with its standard streams, one answer of two lines.
+"""The protocol of the fork server: a request with the standard streams, then the process id and the exit status.
 
-Imports nothing but the standard library's lightest: it is in the way of every start.
+Imports only light modules of the standard library, because every process start imports it.
 """
 
 from __future__ import annotations
@@ -10,16 +10,27 @@ import os
 import socket
 
 SOCKET_VARIABLE = "FINETUNE_FORK_SERVER"
-"""Where the server listens; unset where there is none."""
+"""Path of the server's socket; unset or empty if there is no server, `OFF` if there must be none."""
+OFF = "0"
 MOST_BYTES = 1 << 20
 STREAMS = 3
 
 
+def is_off() -> bool:
+    """Whether the environment switches the fork server off."""
+    return os.environ.get(SOCKET_VARIABLE) == OFF
+
+
+def has_server() -> bool:
+    """Whether the environment names the socket of a server."""
+    return os.environ.get(SOCKET_VARIABLE, "") not in ("", OFF)
+
+
 def connect() -> socket.socket | None:
-    """The server, or None where there is none."""
-    path = os.environ.get(SOCKET_VARIABLE)
-    if not path:
+    """Return a connection to the server, or None if there is no server."""
+    if not has_server():
         return None
+    path = os.environ[SOCKET_VARIABLE]
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(path)
@@ -29,35 +40,35 @@ def connect() -> socket.socket | None:
     return connection
 
 
-def ask(connection: socket.socket, argv: list[str], environment: dict[str, str]) -> None:
-    """Ask for a process that runs the script `argv[0]` with this process's standard streams and directory."""
+def send_request(connection: socket.socket, argv: list[str], environment: dict[str, str]) -> None:
+    """Request a process that runs the script `argv[0]` with the standard streams and directory of this process."""
     request = {"argv": argv, "environment": environment, "directory": os.getcwd()}
     content = json.dumps(request).encode()
     socket.send_fds(connection, [len(content).to_bytes(4, "big")], list(range(STREAMS)))
     connection.sendall(content)
 
 
-def take(connection: socket.socket) -> tuple[dict[str, object], list[int]]:
-    """What `ask` has sent, and the streams.
+def receive_request(connection: socket.socket) -> tuple[dict[str, object], list[int]]:
+    """Return a request of `send_request` and the descriptors of its standard streams.
 
     Raises:
-        OSError, ValueError: it is no request.
+        OSError, ValueError: the request is invalid.
     """
     head, streams, _, _ = socket.recv_fds(connection, 4, STREAMS)
     size = int.from_bytes(head, "big")
     if len(head) != 4 or len(streams) != STREAMS or size > MOST_BYTES:
-        raise ValueError("no request")
+        raise ValueError("not a request")
     content = b""
     while len(content) < size:
         piece = connection.recv(size - len(content))
         if not piece:
-            raise ValueError("a request that breaks off")
+            raise ValueError("the request is incomplete")
         content += piece
     return json.loads(content), streams
 
 
-def line(connection: socket.socket) -> int | None:
-    """A number that the server says: the process id first, the exit status in the end. None: the server has died."""
+def read_number(connection: socket.socket) -> int | None:
+    """Return the next number that the server sends: first the process id, then the exit status. None if it has died."""
     text = b""
     while not text.endswith(b"\n"):
         try:

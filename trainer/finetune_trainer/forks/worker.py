@@ -1,6 +1,6 @@
-"""What Ray runs to start a worker, in place of its own `setup_worker.py`: ask for a fork, and be its shadow.
+"""The script that Ray runs to start a worker, instead of its own `setup_worker.py`: it requests a fork.
 
-Run as a script, by path. It lives as long as the worker, and ends as that does.
+It is run as a script, by path. It lives as long as the worker and ends with the same exit status.
 """
 
 from __future__ import annotations
@@ -13,8 +13,16 @@ CONTEXT, LANGUAGE = "--serialized-runtime-env-context=", "--language="
 
 
 def main(arguments: list[str]) -> None:
-    """`arguments` are those of Ray's script: two options for itself, then the worker's program with its own, mixed."""
-    from wire import ask, connect, line  # type: ignore[import-not-found]  # Python puts a script's folder on sys.path
+    """Start a worker.
+
+    Args:
+        arguments: those of Ray's script: two options of the script and the worker's program with its options, mixed.
+    """
+    from wire import (  # type: ignore[import-not-found]  # Python puts a script's folder on sys.path
+        connect,
+        read_number,
+        send_request,
+    )
 
     program = [item for item in arguments if not item.startswith((CONTEXT, LANGUAGE))]
     context = json.loads(next((item[len(CONTEXT) :] for item in arguments if item.startswith(CONTEXT)), "{}"))
@@ -22,18 +30,18 @@ def main(arguments: list[str]) -> None:
     special = context.get("command_prefix") or context.get("override_worker_entrypoint")
     connection = connect() if plain and not special else None
     if connection is None:
-        _as_ray_does(arguments)
+        _run_ray_script(arguments)
         return
-    ask(connection, program, {**os.environ, **(context.get("env_vars") or {})})
-    if line(connection) is None:  # it has refused, or died
-        _as_ray_does(arguments)
+    send_request(connection, program, {**os.environ, **(context.get("env_vars") or {})})
+    if read_number(connection) is None:  # the server has refused the request, or died
+        _run_ray_script(arguments)
         return
-    status = line(connection)
+    status = read_number(connection)
     sys.exit(1 if status is None else status)
 
 
-def _as_ray_does(arguments: list[str]) -> None:
-    """Become what Ray would have run."""
+def _run_ray_script(arguments: list[str]) -> None:
+    """Replace this process by Ray's own script."""
     import importlib.util
 
     spec = importlib.util.find_spec("ray")

@@ -14,7 +14,7 @@ from finetune_trainer.generation.attention_kernels import without_cudnn_attentio
 from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.generation.prompts import Prompt, encode, stop_ids
 from finetune_trainer.generation.sampling import SeededSampling, draws
-from finetune_trainer.heartbeat import beat
+from finetune_trainer.heartbeat import record_progress
 from finetune_trainer.model.precision import autocast_mixed
 from finetune_trainer.model.router_logits import no_router_logits
 
@@ -172,7 +172,7 @@ class Beats(LogitsProcessor):
     """Changes no scores: each token is progress."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        beat()
+        record_progress()
         return scores
 
 

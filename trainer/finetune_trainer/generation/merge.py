@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.errors import UserError
 from finetune_trainer.esft.adapter_files import is_expert_adapter
@@ -17,6 +17,7 @@ from finetune_trainer.form import FORM_FILE
 from finetune_trainer.generation.find_result import find_result
 from finetune_trainer.generation.load import load, open_result
 from finetune_trainer.generation.stop_tokens import write_stops
+from finetune_trainer.model.adapter import merge_in_memory
 from finetune_trainer.model.composite import AutoLanguageModel
 from finetune_trainer.model.composite_result import complete_result
 from finetune_trainer.model.load import SHARD_SIZE
@@ -69,13 +70,9 @@ def _by_tensor(directory: Path, out: Path, plain: str) -> PreTrainedTokenizerBas
 def _whole(directory: Path, out: Path, plain: str) -> PreTrainedTokenizerBase:
     """Merge the whole model in memory; returns the tokenizer."""
     loaded = load(str(directory), device="cpu", dequantize_in=plain)
-    model = _merged(loaded.model) if isinstance(loaded.model, PeftModel) else loaded.model
+    model = loaded.model
+    if isinstance(model, PeftModel):
+        model = merge_in_memory(model, model.get_base_model().config.dtype or torch.float32)
     model.config.get_text_config().use_cache = True
     model.save_pretrained(out, max_shard_size=SHARD_SIZE)
     return loaded.tokenizer
-
-
-def _merged(model: PeftModel) -> PreTrainedModel:
-    dtype = model.get_base_model().config.dtype or torch.float32
-    whole: PreTrainedModel = model.float().merge_and_unload(safe_merge=True)  # type: ignore[operator]
-    return whole.to(dtype)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The Ray cluster a job runs on: one started here, or the one the environment names."""
+"""Connects to the Ray cluster of a job: a new one on this machine, or the one that RAY_ADDRESS names."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import threading
 from concurrent.futures import Future, wait
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
-from finetune_trainer.forks.start import lean
+from finetune_trainer.forks.start import patch_ray
 from finetune_trainer.plan.workers import Workers
 from finetune_trainer.runtime import allocator_environment, quiet_environment
 
@@ -20,18 +20,20 @@ def start_ray(workers: Workers, temp_dir: Path | None = None, variables: dict[st
     """Connect to the cluster that RAY_ADDRESS names, or start one on this machine.
 
     Args:
-        variables: of the workers' environment, in addition to those that every process has.
+        workers: the planned workers of the job.
+        temp_dir: directory for Ray's session files. Default: Ray's own.
+        variables: additional environment variables of the workers.
     """
     import ray
 
-    lean()
+    patch_ray()
     env = quiet_environment(workers.accelerator) | allocator_environment(workers.accelerator, os.environ)
     runtime = {"env_vars": env | (variables or {}) | {"OMP_NUM_THREADS": str(workers.cpus)}}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(runtime_env=runtime, logging_level=logging.ERROR, log_to_driver=False)
         return
     ray.init(
-        address="local",  # never one that somebody else started on this machine
+        address="local",  # never connect to another cluster on this machine
         num_cpus=max(psutil.cpu_count() or 1, workers.most * workers.cpus + 1),
         include_dashboard=False,
         runtime_env=runtime,
@@ -43,14 +45,18 @@ def start_ray(workers: Workers, temp_dir: Path | None = None, variables: dict[st
 
 
 def keep_signal_handlers() -> None:
-    """Put this process's own handlers back: Ray's native one, set at start-up, aborts the process on SIGTERM."""
+    """Restore this process's Python signal handlers. Ray installs a native one that aborts the process on SIGTERM."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.getsignal(number))
 
 
 def stop_ray(started: Future[None]) -> None:
-    """Leave the cluster; one that was started here ends."""
+    """Disconnect from the cluster, and stop it if `start_ray` has started it.
+
+    Args:
+        started: the call of `start_ray`, which may not have returned yet.
+    """
     import ray
 
     wait([started])

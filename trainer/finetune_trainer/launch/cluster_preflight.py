@@ -1,7 +1,7 @@
-"""Preflight on a cluster: in a pod without GPUs, before any GPU is claimed.
+"""Runs the preflight of a job on a cluster, in a pod without GPUs, before the job claims any GPU.
 
-Most of its time goes into imports. What both need is imported first; then a fork looks at the data while this process
-looks at the model.
+Most of the time goes into imports. Common libraries are imported first; then a forked process checks the data while
+this process checks the model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from finetune_api.exit_codes import ExitCode
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_api.slots import workers_per_node
-from finetune_trainer.launch.drive import say_last_word
+from finetune_trainer.launch.drive import report_outcome
 from finetune_trainer.plan.workers import Workers, plan_workers
 from finetune_trainer.preflight.gpu_node import image_problems
 from finetune_trainer.progress.attempt_report import AttemptReporter, Json
@@ -31,26 +31,26 @@ _UNKNOWN_BYTES = 1 << 50
 
 
 def run_preflight(config: Path) -> ExitCode:
-    """Check a job's model, data, storage, memory and, for GPUs, this image.
+    """Check a job's model, data, storage and memory, and this image if the job uses GPUs.
 
-    The plan, or the job's faults, go into the termination message.
+    The plan, or the problems of the job, go into the termination message.
     """
     run = RunConfig.model_validate_json(config.read_text())
     apply_environment(quiet_environment(accelerator=False))
     reporter = AttemptReporter([stage.title for stage in run.job.spec.stages])
-    return say_last_word(reporter, lambda: _check(run, reporter))
+    return report_outcome(reporter, lambda: _check(run, reporter))
 
 
 def _check(run: RunConfig, reporter: AttemptReporter) -> None:
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    with ProcessPoolExecutor(1, get_context("fork")) as beside, ThreadPoolExecutor(1) as waiting:
-        of_rows = beside.submit(_row_problems, run)  # first: a process with threads is not to be forked
-        of_image = waiting.submit(image_problems, run)
-        plan = _plan(run, [of_image, of_rows])
-        reporter.planned(_told(plan) | _saving(run, plan))
-    print(f"{run.job.metadata.name}: can work", file=sys.stdout, flush=True)
+    with ProcessPoolExecutor(1, get_context("fork")) as process, ThreadPoolExecutor(1) as thread:
+        row_check = process.submit(_row_problems, run)  # before the thread: forking a process with threads is unsafe
+        image_check = thread.submit(image_problems, run)
+        plan = _plan(run, [image_check, row_check])
+        reporter.planned(_plan_report(plan) | _saving_report(run, plan))
+    print(f"{run.job.metadata.name}: preflight passed", file=sys.stdout, flush=True)
 
 
 def _row_problems(run: RunConfig) -> list[Problem]:
@@ -59,16 +59,16 @@ def _row_problems(run: RunConfig) -> list[Problem]:
     return row_problems(run)
 
 
-def _plan(run: RunConfig, others: list[Future[list[Problem]]]) -> JobPlan:
+def _plan(run: RunConfig, checks: list[Future[list[Problem]]]) -> JobPlan:
     from finetune_trainer.preflight.job import plan_of_faultless
 
     workers = plan_workers(run.job.spec.resources)
-    found = (problem for other in others for problem in other.result())
-    return plan_of_faultless(run, workers, _device(run, workers), lambda: found, on_node=False)
+    problems = (problem for check in checks for problem in check.result())
+    return plan_of_faultless(run, workers, _device(run, workers), lambda: problems, on_node=False)
 
 
 def _device(run: RunConfig, workers: Workers) -> Device:
-    """What a worker will have, as far as the job says: nobody knows a node's GPUs before it has one."""
+    """Return the device of a worker as the job describes it: the GPUs of the nodes are not known yet."""
     from finetune_trainer.plan.devices import Device
     from finetune_trainer.plan.quantities import parse_quantity
 
@@ -79,23 +79,23 @@ def _device(run: RunConfig, workers: Workers) -> Device:
     return Device("CPU", per_node // workers_per_node(resources), "cpu")
 
 
-def _saving(run: RunConfig, plan: JobPlan) -> Json:
-    """Return what the report says of checkpoints: size, seconds, and a warning where the grace period is too short."""
+def _saving_report(run: RunConfig, plan: JobPlan) -> Json:
+    """Return the size of a checkpoint, the seconds to save it, and a warning if the grace period is too short."""
     from finetune_trainer.plan.saving import grace_warning
     from finetune_trainer.preflight.saving import job_saving, measured_speed
     from finetune_trainer.storage.filesystem import Storage
 
-    found = job_saving(run, plan, measured_speed(Storage(run.root), plan))
-    if found is None:
+    saving = job_saving(run, plan, measured_speed(Storage(run.root), plan))
+    if saving is None:
         return {}
-    warning = grace_warning(found, run.job.spec.kubernetes.checkpoint_grace_seconds)
+    warning = grace_warning(saving, run.job.spec.kubernetes.checkpoint_grace_seconds)
     if warning:
         print(f"warning: {warning}", flush=True)
-    told: Json = {"checkpointBytes": found.size, "saveSeconds": math.ceil(found.seconds)}
-    return told | ({"warnings": [warning]} if warning else {})
+    report: Json = {"checkpointBytes": saving.size, "saveSeconds": math.ceil(saving.seconds)}
+    return report | ({"warnings": [warning]} if warning else {})
 
 
-def _told(plan: JobPlan) -> Json:
+def _plan_report(plan: JobPlan) -> Json:
     if not plan.stages:
         return {"parameters": 0}
     steps = [stage.steps.total for stage in plan.stages]

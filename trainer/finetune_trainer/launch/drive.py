@@ -1,4 +1,4 @@
-"""One attempt on a cluster, from its RunConfig to its last word: what pod 0 runs."""
+"""Drives one attempt on a cluster from its RunConfig to its outcome. Pod 0 runs it."""
 
 from __future__ import annotations
 
@@ -29,39 +29,43 @@ log = logging.getLogger(__name__)
 
 
 def drive(config: Path) -> ExitCode:
-    """Run an attempt to its end, going on from whatever storage holds of earlier ones.
+    """Run an attempt to its end and return its exit code. It resumes from the last checkpoint in storage.
 
     Args:
-        config: the RunConfig's file.
+        config: path of the RunConfig.
     """
     run = RunConfig.model_validate_json(config.read_text())
     apply_environment(quiet_environment(accelerator=bool(run.job.spec.resources.gpus_per_node)))
     stop = threading.Event()
     reporter = AttemptReporter([stage.title for stage in run.job.spec.stages])
 
-    def ask_to_stop(*_: object) -> None:
+    def request_stop(*_: object) -> None:
         reporter.stopping()
         stop.set()
 
-    signal.signal(signal.SIGTERM, ask_to_stop)
-    signal.signal(signal.SIGINT, ask_to_stop)
-    with ReportServer(reporter.report, ask_to_stop, _token()):
+    signal.signal(signal.SIGTERM, request_stop)
+    signal.signal(signal.SIGINT, request_stop)
+    with ReportServer(reporter.report, request_stop, read_token()):
 
         def hung(text: str) -> None:
-            """End a driver whose main thread hangs."""
-            os._exit(end_hung(reporter, text))
+            """End this process, whose main thread hangs."""
+            os._exit(report_hung_driver(reporter, text))
 
-        return say_last_word(reporter, lambda: _train(run, reporter, stop, hung))
+        return report_outcome(reporter, lambda: _train(run, reporter, stop, hung))
 
 
-def say_last_word(reporter: AttemptReporter, work: Callable[[], None]) -> ExitCode:
-    """Do the work; how it ended goes to the log, to the report and to the pod's termination message."""
+def report_outcome(reporter: AttemptReporter, work: Callable[[], None]) -> ExitCode:
+    """Call `work` and write its outcome to the log, the report and the pod's termination message.
+
+    Returns:
+        the exit code of this process.
+    """
     node = None
     try:
         work()
         code, message = ExitCode.OK, ""
     except BaseException as error:
-        code, message, node = exit_code_of(error), _words(error), getattr(error, "node", None)
+        code, message, node = exit_code_of(error), _message(error), getattr(error, "node", None)
         print(redact(message), file=sys.stderr, flush=True)
     reporter.ended(code, message, node)
     try:
@@ -71,33 +75,33 @@ def say_last_word(reporter: AttemptReporter, work: Callable[[], None]) -> ExitCo
     return code
 
 
-def end_hung(reporter: AttemptReporter, text: str) -> ExitCode:
-    """Tell of a driver that makes no progress as of a stalled worker on its node."""
+def report_hung_driver(reporter: AttemptReporter, text: str) -> ExitCode:
+    """Report a driver that makes no progress in the same way as a stalled worker on its node."""
     print(redact(text), file=sys.stderr, flush=True)
-    words = text.partition("; its stacks:")[0]
-    reporter.stalled(words, node_name())
+    message = text.partition("; its stacks:")[0]
+    reporter.stalled(message, node_name())
 
     def stalled() -> None:
-        raise TrainingFailed(words, node=node_name())
+        raise TrainingFailed(message, node=node_name())
 
-    return say_last_word(reporter, stalled)
+    return report_outcome(reporter, stalled)
 
 
 def _train(run: RunConfig, reporter: AttemptReporter, stop: threading.Event, hung: Callable[[str], None]) -> None:
     from finetune_trainer.preflight.gpu_node import require_fit_node
 
-    with ThreadPoolExecutor(1) as beside:
-        fit = beside.submit(require_fit_node, run)
-        from finetune_trainer.launch.pipeline import Pipeline  # takes seconds to import: the report is served before
+    with ThreadPoolExecutor(1) as thread:
+        node_check = thread.submit(require_fit_node, run)
+        from finetune_trainer.launch.pipeline import Pipeline  # its import takes seconds: the report server runs before
 
-        fit.result()
+        node_check.result()
     pipeline = Pipeline(run, Reporters([PlainReporter(sys.stdout), reporter]), stop, hung)
     reporter.finished_before(pipeline.finished_stages())
     pipeline.execute(resume=True, checked=run.job.spec.kubernetes.preflight)
 
 
-def _words(error: BaseException) -> str:
-    """What people need: the faults of a bad job, else the last lines of the traceback."""
+def _message(error: BaseException) -> str:
+    """Return the problems of a wrong job, or else the last lines of the traceback."""
     if isinstance(error, UserError):
         return "\n".join(str(problem) for problem in error.problems)
     if isinstance(error, (GateNotPassed, Interrupted, Outage, TrainingFailed)):
@@ -109,10 +113,10 @@ def _last_lines(text: str) -> str:
     return "\n".join(text.strip().splitlines()[-TRACEBACK_LINES:])
 
 
-def _token() -> str:
-    """The attempt's token.
+def read_token() -> str:
+    """Return the token of the attempt, which requests to the report server need.
 
     Raises:
-        KeyError, OSError: there is none: the pod was not made by the operator.
+        KeyError, OSError: there is no token, because the operator has not made this pod.
     """
     return Path(os.environ[TOKEN_FILE_VARIABLE]).read_text().strip()

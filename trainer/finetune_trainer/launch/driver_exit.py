@@ -1,8 +1,8 @@
-"""How the driver of this pod ended, for the program that Ray's job agent runs as a RayJob's entrypoint.
+"""Passes the driver's exit code to the entrypoint of a RayJob, which Ray's job agent runs in the same pod.
 
-KubeRay takes a RayJob's outcome from its entrypoint, and replaces a head pod that ends. So with KubeRay the pod's
-process writes the driver's exit code to a file and stays, the entrypoint reads it and ends as the driver did, and
-KubeRay then takes the cluster down.
+KubeRay takes the outcome of a RayJob from its entrypoint, and replaces a head pod that ends. So with KubeRay the pod's
+process writes the driver's exit code to a file and keeps running; the entrypoint reads the file and ends with the same
+code; KubeRay then deletes the cluster.
 """
 
 from __future__ import annotations
@@ -17,47 +17,47 @@ from pathlib import Path
 from finetune_trainer.launch.drive import TERMINATION_LOG
 
 END_FILE = Path("/tmp/finetune-driver-end")
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 
 
-def write_end(code: int, file: Path = END_FILE) -> None:
-    """Write the driver's exit code, whole or not at all."""
+def write_exit_code(code: int, file: Path = END_FILE) -> None:
+    """Write the driver's exit code atomically."""
     new = file.with_suffix(".new")
     new.write_text(str(code))
     new.replace(file)
 
 
-def await_end(file: Path = END_FILE, message: Path = TERMINATION_LOG) -> int:
-    """Wait for the driver's end, print what it said last, and return its exit code."""
+def wait_for_exit_code(file: Path = END_FILE, message: Path = TERMINATION_LOG) -> int:
+    """Wait until the driver has ended, print its termination message and return its exit code."""
     while not file.exists():
-        time.sleep(LOOK_SECONDS)
-    print(_last_words(message), flush=True)
+        time.sleep(POLL_SECONDS)
+    print(_termination_message(message), flush=True)
     return int(file.read_text())
 
 
-def _last_words(message: Path) -> str:
+def _termination_message(message: Path) -> str:
     try:
         return str(json.loads(message.read_text()).get("message", ""))
     except (OSError, ValueError):
         return ""
 
 
-class Farewell:
-    """Notices SIGTERM and SIGINT, whichever handlers the driver installs for them meanwhile.
+class TerminationSignal:
+    """Records SIGTERM and SIGINT, independent of the handlers that the driver installs for them.
 
-    Python writes each signal that has a Python handler to the wake-up descriptor, so none that comes before `wait` is
-    missed. Create it in the main thread.
+    Python writes each signal that has a Python handler to the wake-up descriptor, so a signal that arrives before
+    `wait` is not missed. Create it in the main thread.
     """
 
     def __init__(self) -> None:
-        self._told, end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(end, warn_on_full_buffer=False)
+        self._received, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
 
     def wait(self) -> None:
-        """Return once this process has been told to end; at once where it was told before."""
+        """Wait for SIGTERM or SIGINT. Return at once if one has arrived since this object was created."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         while True:
-            select.select([self._told], [], [])
-            if {signal.SIGTERM, signal.SIGINT} & set(os.read(self._told, 1024)):
+            select.select([self._received], [], [])
+            if {signal.SIGTERM, signal.SIGINT} & set(os.read(self._received, 1024)):
                 return

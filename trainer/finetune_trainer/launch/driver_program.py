@@ -1,4 +1,4 @@
-"""The driver as a program of its own, which the fork server runs: `driver_program.py RUN_CONFIG`."""
+"""The driver as a script, which the fork server runs: `driver_program.py RUN_CONFIG`."""
 
 from __future__ import annotations
 

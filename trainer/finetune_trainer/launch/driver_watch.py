@@ -1,6 +1,6 @@
-"""Watches the driver's own work: preparing data, training a tokenizer, looking into storage, writing the report.
+"""Watches the driver's own work: preparing data, training a tokenizer, reading storage, writing the report.
 
-Nothing can interrupt a thread that hangs in a read, so a driver that makes no progress ends its process.
+A thread that hangs in a read cannot be interrupted, so the process of a driver that makes no progress ends itself.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from finetune_api.exit_codes import ExitCode
-from finetune_trainer.heartbeat import pulse
+from finetune_trainer.heartbeat import process_heartbeat
 from finetune_trainer.launch.stall_watch import StallWatch
-from finetune_trainer.progress.heartbeats import Beat, PulseThread, place_of
+from finetune_trainer.progress.heartbeats import HeartbeatThread, WorkerHeartbeat, first_heartbeat
 from finetune_trainer.runtime import node_name
 
 LOOK_SECONDS = 0.5
 
 
 class DriverWatch:
-    """Calls `hung`, from a thread of its own, once this process makes no progress. A context manager.
+    """Calls `hung` from another thread once this process makes no progress. A context manager.
 
     Args:
         timeout: `runPolicy.stallTimeout`.
-        hung: receives what is known, with the stacks of all threads, and should end the process.
+        hung: receives the diagnosis, with the stacks of all threads, and should end the process.
     """
 
     def __init__(self, timeout: int | str, hung: Callable[[str], None]) -> None:
         self._timeout, self._hung = timeout, hung
-        self._beats: dict[int, Beat] = {}
+        self._beats: dict[int, WorkerHeartbeat] = {}
         self._watch: StallWatch | None = StallWatch(timeout)
         self._over = threading.Event()
-        self._pulse = PulseThread(place_of(0, 1, node_name(), ""), pulse(), self._hear)
+        self._pulse = HeartbeatThread(first_heartbeat(0, 1, node_name(), ""), process_heartbeat(), self._hear)
         self._thread = threading.Thread(target=self._run, daemon=True, name="driver watch")
 
     def __enter__(self) -> DriverWatch:
@@ -51,14 +51,14 @@ class DriverWatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, the driver waits for others, who are watched by themselves."""
+        """Pause the watch while the driver waits for workers, which have a watch of their own."""
         self._watch = None
         try:
             yield
         finally:
             self._watch = StallWatch(self._timeout)
 
-    def _hear(self, beat: Beat) -> None:
+    def _hear(self, beat: WorkerHeartbeat) -> None:
         self._beats = {0: beat}
 
     def _run(self) -> None:
@@ -72,7 +72,7 @@ class DriverWatch:
 
 
 def end_process(text: str) -> None:
-    """Say what is known and end this process at once."""
+    """Print the diagnosis and end this process at once."""
     print(f"stalled: {text}", file=sys.stderr, flush=True)
     os._exit(ExitCode.FAILED)
 

@@ -1,4 +1,4 @@
-"""What an ended worker group's failure means, and whether to try again."""
+"""Classifies the failure of a worker group and decides whether another attempt may succeed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch.distributed import DistError
 from finetune_api.device_faults import FaultKind, Found, device_fault
 from finetune_api.problems import Problem
 from finetune_api.ray_messages import RAY_FIELD
-from finetune_trainer.errors import GateNotPassed, Interrupted, NotMet, UserError
+from finetune_trainer.errors import GateNotPassed, Interrupted, UserError, WorkersMissing
 from finetune_trainer.launch.fault_location import node_of
-from finetune_trainer.storage.retry import passing
+from finetune_trainer.storage.retry import is_transient
 from finetune_trainer.training.dropped_steps import RolledBack
 
 
 class Kind(Enum):
-    """Classes of failure, most telling first: one worker's word on the cause outweighs the others' broken pipes."""
+    """Kinds of failure, most specific first: the cause on one worker outranks broken connections on the others."""
 
     USER = "user error"
     GATE = "gate not passed"
@@ -34,16 +34,16 @@ class Kind(Enum):
     GPU = "GPU fault"
     BUG = "unexpected error"
     ERROR = "error"
-    """One that may be different next time; the same one again is not."""
+    """May succeed in another attempt, unless the same error has occurred twice in a row."""
     STALLED = "stalled"
-    """No progress for too long. The driver has ended the workers."""
+    """The workers made no progress for too long, and the driver has killed them."""
     LOST = "worker lost"
 
 
-# Raised again by the same code on the same data: trying again would only waste the machines.
+# The same code raises these again on the same data, so a retry would only waste machine time.
 _DETERMINISTIC = (TypeError, ValueError, LookupError, AttributeError, AssertionError, ImportError, NameError,
                   NotImplementedError)  # fmt: skip
-_OF_FAULTS = {
+_KIND_OF_FAULT = {
     FaultKind.GPU: Kind.GPU,
     FaultKind.TOOLCHAIN: Kind.USER,
     FaultKind.DRIVER: Kind.USER,
@@ -57,64 +57,68 @@ _OF_FAULTS = {
     FaultKind.NCCL_TIMEOUT: Kind.LOST,
     FaultKind.NCCL_SYSTEM: Kind.LOST,
 }
-"""The driver does not try a broken GPU (`Kind.GPU`) again, because its pods stay where they are.
+"""The driver does not retry on a broken GPU (`Kind.GPU`), because its pods stay on their nodes.
 
 The operator starts the next attempt on another node.
 """
-_OF_CONNECTIONS = re.compile(
+_CONNECTION_ERROR = re.compile(
     r"gloo|nccl|c10d|process ?group|rendezvous|connection (closed|reset|refused|aborted)|broken pipe|"
     r"socket|timed? ?out|uncorrectable ecc|device unavailable",
     re.IGNORECASE,
 )
-"""In messages of plain RuntimeErrors: another worker, the network or the machine has failed, and not the code."""
-_CHANGING = re.compile(r"0x[0-9a-f]+|/tmp/\S+|\d+(\.\d+)?", re.IGNORECASE)
-"""What differs between two messages of the same error: addresses, temporary files, numbers."""
-_PLACE = "finetune_place"
+"""Matches messages of RuntimeErrors that mean a failure of another worker, the network or the machine, not the code."""
+_VARIABLE_PARTS = re.compile(r"0x[0-9a-f]+|/tmp/\S+|\d+(\.\d+)?", re.IGNORECASE)
+"""Matches what differs between two messages of the same error: addresses, temporary files, numbers."""
+_STEP_ATTRIBUTE = "finetune_step"
 
-Place = tuple[int, int]
+StageStep = tuple[int, int]
 """Index of a stage, and the optimizer steps that it has done."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A classified failure. `error` is the worker's own exception, `text` all of it for a log."""
+    """A classified failure."""
 
     kind: Kind
     error: BaseException
+    """The exception of the worker that explains the failure best."""
     text: str
+    """The full text of the failure, for a log."""
     advice: str = ""
-    """What to do about it, where that is known."""
+    """The remedy, if one is known."""
     node: str | None = None
-    """Name of the node on which a GPU fault happened, or whose worker was behind in a stall, where that is known."""
+    """Name of the node of a GPU fault, or of the worker that was behind in a stall. None if unknown."""
     elsewhere: bool = False
-    """Whether the next attempt should run on other nodes, so that this one's driver does not try again."""
+    """Whether the next attempt should run on other nodes, so that this attempt's driver does not retry."""
 
     @property
     def retryable(self) -> bool:
-        """Whether another attempt may end otherwise."""
+        """Whether another attempt may succeed."""
         return self.kind in (Kind.ERROR, Kind.LOST, Kind.STALLED, Kind.ROLLED_BACK) and not self.elsewhere
 
     @property
     def counts(self) -> bool:
-        """Whether it uses up a retry. Rollbacks have a limit of their own (`training.dropped_steps.MOST`)."""
+        """Whether the failure uses up a retry. Rollbacks have their own limit (`training.dropped_steps`)."""
         return self.kind is not Kind.ROLLED_BACK
 
     @property
     def line(self) -> str:
-        """The failure in a line."""
+        """The failure in one line."""
         return str(self.error) if self.kind is Kind.ROLLED_BACK else last_line(self.text)
 
     @property
-    def signature(self) -> tuple[str, str, Place | None] | None:
-        """What two failures that are the same have in common: the error's class, its message without what changes, and
-        the place. None for what happens to workers from outside, whose repetition proves nothing."""
+    def signature(self) -> tuple[str, str, StageStep | None] | None:
+        """The error's class, its message without variable parts, and its step. Equal for repetitions of one error.
+
+        None for failures that come from outside of the workers, whose repetition proves nothing.
+        """
         if self.kind is not Kind.ERROR:
             return None
-        return type(self.error).__qualname__, _CHANGING.sub("#", str(self.error)), place_of(self.error)
+        return type(self.error).__qualname__, _VARIABLE_PARTS.sub("#", str(self.error)), step_of(self.error)
 
 
 def classify(error: TrainingFailedError | HostOutOfMemoryError) -> Failure:
-    """The failure that explains a worker group's end best."""
+    """Return the failure that explains best why a worker group ended."""
     causes = list(_causes(error))
     order = list(Kind)
     kind, cause = min(((_kind(cause), cause) for cause in causes), key=lambda pair: order.index(pair[0]))
@@ -123,7 +127,7 @@ def classify(error: TrainingFailedError | HostOutOfMemoryError) -> Failure:
 
 
 def _with_fault(kind: Kind, cause: BaseException, text: str, found: Found) -> Failure:
-    """Say the fault once more in the last line: Ray shortens the workers' words, and a report keeps their end."""
+    """Repeat the fault in the last line: Ray truncates the workers' messages, and a report keeps the last line."""
     node = node_of(cause)
     line = f"{found.fault.kind.value}{f' on node {node}' if node else ''}: {found.line}"
     if kind is Kind.USER:
@@ -136,22 +140,22 @@ def _device_fault(error: BaseException) -> Found | None:
 
 
 @contextmanager
-def placed(stage: int, trainer: Any = None) -> Iterator[None]:
-    """Let an error that leaves this block say where it happened: its stage, and the trainer's step."""
+def errors_with_step(stage: int, trainer: Any = None) -> Iterator[None]:
+    """Add the stage and the trainer's step to an error that leaves this block."""
     try:
         yield
     except Exception as error:
-        setattr(error, _PLACE, (stage, trainer.state.global_step if trainer is not None else 0))
+        setattr(error, _STEP_ATTRIBUTE, (stage, trainer.state.global_step if trainer is not None else 0))
         raise
 
 
-def place_of(error: BaseException) -> Place | None:
-    """Where an error happened, as `placed` has noted it; the note survives Ray's pickling."""
-    return getattr(error, _PLACE, None)
+def step_of(error: BaseException) -> StageStep | None:
+    """Return the stage and step that `errors_with_step` has added; they survive Ray's pickling."""
+    return getattr(error, _STEP_ATTRIBUTE, None)
 
 
 def last_line(text: str) -> str:
-    """Return the last line of a text that is a message: not blank, and none of Ray's fields of an actor."""
+    """Return the last line of a text that is neither blank nor one of the fields that Ray prints for an actor."""
     lines = [line for line in text.strip().splitlines() if line.strip() and not RAY_FIELD.match(line)]
     return lines[-1].strip()[:300] if lines else ""
 
@@ -167,25 +171,25 @@ def _kind(error: BaseException) -> Kind:
         return Kind.ROLLED_BACK
     if isinstance(error, (DeviceOutOfMemoryError, HostOutOfMemoryError, MemoryError)):
         return Kind.OUT_OF_MEMORY
-    if isinstance(error, NotMet):
+    if isinstance(error, WorkersMissing):
         return Kind.LOST
     found = _device_fault(error)
     if found is not None:
-        return _OF_FAULTS[found.fault.kind]
+        return _KIND_OF_FAULT[found.fault.kind]
     if isinstance(error, _DETERMINISTIC):
         return Kind.BUG
-    return Kind.LOST if _from_outside(error) else Kind.ERROR
+    return Kind.LOST if _is_infrastructure(error) else Kind.ERROR
 
 
-def _from_outside(error: BaseException) -> bool:
-    """Whether a worker, the network, a store or a machine has failed, and not the code that runs on it."""
+def _is_infrastructure(error: BaseException) -> bool:
+    """Whether a worker, the network, a storage or a machine has failed, and not the code that runs on it."""
     if not isinstance(error, Exception) or type(error).__module__.partition(".")[0] == "ray":
         return True
-    return isinstance(error, DistError) or passing(error) or bool(_OF_CONNECTIONS.search(str(error)))
+    return isinstance(error, DistError) or is_transient(error) or bool(_CONNECTION_ERROR.search(str(error)))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The workers' own exceptions, unwrapped from Ray's; the error itself where there are none."""
+    """Yield the workers' exceptions, unwrapped from Ray's; the error itself if there are none."""
     failures: Iterable[BaseException] = getattr(error, "worker_failures", {}).values()
     found = False
     for failure in failures:

@@ -1,4 +1,4 @@
-"""On which node a GPU fault happened: a note that the worker adds to its exception and the driver reads."""
+"""Records the node of a GPU fault, as a note that the worker adds to its exception and the driver reads."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _NOTE = "GPU fault on node "
 
 @contextmanager
 def faults_with_node() -> Iterator[None]:
-    """Add the name of this node to an exception that tells of a broken GPU.
+    """Add the name of this node to an exception that means a broken GPU.
 
-    Other exceptions stay as they are: Ray groups the workers' errors by their text, and shows equal ones once.
+    Other exceptions are not changed: Ray groups the workers' errors by their text and shows equal ones once.
     """
     try:
         yield
@@ -27,6 +27,6 @@ def faults_with_node() -> Iterator[None]:
 
 
 def node_of(error: BaseException) -> str | None:
-    """Return the name of the node on which the exception was raised, or None where it has no such note."""
+    """Return the name of the node on which the exception was raised, or None if it has no such note."""
     notes = getattr(error, "__notes__", ())
     return next((note.removeprefix(_NOTE) for note in notes if note.startswith(_NOTE)), None)

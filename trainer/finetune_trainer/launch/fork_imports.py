@@ -1,9 +1,9 @@
-"""What a job's processes import, so that one process can do it for all of them (`finetune_trainer.forks`).
+"""The modules that the fork server (`finetune_trainer.forks`) imports for a job, and whether the job can use it.
 
-The fork server is for jobs on CPUs. A process that has opened a GPU can't be forked, and bitsandbytes opens the GPUs at
-its import, to choose its library by their compute capability. Hidden from the import, they would still be there in the
-forks, but bitsandbytes would have chosen its library for CPUs, and every quantized layer would fail. So a job on GPUs
-starts its processes without the server, and a job on CPUs hides the machine's GPUs from it.
+The fork server is for jobs on CPUs. A process that has opened a GPU can't be forked, and bitsandbytes opens the GPUs
+when it is imported, to choose its native library by their compute capability. If the GPUs were hidden from that import,
+bitsandbytes would choose its library for CPUs, and every quantized layer would fail in the forks. So a job on GPUs
+starts its processes without the server, and a job on CPUs hides the machine's GPUs from the server.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fsspec.registry import known_implementations
 
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.forks.client import fork_server
+from finetune_trainer.forks.wire import OFF, SOCKET_VARIABLE, is_off
 
 _LIBRARIES = (
     "finetune_api.runconfig",
@@ -32,34 +33,40 @@ _LIBRARIES = (
     "finetune_trainer.model.load",
     "finetune_trainer.plan.job",
 )
-"""None of them imports Ray."""
+"""None of these imports Ray."""
 _WORKERS = ("finetune_trainer.launch.stage_run", "ray.train.v2._internal.execution.controller.controller")
-
-
 DEVICES = Path("/dev")
 _HIDDEN = ("", "-1")
 
 
 def forks(run: RunConfig, log: Callable[[str], None]) -> AbstractContextManager[object]:
-    """Return the fork server for the job's processes, or a context that does nothing where the job uses GPUs.
+    """Return a context manager that runs the fork server for the job's processes.
+
+    It does nothing if the job uses GPUs or the environment variable FINETUNE_FORK_SERVER is `0`.
 
     Args:
-        log: called with the reason why there is no server.
+        run: the job.
+        log: receives the reason if there is no server.
     """
+    if is_off():
+        log(f"processes start without the fork server: {SOCKET_VARIABLE}={OFF}")
+        return nullcontext()
     if not uses_gpus(run):
         return fork_server(libraries(run), worker_modules(run))
-    log("processes start without the fork server: libraries open GPUs at their import, after which nothing can fork")
+    log(
+        "processes start without the fork server: libraries open GPUs when imported, and such a process can't be forked"
+    )
     return nullcontext()
 
 
 def uses_gpus(run: RunConfig) -> bool:
-    """Whether the job computes on GPUs, as far as can be told without importing torch.
+    """Whether the job computes on GPUs, as far as is known without importing torch.
 
-    A job that does not say takes those of the machine that runs it; on a cluster none.
+    A job that does not set `resources.gpusPerNode` uses the GPUs of the machine that runs it; on a cluster none.
     """
-    wanted = run.job.spec.resources.gpus_per_node
-    if wanted is not None or os.environ.get("CUDA_VISIBLE_DEVICES") in _HIDDEN:
-        return bool(wanted)
+    requested = run.job.spec.resources.gpus_per_node
+    if requested is not None or os.environ.get("CUDA_VISIBLE_DEVICES") in _HIDDEN:
+        return bool(requested)
     return (
         any(path.name.removeprefix("nvidia").isdecimal() for path in DEVICES.glob("nvidia*"))
         or (DEVICES / "dxg").exists()
@@ -67,12 +74,12 @@ def uses_gpus(run: RunConfig) -> bool:
 
 
 def libraries(run: RunConfig) -> list[str]:
-    """Modules of every process of the job, its store's among them."""
+    """Return the modules of every process of the job, including that of its storage."""
     scheme, is_uri, _ = run.root.partition("://")
-    store = known_implementations.get(scheme) if is_uri else None
-    return [*_LIBRARIES, *([store["class"].rpartition(".")[0]] if store else [])]
+    filesystem = known_implementations.get(scheme) if is_uri else None
+    return [*_LIBRARIES, *([filesystem["class"].rpartition(".")[0]] if filesystem else [])]
 
 
 def worker_modules(run: RunConfig) -> list[str]:
-    """Modules of the workers, of Ray Train's helpers and of the job's stages, which need Ray."""
+    """Return the modules that need Ray: of the workers, of Ray Train's helper actors and of the job's stages."""
     return [*_WORKERS, *sorted({f"finetune_trainer.stages.{stage.kind}.stage" for stage in run.job.spec.stages})]

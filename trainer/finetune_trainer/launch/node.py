@@ -1,7 +1,7 @@
-"""A pod of an attempt, on either engine: one starts the Ray head and drives; the others join it and leave with it.
+"""Runs a pod of an attempt, on either engine: the head pod starts the Ray head and the driver, the others join it.
 
-In jobs without GPUs a second process imports the libraries while Ray starts, and the driver and Ray's workers are
-forked from it (`forks`), so that they need not import them again.
+In jobs without GPUs a second process imports the libraries while Ray starts. The driver and Ray's workers are forked
+from it (`forks`), so that they need not import the libraries again.
 """
 
 from __future__ import annotations
@@ -21,62 +21,62 @@ from finetune_api.exit_codes import ExitCode
 from finetune_api.report import PORT, STOP_PATH
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.forks.client import run_fork
-from finetune_trainer.launch.driver_exit import Farewell, write_end
+from finetune_trainer.launch.driver_exit import TerminationSignal, write_exit_code
 from finetune_trainer.launch.fork_imports import forks
-from finetune_trainer.launch.node_role import Seat, seat
+from finetune_trainer.launch.node_role import NodeRole, node_role
 from finetune_trainer.plan.threads import threads_per_worker
 from finetune_trainer.progress.attempt_report import AttemptReporter
 from finetune_trainer.runtime import apply_environment, quiet_environment
 
 HEAD_SECONDS = 1800.0
-"""How long a node waits for the head: its image may still be on its way."""
+"""How long a node waits for the head pod, which may still be pulling its image."""
 RETRY_SECONDS = 0.5
 LOST_SECONDS = 5.0
-"""A driver that is not reached for so long has ended."""
+"""A driver that has been unreachable for this time counts as ended."""
 SIGTERM_EXIT = 128 + signal.SIGTERM
 _RAY = [sys.executable, "-m", "finetune_trainer.forks.start"]
 _DRIVE = Path(__file__).with_name("driver_program.py")
 
 
 def run_node(config: Path) -> int:
-    """What every pod runs; returns its exit code. Pod 0's is the attempt's, by `ExitCode`."""
-    # The first process of a container ignores every signal that it has no handler for.
+    """Run this pod and return its exit code. The code of pod 0 is that of the attempt (`ExitCode`)."""
+    # The first process of a container ignores every signal for which it has no handler.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_EXIT))
     run = RunConfig.model_validate_json(config.read_text())
     resources = run.job.spec.resources
     apply_environment(quiet_environment(accelerator=bool(resources.gpus_per_node)))
-    # A lost head ends its nodes soon, so that the pods make room for the next attempt's.
+    # Nodes whose head is lost end soon, so that their pods make room for those of the next attempt.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_worker(resources)))
-    place = seat(resources)
+    place = node_role(resources)
     with forks(run, print):
         return _head(config, place) if place.head else _worker(run, place)
 
 
-def _head(config: Path, place: Seat) -> int:
-    """Start Ray, then drive. With KubeRay stay after that until the cluster is taken down (`driver_end`)."""
+def _head(config: Path, place: NodeRole) -> int:
+    """Start the Ray head and run the driver. With KubeRay, then wait until the cluster is deleted (`driver_exit`)."""
     from finetune_trainer.launch.drive import drive
 
-    farewell = Farewell() if place.watched else None
+    farewell = TerminationSignal() if place.watched else None
     subprocess.run([*_RAY, "start", *place.options], check=True, stdout=subprocess.DEVNULL, env=_environment(place))
     os.environ["RAY_ADDRESS"] = place.address
     code = run_fork([str(_DRIVE), str(config)])
     code = int(drive(config)) if code is None else code
     if farewell is not None:
-        write_end(code)
+        write_exit_code(code)
         farewell.wait()
     return code
 
 
-def _environment(place: Seat) -> dict[str, str]:
+def _environment(place: NodeRole) -> dict[str, str]:
     return {**os.environ, **place.environment}
 
 
-def _worker(run: RunConfig, place: Seat) -> int:
-    """Join, stay as long as the head does.
+def _worker(run: RunConfig, place: NodeRole) -> int:
+    """Join the Ray cluster and stay until the head ends.
 
-    Returns FAILED where the head never came or left; the Job then ends, and this pod with it. A node that does not suit
-    the job says so in its termination message, and does not join.
+    Returns FAILED if the head never starts or ends; the Job then ends, and this pod with it. A node that does not meet
+    the requirements of the job writes the reason into its termination message and does not join.
     """
     resources = run.job.spec.resources
     if resources.gpus_per_node and (code := _unfit(run)):
@@ -92,32 +92,32 @@ def _worker(run: RunConfig, place: Seat) -> int:
 
 
 def _unfit(run: RunConfig) -> ExitCode:
-    from finetune_trainer.launch.drive import say_last_word
+    from finetune_trainer.launch.drive import report_outcome
     from finetune_trainer.preflight.gpu_node import require_fit_node
 
     reporter = AttemptReporter([stage.title for stage in run.job.spec.stages])
-    return say_last_word(reporter, lambda: require_fit_node(run))
+    return report_outcome(reporter, lambda: require_fit_node(run))
 
 
 def _leave(host: str, ray: subprocess.Popen[bytes]) -> None:
-    """This pod alone is to go (a drain, a preemption): the driver saves a checkpoint first, and its end is ours."""
+    """Let the driver save a checkpoint before this pod ends alone, by a drain or a preemption."""
     threading.Thread(target=_ask_to_stop, args=(host, ray), daemon=True).start()
 
 
 def _ask_to_stop(host: str, ray: subprocess.Popen[bytes]) -> None:
-    from finetune_trainer.launch.drive import _token
+    from finetune_trainer.launch.drive import read_token
 
     request = urllib.request.Request(
-        f"http://{host}:{PORT}{STOP_PATH}", data=b"", headers={"Authorization": f"Bearer {_token()}"}
+        f"http://{host}:{PORT}{STOP_PATH}", data=b"", headers={"Authorization": f"Bearer {read_token()}"}
     )
     with contextlib.suppress(OSError):
         urllib.request.urlopen(request, timeout=5).close()
     _until_driver_ends(host)
-    ray.kill()  # by itself the raylet would look for its head for a while, and the next attempt waits for this pod
+    ray.kill()  # the raylet would try to reconnect to its head for a while, and the next attempt waits for this pod
 
 
 def _until_driver_ends(host: str) -> None:
-    """Its port refuses connections then; a driver whose pod is gone may only not be reached any more."""
+    """Wait until the driver's port refuses connections, or is unreachable for `LOST_SECONDS` if its pod is gone."""
     reached = time.monotonic()
     while time.monotonic() - reached < LOST_SECONDS:
         try:
@@ -125,19 +125,19 @@ def _until_driver_ends(host: str) -> None:
             reached = time.monotonic()
         except ConnectionRefusedError:
             return
-        except OSError as error:  # a network that is away may come back; a pod that has ended loses its name
+        except OSError as error:  # the network may come back; but the DNS name of a pod disappears when the pod ends
             if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
                 return
-        time.sleep(RETRY_SECONDS)  # there is no event to wait for
+        time.sleep(RETRY_SECONDS)  # polls, because there is no event to wait for
 
 
 def _reachable(host: str, port: int) -> bool:
-    """Wait for the head: its name comes into DNS, and its port opens, once its pod runs."""
+    """Wait until the head pod runs: its name is then in DNS and its port is open."""
     deadline = time.monotonic() + HEAD_SECONDS
     while time.monotonic() < deadline:
         try:
             socket.create_connection((host, port), timeout=2).close()
             return True
         except OSError:
-            time.sleep(RETRY_SECONDS)  # there is no event to wait for before the connection
+            time.sleep(RETRY_SECONDS)  # polls, because there is no event to wait for
     return False

@@ -1,8 +1,8 @@
-"""The place of a pod in its job's Ray cluster: head or not, and how Ray starts there.
+"""The role of a pod in its job's Ray cluster: head or worker node, and the options of `ray start`.
 
-Two engines make the pods. In an Indexed Job the pod's completion index says which one is the head. KubeRay gives each
-pod the `ray start` command that it would run itself (`KUBERAY_GEN_RAY_START_CMD`), which says all of it: the RayJob's
-annotation `ray.io/overwrite-container-cmd` lets this program be the container's process in its place.
+In an Indexed Job, the pod with completion index 0 is the head. KubeRay generates the `ray start` command of each pod
+(`KUBERAY_GEN_RAY_START_CMD`), which contains the role and the options; the RayJob's annotation
+`ray.io/overwrite-container-cmd` makes this program run as the container's process instead of that command.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from finetune_api.cluster import Resources
 from finetune_api.slots import LEAST_CPUS, offered
@@ -27,58 +27,59 @@ GCS_PORT = "6379"
 
 
 @dataclass(frozen=True)
-class Seat:
-    """What a pod does in its attempt."""
+class NodeRole:
+    """The role of a pod in its attempt."""
 
     head: bool
-    """Whether it runs the Ray head and the driver."""
+    """Whether the pod runs the Ray head and the driver."""
     address: str
     """Host and port of the Ray head."""
     options: tuple[str, ...]
     """Options of `ray start`."""
     watched: bool = False
-    """Whether KubeRay watches the cluster: it wants Ray's dashboard, and replaces a head that ends by itself."""
+    """Whether KubeRay manages the cluster: it needs Ray's dashboard, and replaces a head pod that ends."""
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables of the `ray start` process beside those of this one."""
+        """Additional environment variables of the `ray start` process."""
         return {WATCHED_VARIABLE: HEAD if self.head else NODE} if self.watched else {}
 
 
-def seat(resources: Resources, environment: Mapping[str, str] = os.environ) -> Seat:
-    """Return this pod's place, from what its engine says in the environment."""
+def node_role(resources: Resources, environment: Mapping[str, str] = os.environ) -> NodeRole:
+    """Return the role of this pod from the environment variables that its engine sets."""
     command = environment.get(KUBERAY_VARIABLE)
     if command:
-        return _of_kuberay(shlex.split(command)[2:], resources)
+        return _kuberay_role(shlex.split(command)[2:], resources)
     address = environment[HEAD_VARIABLE]
     if int(environment.get(INDEX_VARIABLE, "0")):
-        return Seat(False, address, (f"--address={address}", *_share(resources)))
+        return NodeRole(False, address, (f"--address={address}", *_resource_options(resources)))
     port = address.rpartition(":")[2]
-    return Seat(True, f"{_ip()}:{port}", (*_head(port), "--include-dashboard=false", *_share(resources)))
+    options = (*_head_options(port), "--include-dashboard=false", *_resource_options(resources))
+    return NodeRole(True, f"{_ip()}:{port}", options)
 
 
 def replaces_nodes(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether the engine makes a new pod where a worker's pod is lost."""
+    """Return whether the engine replaces the lost pod of a worker node."""
     return bool(environment.get(KUBERAY_VARIABLE))
 
 
-def _of_kuberay(given: list[str], resources: Resources) -> Seat:
-    """KubeRay's options (`rayStartParams` and its own), with what only the node knows in place of theirs."""
-    own = {_name(option): option for option in _share(resources)}
-    kept = tuple(option for option in given if _name(option) not in {*own, "--block", "--head"})
-    if "--head" in given:
+def _kuberay_role(generated: list[str], resources: Resources) -> NodeRole:
+    """Return the role with KubeRay's options (`rayStartParams` and its own), the node's resources replaced by ours."""
+    own = {_name(option): option for option in _resource_options(resources)}
+    kept = tuple(option for option in generated if _name(option) not in {*own, "--block", "--head"})
+    if "--head" in generated:
         port = next((option.partition("=")[2] for option in kept if _name(option) == "--port"), GCS_PORT)
         kept = tuple(option for option in kept if _name(option) != "--port")
-        return Seat(True, f"{_ip()}:{port}", (*_head(port), *kept, *own.values()), watched=True)
+        return NodeRole(True, f"{_ip()}:{port}", (*_head_options(port), *kept, *own.values()), watched=True)
     address = next(option.partition("=")[2] for option in kept if _name(option) == "--address")
-    return Seat(False, address, (*kept, *own.values()), watched=True)
+    return NodeRole(False, address, (*kept, *own.values()), watched=True)
 
 
 def _name(option: str) -> str:
     return option.partition("=")[0]
 
 
-def _head(port: str) -> tuple[str, ...]:
+def _head_options(port: str) -> tuple[str, ...]:
     return "--head", f"--node-ip-address={_ip()}", f"--port={port}"
 
 
@@ -86,8 +87,11 @@ def _ip() -> str:
     return socket.gethostbyname(socket.gethostname())
 
 
-def _share(resources: Resources) -> list[str]:
-    """What this node offers: more CPUs than it has, which Ray Train's helpers ask for too, and places for workers."""
+def _resource_options(resources: Resources) -> list[str]:
+    """Return the options that declare this node's resources.
+
+    They include more CPUs than the node has, because Ray Train's helper actors request CPUs too.
+    """
     return [
         f"--num-cpus={max(psutil.cpu_count() or 1, LEAST_CPUS)}",
         f"--num-gpus={resources.gpus_per_node or 0}",

@@ -1,4 +1,4 @@
-"""The pipeline: one stage after the other, each from the result of the one before."""
+"""Runs the stages of a job one after the other, each from the result of the previous one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.errors import GateNotPassed, Interrupted, OutOfMemory, TrainingFailed, UserError
 from finetune_trainer.gate import require_gate
-from finetune_trainer.heartbeat import beat, enter
+from finetune_trainer.heartbeat import enter_phase, record_progress
 from finetune_trainer.launch.cluster import keep_signal_handlers, start_ray, stop_ray
 from finetune_trainer.launch.driver_watch import DriverWatch, end_process
 from finetune_trainer.launch.failures import Failure, Kind
@@ -23,7 +23,7 @@ from finetune_trainer.launch.sharing.offer import Offers, fetch_weights
 from finetune_trainer.launch.stall_diagnosis import Stalled, end_workers, inquire, keep
 from finetune_trainer.launch.stall_watch import Stall
 from finetune_trainer.launch.tokenizer_run import run_tokenizer_stage
-from finetune_trainer.launch.worker_group import GroupFit, keep_trying
+from finetune_trainer.launch.worker_group import HasGrown, WorkerGroup, retry_attempts
 from finetune_trainer.layout import REPORT, StageLayout
 from finetune_trainer.plan.records import StagePlan
 from finetune_trainer.plan.workers import Workers, plan_workers
@@ -43,16 +43,16 @@ from finetune_trainer.runtime import nccl_log_variables
 from finetune_trainer.stage_graph import layouts
 from finetune_trainer.storage.checkpoints import CheckpointStore
 from finetune_trainer.storage.filesystem import Storage
-from finetune_trainer.storage.retry import listen
+from finetune_trainer.storage.retry import on_waiting
 from finetune_trainer.training.stage_work import StageWork
 
 
 class Pipeline:
-    """One attempt at a job, in this process.
+    """The driver of one attempt at a job.
 
     Args:
         stop: set it, from a signal handler or another thread, to save a checkpoint and stop.
-        hung: receives, from another thread, what is known of a driver that makes no progress; ends the process.
+        hung: receives the diagnosis of a driver that makes no progress, from another thread; must end the process.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Pipeline:
     ) -> None:
         self.run, self.reporter, self.stop = run, reporter, stop
         self.watch = DriverWatch(run.job.spec.run_policy.stall_timeout, hung)
-        listen(reporter.waiting)
+        on_waiting(reporter.waiting)
         self.storage = Storage(run.root)
         self.layouts = layouts(run)
         self.workers: Workers = plan_workers(run.job.spec.resources)
@@ -72,36 +72,38 @@ class Pipeline:
         self.peak: float | None = None
 
     def execute(self, *, resume: bool = False, fresh: bool = False, checked: bool = False) -> None:
-        """Run every stage that isn't done, then write the report.
+        """Run every stage that is not done, then write the report.
 
         Args:
-            checked: a preflight has passed elsewhere.
+            resume: continue an earlier run in the job's directory.
+            fresh: set an earlier run aside.
+            checked: whether a preflight has passed elsewhere, so that none is run here.
 
         Raises:
-            UserError: nothing was trained, or a stage found its data or settings unusable.
-            GateNotPassed: an evaluation missed a bound; no stage after it has begun.
-            Interrupted: stopped on request, a checkpoint saved.
+            UserError: the preflight or a stage found the settings or the data unusable.
+            GateNotPassed: an evaluation missed its gate; no later stage has begun.
+            Interrupted: stopped on request, with a checkpoint saved.
             OutOfMemory, TrainingFailed: a stage failed; its checkpoints are kept.
         """
         with self.watch:
             self._execute(resume, fresh, checked)
 
     def _execute(self, resume: bool, fresh: bool, checked: bool) -> None:
-        enter("checking the job")
+        enter_phase("checking the job")
         if not checked:
             preflight(self.run, self.workers)
         self.run = open_run(self.run, self.storage, resume=resume, fresh=fresh)
-        for layout in self._todo(done=True):
+        for layout in self._stages(done=True):
             self.reporter.log(f"{layout.title}: done before, not run again")
             self._require_gate(layout)
-        if self._todo():
+        if self._stages():
             self._run_stages()
         else:
             self._report()
         self.reporter.log(f"report: {self.storage.path(REPORT)}")
 
     def _require_gate(self, layout: StageLayout) -> None:
-        """What an earlier attempt has measured, held against the bounds that the job sets now."""
+        """Check the metrics of an earlier attempt against the current gate of the job."""
         try:
             require_gate(self.run, self.storage, layout.index)
         except GateNotPassed:
@@ -109,12 +111,12 @@ class Pipeline:
             raise
 
     def finished_stages(self) -> list[bool]:
-        """For each stage, whether an earlier attempt has finished it."""
+        """Return for each stage whether an earlier attempt has finished it."""
         return finished(self.run, self.storage)
 
     def _run_stages(self) -> None:
-        # Ray starts while data is prepared. Its processes die with the thread that started them (PR_SET_PDEATHSIG), so
-        # that thread must live as long as the pipeline: an executor's does.
+        # Ray starts while data is prepared. Its processes die with the thread that has started them (PR_SET_PDEATHSIG),
+        # so that thread must live as long as the pipeline, as the thread of an executor does.
         with ThreadPoolExecutor(max_workers=1) as background:
             ray_started = background.submit(start_ray, self.workers, variables=self._worker_variables())
             try:
@@ -130,39 +132,40 @@ class Pipeline:
                 stop_ray(ray_started)
 
     def _worker_variables(self) -> dict[str, str]:
-        """Return what workers of several nodes with GPUs need: NCCL tells in its log alone that it uses TCP."""
+        """Return variables that enable the NCCL log of GPU workers on several nodes: only it shows the transport."""
         several = self.workers.accelerator and may_have_several_nodes(self.run.job.spec.resources)
         return nccl_log_variables(os.environ) if several else {}
 
-    def _todo(self, done: bool = False) -> list[StageLayout]:
+    def _stages(self, done: bool = False) -> list[StageLayout]:
+        """Return the stages that are not done yet, or those that are."""
         states = finished(self.run, self.storage)
         return [layout for layout in self.layouts if states[layout.index] is done]
 
     def _tokenizer(self) -> None:
         first = self.layouts[0]
-        if self.run.job.spec.stages[0].tokenizer is None or first not in self._todo():
+        if self.run.job.spec.stages[0].tokenizer is None or first not in self._stages():
             return
-        enter("training a tokenizer")
+        enter_phase("training a tokenizer")
         self.reporter.stage_started(0, first.title, len(self.layouts), "training a tokenizer")
         metrics = run_tokenizer_stage(self.run, self.storage, first, self.reporter)
         self.reporter.stage_finished(0, first.title, self.storage.path(first.result), metrics)
 
     def _prepare(self) -> None:
-        enter("preparing the data of all stages")
-        preparation = Preparation(self.run, self.workers, self.storage, self._say)
-        plan = preparation.run_all(self._todo(), self.stop)
+        enter_phase("preparing the data of all stages")
+        preparation = Preparation(self.run, self.workers, self.storage, self._log_progress)
+        plan = preparation.run_all(self._stages(), self.stop)
         if problems := list(room_problems(self.run, plan, on_node=True)):
             raise UserError(problems)
         self.plans, self.peak = {stage.index: stage for stage in plan.stages}, plan.peak
         if may_have_several_nodes(self.run.job.spec.resources):
-            fetch_weights(self.run, self._todo(), self.reporter.log)
+            fetch_weights(self.run, self._stages(), self.reporter.log)
 
-    def _say(self, line: str) -> None:
-        beat()
+    def _log_progress(self, line: str) -> None:
+        record_progress()
         self.reporter.log(line)
 
     def _train(self, ray_started: Future[None]) -> None:
-        if not self._todo():
+        if not self._stages():
             return
         with self.watch.paused():
             ray_started.result()
@@ -174,19 +177,19 @@ class Pipeline:
             self._raise(failure)
 
     def _train_stages(self) -> Failure | None:
-        """Let the workers train until nothing is left to do, or a failure is final."""
+        """Run worker groups until all stages are done (None) or a failure is final."""
         offers = Offers(self.run, self.storage, self.reporter.log)
         try:
-            return self._keep_trying(offers)
+            return self._train_with_retries(offers)
         finally:
-            offers.close(done=not self._todo())
+            offers.close(done=not self._stages())
 
-    def _keep_trying(self, offers: Offers) -> Failure | None:
+    def _train_with_retries(self, offers: Offers) -> Failure | None:
         offer = offers.make() if may_have_several_nodes(self.run.job.spec.resources) else None
-        fit = GroupFit(self.run, self.workers, self._hear, self.stop, self._stalled, offer)
-        return keep_trying(
-            lambda: fit.attempt([self._work(layout) for layout in self._todo()]),
-            _Progressed(self._progress_mark),
+        group = WorkerGroup(self.run, self.workers, self._on_event, self.stop, self._on_stall, offer)
+        return retry_attempts(
+            lambda: group.attempt([self._work(layout) for layout in self._stages()]),
+            HasGrown(self._completed),
             self.stop.wait,
             self.run.job.spec.run_policy.backoff_limit,
             self.reporter.restarting,
@@ -194,9 +197,9 @@ class Pipeline:
         )
 
     def _work(self, layout: StageLayout) -> StageWork:
-        """As planned; a stage that has a checkpoint goes on with the sharding and the global batch that wrote it."""
+        """Return the planned work of a stage. A resumed one keeps the sharding and global batch of its checkpoint."""
         plan = self.plans.get(layout.index)
-        if plan is None:  # it takes no optimizer steps, and has no checkpoints to look for
+        if plan is None:  # it takes no optimizer steps, so it has no checkpoints
             return StageWork(layout.index, zero=0, flops_per_token=0.0, peak_flops=self.peak)
         newest = self._store(layout).newest()
         if newest is None:
@@ -205,15 +208,11 @@ class Pipeline:
             zero, rows, shards = newest.zero, newest.rows_per_step, newest.shards
         return StageWork(layout.index, zero, plan.flops_per_token, self.peak, rows, plan.trainable, shards)
 
-    def _hear(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         if isinstance(event, Progress):
             self.reporter.progress(event)
         elif isinstance(event, StageBegun):
-            layout = self.layouts[event.index]
-            plural = "s" if event.workers > 1 else ""
-            plan = self.plans.get(event.index)
-            message = f"{event.workers} worker{plural}" + (f", {plan.why}" if plan else "")
-            self.reporter.stage_started(event.index, layout.title, len(self.layouts), message)
+            self._stage_begun(event)
         elif isinstance(event, Waiting):
             self.reporter.waiting(event.text)
         elif isinstance(event, TransportFound):
@@ -221,31 +220,43 @@ class Pipeline:
         elif isinstance(event, Placing):
             self.reporter.placing(event.text)
         elif isinstance(event, CheckpointSaved):
-            place = self.storage.path(self.layouts[event.index].checkpoint(event.step))
-            self.reporter.checkpoint_saved(event.index, event.step, place)
+            path = self.storage.path(self.layouts[event.index].checkpoint(event.step))
+            self.reporter.checkpoint_saved(event.index, event.step, path)
         elif isinstance(event, StageDone):
-            layout = self.layouts[event.index]
-            metrics = json.loads(self.storage.read_text(layout.done))["metrics"]
-            self.reporter.stage_finished(event.index, layout.title, self.storage.path(self._outcome(layout)), metrics)
+            self._stage_done(event)
         else:
             self.reporter.log(event)
 
-    def _stalled(self, stall: Stall) -> Failure:
-        """Tell, look into it, end the workers. On a cluster the next attempt's pods keep away from the node."""
+    def _stage_begun(self, event: StageBegun) -> None:
+        plan = self.plans.get(event.index)
+        plural = "s" if event.workers > 1 else ""
+        message = f"{event.workers} worker{plural}" + (f", {plan.why}" if plan else "")
+        self.reporter.stage_started(event.index, self.layouts[event.index].title, len(self.layouts), message)
+
+    def _stage_done(self, event: StageDone) -> None:
+        layout = self.layouts[event.index]
+        metrics = json.loads(self.storage.read_text(layout.done))["metrics"]
+        self.reporter.stage_finished(event.index, layout.title, self.storage.path(self._output(layout)), metrics)
+
+    def _on_stall(self, stall: Stall) -> Failure:
+        """Report a stall, diagnose it, end the workers, and return the failure.
+
+        On a cluster the pods of the next attempt avoid the node that was behind.
+        """
         self.reporter.stalled(stall.words(stall.culprit), None)
 
-        def told(text: str) -> None:
+        def report(text: str) -> None:
             self.reporter.log(text)
             keep(self.storage, self.run.attempt, text)
 
-        finding = inquire(stall, told)
+        finding = inquire(stall, report)
         self.reporter.stalled(finding.text, finding.host)
         end_workers(stall)
         elsewhere = bool(os.environ.get("RAY_ADDRESS"))
         return Failure(Kind.STALLED, Stalled(finding.text), finding.text, node=finding.host, elsewhere=elsewhere)
 
-    def _outcome(self, layout: StageLayout) -> str:
-        """What a stage leaves for whoever looks."""
+    def _output(self, layout: StageLayout) -> str:
+        """Return the path of the stage's result or evaluation in storage."""
         return layout.evaluation if self.run.job.spec.stages[layout.index].evaluate else layout.result
 
     def _raise(self, failure: Failure) -> None:
@@ -259,9 +270,9 @@ class Pipeline:
     def _store(self, layout: StageLayout) -> CheckpointStore:
         return CheckpointStore(self.storage, layout, Path(self.run.cache_dir, "scratch"))
 
-    def _progress_mark(self) -> tuple[int, int]:
-        """Grows with each finished stage and each completed checkpoint."""
-        todo = self._todo()
+    def _completed(self) -> tuple[int, int]:
+        """Return the number of finished stages and the newest checkpoint of the next one; grows with progress."""
+        todo = self._stages()
         newest = self._store(todo[0]).newest() if todo else None
         return len(self.layouts) - len(todo), newest.step if newest else 0
 
@@ -270,26 +281,14 @@ class Pipeline:
             raise Interrupted("stopped before training began")
 
     def _report_failure(self) -> None:
-        """What broke a stage may break its report, too (a full disk), and is what must be told."""
+        """Write the report after a failure. An error here must not hide the failure: a full disk may cause both."""
         try:
             self._report()
         except Exception as error:
             self.reporter.log(f"no report: {type(error).__name__}: {error}")
 
     def _report(self) -> None:
-        enter("writing the report")
-        from finetune_trainer.report import write_report  # matplotlib loads slowly, and nothing waits for it here
+        enter_phase("writing the report")
+        from finetune_trainer.report import write_report  # imports matplotlib, which is slow to load
 
         write_report(self.storage, self.layouts, self.run)
-
-
-class _Progressed:
-    """Whether a mark has grown since the last call."""
-
-    def __init__(self, mark: Callable[[], tuple[int, int]]) -> None:
-        self.mark = mark
-        self.last = mark()
-
-    def __call__(self) -> bool:
-        before, self.last = self.last, self.mark()
-        return self.last > before

@@ -1,4 +1,4 @@
-"""What a job's workers wait for while Ray has no room for them: a placement group that stays pending."""
+"""Reports workers that wait because their Ray placement group stays pending."""
 
 from __future__ import annotations
 
@@ -10,56 +10,57 @@ import ray
 from ray.util import placement_group_table
 
 FIRST_SECONDS = 20.0
-"""How long workers may wait before it is said: nodes join one after the other."""
-LOOK_SECONDS = 5.0
+"""How long workers may wait before it is reported: nodes join one after the other."""
+POLL_SECONDS = 5.0
 SHOWN = ("CPU", "GPU", "finetune_worker")
 Json = dict[str, Any]
 
 
-class Placement:
-    """Looks at Ray's placement groups until the workers have begun.
+class PlacementWatch:
+    """Polls Ray's placement groups until the workers have started.
 
     Args:
-        say: called with what the workers wait for, and with an empty text once they don't.
+        report: receives what the workers wait for, and an empty text once they no longer wait.
     """
 
-    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        self._say, self._clock = say, clock
+    def __init__(self, report: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._report, self._clock = report, clock
         self._since: float | None = None
-        self._next = clock() + LOOK_SECONDS
-        self._said = ""
-        self._over = False
+        self._next = clock() + POLL_SECONDS
+        self._reported = ""
+        self._started = False
 
-    def begun(self) -> None:
-        """The workers run: there is nothing to look for until they are started again."""
-        self._over = True
-        self._tell("")
+    def workers_started(self) -> None:
+        """Stop polling: the workers run."""
+        self._started = True
+        self._report_change("")
 
-    def look(self) -> None:
-        """Look, if it is time to."""
+    def poll(self) -> None:
+        """Check the placement groups if the poll interval has passed."""
         now = self._clock()
-        if self._over or now < self._next:
+        if self._started or now < self._next:
             return
-        self._next = now + LOOK_SECONDS
+        self._next = now + POLL_SECONDS
         pending = [group for group in placement_group_table().values() if group["state"] == "PENDING"]
         self._since = None if not pending else self._since or now
         if self._since is None:
-            self._tell("")
-        elif now - self._since >= FIRST_SECONDS - LOOK_SECONDS:
-            self._tell(words(pending[0]["bundles"].values(), ray.nodes()))
+            self._report_change("")
+        elif now - self._since >= FIRST_SECONDS - POLL_SECONDS:
+            nodes = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types here
+            self._report_change(describe_pending(pending[0]["bundles"].values(), nodes))
 
-    def _tell(self, text: str) -> None:
-        if text != self._said:
-            self._said = text
-            self._say(text)
+    def _report_change(self, text: str) -> None:
+        if text != self._reported:
+            self._reported = text
+            self._report(text)
 
 
-def words(bundles: Iterable[Json], nodes: list[Json]) -> str:
-    """Return what is asked for and what each living node offers, for people."""
-    wanted = list(bundles)
+def describe_pending(bundles: Iterable[Json], nodes: list[Json]) -> str:
+    """Return a message with the requested resources and those of each alive node."""
+    requested = list(bundles)
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     offers = "; ".join(_amounts(resources) for resources in alive)
-    return f"no room for {len(wanted)} workers of {_amounts(wanted[0])} each: {len(alive)} nodes offer {offers}"
+    return f"no room for {len(requested)} workers of {_amounts(requested[0])} each: {len(alive)} nodes offer {offers}"
 
 
 def _amounts(resources: Json) -> str:

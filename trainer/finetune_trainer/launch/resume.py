@@ -1,4 +1,4 @@
-"""Whether a job may go on in a directory that holds an earlier run of it."""
+"""Opens the job's directory in storage: a new run, a resumed one, or one that sets an earlier run aside."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from finetune_trainer.stage_graph import layouts
 from finetune_trainer.storage.fencing import attempt_of
 from finetune_trainer.storage.filesystem import Storage
 
-# Fields that change how a run is watched and saved, but not what it trains.
-_HARMLESS = {
+# Fields that change how a run is logged and saved, but not what it trains. They may differ when it resumes.
+_CHANGEABLE = {
     "loggingSteps",
     "evalSteps",
     "saveSteps",
@@ -28,21 +28,22 @@ _HARMLESS = {
 
 
 def open_run(run: RunConfig, storage: Storage, *, resume: bool, fresh: bool) -> RunConfig:
-    """Claim the job's directory: begin there, go on there, or set aside what is there.
+    """Write the RunConfig to the job's directory, and so begin a run, resume one, or set an earlier one aside.
 
     Returns:
-        the run, as an attempt later than any before, which may still be alive (`checkpoint.hold`).
+        the run with an attempt number above that of any earlier attempt, which may still be running
+        (`storage.fencing`).
 
     Raises:
-        UserError: there is an earlier run and neither flag says what to do with it, or it had other settings.
+        UserError: there is an earlier run and neither `resume` nor `fresh` is set, or it had other settings.
     """
     if not storage.exists(RUN_CONFIG):
         if storage.names(""):
-            raise UserError(f"{storage.root} is not empty and holds no run of ours: choose another metadata.name")
+            raise UserError(f"{storage.root} is not empty and contains no run: choose another metadata.name")
     elif fresh:
         _set_aside(storage)
     elif not resume:
-        raise UserError(f"{storage.root} holds an earlier run: --resume goes on with it, --fresh sets it aside")
+        raise UserError(f"{storage.root} contains an earlier run: --resume continues it, --fresh sets it aside")
     else:
         before = json.loads(storage.read_text(RUN_CONFIG))
         _check_same(before, run, storage)
@@ -52,7 +53,7 @@ def open_run(run: RunConfig, storage: Storage, *, resume: bool, fresh: bool) -> 
 
 
 def finished(run: RunConfig, storage: Storage) -> list[bool]:
-    """For each stage, whether it is done."""
+    """Return for each stage whether it is done."""
     return [storage.exists(layout.done) for layout in layouts(run)]
 
 
@@ -62,8 +63,13 @@ def _set_aside(storage: Storage) -> None:
 
 
 def _check_same(before: dict[str, Any], run: RunConfig, storage: Storage) -> None:
-    """What has been trained, or is being trained, must be what the job still says, but for data that `--set` names:
-    whether that has other rows is seen once it is prepared (`same_data`)."""
+    """Check that the stages that have begun have the same settings as in the earlier attempt.
+
+    Data fields that `--set` names are exempt: their rows are compared once they are prepared (`same_data`).
+
+    Raises:
+        UserError: settings differ.
+    """
     now = run.to_json()
     old, new = before["job"]["spec"], now["job"]["spec"]
     begun = sum(bool(storage.names(layout.root)) for layout in layouts(run))
@@ -83,8 +89,8 @@ def _is_below(path: str, field: str) -> bool:
 
 def _differences(path: str, old: Any, new: Any) -> list[Problem]:
     if isinstance(old, dict) and isinstance(new, dict):
-        names = [name for name in (old | new) if name not in _HARMLESS]
-        return [fault for name in names for fault in _differences(f"{path}.{name}", old.get(name), new.get(name))]
+        names = [name for name in (old | new) if name not in _CHANGEABLE]
+        return [found for name in names for found in _differences(f"{path}.{name}", old.get(name), new.get(name))]
     if old == new:
         return []
     return [

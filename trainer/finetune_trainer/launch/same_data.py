@@ -1,4 +1,4 @@
-"""Whether a stage that goes on from a checkpoint has the training rows that the checkpoint was trained on."""
+"""Checks that a stage that resumes has the training rows that its checkpoint was trained on."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ _KINDS = ("file", "directory", "uri", "hub", "stage")
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison of a checkpoint's data with the stage's has found."""
+    """The result of comparing a checkpoint's data with the stage's."""
 
     other_rows: bool
-    """Whether the training rows differ, as the user asked for."""
+    """Whether the training rows differ, as the user has requested."""
     notes: list[str]
-    """What the user has to know."""
+    """Log lines for the user."""
 
 
 def renamed_data(run: RunConfig) -> set[str]:
-    """Return the data fields that `--set` names, such as `stages[0].sft.data`: there a resumed run may differ."""
+    """Return the data fields that `--set` names, such as `stages[0].sft.data`, which a resumed run may change."""
     found = (_DATA_FIELD.match(path) for path in run.overrides)
     return {match.group(1) for match in found if match}
 
 
 def compare_data(run: RunConfig, index: int, checkpoint: Manifest, now: DataKey) -> Comparison:
-    """Compare what a checkpoint was trained on with what stage `index` is about to train on.
+    """Compare the data of a checkpoint with the data of stage `index`.
 
     Raises:
-        UserError: the training rows differ, and no `--set` names the stage's data.
+        UserError: the training rows differ, and no `--set` names the stage's data field.
     """
     before, field = checkpoint.data, f"{place(run, index)}.data"
     if before is None:
@@ -46,25 +46,26 @@ def compare_data(run: RunConfig, index: int, checkpoint: Manifest, now: DataKey)
     found = changes(before, now)
     if not found:
         return Comparison(False, notes)
-    what = f"{' and '.join(found)} than at step {checkpoint.step}, where this stage goes on"
+    what = f"{' and '.join(found)} than at step {checkpoint.step}, from which this stage resumes"
     if field not in renamed_data(run) or run.job.spec.stages[index].online is not None:
         raise UserError([Problem(field, f"{what}: {_remedy(run, index, field)}")])
-    return Comparison(True, [*notes, f"{what}: training goes on with them, because --set names {field}"])
+    return Comparison(True, [*notes, f"{what}: training continues with them, because --set names {field}"])
 
 
 def _other_eval(checkpoint: Manifest) -> str:
-    return f"other held-out rows than at step {checkpoint.step}: losses before and after it can't be compared"
+    return f"other held-out rows than at step {checkpoint.step}: losses before and after it are not comparable"
 
 
 def _remedy(run: RunConfig, index: int, field: str) -> str:
     spec = run.job.spec.stages[index].spec
-    back = "put the data back, or start over with --fresh"
+    restore = "restore the data, or start over with --fresh"
     if run.job.spec.stages[index].online is not None:
-        return f"{back}; the answers of its rounds are to the prompts that were there before"
-    return f"{back}; to go on with other rows, name the data, such as --set {field}.{_example(spec.data)}"
+        return f"{restore}; the completions of finished rounds belong to the earlier prompts"
+    assert spec.data is not None, "a stage without data has no rows that could differ"
+    return f"{restore}; to continue with other rows, name the data, such as --set {field}.{_example(spec.data)}"
 
 
 def _example(data: DataSpec) -> str:
     source = data.sources[0]
-    named = ((kind, getattr(source, kind)) for kind in _KINDS)
-    return next((f"sources[0].{kind}={value}" for kind, value in named if value is not None), "seed=" + str(data.seed))
+    values = ((kind, getattr(source, kind)) for kind in _KINDS)
+    return next((f"sources[0].{kind}={value}" for kind, value in values if value is not None), f"seed={data.seed}")

@@ -1,4 +1,4 @@
-"""The stacks of workers that hang, got from outside: the worker itself need not run a line of Python for it."""
+"""Collects the stacks of workers that hang, from another process: the worker itself need not run any Python code."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ _STATES = {
 }
 log = logging.getLogger(__name__)
 _files: list[Any] = []
-"""What faulthandler writes to must stay open."""
+"""Files of faulthandler, which must stay open."""
 
 
 @dataclass(frozen=True)
 class Stacks:
-    """What is known of a process from outside."""
+    """State and stacks of a process."""
 
     state: str
-    """`T`, `S`, `R`, … as in /proc/PID/stat; empty where the process is gone."""
+    """State as in /proc/PID/stat, such as `R`, `S` or `T`; empty if the process has ended."""
     text: str
 
     @property
     def told(self) -> str:
-        """Why the process can't go on, where its state says so; else empty."""
+        """Why the process cannot continue, according to its state; empty if it can."""
         return _STATES.get(self.state, "")
 
 
 def answer_signals() -> None:
-    """Let this process write its threads' Python stacks to a file of its own whenever it gets `SIGNAL`.
+    """Make this process write the Python stacks of its threads to a file whenever it receives `SIGNAL`.
 
-    faulthandler's handler is native: it needs neither the GIL nor the main thread. Forked children inherit it.
+    The handler of faulthandler is native: it needs neither the GIL nor the main thread. Forked children inherit it.
     """
     try:
         DIRECTORY.mkdir(mode=0o700, exist_ok=True)
         file = open(_file(os.getpid()), "w")  # noqa: SIM115 (open as long as the process lives)
-    except OSError as error:  # a full disk, another user's directory: training does not need it
+    except OSError as error:  # such as a full disk: training works without stacks
         log.warning("this process can't write its stacks: %s", error)
         return
     _files[:] = [file]
@@ -64,12 +64,12 @@ def answer_signals() -> None:
 
 
 def collect(pids: Iterable[int]) -> dict[int, Stacks]:
-    """Return the stacks of these processes of this machine, and of their children."""
+    """Return the stacks of processes of this machine and of their children, by process id."""
     return {pid: _of(pid) for pid in pids}
 
 
 def kill(pids: Iterable[int]) -> None:
-    """End processes of this machine at once; stopped ones too."""
+    """Kill processes of this machine at once, including stopped ones."""
     for pid in pids:
         with suppress(OSError):
             os.kill(pid, signal.SIGKILL)
@@ -82,12 +82,12 @@ def _of(pid: int) -> Stacks:
     parts += [f"child {child}: {_STATES.get(state(child), 'alive')}" for child in children(pid)]
     if native := _native(pid):
         parts.append(native)
-    # Read last: a process that gets SIGSTOP stops a moment later.
+    # The state is read last, because a process stops a moment after it receives SIGSTOP.
     return Stacks(state(pid), "\n".join(filter(None, parts)))
 
 
 def _python(pid: int) -> str:
-    """What faulthandler writes after the signal; a stopped process writes nothing."""
+    """Return what faulthandler writes after the signal. A stopped process writes nothing."""
     file = _file(pid)
     if not file.exists() or not _catches(pid):
         return "no Python stacks: the process has not begun to answer signals"
@@ -101,7 +101,7 @@ def _python(pid: int) -> str:
 
 
 def _written(file: Path, start: int) -> str:
-    """What is appended to a file until it grows no more; there is no event to wait for."""
+    """Return what is appended to a file until it stops growing. Polls, because there is no event to wait for."""
     deadline, size = time.monotonic() + WRITE_SECONDS, start
     while time.monotonic() < deadline:
         time.sleep(LOOK_SECONDS)
@@ -115,7 +115,7 @@ def _written(file: Path, start: int) -> str:
 
 
 def _catches(pid: int) -> bool:
-    """Whether a process has a handler for the signal, which would end it otherwise."""
+    """Whether a process has a handler for the signal. Without one the signal would end it."""
     with suppress(OSError, ValueError, IndexError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("SigCgt:"):
@@ -124,7 +124,7 @@ def _catches(pid: int) -> bool:
 
 
 def _native(pid: int) -> str:
-    """Native stacks by py-spy, where it is installed and may trace the process."""
+    """Return native stacks by py-spy, if it is installed and may trace the process."""
     tool = shutil.which("py-spy")
     if tool is None or state(pid) in ("T", "t"):
         return ""

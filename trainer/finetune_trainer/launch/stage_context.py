@@ -17,7 +17,7 @@ from finetune_trainer.model.source import stage_source
 from finetune_trainer.plan.steps import rows_per_step
 from finetune_trainer.stage_graph import directories, layouts, place, scratch, spec_of, waits_for
 from finetune_trainer.storage.filesystem import Storage
-from finetune_trainer.training.collectives import Peers
+from finetune_trainer.training.collectives import Collectives
 from finetune_trainer.training.context import Placement, StageContext
 from finetune_trainer.training.stage_work import StageWork
 
@@ -37,7 +37,7 @@ def stage_context(
     """
     index = work.index
     layout, spec = layouts(run)[index], spec_of(run, index)
-    files = files or NodeFiles(run, storage, placement, Peers(), 1, print)
+    files = files or NodeFiles(run, storage, placement, Collectives(), 1, print)
     source = files.once_per_node(lambda: stage_source(run, index, storage))
     tokenizer = load_tokenizer(source)
     config = load_config(source, tokenizer)

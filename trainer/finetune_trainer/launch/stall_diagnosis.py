@@ -1,4 +1,4 @@
-"""What the driver does about a stall: ask each worker's node for its stacks, say who is behind, end the workers."""
+"""Diagnoses a stall: collects the stacks of all workers, names the one that is behind, and ends the workers."""
 
 from __future__ import annotations
 
@@ -16,36 +16,37 @@ from finetune_api.redact import redact
 from finetune_trainer.launch.stack_dumps import Stacks, collect, kill
 from finetune_trainer.launch.stall_watch import Stall
 from finetune_trainer.layout import stall_record
-from finetune_trainer.progress.heartbeats import Beat
+from finetune_trainer.progress.heartbeats import WorkerHeartbeat
 from finetune_trainer.storage.filesystem import Storage
 
 ASK_SECONDS = 30.0
-"""A node that has not answered by then counts as unreachable."""
+"""A node that has not responded within this time counts as unreachable."""
 WRITE_SECONDS = 10.0
-"""A store that hangs may be the cause of the stall, so that writing to it must not hang the driver."""
+"""Timeout of a write to storage, whose hanging may be the cause of the stall."""
 
 
 class Stalled(Exception):
-    """The workers made no progress; they were ended."""
+    """The workers made no progress and were killed."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Who is behind."""
+    """The result of a diagnosis: which worker is behind, and why."""
 
     text: str
     host: str | None
-    """Name of the worker's node; None where no worker is known to be behind."""
+    """Name of the worker's node; None if no worker is known to be behind."""
 
 
-def inquire(stall: Stall, told: Callable[[str], None]) -> Finding:
-    """Ask for all stacks and tell them; return who is behind, by the evidence.
+def inquire(stall: Stall, report: Callable[[str], None]) -> Finding:
+    """Collect and report the stacks of all workers; return which worker is behind.
 
     Args:
-        told: receives the whole record, with stacks.
+        stall: the stall.
+        report: receives the whole record, with stacks.
     """
     found = _everywhere(stall, collect)
-    told(record(stall, found))
+    report(record(stall, found))
     rank = culprit(stall, found)
     beat = stall.beats.get(rank)
     why = f": {_condition(beat, found)}" if beat is not None and _condition(beat, found) else ""
@@ -54,17 +55,18 @@ def inquire(stall: Stall, told: Callable[[str], None]) -> Finding:
 
 
 def culprit(stall: Stall, found: dict[int, Stacks]) -> int:
-    """Return the rank that is behind: a worker that can't run at all, else the one with the least progress.
+    """Return the rank that is behind: a worker that cannot run at all, else the one with the least progress.
 
     Args:
-        found: what is known of the workers, by rank; one whose node does not answer is missing.
+        stall: the stall.
+        found: stacks by rank; workers whose nodes do not respond are missing.
     """
     broken = [rank for rank, beat in stall.beats.items() if _condition(beat, found)]
     return stall.culprit if len(broken) in (0, stall.workers) else broken[0]
 
 
 def record(stall: Stall, found: dict[int, Stacks]) -> str:
-    """Return all that is known of a stall as text, secrets removed."""
+    """Return the full record of a stall as text, with secrets removed."""
     lines = [f"no progress for {stall.seconds:.0f} s; the last operation of each worker:"]
     lines += [stall.words(rank) for rank in range(stall.workers)]
     for rank, beat in sorted(stall.beats.items()):
@@ -75,12 +77,12 @@ def record(stall: Stall, found: dict[int, Stacks]) -> str:
 
 
 def end_workers(stall: Stall) -> None:
-    """End the workers' processes, those of other nodes as far as these answer."""
+    """Kill the workers' processes, on other nodes as far as these respond."""
     _everywhere(stall, kill)
 
 
 def keep(storage: Storage, attempt: int, text: str) -> None:
-    """Write a record to storage, if that answers in time."""
+    """Write a record to storage, unless storage does not respond in time."""
     place = stall_record(attempt, time.strftime("%Y%m%d-%H%M%S"))
 
     def write() -> None:
@@ -92,15 +94,15 @@ def keep(storage: Storage, attempt: int, text: str) -> None:
     thread.join(WRITE_SECONDS)
 
 
-def _condition(beat: Beat, found: dict[int, Stacks]) -> str:
-    """Why a worker can't go on; empty where it is alive."""
+def _condition(beat: WorkerHeartbeat, found: dict[int, Stacks]) -> str:
+    """Return why a worker cannot continue; empty if it is alive."""
     if beat.rank not in found:
         return f"node {beat.host} does not answer"
     return found[beat.rank].told
 
 
 def _everywhere(stall: Stall, work: Callable[[list[int]], Any]) -> dict[int, Any]:
-    """Do work on each worker's node with the ids of its processes; what it returns for them, by rank."""
+    """Call `work` on each worker's node with the ids of its processes, and return its results by rank."""
     nodes: dict[str, dict[int, int]] = {}
     for beat in stall.beats.values():
         nodes.setdefault(beat.node, {})[beat.pid] = beat.rank

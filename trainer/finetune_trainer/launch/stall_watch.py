@@ -1,4 +1,4 @@
-"""When a group of workers counts as stalled, and which of them is behind (pure)."""
+"""Decides when a group of workers counts as stalled, and which of them is behind. Pure: it does no I/O."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from dataclasses import dataclass
 from statistics import median
 
 from finetune_api.cluster import AUTO
-from finetune_trainer.progress.heartbeats import Beat
+from finetune_trainer.progress.heartbeats import WorkerHeartbeat
 
 LEAST_SECONDS = 600.0
 STEPS = 30
-"""A derived timeout is so many of the job's own median steps, and at least `LEAST_SECONDS`."""
+"""The automatic timeout is the median duration of a step times this, and at least `LEAST_SECONDS`."""
 WINDOW = 50
 
 
 @dataclass(frozen=True)
 class Stall:
-    """A group of workers without progress."""
+    """A group of workers that makes no progress."""
 
     seconds: float
-    """How long there has been none."""
-    beats: dict[int, Beat]
-    """The last word of each worker, by rank; one that has said nothing is missing."""
+    """Seconds since the last progress."""
+    beats: dict[int, WorkerHeartbeat]
+    """The last heartbeat of each worker, by rank; workers that have sent none are missing."""
     workers: int
 
     @property
     def culprit(self) -> int:
-        """The rank that is behind: one that never began, else the lowest step and phase of those that don't wait."""
+        """The rank that is behind: one that never began, else the lowest step and phase of those that do not wait."""
         missing = [rank for rank in range(self.workers) if rank not in self.beats]
         if missing:
             return missing[0]
@@ -36,7 +36,7 @@ class Stall:
         return min(busy, key=lambda beat: (beat.phase.step, beat.phase.order, beat.progress)).rank
 
     def words(self, rank: int) -> str:
-        """What a worker did last."""
+        """Return a description of the worker and its last operation."""
         beat = self.beats.get(rank)
         if beat is None:
             return f"worker {rank}: has not begun"
@@ -44,7 +44,7 @@ class Stall:
 
 
 class StallWatch:
-    """Takes the workers' beats and tells when there has been no progress for too long.
+    """Detects from the workers' heartbeats that there has been no progress for too long.
 
     Args:
         timeout: `runPolicy.stallTimeout`.
@@ -53,23 +53,24 @@ class StallWatch:
     def __init__(self, timeout: int | str) -> None:
         self._timeout = timeout
         self._progress: dict[int, int] = {}
-        self._beats: dict[int, Beat] = {}
+        self._beats: dict[int, WorkerHeartbeat] = {}
         self._since: float | None = None
         self._step: tuple[int, float] | None = None
         self._steps: deque[float] = deque(maxlen=WINDOW)
 
     @property
     def limit(self) -> float | None:
-        """Seconds without progress that are too long; None where the watch is off."""
+        """Seconds without progress that count as a stall; None if the watch is off."""
         if self._timeout == AUTO:
             return max(LEAST_SECONDS, STEPS * median(self._steps)) if self._steps else LEAST_SECONDS
         return float(self._timeout) or None
 
-    def look(self, now: float, beats: Mapping[int, Beat]) -> Stall | None:
-        """Return the stall where there is one. There is nothing to watch before the first worker's first beat.
+    def look(self, now: float, beats: Mapping[int, WorkerHeartbeat]) -> Stall | None:
+        """Return the stall, or None if there is none. The watch begins with the first heartbeat of any worker.
 
         Args:
-            now: seconds of a clock that never goes back.
+            now: seconds of a monotonic clock.
+            beats: the latest heartbeat of each worker, by rank.
         """
         progress = {rank: beat.progress for rank, beat in beats.items()}
         if progress != self._progress:

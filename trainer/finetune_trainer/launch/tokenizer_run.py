@@ -1,4 +1,4 @@
-"""The tokenizer stage: in the driver's own process, since BPE training uses every core of one machine and no GPU."""
+"""Runs the tokenizer stage in the driver's process: BPE training uses all cores of one machine and no GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetune_trainer.storage.filesystem import Storage
 
 
 def run_tokenizer_stage(run: RunConfig, storage: Storage, layout: StageLayout, reporter: Reporter) -> dict[str, float]:
-    """Train, measure on held-out text, save; returns the stage's metrics."""
+    """Train the tokenizer, evaluate it on held-out text, save it, and return the metrics of the stage."""
     started = time.monotonic()
     spec = run.job.spec.stages[layout.index].tokenizer
     assert spec is not None and run.job.spec.model.config is not None

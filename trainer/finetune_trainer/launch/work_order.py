@@ -1,8 +1,9 @@
-"""What the driver hands to its workers."""
+"""The work order that the driver sends to its workers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ray.actor import ActorHandle
 
@@ -12,7 +13,7 @@ from finetune_trainer.training.stage_work import StageWork
 
 @dataclass(frozen=True)
 class WorkOrder:
-    """The stages that are still to be trained, in order, by the same workers."""
+    """The stages that the workers still have to train, in order."""
 
     run: str
     """The RunConfig as JSON."""
@@ -20,6 +21,6 @@ class WorkOrder:
     accelerator: bool
     threads: int
     """CPU threads per worker."""
-    channel: ActorHandle
+    channel: ActorHandle[Any]
     offer: Offer = field(default_factory=Offer)
-    """What the workers' nodes fetch first."""
+    """Directories that the workers' nodes fetch first."""

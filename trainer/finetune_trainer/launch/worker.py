@@ -1,4 +1,4 @@
-"""What each Ray Train worker runs. Light, because the driver imports it too."""
+"""The training function of each Ray Train worker. It imports little, because the driver imports it too."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from finetune_trainer.launch.work_order import WorkOrder
 
 
 def train_loop(config: dict[str, WorkOrder]) -> None:
-    """Ray Train's `train_loop_per_worker`: all remaining trained stages, one after the other.
+    """Run all remaining stages, one after the other. This is Ray Train's `train_loop_per_worker`.
 
-    The same workers run them all, because starting a worker costs far more than a small stage: importing the
-    libraries alone takes over ten seconds of CPU.
+    The same workers run all stages, because starting a worker costs more than a small stage: importing the libraries
+    alone takes over ten seconds of CPU time.
 
     Args:
-        config: the work order under `order`.
+        config: the work order, under the key `order`.
 
     Raises:
-        UserError: a stage can't work.
-        Interrupted: training was asked to stop and saved a checkpoint.
+        UserError: the settings or data of a stage are unusable.
+        Interrupted: the driver has asked to stop, and a checkpoint was saved.
     """
     from finetune_trainer.launch.stage_run import run_stages
 

@@ -1,4 +1,4 @@
-"""One worker group from the driver's side: start the workers, listen, and say how it ended."""
+"""Runs a Ray Train worker group from the driver: starts it, receives its events, and classifies its failure."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.execution.callback import RayTrainCallback
 
 from finetune_api.runconfig import RunConfig
-from finetune_trainer.launch.failures import Failure, classify, place_of
-from finetune_trainer.launch.placement import Placement
+from finetune_trainer.launch.failures import Failure, classify, step_of
+from finetune_trainer.launch.placement import PlacementWatch
 from finetune_trainer.launch.sharing.records import Offer
 from finetune_trainer.launch.stall_watch import Stall, StallWatch
 from finetune_trainer.launch.work_order import WorkOrder
@@ -31,57 +31,59 @@ from finetune_trainer.plan.workers import Workers
 from finetune_trainer.progress.channel import Event, Placing, open_channel
 from finetune_trainer.training.stage_work import StageWork
 
-LISTEN_SECONDS = 0.2
+POLL_SECONDS = 0.2
 END_SECONDS = 60.0
-"""How long Ray may take to notice that stalled workers were ended, before the driver goes on without it."""
+"""How long the driver waits for Ray to notice that stalled workers were killed."""
 
 
-class GroupFit:
-    """Attempts at a job's remaining stages.
+class WorkerGroup:
+    """The worker groups that run a job's remaining stages, one group per attempt.
 
     Args:
-        hear: called with what the workers say, in order.
+        on_event: receives the workers' events, in order.
         stop: once it is set, the workers are asked to save a checkpoint and stop.
-        stalls: what to do where the workers make no progress.
-        offer: what the workers' nodes fetch first.
+        on_stall: ends workers that make no progress and returns the failure.
+        offer: directories that the workers' nodes fetch first.
     """
 
     def __init__(
         self,
         run: RunConfig,
         workers: Workers,
-        hear: Callable[[Event], None],
+        on_event: Callable[[Event], None],
         stop: threading.Event,
-        stalls: Callable[[Stall], Failure],
+        on_stall: Callable[[Stall], Failure],
         offer: Offer | None = None,
     ) -> None:
-        self.run, self.workers, self.hear, self.stop, self.stalls = run, workers, hear, stop, stalls
+        self.run, self.workers, self.stop = run, workers, stop
+        self.on_event, self.on_stall = on_event, on_stall
         self.offer = offer or Offer()
 
     def attempt(self, stages: list[StageWork]) -> Failure | None:
-        """Train until the stages are done (None) or the workers fail.
+        """Start a worker group and run the stages. Return the failure, or None once all stages are done.
 
         Raises:
-            Exception: what Ray Train raises before there are workers.
+            Exception: any error of Ray Train before the workers start.
         """
         channel = open_channel()
         outcome: list[Failure | BaseException] = []
         thread = threading.Thread(target=self._fit, args=(stages, channel, outcome), daemon=True)
         thread.start()
         try:
-            stalled = self._listen(channel, thread)
+            stalled = self._follow(channel, thread)
         finally:
             ray.kill(channel)
         if stalled is not None:
             return stalled
-        if outcome and not isinstance(outcome[0], Failure):
-            raise outcome[0]
-        return outcome[0] if outcome else None  # type: ignore[return-value]
+        result = outcome[0] if outcome else None
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
     def _fit(self, stages: list[StageWork], channel: Any, outcome: list[Failure | BaseException]) -> None:
         try:
             self._trainer(stages, channel).fit()
-        except (TrainingFailedError, OutOfMemoryError) as error:  # the latter where Ray has killed its controller
+        except (TrainingFailedError, OutOfMemoryError) as error:  # the latter if Ray has killed its controller
             outcome.append(classify(error))
         except BaseException as error:
             outcome.append(error)
@@ -99,56 +101,60 @@ class GroupFit:
                 backend="nccl" if self.workers.accelerator else "gloo",
                 timeout_s=self.run.job.spec.run_policy.ddp_timeout,
             ),
-            # Retries are ours: Ray's don't tell a lost worker from a wrong job.
+            # The driver retries by itself, because Ray's retries do not distinguish a lost worker from a wrong job.
             run_config=RayRunConfig(storage_path=str(scratch), failure_config=FailureConfig(max_failures=0)),
         )
 
-    def _listen(self, channel: Any, thread: threading.Thread) -> Failure | None:
-        """Pass on what the workers say, and once the wish to stop, until the workers are gone; watch their pulses.
+    def _follow(self, channel: Any, thread: threading.Thread) -> Failure | None:
+        """Forward events and the stop request and watch heartbeats until the workers end.
 
-        Returns the failure of workers that stalled.
+        Returns:
+            the failure of workers that stalled, or None.
         """
-        passed_on, watch = False, StallWatch(self.run.job.spec.run_policy.stall_timeout)
-        placement = Placement(lambda text: self.hear(Placing(text)))
+        stop_sent, watch = False, StallWatch(self.run.job.spec.run_policy.stall_timeout)
+        placement = PlacementWatch(lambda text: self.on_event(Placing(text)))
         while thread.is_alive():
-            thread.join(LISTEN_SECONDS)
-            placement.look()
-            if thread.is_alive() and (stall := watch.look(time.monotonic(), ray.get(channel.beats.remote()))):
-                failure = self.stalls(stall)
+            thread.join(POLL_SECONDS)
+            placement.poll()
+            if thread.is_alive() and (stall := watch.look(time.monotonic(), ray.get(channel.heartbeats.remote()))):
+                failure = self.on_stall(stall)
                 thread.join(END_SECONDS)
                 return failure
-            if self.stop.is_set() and not passed_on:
-                channel.stop.remote()
-                passed_on = True
+            if self.stop.is_set() and not stop_sent:
+                channel.request_stop.remote()
+                stop_sent = True
             for event in ray.get(channel.collect.remote()):
-                placement.begun()
-                self.hear(event)
+                placement.workers_started()
+                self.on_event(event)
         for event in ray.get(channel.collect.remote()):
-            self.hear(event)
+            self.on_event(event)
         return None
 
 
 class _Trainer(TorchTrainer):
-    """Ray Train's, without what watches over placement groups and over Ray's datasets.
+    """Ray Train's trainer without its callbacks for placement groups and for Ray datasets.
 
-    A job has no such datasets. A placement group goes with the controller that made it; its watcher asks Ray's
-    dashboard, which a job has not, and keeps a group of workers that ends in its first 40 seconds waiting for 12.
+    A job uses no Ray datasets. Ray removes a placement group together with the controller that has created it; the
+    cleaner calls Ray's dashboard, which a job does not run, and delays a worker group that ends within its first 40
+    seconds by 12 seconds.
     """
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         unused = (PlacementGroupCleanerCallback, DatasetsCallback)
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, unused)]
+        callbacks: list[RayTrainCallback] = super()._create_default_callbacks()  # type: ignore[misc]  # of Train v2
+        return [callback for callback in callbacks if not isinstance(callback, unused)]
 
 
 def _scaling(workers: Workers) -> ScalingConfig:
+    elastic: Any = (workers.least, workers.most)  # Train v2 takes a range; the type of the field is that of v1
     return ScalingConfig(
-        num_workers=(workers.least, workers.most) if workers.elastic else workers.most,
+        num_workers=elastic if workers.elastic else workers.most,
         use_gpu=workers.accelerator,
         resources_per_worker={"CPU": workers.cpus, **({"GPU": 1} if workers.accelerator else {}), **asked()},
     )
 
 
-def keep_trying(
+def retry_attempts(
     attempt: Callable[[], Failure | None],
     progressed: Callable[[], bool],
     wait: Callable[[float], bool],
@@ -156,15 +162,17 @@ def keep_trying(
     restarting: Callable[[str], None],
     missing: Callable[[], str],
 ) -> Failure | None:
-    """Attempt until done, until a failure that no retry mends, or until `limit` retries without progress.
+    """Call `attempt` until it succeeds, fails finally, or has been retried `limit` times without progress.
 
-    The same error at the same step in two attempts in a row is one that no retry mends.
+    The same error at the same step in two consecutive attempts is final.
 
     Args:
-        restarting: is told why another attempt begins.
-        missing: what stands in the way of another attempt and won't go away; empty where nothing does.
-        progressed: whether a checkpoint or a stage was completed since it was last asked; sets the count back.
-        wait: waits so many seconds; true where it was asked to stop meanwhile.
+        attempt: runs one attempt and returns its failure, or None.
+        progressed: whether a checkpoint or a stage was completed since the last call; resets the count of retries.
+        wait: waits for a number of seconds; returns True if the driver was asked to stop meanwhile.
+        limit: `runPolicy.backoffLimit`.
+        restarting: receives the reason of each retry.
+        missing: waits for the nodes of the job; returns an error message if some stay missing.
     """
     retries, before = 0, None
     while True:
@@ -172,7 +180,7 @@ def keep_trying(
         if failure is None or not failure.retryable:
             return failure
         if failure.signature is not None and failure.signature == before:
-            return replace(failure, text=f"{failure.text.rstrip()}\n{_again(failure)}")
+            return replace(failure, text=f"{failure.text.rstrip()}\n{_repeated(failure)}")
         before = failure.signature
         retries = 0 if progressed() else retries + failure.counts
         if retries > limit:
@@ -180,11 +188,23 @@ def keep_trying(
         restarting(f"{failure.kind.value}: {failure.line}")
         if wait(min(2.0 ** (retries - 1), 60.0) if retries else 0.0):
             return failure
-        if obstacle := missing():
-            return replace(failure, text=f"{failure.text}\n{obstacle}")
+        if problem := missing():
+            return replace(failure, text=f"{failure.text}\n{problem}")
 
 
-def _again(failure: Failure) -> str:
-    place = place_of(failure.error)
-    where = "" if place is None else f" after step {place[1]} of stage {place[0] + 1}"
-    return f"{failure.line} (the same error twice in a row{where}: not tried again)"
+def _repeated(failure: Failure) -> str:
+    step = step_of(failure.error)
+    where = "" if step is None else f" after step {step[1]} of stage {step[0] + 1}"
+    return f"{failure.line} (the same error twice in a row{where}: not retried)"
+
+
+class HasGrown:
+    """Whether a value has grown since the last call."""
+
+    def __init__(self, current: Callable[[], tuple[int, int]]) -> None:
+        self.current = current
+        self.last = current()
+
+    def __call__(self) -> bool:
+        before, self.last = self.last, self.current()
+        return self.last > before

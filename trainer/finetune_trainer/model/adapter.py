@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, PeftType
 from safetensors import safe_open
 from transformers import PreTrainedModel
@@ -50,6 +53,28 @@ def attach_adapter(
     _refuse(path, "does not fit the base model, which has no place for", foreign)
     factor_adapters(adapted)
     return adapted
+
+
+def merge_in_memory(
+    adapted: PeftModel, default: torch.dtype, saved: Mapping[str, torch.dtype] | None = None
+) -> PreTrainedModel:
+    """Merge an adapter into its base in float32, and round each weight once.
+
+    Args:
+        adapted: the base with its adapter.
+        default: dtype of weights that are not in `saved`.
+        saved: dtype of each weight of the base, by name.
+
+    Raises:
+        ValueError: a merged weight is not finite.
+    """
+    merged: Any = adapted.float()  # type: ignore[no-untyped-call]  # transformers has no types here
+    merged = merged.merge_and_unload(safe_merge=True)
+    for name, weight in chain(merged.named_parameters(), merged.named_buffers()):
+        if weight.is_floating_point():
+            weight.data = weight.data.to((saved or {}).get(name, default))
+    model: PreTrainedModel = merged
+    return model
 
 
 def _unsaved(adapted: Any, path: Path) -> list[str]:

@@ -13,7 +13,7 @@ from finetune_trainer.errors import UserError
 from finetune_trainer.layout import StageLayout
 from finetune_trainer.stage_graph import layouts, stage_before, stage_named
 from finetune_trainer.storage.filesystem import Storage
-from finetune_trainer.storage.retry import passing
+from finetune_trainer.storage.retry import is_transient
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _download(uri: str, place: Path) -> str:
     try:
         return str(Storage(uri).download("", place))
     except Exception as error:  # every store has errors of its own
-        if passing(error) or isinstance(error, UserError):
+        if is_transient(error) or isinstance(error, UserError):
             raise
         raise UserError([Problem("model.uri", f"{uri} can't be read: {type(error).__name__}: {error}")]) from error
 

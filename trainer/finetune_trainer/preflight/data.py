@@ -19,7 +19,7 @@ from finetune_trainer.model.source import local_path
 from finetune_trainer.preflight.settings import is_masked
 from finetune_trainer.stage_graph import place, stage_before
 from finetune_trainer.storage.filesystem import Storage
-from finetune_trainer.storage.retry import passing
+from finetune_trainer.storage.retry import is_transient
 
 
 def data_problems(run: RunConfig) -> Iterator[Problem]:
@@ -47,9 +47,9 @@ def _storage(run: RunConfig) -> Iterator[Problem]:
 
 def _refusal(run: RunConfig) -> Iterator[Problem]:
     try:
-        Storage(run.root, patience=0).exists(RUN_CONFIG)
+        Storage(run.root, retry_seconds=0).exists(RUN_CONFIG)
     except Exception as error:  # every store has errors of its own
-        if not passing(error):
+        if not is_transient(error):
             yield Problem("storage.uri", f"can't reach {run.root}: {type(error).__name__}: {error}")
 
 

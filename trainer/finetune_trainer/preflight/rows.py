@@ -79,7 +79,7 @@ def _writable(run: RunConfig) -> None:
     name = f".preflight-{uuid.uuid4().hex[:8]}"
     field = "storage.uri" if run.job.spec.storage.uri else "storage.path"
     try:
-        storage = Storage(run.root, patience=PREFLIGHT_SECONDS)
+        storage = Storage(run.root, retry_seconds=PREFLIGHT_SECONDS)
         storage.write_text(name, "")
         storage.delete(name)
     except Exception as error:  # every store has errors of its own

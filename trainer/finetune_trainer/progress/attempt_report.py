@@ -1,4 +1,4 @@
-"""An attempt's report of itself: kept up to date by the driver's events, read by the report server."""
+"""The report of an attempt, which the driver's events update and the report server serves."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _STEP = {
 }
 METRICS_KEPT = 64
 STALL_CHARACTERS = 1000
-"""A termination message has room for them beside the message."""
+"""Limit of a stall's description, so that it fits into a termination message together with the error."""
 
 
 class AttemptReporter:
-    """A `Reporter` that turns what it is told into an `AttemptReport`.
+    """A `Reporter` that keeps an `AttemptReport`.
 
     Args:
-        titles: the stages' names, in order.
+        titles: names of the stages, in order.
     """
 
     def __init__(self, titles: list[str]) -> None:
@@ -43,14 +43,14 @@ class AttemptReporter:
         self._lock = threading.Lock()
 
     def finished_before(self, done: list[bool]) -> None:
-        """Stages that an earlier attempt has finished."""
+        """Mark the stages that an earlier attempt has finished."""
         with self._lock:
-            for stage, over in zip(self._stages, done, strict=True):
-                if over:
+            for stage, finished in zip(self._stages, done, strict=True):
+                if finished:
                     stage["state"] = "Succeeded"
 
     def report(self) -> AttemptReport:
-        """How the attempt stands now."""
+        """Return the current report."""
         with self._lock:
             return AttemptReport.model_validate({"stages": [dict(stage) for stage in self._stages], **self._rest})
 
@@ -64,7 +64,7 @@ class AttemptReporter:
             self._rest.pop("waiting", None)
 
     def log(self, message: str) -> None:
-        """Lines for people are in the pod's log."""
+        """Ignore log lines, which are in the pod's log."""
 
     def waiting(self, message: str) -> None:
         with self._lock:
@@ -73,9 +73,9 @@ class AttemptReporter:
                 self._rest["waiting"] = _tail(redact(message), 4096)
 
     def transport(self, network: str, gpu_direct: bool, words: str, warning: str) -> None:
-        found: Json = {"network": network[:64], "gpuDirect": gpu_direct, "words": words[:256]}
+        transport: Json = {"network": network[:64], "gpuDirect": gpu_direct, "words": words[:256]}
         with self._lock:
-            self._rest["transport"] = found | ({"warning": _head(redact(warning), 1024)} if warning else {})
+            self._rest["transport"] = transport | ({"warning": _head(redact(warning), 1024)} if warning else {})
 
     def placing(self, message: str) -> None:
         with self._lock:
@@ -103,9 +103,9 @@ class AttemptReporter:
             if progress.metrics:
                 self._stages[progress.stage]["metrics"] = _metrics(progress.metrics)
 
-    def checkpoint_saved(self, index: int, step: int, place: str) -> None:
+    def checkpoint_saved(self, index: int, step: int, path: str) -> None:
         with self._lock:
-            self._rest["checkpoint"] = {"stage": index, "step": step, "uri": redact(place), "savedAt": _now()}
+            self._rest["checkpoint"] = {"stage": index, "step": step, "uri": redact(path), "savedAt": _now()}
 
     def stage_finished(self, index: int, title: str, result: str, metrics: dict[str, float]) -> None:
         with self._lock:
@@ -116,40 +116,49 @@ class AttemptReporter:
             self._rest.pop("restarting", None)
 
     def stopping(self) -> None:
-        """The attempt was asked to stop."""
+        """Record that the attempt was asked to stop."""
         with self._lock:
             self._rest["stopping"] = True
 
     def planned(self, plan: Json) -> None:
-        """Preflight's plan, a `PlanReport`."""
+        """Record the plan of the preflight, a `PlanReport`."""
         with self._lock:
             self._rest["plan"] = plan
 
     def ended(self, exit_code: int, message: str, node: str | None = None) -> None:
-        """How it ended, secrets removed, and on which node where a GPU fault ended it."""
+        """Record the outcome.
+
+        Args:
+            exit_code: exit code of the driver.
+            message: error message; secrets are removed.
+            node: name of the node whose GPU fault has ended the attempt.
+        """
         with self._lock:
             self._rest |= {"exitCode": exit_code, "message": _tail(redact(message), 4096)}
             if node is not None:
                 self._rest["node"] = node[:253]
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no resources are open."""
 
 
 def termination_message(report: AttemptReport) -> str:
-    """The report as JSON that fits a termination message: what is longest goes first, why it ended goes last."""
+    """Return the report as JSON that fits into a termination message.
+
+    If it is too long, first the metrics, then the stages and finally the start of the error message are removed.
+    """
     data = report.to_json()
-    for shorten in (_nothing, _without_metrics, _without_stages):
+    for shorten in (_unchanged, _without_metrics, _without_stages):
         data = shorten(data)
         text = _json(data)
         if len(text.encode()) <= TERMINATION_MESSAGE_BYTES:
             return text
-    over = len(text.encode()) - TERMINATION_MESSAGE_BYTES
-    words = data.get("message", "").encode("ascii", "replace").decode()
-    return _json(data | {"message": _tail(words, max(len(words) - 2 * over - 16, 0))})
+    excess = len(text.encode()) - TERMINATION_MESSAGE_BYTES
+    message = data.get("message", "").encode("ascii", "replace").decode()
+    return _json(data | {"message": _tail(message, max(len(message) - 2 * excess - 16, 0))})
 
 
-def _nothing(data: Json) -> Json:
+def _unchanged(data: Json) -> Json:
     return data
 
 

@@ -1,4 +1,4 @@
-"""Progress on a terminal: a live line for the stage that runs, finished stages and log lines above it."""
+"""Shows progress on a terminal: a live line for the running stage, with finished stages and log lines above it."""
 
 from __future__ import annotations
 
@@ -22,17 +22,20 @@ REFRESH_PER_SECOND = 4
 
 
 def reporter_for(stream: TextIO) -> Reporter:
-    """The reporter for a stream: a live display on a terminal that can show it, plain lines elsewhere."""
+    """Return the reporter for a stream: a live display on a capable terminal, plain lines otherwise."""
     console = Console(file=stream, highlight=False)
     live = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
     return ConsoleReporter(console) if live else PlainReporter(stream)
 
 
 class ConsoleReporter(LineReporter):
-    """One live line: name, bar, step/total, loss, learning rate, gradient norm, tokens/s, MFU, ETA; on a narrow
-    terminal the least important parts are left out.
+    """Shows one live line: name, bar, step/total, loss, learning rate, gradient norm, tokens/s, MFU, ETA.
 
-    What others print while it lives goes above the line. `clock` gives seconds that never go back.
+    On a narrow terminal the least important parts are omitted. Other output appears above the line.
+
+    Args:
+        console: the terminal.
+        clock: returns the seconds of a monotonic clock.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
@@ -46,7 +49,7 @@ class ConsoleReporter(LineReporter):
         self._started = self._clock()
         self._line = StageLine(f"{index + 1}/{stages} {clean(title)}", clean(message) or "starting")
         if self._live is None:
-            self._live = Live(console=self._console, get_renderable=self._shown, transient=True,
+            self._live = Live(console=self._console, get_renderable=self._renderable, transient=True,
                               refresh_per_second=REFRESH_PER_SECOND)  # fmt: skip
             self._live.start()
 
@@ -60,8 +63,8 @@ class ConsoleReporter(LineReporter):
         if evaluation:
             self.log(f"{progress.title} step {progress.step}: {named_metrics(evaluation)}")
 
-    def checkpoint_saved(self, index: int, step: int, place: str) -> None:
-        """Not shown: a run that ends says where it stands."""
+    def checkpoint_saved(self, index: int, step: int, path: str) -> None:
+        """Do nothing: the end of a run names its last checkpoint."""
 
     def stage_finished(self, index: int, title: str, result: str, metrics: dict[str, float]) -> None:
         self._console.print(self._summary(title, result, metrics))
@@ -72,7 +75,7 @@ class ConsoleReporter(LineReporter):
             self._live.stop()
             self._live = None
 
-    def _shown(self) -> StageLine | Text:
+    def _renderable(self) -> StageLine | Text:
         return self._line or Text()
 
     def _summary(self, title: str, result: str, metrics: dict[str, float]) -> Text:
@@ -89,7 +92,7 @@ class ConsoleReporter(LineReporter):
 
 
 class StageLine:
-    """The live line of one stage: a spinner with `message` until the first step, then the bar."""
+    """The live line of one stage: a spinner with a message until the first step, then a progress bar."""
 
     def __init__(self, name: str, message: str) -> None:
         self.name = name
@@ -114,8 +117,10 @@ def _bar_line(name: str, progress: Progress, width: int) -> Table:
 
 
 def fit(parts: list[tuple[int, str]], width: int) -> str:
-    """The parts (rank, text) joined, those of the highest rank left out until they take `width` cells at most; the
-    one of the lowest rank always stays."""
+    """Join the texts of `parts` (rank, text), and omit those of the highest rank until at most `width` cells are used.
+
+    The part of the lowest rank is never omitted.
+    """
     kept = list(parts)
     while len(kept) > 1 and len("  ".join(text for _, text in kept)) > width:
         kept.remove(max(kept))

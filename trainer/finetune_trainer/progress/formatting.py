@@ -1,4 +1,4 @@
-"""Numbers and texts as people read them: the same on the console, in plain lines and in the report."""
+"""Formats numbers and texts for the console, plain lines and the report."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from finetune_trainer.progress.reporter import Progress
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _PICTURES = 0x2400
 _DELETE = 0x7F
-_TELL_MORE = ("reward", "kl")
-"""Metrics of reinforcement learning that tell more than its loss, which is nothing by construction (RLOO)."""
+_KEY_METRICS = ("reward", "kl")
+"""Metrics of reinforcement learning that are more informative than its loss, which is 0 by construction (RLOO)."""
 
 
 def duration(seconds: float) -> str:
-    """Two units at most: `0.4 s`, `12 s`, `3 min 20 s`, `1 h 02 min`, `2 d 03 h`; `?` where it is not finite."""
+    """Format seconds with at most two units: `0.4 s`, `12 s`, `3 min 20 s`, `2 d 03 h`; `?` if not finite."""
     if not math.isfinite(seconds):
         return "?"
     if seconds < 9.95:
@@ -33,17 +33,17 @@ def duration(seconds: float) -> str:
 
 
 def count(value: float) -> str:
-    """Three digits and a decimal prefix: `950`, `12.3 k`, `1.2 M`."""
+    """Format a count with three digits and a decimal prefix: `950`, `12.3 k`, `1.2 M`."""
     return _scaled(value, 1000, ("", "k", "M", "G", "T", "P"))
 
 
 def size(value: float) -> str:
-    """Bytes with a binary prefix: `512 B`, `1.5 GiB`."""
+    """Format bytes with a binary prefix: `512 B`, `1.5 GiB`."""
     return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
 
 
 def number(value: float) -> str:
-    """Four significant digits: `2.346`, `0.01234`, `3.0e-05`; whole numbers as they are."""
+    """Format a number with four significant digits: `2.346`, `0.01234`, `3.0e-05`; integers in full."""
     if not math.isfinite(value) or value == 0 or isinstance(value, bool):
         return str(value)
     if isinstance(value, int) or (value == int(value) and abs(value) < 1e6):
@@ -52,32 +52,35 @@ def number(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of 1 with one digit behind the point: `3.5%`."""
+    """Format a fraction of 1 as a percentage with one decimal: `3.5%`."""
     return f"{100 * share:.1f}%"
 
 
 def clean(text: str) -> str:
-    """Text that changes nothing but the screen's content: control characters as their pictures (ESC as `␛`), lone
-    surrogates as `?`. Tabs and line feeds stay; a carriage return before a line feed goes."""
-    whole = text.replace("\r\n", "\n").encode("utf-8", "replace").decode("utf-8")
-    return _CONTROLS.sub(lambda match: _picture(ord(match.group())), whole)
+    """Return the text without terminal control sequences.
+
+    Control characters are replaced by their Unicode pictures, and lone surrogates by `?`. Tabs and line feeds are kept;
+    a carriage return before a line feed is removed.
+    """
+    valid = text.replace("\r\n", "\n").encode("utf-8", "replace").decode("utf-8")
+    return _CONTROLS.sub(lambda match: _picture(ord(match.group())), valid)
 
 
 def named_metrics(metrics: dict[str, float]) -> str:
-    """`eval_loss 1.234 · rewards/accuracies 0.61`."""
+    """Format metrics with their names, separated by a middle dot, such as `eval_loss 1.234`."""
     return " · ".join(f"{clean(name)} {number(value)}" for name, value in metrics.items())
 
 
 def evaluation_of(progress: Progress) -> dict[str, float]:
-    """The metrics that an evaluation after this step gave; empty where there was none."""
+    """Return the metrics of the evaluation after this step; empty if there was none."""
     return {name: value for name, value in (progress.metrics or {}).items() if name.startswith("eval_")}
 
 
 def step_parts(progress: Progress) -> Iterator[tuple[int, str]]:
-    """What one step shows, in order, each part with its rank: the highest rank is left out first."""
+    """Yield the parts of a step's line in order, each with its rank. The highest rank is omitted first."""
     yield 0, f"{progress.step}/{progress.total}"
     metrics = progress.metrics or {}
-    for name in _TELL_MORE:
+    for name in _KEY_METRICS:
         if name in metrics:
             yield 1, f"{name} {number(metrics[name])}"
     if progress.loss is not None:

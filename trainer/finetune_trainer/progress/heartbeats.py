@@ -1,4 +1,4 @@
-"""The pulse of each worker on its way to the driver."""
+"""Sends the heartbeat of each worker to the driver."""
 
 from __future__ import annotations
 
@@ -6,85 +6,86 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from finetune_trainer.heartbeat import Phase, Pulse
+from finetune_trainer.heartbeat import IDLE, Heartbeat, Phase
 from finetune_trainer.progress.process_activity import activity
 
-LOOK_SECONDS = 0.5
-WORK_SECONDS = 1.0
+POLL_SECONDS = 0.5
+ACTIVITY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Beat:
-    """How one worker stands."""
+class WorkerHeartbeat:
+    """A heartbeat of one worker."""
 
     rank: int
     workers: int
-    """How many there are."""
+    """World size."""
     pid: int
     host: str
-    """Name of its node as Kubernetes or the machine has it."""
+    """Name of its node in Kubernetes, or of the machine."""
     node: str
     """Ray's id of its node."""
     progress: int
-    """Grows whenever the worker gets on."""
+    """Grows with each unit of work."""
     phase: Phase
 
 
-class PulseThread:
-    """Tells of this process's pulse until closed, whenever it changes and at most twice a second.
+class HeartbeatThread:
+    """Sends this process's heartbeat whenever it changes, at most twice a second. A context manager.
 
-    It is alive in a worker that hangs in Python or in native code that has released the GIL, and tells nothing then.
+    The thread keeps running in a worker that hangs in Python or in native code that has released the GIL; it then sends
+    nothing, because nothing changes.
 
     Args:
-        send: receives each `Beat`; must not wait.
+        initial: the heartbeat before any work, by `first_heartbeat`.
+        send: receives each `WorkerHeartbeat`; must not block.
     """
 
-    def __init__(self, place: Beat, pulse: Pulse, send: Callable[[Beat], None]) -> None:
-        self._place, self._pulse, self._send = place, pulse, send
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="pulse")
+    def __init__(self, initial: WorkerHeartbeat, heartbeat: Heartbeat, send: Callable[[WorkerHeartbeat], None]) -> None:
+        self._initial, self._heartbeat, self._send = initial, heartbeat, send
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="heartbeat")
 
-    def __enter__(self) -> PulseThread:
+    def __enter__(self) -> HeartbeatThread:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._closed.set()
         self._thread.join()
 
     def _run(self) -> None:
-        work = _Work()
-        progress, seen = 0, (-1, self._pulse.phase)
+        process = _ProcessActivity()
+        progress, seen = 0, (-1, self._heartbeat.phase)
         while True:
-            beats, phase = self._pulse.beats, self._pulse.phase
-            worked = work.goes_on(phase.measured)
-            if (beats, phase) != seen or worked:
-                progress, seen = progress + 1, (beats, phase)
-                place = self._place
-                self._send(Beat(place.rank, place.workers, place.pid, place.host, place.node, progress, phase))
-            if self._over.wait(LOOK_SECONDS):
+            now = self._heartbeat.count, self._heartbeat.phase
+            worked = process.has_worked(now[1].measured)
+            if now != seen or worked:
+                progress, seen = progress + 1, now
+                self._send(replace(self._initial, progress=progress, phase=now[1]))
+            if self._closed.wait(POLL_SECONDS):
                 return
 
 
-class _Work:
-    """Whether this process works, looked at about once a second."""
+class _ProcessActivity:
+    """Whether this process works, sampled about once a second."""
 
     def __init__(self) -> None:
-        self._before, self._then = activity(), time.monotonic()
+        self._last, self._sampled_at = activity(), time.monotonic()
 
-    def goes_on(self, measured: bool) -> bool:
-        """Whether it worked since the last look; never in a measured phase."""
+    def has_worked(self, measured: bool) -> bool:
+        """Whether the process has worked since the last sample; False in a measured phase."""
         now = time.monotonic()
-        if now - self._then < WORK_SECONDS:
+        if now - self._sampled_at < ACTIVITY_SECONDS:
             return False
-        after = activity()
-        worked = not measured and after.works_since(self._before, now - self._then)
-        self._before, self._then = after, now
+        current = activity()
+        worked = not measured and current.works_since(self._last, now - self._sampled_at)
+        self._last, self._sampled_at = current, now
         return worked
 
 
-def place_of(rank: int, workers: int, host: str, node: str) -> Beat:
-    """Return the beat of this process before it has done anything."""
-    return Beat(rank, workers, os.getpid(), host, node, 0, Phase("starting"))
+def first_heartbeat(rank: int, workers: int, host: str, node: str) -> WorkerHeartbeat:
+    """Return the heartbeat of this process before it has done any work."""
+    return WorkerHeartbeat(rank, workers, os.getpid(), host, node, 0, IDLE)

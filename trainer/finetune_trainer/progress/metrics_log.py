@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: a stage's curve as JSON lines, which a kill at any moment leaves readable."""
+"""Reads and writes `metrics.jsonl`, the metrics of a stage as JSON lines, which stays readable after a crash."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsLog:
-    """Appends one line per logged step; each line is on its way to the disk when `append` returns.
+    """Appends one line per logged step. Each line is flushed to the operating system before `append` returns.
 
-    A resumed run appends its steps again: `read_metrics` lets the later line win. A line that an earlier attempt left
-    half-written is closed off first, so that it can't swallow the next one.
+    A resumed run appends its steps again; `read_metrics` then uses the later line. An incomplete line of an earlier
+    attempt is ended first, so that it does not corrupt the next one.
 
     Raises:
         OSError: the file can't be written.
@@ -26,19 +26,21 @@ class MetricsLog:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = _ends_torn(self.path)
+        incomplete = _ends_incomplete(self.path)
         self._file = open(self.path, "a", encoding="ascii")  # noqa: SIM115 (closed by `close`)
-        if torn:
+        if incomplete:
             self._file.write("\n")
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row, such as `Progress.to_json()`; it has a `step`. What is not finite is written as a string,
-        `"NaN"` or `"Infinity"`, because JSON has no such numbers."""
+        """Write a row with the key `step`, such as `Progress.to_json()`.
+
+        Numbers that are not finite are written as strings (`"NaN"`, `"Infinity"`), because JSON has no such numbers.
+        """
         self._file.write(json.dumps(_encodable(row), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """No more rows follow; a second call does nothing."""
+        """Close the file. A second call does nothing."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -49,10 +51,10 @@ class MetricsLog:
 
 
 def read_metrics(text: str) -> list[dict[str, Any]]:
-    """The rows of a metrics log by rising step, each step once.
+    """Return the rows of a metrics log in order of their steps, one row per step.
 
-    A field of a later line replaces that of an earlier line with the same step: a resumed run repeats steps, and the
-    evaluation after a step may be a line of its own. Torn lines and lines without a step are left out.
+    Fields of a later line replace those of an earlier line with the same step: a resumed run repeats steps, and the
+    evaluation after a step may be a separate line. Incomplete lines and lines without a step are ignored.
     """
     rows: dict[int, dict[str, Any]] = {}
     for line in text.splitlines():
@@ -64,7 +66,7 @@ def read_metrics(text: str) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows)]
 
 
-def _ends_torn(path: Path) -> bool:
+def _ends_incomplete(path: Path) -> bool:
     if not path.exists() or path.stat().st_size == 0:
         return False
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""Several reporters as one."""
+"""Combines several reporters into one."""
 
 from __future__ import annotations
 
@@ -11,54 +11,56 @@ _log = logging.getLogger(__name__)
 
 
 class Reporters:
-    """Tells each reporter in order. One that raises is logged the first time and told on: training never stops for
-    the sake of its display."""
+    """Calls several reporters in order.
+
+    An exception of a reporter is logged the first time and otherwise ignored: a display error must not stop training.
+    """
 
     def __init__(self, reporters: Sequence[Reporter]) -> None:
         self._reporters = list(reporters)
         self._failed: set[int] = set()
 
     def stage_started(self, index: int, title: str, stages: int, message: str) -> None:
-        self._tell(lambda reporter: reporter.stage_started(index, title, stages, message))
+        self._call(lambda reporter: reporter.stage_started(index, title, stages, message))
 
     def log(self, message: str) -> None:
-        self._tell(lambda reporter: reporter.log(message))
+        self._call(lambda reporter: reporter.log(message))
 
     def waiting(self, message: str) -> None:
-        self._tell(lambda reporter: reporter.waiting(message))
+        self._call(lambda reporter: reporter.waiting(message))
 
     def transport(self, network: str, gpu_direct: bool, words: str, warning: str) -> None:
-        self._tell(lambda reporter: reporter.transport(network, gpu_direct, words, warning))
+        self._call(lambda reporter: reporter.transport(network, gpu_direct, words, warning))
 
     def placing(self, message: str) -> None:
-        self._tell(lambda reporter: reporter.placing(message))
+        self._call(lambda reporter: reporter.placing(message))
 
     def restarting(self, message: str) -> None:
-        self._tell(lambda reporter: reporter.restarting(message))
+        self._call(lambda reporter: reporter.restarting(message))
 
     def stalled(self, message: str, node: str | None) -> None:
-        self._tell(lambda reporter: reporter.stalled(message, node))
+        self._call(lambda reporter: reporter.stalled(message, node))
 
     def progress(self, progress: Progress) -> None:
-        self._tell(lambda reporter: reporter.progress(progress))
+        self._call(lambda reporter: reporter.progress(progress))
 
-    def checkpoint_saved(self, index: int, step: int, place: str) -> None:
-        self._tell(lambda reporter: reporter.checkpoint_saved(index, step, place))
+    def checkpoint_saved(self, index: int, step: int, path: str) -> None:
+        self._call(lambda reporter: reporter.checkpoint_saved(index, step, path))
 
     def stage_finished(self, index: int, title: str, result: str, metrics: dict[str, float]) -> None:
-        self._tell(lambda reporter: reporter.stage_finished(index, title, result, metrics))
+        self._call(lambda reporter: reporter.stage_finished(index, title, result, metrics))
 
     def close(self) -> None:
-        self._tell(lambda reporter: reporter.close())
+        self._call(lambda reporter: reporter.close())
 
-    def _tell(self, call: Callable[[Reporter], None]) -> None:
+    def _call(self, call: Callable[[Reporter], None]) -> None:
         for index, reporter in enumerate(self._reporters):
             try:
                 call(reporter)
             except Exception as error:
-                self._complain(index, reporter, error)
+                self._log_failure(index, reporter, error)
 
-    def _complain(self, index: int, reporter: Reporter, error: Exception) -> None:
+    def _log_failure(self, index: int, reporter: Reporter, error: Exception) -> None:
         if index not in self._failed:
             self._failed.add(index)
             _log.warning("%s failed, further failures of it are not logged: %r", type(reporter).__name__, error)

@@ -1,4 +1,4 @@
-"""Progress as plain lines, for pipes, log files and CI."""
+"""Reports progress as plain lines, for pipes, log files and CI."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from finetune_trainer.progress.formatting import clean, duration, evaluation_of,
 from finetune_trainer.progress.reporter import LineReporter, Progress
 
 INTERVAL_SECONDS = 10.0
-SHARE = 0.1
+INTERVAL_FRACTION = 0.1
 
 
 class PlainReporter(LineReporter):
-    """Lines without control characters at a bounded rate: the first step, then one per 10 s or tenth of the stage,
-    every evaluation, and the last step.
+    """Writes lines without control characters at a limited rate.
 
-    `clock` gives seconds that never go back.
+    It writes the first step, then one step every 10 s or every tenth of the stage, every evaluation and the last step.
+
+    Args:
+        stream: the output.
+        clock: returns the seconds of a monotonic clock.
     """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
@@ -39,8 +42,8 @@ class PlainReporter(LineReporter):
             self._shown = (now, progress.step)
             self._write(f"{_named(progress.stage, progress.stages, progress.title)} {_line(progress)}")
 
-    def checkpoint_saved(self, index: int, step: int, place: str) -> None:
-        """Not shown: a run that ends says where it stands."""
+    def checkpoint_saved(self, index: int, step: int, path: str) -> None:
+        """Do nothing: the end of a run names its last checkpoint."""
 
     def stage_finished(self, index: int, title: str, result: str, metrics: dict[str, float]) -> None:
         took = duration(self._clock() - self._started)
@@ -56,7 +59,7 @@ class PlainReporter(LineReporter):
         then, step = self._shown
         if progress.step >= progress.total:
             return progress.step != step
-        return now - then >= INTERVAL_SECONDS or progress.step - step >= SHARE * progress.total
+        return now - then >= INTERVAL_SECONDS or progress.step - step >= INTERVAL_FRACTION * progress.total
 
     def _write(self, text: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"

@@ -1,4 +1,4 @@
-"""Whether this process and its children work, by the kernel's own accounts: CPU time, bytes read and written."""
+"""Measures whether a process and its children work, by the kernel's counters: CPU time, bytes read and written."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CPU_SHARE = 0.1
-"""Of one core. Idle, a worker's threads (Ray's) take about a hundredth."""
+"""Minimum CPU time of a working process, as a fraction of one core. Ray's threads use about 0.01 in an idle worker."""
 BYTES_PER_SECOND = 128 * 1024
-"""Looking at /proc costs a few KiB."""
+"""Minimum I/O of a working process. Reading /proc takes a few KiB."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PROC = Path("/proc")
 
@@ -19,25 +19,25 @@ class Activity:
     """Totals of a process and its children."""
 
     cpu: float
-    """Seconds."""
+    """CPU time in seconds."""
     bytes: int
-    """Read and written by system calls on files."""
+    """Bytes read and written by system calls on files."""
 
     def works_since(self, before: Activity, seconds: float) -> bool:
-        """Whether it worked in the `seconds` between two looks. A child that has ended takes its account along."""
+        """Whether the process has worked in the `seconds` since `before`. Children that have ended do not count."""
         cpu, transferred = self.cpu - before.cpu, self.bytes - before.bytes
         return cpu > CPU_SHARE * seconds or transferred > BYTES_PER_SECOND * seconds
 
 
 def activity(pid: int | None = None) -> Activity:
-    """Return the totals of a process, this one by default, and of its descendants."""
-    first = os.getpid() if pid is None else pid
-    found = [_of(one) for one in [first, *children(first)]]
-    return Activity(sum(one.cpu for one in found), sum(one.bytes for one in found))
+    """Return the totals of a process, by default this one, and its descendants."""
+    root = os.getpid() if pid is None else pid
+    parts = [_own_activity(one) for one in [root, *children(root)]]
+    return Activity(sum(part.cpu for part in parts), sum(part.bytes for part in parts))
 
 
 def children(pid: int) -> list[int]:
-    """Return the descendants of a process, without a scan of all processes."""
+    """Return the process ids of the descendants of a process, without scanning all processes."""
     found: list[int] = []
     for task in _listed(_PROC / str(pid) / "task"):
         for child in map(int, _read(task / "children").split()):
@@ -46,26 +46,26 @@ def children(pid: int) -> list[int]:
 
 
 def state(pid: int) -> str:
-    """Return a process's state as /proc/PID/stat has it: `R`, `S`, `D`, `T`, `Z`; empty where it has ended."""
+    """Return the state of a process in /proc/PID/stat: `R`, `S`, `D`, `T` or `Z`; empty if it has ended."""
     return _fields(pid)[0] if _fields(pid) else ""
 
 
-def _of(pid: int) -> Activity:
+def _own_activity(pid: int) -> Activity:
     fields = _fields(pid)
-    cpu = sum(map(int, fields[11:15])) / _TICKS if fields else 0.0  # its own and its ended children's
+    cpu = sum(map(int, fields[11:15])) / _TICKS if fields else 0.0  # of the process and its children that have ended
     table = dict(line.split(": ") for line in _read(_PROC / str(pid) / "io").splitlines() if ": " in line)
     return Activity(cpu, int(table.get("rchar", 0)) + int(table.get("wchar", 0)))
 
 
 def _fields(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on; the name before them may hold spaces."""
+    """Return the fields of /proc/PID/stat from the state on. The name before them may contain spaces."""
     return _read(_PROC / str(pid) / "stat").rpartition(")")[2].split()
 
 
 def _read(path: Path) -> str:
     try:
         return path.read_text()
-    except OSError:  # it has ended, or is another user's
+    except OSError:  # the process has ended or belongs to another user
         return ""
 
 

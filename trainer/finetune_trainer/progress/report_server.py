@@ -1,7 +1,6 @@
-"""The HTTP port at which an attempt's driver answers the operator: `GET /v1/report`, `POST /v1/stop`.
+"""The HTTP server of an attempt's driver, for the operator: `GET /v1/report`, `POST /v1/stop`.
 
-The standard library's server is enough for one client that asks every few seconds, and adds no dependency to a
-driver's start.
+The standard library's server is enough for one client that polls every few seconds, and loads no further libraries.
 """
 
 from __future__ import annotations
@@ -16,15 +15,16 @@ from finetune_api.report import PORT, REPORT_PATH, STOP_PATH, AttemptReport
 
 
 class ReportServer:
-    """Serves until closed. A context manager.
+    """An HTTP server in a thread. A context manager.
 
     Args:
-        report: gives the newest report.
-        stop: is called when the operator asks the attempt to stop.
-        token: what a caller must show as a bearer token.
+        report: returns the current report.
+        stop: called when the operator asks the attempt to stop.
+        token: bearer token that requests must have.
+        address: host and port.
 
     Raises:
-        OSError: the port is taken.
+        OSError: the port is in use.
     """
 
     def __init__(
@@ -53,29 +53,29 @@ def _handler(report: Callable[[], AttemptReport], stop: Callable[[], None], toke
         timeout = 5
 
         def handle(self) -> None:
-            with contextlib.suppress(ConnectionError):  # a caller that has gone wants no answer
+            with contextlib.suppress(ConnectionError):  # the client has disconnected
                 super().handle()
 
         def do_GET(self) -> None:
             if self._allowed(REPORT_PATH):
-                self._answer(200, report().model_dump_json(by_alias=True, exclude_none=True))
+                self._respond(200, report().model_dump_json(by_alias=True, exclude_none=True))
 
         def do_POST(self) -> None:
             if self._allowed(STOP_PATH):
                 stop()
-                self._answer(202, "{}")
+                self._respond(202, "{}")
 
         def _allowed(self, path: str) -> bool:
-            shown = self.headers.get("Authorization", "").removeprefix("Bearer ").encode()
-            if not hmac.compare_digest(shown, token.encode()):
-                self._answer(401, "{}")
+            presented = self.headers.get("Authorization", "").removeprefix("Bearer ").encode()
+            if not hmac.compare_digest(presented, token.encode()):
+                self._respond(401, "{}")
             elif self.path != path:
-                self._answer(404, "{}")
+                self._respond(404, "{}")
             else:
                 return True
             return False
 
-        def _answer(self, status: int, text: str) -> None:
+        def _respond(self, status: int, text: str) -> None:
             body = text.encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
@@ -84,6 +84,6 @@ def _handler(report: Callable[[], AttemptReport], stop: Callable[[], None], toke
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Requests are not logged: there is one every few seconds."""
+            """Do not log requests, because there is one every few seconds."""
 
     return Handler

@@ -11,10 +11,10 @@ from importlib import import_module
 from typing import Any
 
 from finetune_trainer.training.context import StageContext
-from finetune_trainer.training.stage_io import StageTools
+from finetune_trainer.training.stage_io import StageIO
 
 
-def perform(context: StageContext, tools: StageTools) -> dict[str, float]:
+def perform(context: StageContext, tools: StageIO) -> dict[str, float]:
     """Run a stage that takes no optimizer steps; returns its metrics. Every worker calls it."""
     metrics: dict[str, float] = _module(context).perform(context, tools)
     return metrics

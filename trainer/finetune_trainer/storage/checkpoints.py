@@ -1,9 +1,9 @@
-"""Checkpoints of one stage in storage: a checkpoint is complete or it does not count.
+"""Checkpoints of one stage in storage. Only complete checkpoints count.
 
-Every worker writes its files into `checkpoint-<step>`; when all are there, one of them writes the manifest, which names
-each file and its size. A directory without a manifest, or whose files differ from it, is what a killed run left
-behind: it is ignored, and cleaned up when the stage starts again. What is there is found by looking at storage, because
-Ray's controller can lose a checkpoint that a worker reported just before it died.
+Every worker writes its files into `checkpoint-<step>`; then one worker writes the manifest with the name and size of
+each file. A directory without a manifest, or whose files differ from it, was left by a killed attempt: it is ignored,
+and deleted when the stage starts again. Checkpoints are found by listing storage, because Ray's controller can lose a
+checkpoint that a worker has reported just before the controller died.
 """
 
 from __future__ import annotations
@@ -21,34 +21,40 @@ from finetune_trainer.storage.filesystem import Storage
 
 @dataclass(frozen=True)
 class Manifest:
-    """What makes a checkpoint complete. `files` maps each file's path in the checkpoint to its size in bytes."""
+    """The manifest of a complete checkpoint."""
 
     step: int
     world_size: int
     zero: int
+    """ZeRO stage, 0 to 3."""
     rows_per_step: int
-    """The global batch of the stage, which it keeps with any number of workers."""
+    """Global batch size of the stage, which it keeps with any world size."""
     shards: int
-    """In so many shards a stream of training rows is read."""
+    """Number of shards in which a stream of training rows is read."""
     files: dict[str, int]
+    """Size in bytes of each file, by its path in the checkpoint."""
     saved_at: float
     data: dict[str, Any] | None = None
-    """What the stage was training on (`data.identity.DataKey`); None from versions that did not record it."""
+    """Identity of the training data (`data.data_identity.DataKey`); None from versions that did not record it."""
 
 
 class CheckpointStore:
-    """The checkpoints below `<stage>/checkpoints`."""
+    """The checkpoints of a stage, below `<stage>/checkpoints`.
+
+    Args:
+        scratch: local directory of the stage, in which checkpoints for a remote storage are written first.
+    """
 
     def __init__(self, storage: Storage, layout: StageLayout, scratch: Path) -> None:
         self.storage = storage
         self.layout = layout
         self.scratch = scratch
         self._known: dict[int, Manifest] = {}
-        """Complete checkpoints seen so far. They don't change until this object deletes them."""
+        """Complete checkpoints found so far. They do not change until this object deletes them."""
 
     @property
     def workdir(self) -> Path:
-        """Local directory in which `checkpoint-<step>` is written: in place, or in scratch for a remote store."""
+        """Local directory in which `checkpoint-<step>` is written: in storage, or in scratch for a remote storage."""
         return self.storage.local(self.layout.checkpoints) or self.scratch
 
     def publish(
@@ -61,7 +67,7 @@ class CheckpointStore:
         shards: int,
         data: dict[str, Any] | None = None,
     ) -> Manifest:
-        """Make a fully written checkpoint complete. Called once, by one worker, after every worker's `push`."""
+        """Write the manifest, which makes the checkpoint complete. One worker calls it, after `push` on all workers."""
         files = self.storage.sizes(self.layout.checkpoint(step))
         files.pop(MANIFEST, None)
         manifest = Manifest(step, world_size, zero, rows_per_step, shards, files, time.time(), data)
@@ -70,42 +76,42 @@ class CheckpointStore:
         return manifest
 
     def push(self, step: int) -> None:
-        """Copy this machine's part of a checkpoint to storage; nothing to do where it was written in place."""
+        """Upload this machine's part of a checkpoint, unless it was written in storage."""
         if not self.storage.is_local:
-            self.storage.upload(self.place(step), self.layout.checkpoint(step))
+            self.storage.upload(self.local_directory(step), self.layout.checkpoint(step))
 
     def push_metrics(self, metrics: Path) -> None:
-        """Copy the curve so far to storage, for whoever goes on from there; as `push`."""
+        """Upload the metrics file, for an attempt that resumes in another pod."""
         if not self.storage.is_local:
             self.storage.write_bytes(self.layout.metrics, metrics.read_bytes())
 
-    def place(self, step: int) -> Path:
-        """The local directory in which a checkpoint is written, and to which one is fetched."""
+    def local_directory(self, step: int) -> Path:
+        """Return the local directory of a checkpoint: where it is written, and where `fetch` copies it."""
         return self.workdir / f"{CHECKPOINT_PREFIX}{step}"
 
     def fetch(self, step: int) -> None:
-        """Copy a checkpoint from storage to its place on this machine; nothing to do where it is there."""
-        self.storage.download(self.layout.checkpoint(step), self.place(step))
+        """Download a checkpoint to its local directory, unless it is there."""
+        self.storage.download(self.layout.checkpoint(step), self.local_directory(step))
 
     def drop_copy(self, step: int) -> None:
-        """Delete this machine's copy of a checkpoint that is in a remote storage."""
+        """Delete this machine's copy of a checkpoint in a remote storage."""
         if not self.storage.is_local:
-            shutil.rmtree(self.place(step), ignore_errors=True)
+            shutil.rmtree(self.local_directory(step), ignore_errors=True)
 
     def steps(self) -> list[int]:
-        """Steps of all checkpoint directories, complete or not, ascending."""
+        """Return the steps of all checkpoint directories, complete or not, in ascending order."""
         names = self._names()
         numbers = [name.removeprefix(CHECKPOINT_PREFIX) for name in names if name.startswith(CHECKPOINT_PREFIX)]
         return sorted(int(number) for number in numbers if number.isdecimal())
 
     def _names(self) -> set[str]:
-        """Some S3 servers (SeaweedFS) keep the directory of deleted files: there only files count."""
+        """Return the names of the directories that contain files: some S3 servers (SeaweedFS) keep empty ones."""
         if self.storage.is_local:
             return set(self.storage.names(self.layout.checkpoints))
         return {path.partition("/")[0] for path in self.storage.sizes(self.layout.checkpoints)}
 
     def manifest(self, step: int) -> Manifest | None:
-        """The manifest of a complete checkpoint, or None where it isn't complete."""
+        """Return the manifest of a checkpoint, or None if the checkpoint is not complete."""
         if step not in self._known and (found := self._read(step)) is not None:
             self._known[step] = found
         return self._known.get(step)
@@ -116,30 +122,30 @@ class CheckpointStore:
         except (FileNotFoundError, ValueError, TypeError):
             return None
         present = self.storage.sizes(self.layout.checkpoint(step))
-        whole = all(present.get(name) == size for name, size in manifest.files.items())
-        return manifest if whole and manifest.files else None
+        complete = all(present.get(name) == size for name, size in manifest.files.items())
+        return manifest if complete and manifest.files else None
 
     def newest(self) -> Manifest | None:
-        """The complete checkpoint with the highest step."""
+        """Return the manifest of the complete checkpoint with the highest step, or None."""
         manifests = (self.manifest(step) for step in reversed(self.steps()))
         return next((manifest for manifest in manifests if manifest is not None), None)
 
     def prune(self, keep: int) -> None:
-        """Delete all complete checkpoints but the newest `keep`."""
+        """Delete all complete checkpoints except the newest `keep`."""
         complete = [step for step in self.steps() if self.manifest(step) is not None]
         for step in complete[:-keep]:
             self._delete(step)
 
     def clean(self) -> list[int]:
-        """Delete what is not complete; returns the steps. Only safe while no worker saves."""
-        torn = [step for step in self.steps() if self.manifest(step) is None]
-        for step in torn:
+        """Delete incomplete checkpoints and return their steps. Only safe while no worker saves a checkpoint."""
+        incomplete = [step for step in self.steps() if self.manifest(step) is None]
+        for step in incomplete:
             self._delete(step)
         self.storage.drop_uploads(self.layout.checkpoints)
-        return torn
+        return incomplete
 
     def _delete(self, step: int) -> None:
         self._known.pop(step, None)
-        # The manifest goes first, so that a half-deleted checkpoint is never taken for a complete one.
+        # The manifest is deleted first, so that a partly deleted checkpoint does not count as complete.
         self.storage.delete(f"{self.layout.checkpoint(step)}/{MANIFEST}")
         self.storage.delete(self.layout.checkpoint(step))

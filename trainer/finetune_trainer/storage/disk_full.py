@@ -1,7 +1,7 @@
-"""A full disk, called by its name.
+"""Replaces unclear errors of a full disk by ENOSPC.
 
-torch's writer of files notices that a write has come short and not why: of a checkpoint that has filled its disk it
-says `inline_container.cc … unexpected pos`.
+torch's file writer notices a short write but not its cause: for a checkpoint that has filled its disk, it raises
+`inline_container.cc ... unexpected pos`.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LEFT_BYTES = 1 << 20
-"""Of a file that finds no room, as much as there is gets written: what is left is less than a piece of it."""
+"""Below this free space a disk counts as full: a file that does not fit is written until nearly nothing is free."""
 
 
 @contextmanager
-def full_disk_named(directory: Path) -> Iterator[None]:
-    """Around what writes below a directory, or makes it.
+def name_full_disk(directory: Path) -> Iterator[None]:
+    """Run a block that writes below a directory, which need not exist yet.
 
     Raises:
-        OSError: ENOSPC with the directory's name, in place of whatever failed while the disk was full.
+        OSError: ENOSPC with the directory's name, instead of any exception of the block while the disk is full.
     """
     try:
         yield
     except Exception as error:
-        there = next(path for path in (directory, *directory.parents) if path.exists())
-        if shutil.disk_usage(there).free >= LEFT_BYTES:
+        existing = next(path for path in (directory, *directory.parents) if path.exists())
+        if shutil.disk_usage(existing).free >= LEFT_BYTES:
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory)) from error

@@ -1,8 +1,8 @@
-"""An attempt's hold on its job's directory in storage: once a later attempt has begun, an earlier one saves nothing.
+"""Fences off earlier attempts: once a later attempt of a job has begun, an earlier one saves nothing.
 
-A node that the cluster has given up may still be alive, cut off, and train on. The number of the attempt that began
-last stands in `run.json`, so whoever saves looks there first. What is written in between the look and the save can't do
-harm: it is the state that the later attempt comes to by itself, for both go on from the same checkpoint.
+A node that the cluster has given up may still be alive behind a network partition and continue to train. `run.json`
+contains the number of the newest attempt, so every worker reads it before it saves. A save between that check and the
+start of a later attempt does no harm: both attempts resume from the same checkpoint and reach the same state.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from finetune_trainer.storage.filesystem import Storage
 
 
 def attempt_of(run: dict[str, Any]) -> int:
-    """The attempt that began last, as its `run.json` tells."""
+    """Return the number of the newest attempt in the content of `run.json`."""
     return int(run.get("attempt", 1))
 
 
 @dataclass(frozen=True)
-class Hold:
-    """What attempt `attempt` may do in `storage`."""
+class AttemptFence:
+    """The fence of one attempt; `attempt` is its fencing token."""
 
     storage: Storage
     attempt: int
 
     def check(self) -> None:
-        """Look whether this attempt is still the newest.
+        """Check that this attempt is still the newest.
 
         Raises:
-            Interrupted: a later one has begun.
+            Interrupted: a later attempt has begun.
         """
         try:
             newest = attempt_of(json.loads(self.storage.read_text(RUN_CONFIG)))

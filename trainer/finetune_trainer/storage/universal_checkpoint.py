@@ -1,4 +1,4 @@
-"""DeepSpeed's shards of one number of workers made readable for any other."""
+"""Converts the shards of a DeepSpeed checkpoint for another world size."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SUFFIX = "-universal"
 
 
 def to_universal(checkpoint: Path, target: Path) -> None:
-    """Make `target` a copy of a ZeRO checkpoint in DeepSpeed's universal format (arXiv 2406.18820).
+    """Write a ZeRO checkpoint to `target` in DeepSpeed's universal format (arXiv 2406.18820).
 
-    It takes about as much room as the shards do; all other files are links into `checkpoint`.
+    It needs about as much disk space as the shards; all other files are symbolic links to those of `checkpoint`.
     """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -30,7 +30,7 @@ def to_universal(checkpoint: Path, target: Path) -> None:
 def _convert(source: Path, target: Path) -> None:
     from deepspeed.checkpoint.ds_to_universal import main
 
-    # One process each: a fork of a process that has threads of torch and gloo may hang.
+    # One process each: a fork of a process with threads of torch and gloo may hang.
     options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
     # transformers writes no `universal_checkpoint_info`, which Megatron would.
     options["inject_missing_state"] = True

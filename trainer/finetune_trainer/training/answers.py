@@ -1,4 +1,4 @@
-"""Answers of the model in training to the prompts of prepared rows."""
+"""Generates completions with the model in training for the prompts of prepared rows."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from finetune_trainer.generation.batches import Completion, generate_batch
 from finetune_trainer.generation.options import GenerationOptions
 
 SEEDS = 1 << 32
-"""Seeds of one stage: its own seed's multiples of this, and a number for each occasion."""
+"""A seed of a stage is the stage's own seed times this, plus a number for each use."""
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prepared row."""
+    """A prepared row with a prompt."""
 
     ids: list[int]
-    """The prompt's tokens."""
+    """Token ids of the prompt."""
     prompt: Any
     """A string or a list of messages."""
     columns: dict[str, Any]
-    """What reward functions may ask for."""
+    """Further columns of the row, for reward functions."""
     tools: list[dict[str, Any]] | None = None
-    """JSON schemas of the tools that the prompt offers."""
+    """JSON schemas of the tools in the prompt."""
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What reward functions get of the row: its columns, and its tools as the column `tools`."""
+        """The arguments of reward functions: the columns of the row, and its tools as the column `tools`."""
         return {**self.columns, "tools": self.tools} if self.tools else self.columns
 
     def completion(self, text: str) -> Any:
-        """An answer in the form of the prompt: a string, or a list of one message."""
+        """Return a completion in the format of the prompt: a string, or a list of one message."""
         return text if isinstance(self.prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def prompt_row(row: dict[str, Any]) -> PromptRow:
-    """A row as `data.prepare` leaves it."""
+    """Return the prompt row of a row that `data.prepare` has written."""
     return PromptRow(list(row["prompt_ids"]), **json.loads(row["row"]))
 
 
-def options_of(sampling: Sampling) -> GenerationOptions:
-    """What a job's sampling is to generation."""
+def sampling_options(sampling: Sampling) -> GenerationOptions:
+    """Return the generation options of a job's sampling settings."""
     return GenerationOptions(do_sample=True, **sampling.model_dump())
 
 
-def draw(
+def generate_completions(
     trainer: Any,
     prompts: list[list[int]],
     keys: list[int],
@@ -58,18 +58,29 @@ def draw(
     samples: int,
     at: int,
 ) -> list[Completion]:
-    """`samples` answers to each prompt, one prompt after the other; every worker calls it with as many prompts.
+    """Generate `samples` completions for each prompt. Every worker must call it with the same number of prompts.
 
-    An answer depends on the model, the seed, its prompt's key and its number alone. Under ZeRO-3 the weights are
-    gathered once for all of them.
+    A completion depends only on the model, the seed, the key of its prompt and its number. Under ZeRO-3 the weights are
+    gathered once for all completions.
 
     Args:
-        at: prompts answered at a time.
+        trainer: the trainer of the model.
+        prompts: token ids of each prompt.
+        keys: a key of each prompt.
+        seed: seed of the stage.
+        options: generation options.
+        samples: completions per prompt.
+        at: prompts per batch.
+
+    Returns:
+        the completions, in order of the prompts.
     """
-    found: list[Completion] = []
+    completions: list[Completion] = []
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
         for start in range(0, len(prompts), at):
             part = slice(start, start + at)
             tokenizer = trainer.processing_class
-            found += generate_batch(model, tokenizer, prompts[part], options, seed, keys=keys[part], samples=samples)
-    return found
+            completions += generate_batch(
+                model, tokenizer, prompts[part], options, seed, keys=keys[part], samples=samples
+            )
+    return completions

@@ -1,4 +1,4 @@
-"""A stage's fields as transformers' TrainingArguments."""
+"""Translates the fields of a stage into transformers' TrainingArguments."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from finetune_api.training import TrainingSpec
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.deepspeed import deepspeed_config
 
-# transformers calls a constant rate without warm-up `constant`; ours always has the warm-up that the job asks for.
+# transformers' `constant` ignores the warm-up that a job may set.
 _SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 def training_arguments(context: StageContext) -> dict[str, Any]:
-    """Keyword arguments for `TrainingArguments` and what derives from it (SFTConfig, DPOConfig)."""
+    """Return keyword arguments for `TrainingArguments` and its subclasses (SFTConfig, DPOConfig)."""
     spec = context.spec
     return {
         "output_dir": str(context.output_dir),
         **_optimization(spec),
         "gradient_accumulation_steps": context.division.accumulation,
-        "ignore_data_skip": spec.data.streaming,  # a stream finds its place itself; transformers would replay it
-        **_cadence(spec, has_eval=context.data.eval is not None),
+        "ignore_data_skip": spec.data.streaming,  # a stream resumes by itself; transformers would read it again
+        **_intervals(spec, has_eval=context.data.eval is not None),
         **context.precision.autocast,
         "use_cpu": not context.placement.accelerator,
         "gradient_checkpointing": spec.gradient_checkpointing,
@@ -31,7 +31,7 @@ def training_arguments(context: StageContext) -> dict[str, Any]:
         "dataloader_pin_memory": context.placement.accelerator,
         "ddp_find_unused_parameters": False,
         "ddp_timeout": context.run.job.spec.run_policy.ddp_timeout,
-        # No model here changes its buffers. To exchange them before each pass would make fast workers wait there.
+        # No model changes its buffers in training. A broadcast before each pass would make fast workers wait.
         "ddp_broadcast_buffers": False,
         "deepspeed": deepspeed_config(
             context.run.job.spec.sharding,
@@ -65,7 +65,7 @@ def _optimization(spec: TrainingSpec) -> dict[str, Any]:
         "per_device_eval_batch_size": spec.per_device_eval_batch_size,
         "learning_rate": spec.learning_rate,
         "lr_scheduler_type": _SCHEDULERS[spec.lr_scheduler_type],
-        # transformers 5 reads a number below 1 as a share of all steps.
+        # transformers 5 reads a number below 1 as a fraction of all steps.
         "warmup_steps": spec.warmup_steps if spec.warmup_steps is not None else spec.warmup_ratio,
         "weight_decay": spec.weight_decay,
         "adam_beta1": spec.adam_beta1,
@@ -77,14 +77,14 @@ def _optimization(spec: TrainingSpec) -> dict[str, Any]:
     }
 
 
-def _cadence(spec: TrainingSpec, has_eval: bool) -> dict[str, Any]:
+def _intervals(spec: TrainingSpec, has_eval: bool) -> dict[str, Any]:
     periodic = has_eval and spec.eval_steps is not None
     return {
         "logging_steps": spec.logging_steps,
-        "logging_nan_inf_filter": False,  # a loss that is not a number must be seen, not averaged away
+        "logging_nan_inf_filter": False,  # a NaN loss must be logged, not filtered from the mean
         "eval_strategy": "steps" if periodic else "no",
         "eval_steps": spec.eval_steps if periodic else None,
         "save_strategy": "steps",
         "save_steps": spec.save_steps,
-        "save_total_limit": None,  # the checkpoint store keeps the last complete ones
+        "save_total_limit": None,  # the checkpoint store deletes old checkpoints
     }

@@ -1,7 +1,7 @@
-"""Which losses and gradient norms of training steps are bad, judged by those of the steps before (pure).
+"""Detects bad losses and gradient norms by comparison with those of earlier steps. Pure: it does no I/O.
 
-Two kinds. A number that is not finite ruins the model with its update. A finite one that is far above the others may be
-the beginning of a divergence, or one odd batch: the caller decides by how long it lasts.
+There are two kinds. The update of a step whose loss or norm is not finite would ruin the model. A finite value far
+above the others may be the beginning of a divergence or one unusual batch: the caller decides by how long it lasts.
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ from statistics import median
 from typing import Any
 
 WINDOW = 64
-"""Good steps that a step is compared with."""
+"""Number of good steps with which a step is compared."""
 LEAST = 24
-"""Good steps that are needed before a finite number can be bad."""
+"""Number of good steps that are needed before a finite value can be bad."""
 SPREADS = 10.0
-"""Robust z-score of a spike: distances from the median in units of 1.4826 MAD, which is one standard deviation of
+"""Robust z-score of a spike: its distance from the median in units of 1.4826 MAD, which is one standard deviation of
 normally distributed values (Rousseeuw and Croux 1993)."""
 LEAST_EXCESS = 1.0
-"""Nats per token that a spike lies above the median at least. Where a loss hardly changes, MAD is almost nothing."""
+"""Minimum distance of a spike from the median in nats per token. If a loss hardly changes, MAD is almost 0."""
 EXPLOSION = 10.0
-"""An exploding gradient norm is so many times the largest of the window."""
+"""Ratio of an exploding gradient norm to the largest one of the window."""
 _MAD_TO_DEVIATION = 1.4826
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is bad about a step."""
+    """The reason why a step is bad."""
 
     text: str
     finite: bool
-    """Whether the numbers are finite; the update of a step whose numbers are not would ruin the model."""
+    """Whether loss and norm are finite. If not, the update would ruin the model."""
 
 
 @dataclass
-class Judge:
-    """Judges the steps of one stage in order.
+class LossMonitor:
+    """Checks the steps of one stage, in order.
 
     Args:
-        watch_level: whether the loss is a mean over tokens, whose level can be judged. The losses of preference and
-            reinforcement learning are heavy-tailed: one hard pair is far above the median of easy ones.
-        clip: the stage's `maxGradNorm`. A norm below it is never an explosion; 0: gradients are not clipped.
-        warmup: optimizer steps of the learning rate's warm-up, in which finite numbers are never bad.
+        watch_level: whether to check for spikes of the loss, which must be a mean over tokens. The losses of preference
+            and reinforcement learning are heavy-tailed: one hard pair is far above the median of easy ones.
+        clip: the stage's `maxGradNorm`. A norm below it never counts as an explosion; 0: gradients are not clipped.
+        warmup: optimizer steps of the learning rate's warm-up, in which finite values are never bad.
     """
 
     watch_level: bool
@@ -53,13 +53,13 @@ class Judge:
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     norms: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
-    def finding(self, step: int, loss: float, norm: float | None) -> Finding | None:
-        """Return what is bad about a step, or None. A good step joins the window.
+    def check(self, step: int, loss: float, norm: float | None) -> Finding | None:
+        """Return why a step is bad, or None if it is good. A good step is added to the window.
 
         Args:
-            step: optimizer steps done before it.
+            step: optimizer steps done before.
             loss: mean over all workers.
-            norm: of the gradients of all workers, before clipping; None where it is not known.
+            norm: gradient norm over all workers, before clipping; None if unknown.
         """
         found = self._not_finite(loss, norm) or (self._outlier(loss, norm) if step >= self.warmup else None)
         if found is None:
@@ -69,11 +69,11 @@ class Judge:
         return found
 
     def to_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON values."""
+        """Return the state for a checkpoint, as JSON values."""
         return {"losses": list(self.losses), "norms": list(self.norms)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint: a resumed run judges as an undisturbed one."""
+        """Restore the state of a checkpoint, so that a resumed run decides as an uninterrupted one."""
         self.losses = deque(state.get("losses", ()), maxlen=WINDOW)
         self.norms = deque(state.get("norms", ()), maxlen=WINDOW)
 
@@ -96,7 +96,7 @@ class Judge:
 
 
 def spike(loss: float, before: Iterable[float]) -> str | None:
-    """Return how far a loss lies above those before it, or None where that is not far."""
+    """Return a message if a loss is far above the earlier ones, else None."""
     values = list(before)
     middle = median(values)
     deviation = _MAD_TO_DEVIATION * median(abs(value - middle) for value in values)

@@ -1,4 +1,4 @@
-"""Which rows each worker trains on at which step: the same rows at each step, however many workers there are."""
+"""Divides training rows among workers and steps, so that each step has the same rows with any world size."""
 
 from __future__ import annotations
 
@@ -16,47 +16,51 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from finetune_trainer.data import StreamedRows
 
 STREAM_STATE = "stream-{}.json"
-"""In a checkpoint: where a shard of the stream stands."""
+"""File in a checkpoint with the position in a shard of the stream."""
 Row = dict[str, Any]
 Collator = Callable[[list[Row]], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Division:
-    """How the rows of each optimizer step are divided into forward passes and among the workers.
+    """The division of the rows of each optimizer step into forward passes and among the workers.
 
-    `rows` (the global batch) belongs to the stage and not to its workers: with fewer of them each makes more forward
-    passes. In every pass every worker has at least one row, since gradients are reduced in lock-step; where there are
-    fewer rows than workers, rows are repeated.
+    `rows`, the global batch size, is a property of the stage and not of its workers: with fewer workers each makes more
+    forward passes. In every pass every worker has at least one row, because gradients are reduced in lock-step; if
+    there are fewer rows than workers, rows are repeated.
     """
 
     rows: int
-    """Rows per optimizer step, all workers together."""
+    """Rows per optimizer step over all workers."""
     most: int
-    """Most rows per worker and forward pass."""
+    """Maximum number of rows per worker and forward pass."""
     workers: int
+    """World size."""
     rank: int
 
     @property
     def accumulation(self) -> int:
-        """Forward passes per worker in a full step."""
+        """Gradient accumulation steps: forward passes per worker in a full step."""
         return self.passes(self.rows)
 
     def passes(self, rows: int) -> int:
-        """Forward passes per worker in a step of so many rows."""
+        """Return the forward passes per worker in a step of `rows` rows."""
         return math.ceil(rows / (self.most * self.workers))
 
     def share(self, rows: int) -> list[torch.Tensor]:
-        """This worker's rows in a step of `rows`: for each forward pass their positions in the step, int64, ascending.
+        """Return this worker's rows in a step of `rows` rows.
 
-        Full steps are divided as accelerate deals out batches: pass by pass, worker by worker.
+        Full steps are divided as accelerate divides batches: pass by pass, worker by worker.
+
+        Returns:
+            for each forward pass, the positions of the rows in the step: int64 [n], ascending.
         """
         passes = self.passes(rows)
         bounds = [number * rows // passes for number in range(passes + 1)]
         return [self._part(start, end - start) for start, end in pairwise(bounds)]
 
     def owner(self, position: int, rows: int) -> int:
-        """The worker whose row a position in a step is."""
+        """Return the rank of the worker that has a position in a step."""
         passes = self.passes(rows)
         number = ((position + 1) * passes - 1) // rows
         start, end = number * rows // passes, (number + 1) * rows // passes
@@ -64,15 +68,15 @@ class Division:
 
     def _part(self, start: int, size: int) -> torch.Tensor:
         first, last = self.rank * size // self.workers, (self.rank + 1) * size // self.workers
-        mine = torch.arange(first, last) if last > first else torch.tensor([self.rank % size])
-        return start + mine
+        own = torch.arange(first, last) if last > first else torch.tensor([self.rank % size])
+        return start + own
 
 
 class StepSampler(BatchSampler):
-    """Indices into rows at hand, for each forward pass of one worker, pass after pass over the data.
+    """Yields the row indices of each forward pass of one worker, epoch after epoch.
 
-    The order is that of accelerate's SeedableRandomSampler. The last step of a pass over the data is smaller. Skipping
-    batches, as a resumed run does, reads no rows.
+    The order is that of accelerate's SeedableRandomSampler. The last step of an epoch may be smaller. Skipping batches,
+    as a resumed run does, reads no rows.
     """
 
     def __init__(self, length: int, division: Division, seed: int) -> None:
@@ -80,7 +84,7 @@ class StepSampler(BatchSampler):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the pass over the data that the next iteration draws."""
+        """Choose the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -97,15 +101,18 @@ class StepSampler(BatchSampler):
 
 
 class StreamSteps(IterableDataset[list[Row]]):
-    """The rows of one worker's forward passes from a stream, step after step without end.
+    """Yields the rows of one worker's forward passes from a stream, without end.
 
-    The stream is read in `shards`, as many as there are workers when a stage begins, and each gives the same number of
-    rows to each step. With other workers a worker reads several shards, or takes some rows of one and leaves the others
-    to the worker beside it, so that each step has the same rows again.
+    The stream is read in `shards`, the world size with which the stage began, and each shard contributes the same
+    number of rows to each step. With another world size a worker reads several shards, or shares a shard with another
+    worker, so that each step has the same rows as before.
 
     Args:
-        first: the step to begin after.
-        states: reads a shard's state after step `first`; not called for 0. None begins with the stream's first row.
+        stream: the stream.
+        shards: number of shards.
+        division: division of a step's rows.
+        first: number of steps to skip.
+        states: reads the state of a shard after step `first`; not called for 0. None: begin with the first row.
     """
 
     def __init__(
@@ -121,13 +128,13 @@ class StreamSteps(IterableDataset[list[Row]]):
         self.share = [positions.tolist() for positions in division.share(division.rows)]
         self.readers = {shard: stream.shard(shard, shards) for shard in self._touched()}
         for shard, reader in self.readers.items() if first else ():
-            anew = reader.state_dict() | {"rows": first * self._rows_per_shard}
-            reader.load_state_dict(anew if states is None else states(shard))
+            initial = reader.state_dict() | {"rows": first * self._rows_per_shard}
+            reader.load_state_dict(initial if states is None else states(shard))
 
     def states(self, step: int) -> dict[int, dict[str, Any]]:
-        """The state after a step of each shard that this worker answers for."""
-        mine = [shard for shard in self.readers if self._answers_for(shard)]
-        return {shard: self.readers[shard].state_at(step * self._rows_per_shard) for shard in mine}
+        """Return the state after a step of each shard that this worker owns, that is, saves."""
+        own = [shard for shard in self.readers if self._owns(shard)]
+        return {shard: self.readers[shard].state_at(step * self._rows_per_shard) for shard in own}
 
     def __iter__(self) -> Iterator[list[Row]]:
         rows = {shard: iter(reader) for shard, reader in self.readers.items()}
@@ -143,24 +150,24 @@ class StreamSteps(IterableDataset[list[Row]]):
     def _rows_per_shard(self) -> int:
         return self.division.rows // self.shards
 
-    def _place(self, position: int) -> tuple[int, int]:
-        """The shard that a position in a step is read from, and the number of the row among that shard's."""
+    def _locate(self, position: int) -> tuple[int, int]:
+        """Return the shard of a position in a step, and the number of the row among those of the shard in the step."""
         number, rest = divmod(position, self.most * self.shards)
         return rest // self.most, number * self.most + rest % self.most
 
     def _touched(self) -> list[int]:
-        return sorted({self._place(position)[0] for positions in self.share for position in positions})
+        return sorted({self._locate(position)[0] for positions in self.share for position in positions})
 
-    def _answers_for(self, shard: int) -> bool:
+    def _owns(self, shard: int) -> bool:
         return self.division.owner(shard * self.most, self.division.rows) == self.division.rank
 
     def _take(self, position: int, rows: dict[int, Iterator[Row]], drawn: dict[int, list[Row]]) -> Row:
-        shard, number = self._place(position)
+        shard, number = self._locate(position)
         self._draw(shard, number + 1, rows, drawn)
         return drawn[shard][number]
 
     def _finish(self, rows: dict[int, Iterator[Row]], drawn: dict[int, list[Row]]) -> None:
-        """Leave the step's remaining rows to the workers whose they are."""
+        """Skip the remaining rows of the step, which belong to other workers."""
         for shard in self.readers:
             self._draw(shard, self._rows_per_shard, rows, drawn)
 
@@ -170,21 +177,24 @@ class StreamSteps(IterableDataset[list[Row]]):
 
 
 class StepLoader(DataLoader[Any]):
-    """Batches of a `StepSampler` or of `StreamSteps`, not divided any further."""
+    """A data loader of the batches of a `StepSampler` or of `StreamSteps`, which accelerate must not divide further."""
 
     def set_epoch(self, epoch: int) -> None:
-        """transformers' hook at the beginning of a pass over the data."""
+        """Choose the epoch. A hook of transformers at the beginning of an epoch."""
         if isinstance(self.batch_sampler, StepSampler):
             self.batch_sampler.set_epoch(epoch)
 
 
 class Feed:
-    """Where a stage's training rows come from, and where a resumed stage goes on.
+    """The source of a stage's training rows, which can resume.
 
     Args:
-        shards: workers when the stage began: in so many shards a stream is read.
-        step: the step after which the stage goes on.
-        checkpoint: the directory it goes on from; None at the beginning, and where a stream is read anew.
+        division: division of a step's rows.
+        shards: number of shards of a stream: the world size with which the stage began.
+        seed: seed of the order of rows.
+        step: optimizer steps done before.
+        checkpoint: directory of the checkpoint from which the stage resumes; None at the beginning, and if a stream is
+            read from its start.
     """
 
     def __init__(
@@ -194,23 +204,25 @@ class Feed:
         self.stream: StreamSteps | None = None
 
     def loader(self, rows: Any, collator: Collator, **options: Any) -> StepLoader:
-        """What to train on: `rows` is a dataset with a length, or a stream."""
+        """Return the data loader for `rows`, a dataset with a length or a stream."""
         if not isinstance(rows, StreamedRows):
             sampler = StepSampler(len(rows), self.division, self.seed)
             return StepLoader(rows, batch_sampler=sampler, collate_fn=collator, **options)
         states = None if self.checkpoint is None else self._state
         self.stream = StreamSteps(rows, self.shards, self.division, self.step, states)
-        # A generator of its own: a DataLoader draws a seed from the global one whenever it begins, and a resumed run
-        # begins where an undisturbed one does not.
-        own = torch.Generator()
-        return StepLoader(self.stream, batch_size=None, collate_fn=collator, generator=own, **options)
+        # A DataLoader draws a seed whenever it begins. From the global generator, that would change the random numbers
+        # of a resumed run.
+        generator = torch.Generator()
+        return StepLoader(self.stream, batch_size=None, collate_fn=collator, generator=generator, **options)
 
     def rows_of(self, step: int, length: int | None, rank: int | None = None, number: int = 0) -> list[int]:
-        """Return the numbers of the rows of the step after `step` steps, in the order in which they are trained on.
+        """Return the numbers of the rows of one optimizer step, in the order of training.
 
         Args:
+            step: optimizer steps done before.
             length: rows in the data; None for a stream, whose rows are counted in the order of its steps.
-            rank: a worker, to get its rows of forward pass `number` alone, both counted from 0.
+            rank: if set, return only the rows of this worker in one forward pass.
+            number: the forward pass, from 0.
         """
         if length is None:
             order, start, rows = None, step * self.division.rows, self.division.rows
@@ -218,14 +230,14 @@ class Feed:
             epoch, at = divmod(step, math.ceil(length / self.division.rows))
             order = torch.randperm(length, generator=torch.Generator().manual_seed(self.seed + epoch))
             start, rows = at * self.division.rows, min(self.division.rows, length - at * self.division.rows)
-        places = torch.arange(rows)
+        positions = torch.arange(rows)
         if rank is not None:
-            places = replace(self.division, rank=rank).share(rows)[number]
-        found = start + places if order is None else order[(start + places) % len(order)]
-        return [int(row) for row in found]
+            positions = replace(self.division, rank=rank).share(rows)[number]
+        numbers = start + positions if order is None else order[(start + positions) % len(order)]
+        return [int(row) for row in numbers]
 
     def save(self, step: int, directory: Path) -> None:
-        """Write into a checkpoint where the stream stands after a step; nothing for a dataset with a length."""
+        """Write the position in the stream after a step to a checkpoint; nothing for a dataset with a length."""
         for shard, state in (self.stream.states(step) if self.stream else {}).items():
             (directory / STREAM_STATE.format(shard)).write_text(json.dumps(state))
 

@@ -1,4 +1,4 @@
-"""What happens beside training: progress told, checkpoints published, the wish to stop heard."""
+"""Trainer callbacks of every stage: they report progress, publish checkpoints and stop on request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune_trainer.heartbeat import during
+from finetune_trainer.heartbeat import in_phase
 from finetune_trainer.plan.steps import mfu
 from finetune_trainer.progress.channel import CheckpointSaved
 from finetune_trainer.progress.metrics_log import MetricsLog
@@ -20,29 +20,31 @@ from finetune_trainer.progress.reporter import Progress
 from finetune_trainer.progress.throughput import Meter, Rates
 from finetune_trainer.runtime import node_name
 from finetune_trainer.storage.checkpoints import CheckpointStore
-from finetune_trainer.storage.fencing import Hold
+from finetune_trainer.storage.fencing import AttemptFence
 from finetune_trainer.training.batches import Feed
-from finetune_trainer.training.collectives import Peers
+from finetune_trainer.training.collectives import Collectives
 from finetune_trainer.training.context import StageContext
-from finetune_trainer.training.deepspeed import mend_universal
+from finetune_trainer.training.deepspeed import repair_universal
 from finetune_trainer.training.expert_load import expert_loads
 from finetune_trainer.training.step_times import Spread, spread
 
 if TYPE_CHECKING:
-    from finetune_trainer.progress.channel import WorkerEnd
+    from finetune_trainer.progress.channel import WorkerChannel
     from finetune_trainer.training.stage_trainer import StageTrainer
     from finetune_trainer.training.stage_work import StageWork
 
 PROGRESS_STATE = "progress.json"
-ASK_SECONDS = 0.5
-_KNOWN = {"loss", "learning_rate", "grad_norm", "epoch", "num_tokens", "total_flos"}
+AGREE_SECONDS = 0.5
+_REPORTED = {"loss", "learning_rate", "grad_norm", "epoch", "num_tokens", "total_flos"}
 
 
 class ProgressCallback(TrainerCallback):
-    """Counts, measures and tells each logged step. Counters go on where a resumed run's checkpoint left them."""
+    """Counts, measures and reports each logged step. A resumed run continues the counters of its checkpoint."""
 
-    def __init__(self, context: StageContext, peers: Peers, end: WorkerEnd, work: StageWork) -> None:
-        self.context, self.peers, self.end, self.work = context, peers, end, work
+    def __init__(
+        self, context: StageContext, collectives: Collectives, channel: WorkerChannel, work: StageWork
+    ) -> None:
+        self.context, self.collectives, self.channel, self.work = context, collectives, channel, work
         self.meter = Meter()
         self.rates = Rates(seconds=0.0)
         self.tokens, self.samples = 0, 0
@@ -54,7 +56,7 @@ class ProgressCallback(TrainerCallback):
         self.spread: Spread | None = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the counters."""
+        """Return the counters for a checkpoint."""
         assert self.trainer is not None
         guard = self.trainer.stage.guard
         return {
@@ -65,7 +67,7 @@ class ProgressCallback(TrainerCallback):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's counters."""
+        """Restore the counters of a checkpoint."""
         self.tokens, self.samples = state["tokens"], state["samples"]
         self.meter = Meter.from_state(state["meter"])
         if self.trainer is not None and self.trainer.stage.guard is not None:
@@ -73,7 +75,7 @@ class ProgressCallback(TrainerCallback):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside is not training."""
+        """Exclude a block from the training time."""
         self.meter.pause(time.monotonic())
         try:
             yield
@@ -82,43 +84,42 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.meter.start(time.monotonic(), state.global_step, self.tokens, self.samples)
-        self.hosts = self.peers.collect(node_name())
+        self.hosts = self.collectives.gather(node_name())
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
-    ) -> None:
-        """One line of metrics; every worker takes part in the counting, the first one writes."""
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Report a line of metrics: all workers take part in the counting, and rank 0 writes."""
+        logs: dict[str, float] = kwargs["logs"]
         if "train_runtime" in logs:
             return
-        trains = "loss" in logs
-        if trains:
+        is_training = "loss" in logs
+        if is_training:
             self._count(state.global_step)
         if self.context.placement.rank == 0:
-            self._tell(state, logs, trains)
+            self._report(state, logs, is_training)
 
     def _count(self, step: int) -> None:
         assert self.trainer is not None
-        tokens, samples = self.peers.sum(self.trainer.take_counts())
+        tokens, samples = self.collectives.sum(self.trainer.take_counts())
         self.tokens, self.samples = self.tokens + tokens, self.samples + samples
         if self.trainer.stage.routing is not None:
-            self.loads = expert_loads(self.trainer.stage.routing, self.peers)
-        self._compare()
+            self.loads = expert_loads(self.trainer.stage.routing, self.collectives)
+        self._compare_step_times()
         self.rates = self.meter.update(time.monotonic(), step, self.tokens, self.samples)
 
-    def _compare(self) -> None:
-        """Compare the workers' own times of a step; every worker takes part."""
+    def _compare_step_times(self) -> None:
+        """Compare the step times of all workers. Every worker calls it."""
         assert self.trainer is not None
         if len(self.hosts) < 2 or self.trainer.stage.times is None:
             return
         own = self.trainer.stage.times.own()
-        found = [seconds for (seconds,) in self.peers.numbers([math.nan if own is None else own])]
-        self.spread = None if any(map(math.isnan, found)) else spread(found, self.hosts)
+        times = [seconds for (seconds,) in self.collectives.gather_numbers([math.nan if own is None else own])]
+        self.spread = None if any(map(math.isnan, times)) else spread(times, self.hosts)
 
-    def _tell(self, state: TrainerState, logs: dict[str, float], trains: bool) -> None:
-        progress = self._progress(state, logs) if trains else self._with_evaluation(state, logs)
+    def _report(self, state: TrainerState, logs: dict[str, float], is_training: bool) -> None:
+        progress = self._progress(state, logs) if is_training else self._with_evaluation(state, logs)
         assert self.log_file is not None
         self.log_file.append(progress.to_json())
-        self.end.send(progress)
+        self.channel.send(progress)
         self.last = progress
 
     def _with_evaluation(self, state: TrainerState, logs: dict[str, float]) -> Progress:
@@ -157,7 +158,7 @@ class ProgressCallback(TrainerCallback):
         )
 
     def _metrics(self, logs: dict[str, float]) -> dict[str, float]:
-        return {name: float(value) for name, value in logs.items() if name not in _KNOWN} | self.loads
+        return {name: float(value) for name, value in logs.items() if name not in _REPORTED} | self.loads
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         work, workers = self.work, self.context.placement.world_size
@@ -165,91 +166,105 @@ class ProgressCallback(TrainerCallback):
 
 
 class CheckpointCallback(TrainerCallback):
-    """Makes a written checkpoint complete, and deletes older ones."""
+    """Makes written checkpoints complete and deletes old ones."""
 
     def __init__(
-        self, context: StageContext, store: CheckpointStore, peers: Peers, progress: ProgressCallback, feed: Feed
+        self,
+        context: StageContext,
+        store: CheckpointStore,
+        collectives: Collectives,
+        progress: ProgressCallback,
+        feed: Feed,
     ) -> None:
-        self.context, self.store, self.peers, self.progress, self.feed = context, store, peers, progress, feed
+        self.context, self.store, self.collectives = context, store, collectives
+        self.progress, self.feed = progress, feed
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        with self.progress.paused(), during("saving a checkpoint"):
+        with self.progress.paused(), in_phase("saving a checkpoint"):
             self.publish(state.global_step)
 
     def publish(self, step: int) -> None:
-        """Called by every worker once its own files are written."""
-        placement, place = self.context.placement, self.store.place(step)
-        self.feed.save(step, place)
+        """Publish a checkpoint. Every worker calls it once its own files are written.
+
+        Raises:
+            Interrupted: a later attempt has begun.
+        """
+        placement, directory = self.context.placement, self.store.local_directory(step)
+        self.feed.save(step, directory)
         if placement.rank == 0:
-            (place / PROGRESS_STATE).write_text(json.dumps(self.progress.state()))
-        self.peers.wait()
+            (directory / PROGRESS_STATE).write_text(json.dumps(self.progress.state()))
+        self.collectives.barrier()
         if placement.local_rank == 0:
             self.store.push(step)
-        self.peers.wait()
+        self.collectives.barrier()
         if placement.rank == 0:
-            if self.progress.log_file is not None:
-                self.store.push_metrics(self.progress.log_file.path)
-            Hold(self.store.storage, self.context.run.attempt).check()
-            self.store.publish(
-                step,
-                world_size=placement.world_size,
-                zero=self.context.zero,
-                rows_per_step=self.context.rows_per_step,
-                shards=self.context.shards,
-                data=asdict(self.context.data.key),
-            )
-            self.progress.end.send(CheckpointSaved(self.context.layout.index, step))
-            self.store.prune(self.context.spec.save_total_limit)
+            self._complete(step)
         if placement.local_rank == 0:
             self.store.drop_copy(step)
 
+    def _complete(self, step: int) -> None:
+        if self.progress.log_file is not None:
+            self.store.push_metrics(self.progress.log_file.path)
+        AttemptFence(self.store.storage, self.context.run.attempt).check()
+        self.store.publish(
+            step,
+            world_size=self.context.placement.world_size,
+            zero=self.context.zero,
+            rows_per_step=self.context.rows_per_step,
+            shards=self.context.shards,
+            data=asdict(self.context.data.key),
+        )
+        self.progress.channel.send(CheckpointSaved(self.context.layout.index, step))
+        self.store.prune(self.context.spec.save_total_limit)
+
 
 class StopCallback(TrainerCallback):
-    """Stops at a step's end, with a checkpoint, once the driver asks for it.
+    """Stops at the end of a step, with a checkpoint, once the driver asks for it.
 
-    All workers must stop at the same step, so they agree on it. They do so after as many steps as take `ASK_SECONDS`
-    by the first worker's clock (one, where a step takes longer), at steps that they agreed on before.
+    All workers must stop at the same step, so they agree on it by a collective operation. To make it rare, each one
+    also fixes the step of the next: the number of steps that take `AGREE_SECONDS` by the clock of rank 0, at least one.
     """
 
-    def __init__(self, peers: Peers, end: WorkerEnd, rank: int) -> None:
-        self.peers, self.end, self.rank = peers, end, rank
+    def __init__(self, collectives: Collectives, channel: WorkerChannel, rank: int) -> None:
+        self.collectives, self.channel, self.rank = collectives, channel, rank
         self.stopped = False
         self.next = 0
-        self.asked = 0, time.monotonic()
+        self.agreed = 0, time.monotonic()
+        """Step and time of the last agreement."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.next, self.asked = state.global_step + 1, (state.global_step, time.monotonic())
+        self.next, self.agreed = state.global_step + 1, (state.global_step, time.monotonic())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step < self.next:
             return
-        mine = [self.end.stop_requested(), self._steps(state.global_step)] if self.rank == 0 else [0, 0]
-        wish, steps = self.peers.most(mine)
+        own = [self.channel.stop_requested(), self._steps(state.global_step)] if self.rank == 0 else [0, 0]
+        stop, steps = self.collectives.max(own)
         self.next = state.global_step + steps
-        if wish and state.global_step < state.max_steps and not control.should_training_stop:
+        if stop and state.global_step < state.max_steps and not control.should_training_stop:
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True
 
     def _steps(self, step: int) -> int:
-        """Steps until the workers agree again, from the pace since they last did."""
-        (before, then), now = self.asked, time.monotonic()
-        self.asked = step, now
-        return max(1, int(ASK_SECONDS * (step - before) / max(now - then, 1e-9)))
+        """Return the number of steps until the next agreement, from the rate of steps since the last one."""
+        (before, then), now = self.agreed, time.monotonic()
+        self.agreed = step, now
+        return max(1, int(AGREE_SECONDS * (step - before) / max(now - then, 1e-9)))
 
 
-class MendCallback(TrainerCallback):
-    """Mends the optimizer after a universal ZeRO-3 checkpoint was loaded."""
+class RepairOptimizerCallback(TrainerCallback):
+    """Repairs the optimizer after a universal ZeRO-3 checkpoint was loaded."""
 
     def __init__(self, trainer: StageTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        mend_universal(self.trainer.optimizer, self.trainer.stage.weight_decays)
+        repair_universal(self.trainer.optimizer, self.trainer.stage.weight_decays)
 
 
 class EpochCallback(TrainerCallback):
-    """Tells a collator that masks by epoch which one begins."""
+    """Sets the epoch of a collator whose masks depend on it."""
 
     def __init__(self, collator: Any) -> None:
         self.collator = collator
@@ -259,12 +274,12 @@ class EpochCallback(TrainerCallback):
 
 
 def _finite(loss: float | None) -> float | None:
-    """None for the loss of steps none of which was trained on."""
+    """Return the loss, or None if it is NaN because all its steps were skipped."""
     return loss if loss is not None and math.isfinite(loss) else None
 
 
 def evaluation_metrics(logs: dict[str, float]) -> dict[str, float]:
-    """What an evaluation measured, its own timings left out."""
+    """Return the metrics of an evaluation without its timings."""
     timings = ("_runtime", "_per_second", "_num_tokens")
     measured = [name for name in logs if name.startswith("eval_") and not name.endswith(timings)]
     return {name: float(logs[name]) for name in measured}

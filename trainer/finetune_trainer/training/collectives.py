@@ -1,4 +1,4 @@
-"""Small agreements among the workers of a stage, over gloo, so that they never wait for a GPU."""
+"""Collective operations on small values among the workers of a stage, over gloo, so that none waits for a GPU."""
 
 from __future__ import annotations
 
@@ -11,111 +11,110 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from finetune_trainer.errors import NotMet
-from finetune_trainer.heartbeat import during
+from finetune_trainer.errors import WorkersMissing
+from finetune_trainer.heartbeat import in_phase
 
-PATIENCE = timedelta(days=30)
-"""One worker may have hours of work that the others wait for; a worker that is lost breaks the connection at once."""
-
-
+TIMEOUT = timedelta(days=30)
+"""Other workers may wait for hours while one works. A lost worker breaks the connection at once, without a timeout."""
 _MISSING = re.compile(r"Ranks? ([\d, ]+?) failed to pass monitoredBarrier")
-"""Which ranks the first one names when a monitored barrier's time is over (`ProcessGroupGloo.cpp`)."""
-_LATE = re.compile(r"timed? ?out", re.IGNORECASE)
-"""The others only say that the first one, which answers them, has not."""
+"""The ranks in the error of rank 0 after a monitored barrier's timeout (`ProcessGroupGloo.cpp`)."""
+_TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
+"""The error of the other ranks says only that rank 0 did not reply in time."""
 
 
-def missing_ranks(words: str) -> list[int]:
-    """Return the ranks that a monitored barrier's error says did not come in time; none where it broke otherwise."""
-    found = _MISSING.search(words)
+def missing_ranks(message: str) -> list[int]:
+    """Return the ranks that a monitored barrier's error names as missing; none if it failed for another reason."""
+    found = _MISSING.search(message)
     if found is not None:
         return [int(rank) for rank in found[1].replace(",", " ").split()]
-    return [0] if "reached monitoredBarrier" in words and _LATE.search(words) else []
+    return [0] if "reached monitoredBarrier" in message and _TIMED_OUT.search(message) else []
 
 
-class Peers:
-    """The workers of one stage. With one worker every agreement is its own word.
+class Collectives:
+    """Collective operations of the workers of one stage. With one worker each returns that worker's own value.
 
     Args:
         node: name of this worker's node.
-        loading: seconds that `meet` waits.
+        loading: timeout of `rendezvous` in seconds.
     """
 
-    def __init__(self, node: str = "", loading: float = PATIENCE.total_seconds()) -> None:
-        self.many = dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.many else None
+    def __init__(self, node: str = "", loading: float = TIMEOUT.total_seconds()) -> None:
+        self.distributed = dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.distributed else None
         self._loading = timedelta(seconds=loading)
-        # Others than the first worker wait as long as their group says, whatever the barrier's own limit.
-        self._loads = dist.new_group(backend="gloo", timeout=self._loading) if self.many else None
-        self._nodes: list[str] = self.collect(node)
+        # Ranks other than 0 wait for the timeout of their group and ignore the timeout of the barrier.
+        self._loading_group = dist.new_group(backend="gloo", timeout=self._loading) if self.distributed else None
+        self._nodes: list[str] = self.gather(node)
 
     def sum(self, values: Sequence[int]) -> list[int]:
-        """Element-wise sum over the workers; every worker gets it."""
+        """Return the element-wise sum over all workers, on every worker."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
-    def most(self, values: Sequence[int]) -> list[int]:
-        """Element-wise maximum over the workers; every worker gets it."""
+    def max(self, values: Sequence[int]) -> list[int]:
+        """Return the element-wise maximum over all workers, on every worker."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def any(self, flag: bool) -> bool:
-        """Whether any worker says so."""
-        return bool(self.most([int(flag)])[0])
+        """Return whether the flag is set on any worker."""
+        return bool(self.max([int(flag)])[0])
 
-    def numbers(self, values: Sequence[float]) -> list[list[float]]:
-        """Every worker's numbers (as many on each), in order of the workers; every worker gets them."""
-        if not self.many:
+    def gather_numbers(self, values: Sequence[float]) -> list[list[float]]:
+        """Return the numbers of every worker in order of rank, on every worker. All must pass equally many."""
+        if not self.distributed:
             return [list(values)]
-        mine = torch.tensor(values, dtype=torch.float64)
-        found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        own = torch.tensor(values, dtype=torch.float64)
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         with _waiting("the numbers"):
-            dist.all_gather(found, mine, group=self._group)
-        return [one.tolist() for one in found]
+            dist.all_gather(gathered, own, group=self._group)
+        return [numbers.tolist() for numbers in gathered]
 
-    def collect(self, value: Any) -> list[Any]:
-        """Every worker's value, in order of the workers; every worker gets them."""
-        if not self.many:
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value of every worker in order of rank, on every worker. Values must be picklable."""
+        if not self.distributed:
             return [value]
-        found: list[Any] = [None] * dist.get_world_size()
+        gathered: list[Any] = [None] * dist.get_world_size()
         with _waiting("the values"):
-            dist.all_gather_object(found, value, group=self._group)
-        return found
+            dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
 
-    def wait(self) -> None:
-        """Until every worker is here."""
-        if self.many:
+    def barrier(self) -> None:
+        """Wait until every worker calls this."""
+        if self.distributed:
             with _waiting("the arrival"):
                 dist.barrier(group=self._group)
 
-    def meet(self, what: str) -> None:
-        """Wait until every worker has come this far, before the first collective operation with a time limit.
+    def rendezvous(self, condition: str) -> None:
+        """Wait until every worker calls this, before the first collective operation with a timeout.
 
         Args:
-            what: was done by those that are here, such as `the model is loaded`.
+            condition: what holds for a worker that has arrived, such as `its model is loaded`; used in the error.
 
         Raises:
-            NotMet: some are missing after the time that loading may take; the error names them and their nodes.
+            WorkersMissing: some workers did not arrive within the loading timeout; the error names them and their
+                nodes.
         """
-        if not self.many:
+        if not self.distributed:
             return
         try:
             with _waiting("the arrival"):
-                dist.monitored_barrier(group=self._loads, timeout=self._loading, wait_all_ranks=True)
+                dist.monitored_barrier(group=self._loading_group, timeout=self._loading, wait_all_ranks=True)
         except RuntimeError as error:
-            raise self._not_met(what, error) from error
+            raise self._missing_workers(condition, error) from error
 
-    def _not_met(self, what: str, error: RuntimeError) -> Exception:
-        """Name the missing workers; where the connection broke instead, the error stays what it is."""
+    def _missing_workers(self, condition: str, error: RuntimeError) -> Exception:
+        """Return an error that names the missing workers, or the error itself if the connection broke instead."""
         missing = missing_ranks(str(error))
         if not missing:
             return error
         names = ", ".join(f"{rank} (node {self._nodes[rank]})" for rank in missing)
-        return NotMet(
-            f"worker{'s' if len(missing) > 1 else ''} {names} of {len(self._nodes)} did not get so far that {what} "
-            f"within runPolicy.loadingTimeoutSeconds ({self._loading.total_seconds():.0f} s): raise it where the "
-            "download is slow, or look into the log of that node"
+        return WorkersMissing(
+            f"worker{'s' if len(missing) > 1 else ''} {names} of {len(self._nodes)} did not get so far that "
+            f"{condition} within runPolicy.loadingTimeoutSeconds ({self._loading.total_seconds():.0f} s): raise it if "
+            "the download is slow, or look into the log of that node"
         )
 
-    def _reduce(self, values: Sequence[int], operation: dist.ReduceOp) -> list[int]:
-        if not self.many:
+    def _reduce(self, values: Sequence[int], operation: dist.ReduceOp.RedOpType) -> list[int]:
+        if not self.distributed:
             return [int(value) for value in values]
         tensor = torch.tensor(values, dtype=torch.int64)
         with _waiting("the counts"):
@@ -124,4 +123,4 @@ class Peers:
 
 
 def _waiting(what: str) -> AbstractContextManager[None]:
-    return during(f"waiting for {what} of the other workers", measured=True, waits=True)
+    return in_phase(f"waiting for {what} of the other workers", measured=True, waits=True)

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration for a job's sharding."""
+"""DeepSpeed: its configuration for a job's sharding, its process group, and repairs of its optimizer."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ def deepspeed_config(
     accumulates: bool = False,
     universal: bool = False,
 ) -> dict[str, Any] | None:
-    """Return what `TrainingArguments.deepspeed` takes; None for ZeRO-0, which is torch's own data parallelism.
+    """Return the value of `TrainingArguments.deepspeed`; None for ZeRO-0, which is torch's data parallelism.
 
     Args:
-        trained: parameters with a gradient, which bound the communication buckets; None where unknown.
-        accumulates: whether a step adds up several bfloat16 gradients. Under ZeRO-2 and 3 they are then added in
-            float32: a bfloat16 sum of 8 bits loses small contributions.
-        universal: the checkpoint to resume from is a universal one.
+        sharding: the sharding of the job.
+        zero: ZeRO stage, 0 to 3.
+        accelerator: whether the workers use GPUs.
+        trained: parameters with a gradient, which limit the size of communication buckets; None if unknown.
+        accumulates: whether a step accumulates several bfloat16 gradients. Under ZeRO-2 and 3 they are then added in
+            float32, because a bfloat16 sum, with 8 bits of precision, loses small contributions.
+        universal: whether the checkpoint to resume from is a universal one.
     """
     if zero == 0:
         return None
@@ -64,11 +67,11 @@ def _zero_optimization(sharding: Sharding, zero: int, accelerator: bool, bucket:
     return config
 
 
-def mend_universal(optimizer: Any, weight_decays: list[float]) -> None:
-    """Undo what DeepSpeed 0.19 gets wrong in an optimizer loaded from a universal ZeRO-3 checkpoint.
+def repair_universal(optimizer: Any, weight_decays: list[float]) -> None:
+    """Repair an optimizer that DeepSpeed 0.19 has loaded from a universal ZeRO-3 checkpoint.
 
-    All sub-groups share one `step` tensor, which each of them then advances; and every parameter group has the first
-    one's settings, so that norms and biases would decay too.
+    DeepSpeed lets all sub-groups share one `step` tensor, which each of them increments, and gives every parameter
+    group the settings of the first one, so that norms and biases would decay too.
     """
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -80,9 +83,9 @@ def mend_universal(optimizer: Any, weight_decays: list[float]) -> None:
 
 
 def set_group_timeout(seconds: int) -> None:
-    """Give every process group that is made later the time limit of the first one.
+    """Set the default timeout of process groups that are created later.
 
-    torch gives a group that names no limit, as DeepSpeed's, its own default (10 minutes for NCCL).
+    torch applies its own default (10 minutes for NCCL) to a group without a timeout, such as DeepSpeed's.
     """
     distributed_c10d.default_pg_timeout = timedelta(seconds=seconds)
     distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=seconds)

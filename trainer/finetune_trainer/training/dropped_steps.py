@@ -1,4 +1,4 @@
-"""The steps of a stage whose updates are left out after a rollback, kept in storage from one attempt to the next."""
+"""The steps of a stage whose updates are skipped after a rollback, kept in storage between attempts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from finetune_trainer.storage.checkpoints import CheckpointStore
 
 SHOWN = 32
 MOST = 3
-"""Rollbacks to one checkpoint; where they don't help, the job's data or settings are wrong."""
+"""Maximum number of rollbacks to one checkpoint. If they do not help, the job's data or settings are wrong."""
 
 
 class RolledBack(Exception):
-    """Bad numbers sent a stage back to its last checkpoint; a new group of workers goes on from there."""
+    """A stage was rolled back to its last checkpoint because of bad numbers; a new worker group resumes from it."""
 
 
 @dataclass(frozen=True)
@@ -22,30 +22,30 @@ class Dropped:
     """A step with bad numbers."""
 
     step: int
-    """Optimizer steps done before it."""
+    """Optimizer steps done before."""
     rows: list[int]
     """Numbers of its rows."""
     data: str
-    """What the numbers count."""
+    """Description of the data that the numbers refer to."""
     why: str
 
     @property
-    def words(self) -> str:
-        """The step for people, who count from 1."""
-        return f"step {self.step + 1}: {self.why}; {self.data}: {shown(self.rows)}"
+    def message(self) -> str:
+        """Description of the step for users, whose steps count from 1."""
+        return f"step {self.step + 1}: {self.why}; {self.data}: {format_rows(self.rows)}"
 
 
-def shown(rows: list[int]) -> str:
-    """Row numbers as a message shows them: the first ones of many."""
+def format_rows(rows: list[int]) -> str:
+    """Return row numbers for a message, at most `SHOWN` of them."""
     more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
     return f"{', '.join(map(str, rows[:SHOWN]))}{more}"
 
 
 class DroppedSteps:
-    """Reads and adds to a stage's `dropped.json`.
+    """The file `dropped.json` of a stage.
 
     Args:
-        store: of the stage's checkpoints.
+        store: checkpoints of the stage.
     """
 
     def __init__(self, store: CheckpointStore) -> None:
@@ -54,37 +54,35 @@ class DroppedSteps:
 
     @property
     def steps(self) -> set[int]:
-        """The steps to leave out."""
+        """The steps to skip."""
         return {int(record["step"]) for record in self._records}
 
     def newest(self) -> int:
-        """Return the step of the newest complete checkpoint; 0 where there is none."""
+        """Return the step of the newest complete checkpoint, or 0 if there is none."""
         manifest = self._store.newest()
         return manifest.step if manifest else 0
 
     def since(self, checkpoint: int) -> list[dict[str, Any]]:
-        """Return the records of rollbacks to that checkpoint."""
+        """Return the records of rollbacks to a checkpoint."""
         return [record for record in self._records if record["checkpoint"] == checkpoint]
 
     def exhausted(self, checkpoint: int) -> bool:
-        """Whether no further rollback to that checkpoint is of use."""
+        """Whether the maximum number of rollbacks to a checkpoint is reached."""
         return len(self.since(checkpoint)) >= MOST
 
-    def told(self, checkpoint: int) -> str:
-        """Return what the rollbacks to that checkpoint left out, for a message."""
-        known = (
-            Dropped(record["step"], record["rows"], record["data"], record["why"]) for record in self.since(checkpoint)
-        )
-        return "; ".join(f"step {one.step + 1} with the rows {shown(one.rows)}" for one in known)
+    def describe(self, checkpoint: int) -> str:
+        """Return the steps that the rollbacks to a checkpoint have skipped, for a message."""
+        records = self.since(checkpoint)
+        return "; ".join(f"step {one['step'] + 1} with the rows {format_rows(one['rows'])}" for one in records)
 
     def add(self, dropped: Dropped, checkpoint: int) -> None:
-        """Leave a step out from now on. The first worker calls it."""
+        """Skip a step from now on. Rank 0 calls it."""
         self._records.append({**asdict(dropped), "checkpoint": checkpoint})
         self._store.storage.write_text(self._store.layout.dropped, json.dumps(self._records, indent=1))
 
     def _read(self) -> list[dict[str, Any]]:
         try:
-            found: list[dict[str, Any]] = json.loads(self._store.storage.read_text(self._store.layout.dropped))
+            records: list[dict[str, Any]] = json.loads(self._store.storage.read_text(self._store.layout.dropped))
         except FileNotFoundError:
             return []
-        return found
+        return records

@@ -1,4 +1,4 @@
-"""An `esft` stage's result: a whole model, or the trained experts alone as an adapter of the model it started from."""
+"""Writes the result of an `esft` stage: a complete model, or only the trained experts, as an adapter of their base."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finetune_trainer.training.context import StageContext
 
 
 def save_experts(trainer: Any, context: StageContext, spec: EsftSpec, directory: Path) -> None:
-    """Write the result and the tokenizer to `directory` on rank 0; every worker calls it (ZeRO-3 gathers)."""
+    """Write the result and the tokenizer to `directory` on rank 0. Every worker calls it, because ZeRO-3 gathers."""
     first, config = context.placement.rank == 0, trainer.stage.experts
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     tensors = trained_tensors(model, config, context.precision.result, keep=first)
@@ -38,12 +38,12 @@ def save_experts(trainer: Any, context: StageContext, spec: EsftSpec, directory:
 
 
 def save_scores(context: StageContext, directory: Path) -> Path:
-    """Copy what the stage knows of its experts into `directory`; returns it."""
+    """Copy the stage's files about its experts (configuration, scores, load) into `directory`, and return it."""
     storage, layout = Storage(context.run.root), context.layout
     directory.mkdir(parents=True, exist_ok=True)
     for relative in (layout.expert_config, layout.expert_scores, layout.expert_load):
         target = directory / relative.rpartition("/")[2]
-        if not target.exists():  # an adapter's own configuration names its base too
+        if not target.exists():  # the configuration of an adapter exists already and names its base
             target.write_bytes(storage.read_bytes(relative))
     return directory
 
@@ -51,11 +51,11 @@ def save_scores(context: StageContext, directory: Path) -> Path:
 def _write_whole(
     context: StageContext, base: str, config: ExpertConfig, tensors: dict[str, Tensor], directory: Path
 ) -> None:
-    """Write the base as it is on disk with the trained tensors in place: what was frozen is the same to the bit."""
+    """Write the base with the trained tensors in place. All other weights are copied from disk, bit by bit."""
     dtype, revision, job = context.precision.result, context.source.revision, context.job_model
     opened = open_base(base, auto_class("causal"), revision=revision, job=job, dtype=dtype)
-    given = None if opened is None else opened.with_tensors(tensors)
-    merge = None if given is None else plan_merge(given)
+    replaced = None if opened is None else opened.with_tensors(tensors)
+    merge = None if replaced is None else plan_merge(replaced)
     if merge is not None:
         merge.write(directory)
         return

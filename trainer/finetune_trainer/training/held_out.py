@@ -1,8 +1,7 @@
-"""Means over held-out rows that no batch size, number of workers or packing changes.
+"""Evaluation metrics that do not depend on batch size, world size or packing.
 
 transformers averages the means of batches, so a batch of few tokens weighs as much as one of many. Here each batch
-gives sums and what they are to be divided by (tokens or pairs); both are added up over all batches and workers, and
-divided once.
+yields sums and their denominators (tokens or pairs); both are added over all batches and workers, and divided once.
 """
 
 from __future__ import annotations
@@ -21,35 +20,38 @@ from finetune_trainer.data.encode import IGNORED
 
 SFT_LOSS = "sft_loss"
 Sums = Mapping[str, tuple[Tensor | float, Tensor | float]]
-"""By metric: a sum over the tokens or pairs of a batch, and their number."""
+"""For each metric the sum over the tokens or pairs of a batch, and their number."""
 
 
 class HeldOutLoader(DataLoader[Any]):
-    """A worker's batches of held-out rows. Every worker has the same number of batches, as ZeRO-3 needs it.
+    """A data loader of a worker's held-out rows. Every worker has the same number of batches, as ZeRO-3 needs.
 
     Args:
+        rows: the dataset.
         batches: positions in `rows` of each batch.
-        counts: whether a batch is part of the measure; a worker that has run out of rows repeats one that is not.
+        counts: whether each batch counts; a worker without rows left repeats a row in batches that do not count.
+        collate: the collator.
+        options: options of the data loader.
     """
 
     def __init__(self, rows: Any, batches: list[list[int]], counts: list[bool], collate: Any, **options: Any) -> None:
-        super().__init__(rows, batch_sampler=batches, collate_fn=collate, **options)  # type: ignore[arg-type]
+        super().__init__(rows, batch_sampler=batches, collate_fn=collate, **options)
         self.counts = counts
 
 
 def share(rows: int, batch_size: int, workers: int, rank: int) -> tuple[list[list[int]], list[bool]]:
-    """One worker's batches of `rows` rows, each row on exactly one worker, and whether each batch counts."""
+    """Return the batches of one worker, and whether each batch counts. Each row is on exactly one worker."""
     first, last = rank * rows // workers, (rank + 1) * rows // workers
-    mine = [list(range(at, min(at + batch_size, last))) for at in range(first, last, batch_size)]
-    idle = math.ceil(math.ceil(rows / workers) / batch_size) - len(mine)
-    return mine + [[0]] * idle, [True] * len(mine) + [False] * idle
+    own = [list(range(at, min(at + batch_size, last))) for at in range(first, last, batch_size)]
+    idle = math.ceil(math.ceil(rows / workers) / batch_size) - len(own)
+    return own + [[0]] * idle, [True] * len(own) + [False] * idle
 
 
 class Means:
-    """Sums so far. Nothing leaves the device before the end.
+    """The sums of an evaluation. They stay on the device until the end.
 
     Args:
-        counts: whether each batch to come is part of the measure; all are where it is None.
+        counts: whether each batch counts, in order. None: all count.
     """
 
     def __init__(self, counts: list[bool] | None = None) -> None:
@@ -64,9 +66,11 @@ class Means:
             known = self._sums.get(name, torch.zeros_like(new))
             self._sums[name] = known + new if counted else known
 
-    def over_all(self, accelerator: Any) -> dict[str, float]:
-        """The means over all workers' batches; every worker calls it and gets the same. A mean of nothing is left
-        out."""
+    def reduce(self, accelerator: Any) -> dict[str, float]:
+        """Return the means over the batches of all workers. Every worker calls it and gets the same means.
+
+        Metrics whose denominator is 0 are omitted.
+        """
         if not self._sums:
             return {}
         table = accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum").tolist()
@@ -74,10 +78,10 @@ class Means:
 
 
 def token_sums(model: Any, inputs: dict[str, Any]) -> Sums:
-    """Negative log-likelihood in nats, entropy and top-1 accuracy of the next token, by a model with TRL's fused head.
+    """Return negative log-likelihood in nats, entropy and top-1 accuracy of the next token, by TRL's fused head.
 
-    A mixture of experts' balance loss is no part of it: it is a statistic of a whole batch, so it changes with the
-    batch size, and the likelihood is what different runs are compared by.
+    The load-balancing loss of a mixture of experts is not included: it is a statistic of a whole batch and depends on
+    the batch size, and runs are compared by their likelihood.
     """
     output = model(**inputs, use_cache=False, fused_lm_head=True)
     tokens = output.label_mask.sum()
@@ -89,16 +93,21 @@ def token_sums(model: Any, inputs: dict[str, Any]) -> Sums:
 
 
 def masked_sums(model: Any, inputs: dict[str, Any]) -> Sums:
-    """Negative log-likelihood in nats of what is hidden, by a masked language model."""
+    """Return the negative log-likelihood in nats of the masked tokens, by a masked language model."""
     labels = inputs["labels"].flatten()
     logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
-    hidden = labels != IGNORED
-    losses = functional.cross_entropy(logits.flatten(0, 1)[hidden].float(), labels[hidden], reduction="sum")
-    return {"loss": (losses, hidden.sum())}
+    masked = labels != IGNORED
+    losses = functional.cross_entropy(logits.flatten(0, 1)[masked].float(), labels[masked], reduction="sum")
+    return {"loss": (losses, masked.sum())}
 
 
 def reward_sums(loss: Tensor, rewards: Tensor) -> Sums:
-    """What a reward model's mean loss over pairs and its rewards [pairs, 2] of chosen and rejected come to."""
+    """Return the sums of a reward model's metrics.
+
+    Args:
+        loss: mean over the pairs of a batch.
+        rewards: of the chosen and the rejected answers [pairs, 2].
+    """
     pairs, margins = len(rewards), rewards[:, 0] - rewards[:, 1]
     return {
         "loss": (loss * pairs, pairs),
@@ -109,17 +118,17 @@ def reward_sums(loss: Tensor, rewards: Tensor) -> Sums:
 
 
 def preference_sums(loss: Tensor, means: Mapping[str, float], mask: Tensor, sft_weight: float) -> Sums:
-    """What TRL's DPOTrainer measures on a batch, as sums.
+    """Return the metrics of TRL's DPOTrainer on a batch as sums.
 
-    Its metrics are means over pairs, or over the tokens of one side or of both. Of the loss, what `loss_type` sft adds
-    is a mean over the chosen answers' tokens, all else is one over pairs; the two are added after each is averaged over
-    all batches, by `preference_loss`.
+    TRL's metrics are means over pairs, or over the tokens of one side or of both. The part of the loss that `loss_type`
+    sft adds is a mean over the tokens of chosen answers, the rest is a mean over pairs; `preference_loss` adds the two
+    after each is averaged over all batches.
 
     Args:
-        loss: of the batch.
+        loss: loss of the batch.
         means: TRL's metrics by name.
         mask: `completion_mask` [2B, L], the chosen answers first.
-        sft_weight: weight of the loss type sft; 0 where it is not used.
+        sft_weight: weight of the loss type sft; 0 if it is not used.
     """
     chosen, rejected = (side.sum() for side in mask[:, 1:].chunk(2))
     pairs = len(mask) // 2
@@ -135,25 +144,24 @@ def preference_sums(loss: Tensor, means: Mapping[str, float], mask: Tensor, sft_
 
 
 def preference_loss(means: dict[str, float]) -> dict[str, float]:
-    """The means with the two parts of the loss as one."""
+    """Return the means with the two parts of the loss added."""
     rest = {name: value for name, value in means.items() if name != SFT_LOSS}
     return rest | {"loss": rest["loss"] + means.get(SFT_LOSS, 0.0)}
 
 
 @contextmanager
-def alone(trainer: Any) -> Iterator[None]:
-    """Inside, what the trainer gathers from all workers is its own share: TRL's metrics are this worker's, and need no
-    communication."""
+def without_gathering(trainer: Any) -> Iterator[None]:
+    """Make the trainer compute metrics of this worker's batch only, without communication. A context manager."""
     accelerator = trainer.accelerator
-    trainer.accelerator = _Alone(accelerator)
+    trainer.accelerator = _LocalAccelerator(accelerator)
     try:
         yield
     finally:
         trainer.accelerator = accelerator
 
 
-class _Alone:
-    """An accelerator that gathers nothing."""
+class _LocalAccelerator:
+    """An accelerator that does not gather."""
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
@@ -162,7 +170,7 @@ class _Alone:
         return getattr(self._accelerator, name)
 
     def gather(self, tensor: Any) -> Any:
-        """The tensor as it is."""
+        """Return the tensor unchanged."""
         return tensor
 
     gather_for_metrics = gather

@@ -1,4 +1,4 @@
-"""How much memory a worker uses, measured anew in each stage."""
+"""Measures the memory that a worker uses in each stage."""
 
 from __future__ import annotations
 
@@ -13,53 +13,54 @@ import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _CLEAR_PEAK = "5"
-"""What Linux takes to reset a process's peak of resident memory (proc(5), `clear_refs`)."""
+"""Written to `clear_refs`, it resets the peak of resident memory of a process (proc(5))."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes of one worker since its stage began.
+    """Memory of one worker since its stage began, in bytes.
 
-    The driver's figures minus torch's are the CUDA context and what NCCL allocates itself. The driver counts the whole
-    device, so another process on it is in `context` or `nccl`.
+    The memory that the CUDA driver reports minus that of torch's allocator is the CUDA context and NCCL's buffers. The
+    driver reports the whole device, so the memory of other processes on it is part of `context` or `nccl`.
     """
 
     peak: int
-    """Most bytes of tensors at a time on the device; on a CPU, most resident bytes of the process."""
+    """Peak of allocated tensors on the device; on a CPU, peak of resident memory of the process."""
     reserved: int | None = None
-    """Most bytes that torch's allocator held, with what it keeps for later. None on a CPU, as the fields below."""
+    """Peak of memory reserved by torch's allocator. None on a CPU, as the fields below."""
     context: int | None = None
-    """The CUDA context and its kernels, as measured before the workers' first exchange."""
+    """CUDA context and kernels, measured before the workers' first collective operation."""
     nccl: int | None = None
-    """What was allocated outside torch since then: NCCL's buffers, and kernels that were loaded later."""
+    """Memory allocated outside torch since then: NCCL's buffers, and kernels that were loaded later."""
 
     def to_json(self) -> dict[str, int]:
-        """Return the known fields."""
+        """Return the fields that are not None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def reset_peaks(accelerator: bool) -> None:
-    """Begin to measure anew. Without it a stage would report an earlier stage's peak."""
+    """Reset the peaks. Otherwise a stage would report the peak of an earlier stage."""
     if accelerator:
         torch.cuda.reset_peak_memory_stats()
         return
-    with contextlib.suppress(OSError):  # not on Linux, or not allowed
+    with contextlib.suppress(OSError):  # not on Linux, or without permission
         _CLEAR.write_text(_CLEAR_PEAK)
 
 
 def context_bytes(accelerator: bool) -> int:
-    """Return what the driver counts on this worker's device without torch's share, in bytes; 0 on a CPU.
+    """Return the bytes that the CUDA driver reports for this worker's device minus those of torch; 0 on a CPU.
 
-    The first call creates the CUDA context. Before the workers' first exchange by NCCL it is all that there is.
+    The first call creates the CUDA context. Before the first NCCL operation this is the size of the context.
     """
     return _outside() if accelerator else 0
 
 
 def usage(accelerator: bool, context: int) -> Usage:
-    """Return what this worker has used since `reset_peaks`.
+    """Return the memory that this worker has used since `reset_peaks`.
 
     Args:
-        context: `context_bytes` before the workers' first exchange.
+        accelerator: whether it uses a GPU.
+        context: `context_bytes` before the workers' first collective operation.
     """
     if not accelerator:
         return Usage(_resident_peak())
@@ -77,7 +78,7 @@ def _outside() -> int:
 
 
 def _resident_peak() -> int:
-    """Return the peak since it was reset, else since the process began (getrusage counts KiB on Linux)."""
+    """Return the peak since it was reset, or else since the process began (getrusage returns KiB on Linux)."""
     with contextlib.suppress(OSError):
         if found := re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE):
             return int(found[1]) * 1024

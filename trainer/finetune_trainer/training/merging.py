@@ -1,10 +1,9 @@
-"""Adapters merged into their bases: what a stage starts from, and what it leaves."""
+"""Merges adapters into their bases: those of the previous stage, and the result of a stage."""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from finetune_trainer.data.cache_keys import digest
 from finetune_trainer.esft.adapter_files import is_expert_adapter
 from finetune_trainer.esft.zero3 import undivided_loading
-from finetune_trainer.model.adapter import attach_adapter
+from finetune_trainer.model.adapter import attach_adapter, merge_in_memory
 from finetune_trainer.model.base_files import open_base
 from finetune_trainer.model.config import read_config
 from finetune_trainer.model.load import SHARD_SIZE, JobModel, load_whole
@@ -28,11 +27,18 @@ from finetune_trainer.training.context import StageContext
 
 
 def merge_adapter(context: StageContext, source: ModelSource, adapter: Path, directory: Path, task: Task) -> None:
-    """Merge an adapter into the base of `source`, on the CPU, in the precision that the base was saved in.
+    """Merge an adapter into the base of `source`, on the CPU, in the precision in which the base was saved.
 
-    The base is read anew, and is neither what QLoRA quantized it to (unsloth#1089) nor in the precision that the stage
-    computed in. Each sum is formed in float32 and rounded once. The merge goes through the base's files tensor by
-    tensor, where that is possible; else it holds the whole base in float32.
+    The base is read from disk, because the trained one may be quantized (unsloth#1089) or in the stage's compute dtype.
+    Each sum is computed in float32 and rounded once. If possible, the base's files are merged tensor by tensor;
+    otherwise the whole base is held in memory in float32.
+
+    Args:
+        context: the stage.
+        source: the base, or an adapter whose base is used.
+        adapter: directory of the adapter.
+        directory: directory of the merged model.
+        task: task of the model.
 
     Raises:
         UserError: the base or the adapter lacks weights, or a merged weight is not finite.
@@ -49,22 +55,21 @@ def merge_adapter(context: StageContext, source: ModelSource, adapter: Path, dir
 
 
 def _merge_whole(context: StageContext, source: ModelSource, adapter: Path, directory: Path, task: Task) -> None:
-    """Merge as `merge_adapter`, by PEFT on the whole model in memory."""
+    """Merge by PEFT, with the whole model in memory."""
     model = _load(base_of(str(source.name)), source.revision, task, context.job_model)
-    whole, saved = model.dtype, {name: weight.dtype for name, weight in model.state_dict().items()}
-    merged: Any = attach_adapter(model.float(), adapter)
-    merged = merged.merge_and_unload(safe_merge=True)
-    for name, weight in chain(merged.named_parameters(), merged.named_buffers()):
-        if weight.is_floating_point():
-            weight.data = weight.data.to(saved.get(name, whole))
+    default, saved = model.dtype, {name: weight.dtype for name, weight in model.state_dict().items()}
+    adapted = attach_adapter(model.float(), adapter)  # type: ignore[no-untyped-call]  # transformers has no types here
+    merged = merge_in_memory(adapted, default, saved)
     if task == "reward":
         set_score_pad(merged.config, context.tokenizer)
     _write(merged, directory)
 
 
-def whole_source(context: StageContext) -> ModelSource:
-    """Return the stage's source as a whole model: an adapter that the stage before carried on, of PEFT's or of
-    experts, is merged on this machine."""
+def merged_source(context: StageContext) -> ModelSource:
+    """Return the stage's source as a complete model.
+
+    If the previous stage has left an adapter, of PEFT or of experts, it is merged into this machine's cache.
+    """
     name = context.source.name
     if name is None or not (is_adapter(name) or is_expert_adapter(name)):
         return context.source
@@ -100,7 +105,7 @@ def _opened(name: str, revision: str | None, task: Task, job: JobModel) -> Saved
 
 
 def _load(name: str, revision: str | None, task: Task, job: JobModel) -> PreTrainedModel:
-    """Return a whole model or an expert adapter on its base, in the precision that it was saved in."""
+    """Return a complete model, or the base of an expert adapter with its experts, in the saved precision."""
     reward = task == "reward"
     config = as_reward(read_config(root_of(name), revision), None) if reward else None
     with undivided_loading():
@@ -110,11 +115,11 @@ def _load(name: str, revision: str | None, task: Task, job: JobModel) -> PreTrai
 
 
 def _write(model: Any, directory: Path) -> None:
-    model.should_save_on_this_rank = lambda _: True  # transformers would write on rank 0 alone, on one machine of many
+    model.should_save_on_this_rank = lambda _: True  # transformers would write on rank 0 only, but each node needs it
     model.save_pretrained(directory, max_shard_size=SHARD_SIZE)
 
 
 def _key(adapter: str) -> str:
-    """Another one for each adapter that ever lies at a place."""
+    """Return a cache key that changes with the path, the sizes and the modification times of the adapter's files."""
     files = sorted(path for path in Path(adapter).iterdir() if path.is_file())
     return digest(adapter, [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files])

@@ -1,4 +1,4 @@
-"""The check, before a stage's first step, that its model keeps the documents of packed rows apart."""
+"""Checks before the first step of a stage that its model keeps the documents of packed rows apart."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ _MEANS = {
 
 
 class PackingCheck(TrainerCallback):
-    """Probe the real model and give it packed rows in the form that it needs; refuse the stage where there is none.
+    """Probes the model and passes packed rows in the form that it needs; fails the stage if there is none.
 
-    The preflight probes a small model of the same structure. This is the model that trains, on its device, with its
-    kernels: it costs a few forward passes over two short rows. Under ZeRO-3 every worker takes part.
+    The preflight probes a small model of the same architecture. This callback probes the model that trains, on its
+    device, with its kernels: a few forward passes over two short rows. Under ZeRO-3 every worker takes part.
 
     Args:
-        collator: of the stage's rows. Its batches hold a mask of the padding once the model takes it.
+        context: the stage.
+        collator: collator of the stage's rows. Its batches contain a padding mask once the form is known.
     """
 
     say: Callable[[str], None] | None = None
-    """Receives a line of text with the result."""
+    """Receives a log line with the result."""
 
     def __init__(self, context: StageContext, collator: PackedCollator) -> None:
         self.context, self.collator = context, collator
@@ -44,20 +45,20 @@ class PackingCheck(TrainerCallback):
         try:
             finding = Probe(model, packed_rows(self.context.spec), self.context.precision.compute, log_probs).find()
         except NotMeasurable as error:
-            likeliest = forms(model)[0]
-            self._apply(likeliest, model)
-            self._tell(f"packing could not be checked: {error}. Documents are given apart by {_MEANS[likeliest]}")
+            default = forms(model)[0]
+            self._apply(default, model)
+            self._log(f"packing could not be checked: {error}. Documents are kept apart by {_MEANS[default]}")
             return
         if finding.form is None:
             raise UserError([packing_problem(self.context.where, model.config, finding)])
         self._apply(finding.form, model)
         means, seconds = _MEANS[finding.form], time.monotonic() - started
-        self._tell(f"packed documents are kept apart by {means} (checked in {seconds:.1f} s)")
+        self._log(f"packed documents are kept apart by {means} (checked in {seconds:.1f} s)")
 
     def _apply(self, form: Form, model: Any) -> None:
         separate_documents(model, form)
         self.collator.padding_mask = True
 
-    def _tell(self, line: str) -> None:
+    def _log(self, line: str) -> None:
         if self.say is not None:
             self.say(line)

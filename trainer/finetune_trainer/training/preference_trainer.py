@@ -1,4 +1,4 @@
-"""The base of trainers on preferences: a mixin over TRL's DPOTrainer, RewardTrainer and KTOTrainer."""
+"""A mixin for trainers on preferences, over TRL's DPOTrainer, RewardTrainer and KTOTrainer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from finetune_trainer.training.stage_trainer import StageTrainer
 
 
 class PreferenceTrainer(StageTrainer):
-    """Mixin: every row of an optimizer step has the same weight.
+    """A mixin that weights every row of an optimizer step equally.
 
-    TRL's losses are means over the rows of one forward pass, and transformers and DDP average those means. Where
-    passes differ in size (the last step of an epoch, rows that cannot be divided evenly among the workers), rows of
-    small passes would have a larger weight.
+    TRL's losses are means over the rows of one forward pass, and transformers and DDP average those means. If passes
+    differ in size (in the last step of an epoch, or if rows are not divisible among the workers), rows of small
+    passes would have a larger weight.
     """
 
     sequences_per_row = 2
@@ -28,7 +28,7 @@ class PreferenceTrainer(StageTrainer):
         self.stage.rows_share = passes / max(int(self.accelerator.gather(rows).sum()), 1)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Return TRL's loss; in training, in proportion to the number of rows in the batch."""
+        """Return TRL's loss, in training weighted by the number of rows in the batch."""
         rows = self._row_count(inputs)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         return loss * (rows * self.stage.rows_share) if self.model.training else loss

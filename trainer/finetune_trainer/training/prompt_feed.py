@@ -1,4 +1,4 @@
-"""Which prompts a worker answers at which step: as `batches`, but with as many prompts on every worker."""
+"""Divides prompts among workers and steps as `batches` does for rows, with equally many prompts on every worker."""
 
 from __future__ import annotations
 
@@ -15,32 +15,39 @@ from finetune_trainer.training.batches import Collator, Division, Feed, StepLoad
 
 
 class EvenDivision(Division):
-    """In each forward pass every worker has the same number of rows, because TRL gathers answers in lock-step.
+    """A division with equally many rows on every worker in each forward pass, as TRL gathers completions in lock-step.
 
-    Where rows don't divide evenly, the last workers repeat some; `counted` says which, and they must not count.
+    If rows are not divisible by the world size, the last workers repeat some; `counted` returns which rows count.
     """
 
     def counted(self, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """This worker's rows in a step of `rows`: for each forward pass a number of each row's own, int64 [n], and
-        whether it counts, bool [n]. The numbers of rows that count are those of `share`."""
+        """Return this worker's rows in a step of `rows` rows, and whether they count.
+
+        Returns:
+            for each forward pass, a unique number of each row, int64 [n], and whether the row counts, bool [n]. The
+            numbers of rows that count are those of `share`.
+        """
         passes = self.passes(rows)
         bounds = [number * rows // passes for number in range(passes + 1)]
-        parts = [(start, end - start, self._places(end - start)) for start, end in pairwise(bounds)]
-        return [(start + places, places < size) for start, size, places in parts]
+        parts = [(start, end - start, self._positions(end - start)) for start, end in pairwise(bounds)]
+        return [(start + positions, positions < size) for start, size, positions in parts]
 
     def _part(self, start: int, size: int) -> torch.Tensor:
-        return start + self._places(size) % size
+        return start + self._positions(size) % size
 
-    def _places(self, size: int) -> torch.Tensor:
+    def _positions(self, size: int) -> torch.Tensor:
         each = math.ceil(size / self.workers)
         return torch.arange(self.rank * each, (self.rank + 1) * each)
 
 
 class FullSteps(StepSampler):
-    """Every step has all its rows: the last one of a pass over the data is filled up from the pass's beginning.
+    """A sampler whose steps all have the full number of rows: the last step of an epoch repeats rows of its beginning.
 
     Args:
-        repeats: how often each step comes, for several optimizer steps on the answers to one batch of prompts.
+        length: rows in the data.
+        division: division of a step's rows.
+        seed: seed of the order of rows.
+        repeats: number of times that each step is repeated, for several optimizer steps on one batch of completions.
     """
 
     def __init__(self, length: int, division: Division, seed: int, repeats: int = 1) -> None:
@@ -49,7 +56,7 @@ class FullSteps(StepSampler):
 
     @property
     def steps(self) -> int:
-        """Steps of a pass over the data, repeated ones counted once."""
+        """Steps per epoch, without repetitions."""
         return math.ceil(self.length / self.division.rows)
 
     def __len__(self) -> int:
@@ -65,36 +72,39 @@ class FullSteps(StepSampler):
 
 
 class PromptFeed(Feed):
-    """Indices of prompts in place of rows: a trainer reads the rows itself when it answers them.
+    """Yields indices of prompts instead of rows: the trainer reads the rows when it generates completions.
 
     Args:
-        repeats: optimizer steps on the answers to one batch of prompts.
+        division: division of a step's rows.
+        seed: seed of the order of rows.
+        repeats: optimizer steps on the completions of one batch of prompts.
+        checkpoint: directory of the checkpoint from which the stage resumes.
     """
 
     def __init__(self, division: EvenDivision, seed: int, repeats: int, checkpoint: Path | None = None) -> None:
         super().__init__(division, division.workers, seed, checkpoint=checkpoint)
         self.even, self.repeats = division, repeats
         self.keep: Callable[[int, Path], None] = _nothing
-        """Writes what else a checkpoint needs into it, given its step."""
+        """Writes further files into a checkpoint, given its step and directory."""
 
     def loader(self, rows: Any, collator: Collator, **options: Any) -> StepLoader:
-        """Batches of indices into `rows`."""
+        """Return a data loader of batches of indices into `rows`."""
         sampler = FullSteps(len(rows), self.division, self.seed, self.repeats)
         return StepLoader(range(len(rows)), batch_sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
 
     def rows_of(self, step: int, length: int | None, rank: int | None = None, number: int = 0) -> list[int]:
-        """As of `Feed`; every step has all its rows."""
+        """Return the numbers of the rows of one optimizer step; see `Feed`. Every step has the full number of rows."""
         assert length is not None
         epoch, at = divmod(step // self.repeats, math.ceil(length / self.division.rows))
         order = torch.randperm(length, generator=torch.Generator().manual_seed(self.seed + epoch))
-        places = torch.arange(self.division.rows)
+        positions = torch.arange(self.division.rows)
         if rank is not None:
-            places = replace(self.division, rank=rank).share(self.division.rows)[number]
-        return [int(row) for row in order[(at * self.division.rows + places) % length]]
+            positions = replace(self.division, rank=rank).share(self.division.rows)[number]
+        return [int(row) for row in order[(at * self.division.rows + positions) % length]]
 
     def save(self, step: int, directory: Path) -> None:
         self.keep(step, directory)
 
 
 def _nothing(step: int, directory: Path) -> None:
-    """No more than any checkpoint has."""
+    """Write no further files."""

@@ -1,4 +1,4 @@
-"""Between two stages in one process: free the last one's memory and reset what the libraries keep of it."""
+"""Frees the memory of a finished stage and resets the libraries' global state, before the next stage begins."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from inspect import getclosurevars
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState  # type: ignore[import-untyped]
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
 def release(trainer: Any) -> None:
-    """Free the models, master weights and optimizer states of a finished stage, the reference model's included.
+    """Free the models, master weights and optimizer states of a finished stage, including its reference model.
 
-    DeepSpeed's gradient hooks refer to the optimizer from C++, where Python's garbage collector does not see them
+    DeepSpeed's gradient hooks refer to the optimizer from C++, which Python's garbage collector does not see
     (DeepSpeed#4856, transformers#28178), so each engine is destroyed explicitly.
     """
     for engine in _engines(trainer):
@@ -26,15 +26,15 @@ def release(trainer: Any) -> None:
     vars(trainer).clear()
 
 
-def forget_stage() -> None:
-    """Reset accelerate's and transformers' process-wide state (precision, DeepSpeed's configuration), free memory.
+def reset_stage_state() -> None:
+    """Reset the global state of accelerate and transformers (precision, DeepSpeed's configuration) and free memory.
 
-    accelerate sets an environment variable where a stage uses DeepSpeed, and would use it in the next stage too.
+    accelerate sets an environment variable if a stage uses DeepSpeed, and would use DeepSpeed in the next stage too.
     """
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    unset_hf_deepspeed_config()
+    unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]  # transformers has no types here
     _clear_zero3()
     gc.collect()
     if torch.cuda.is_available():
@@ -42,7 +42,7 @@ def forget_stage() -> None:
 
 
 def _engines(trainer: Any) -> Iterator[Any]:
-    """DeepSpeed's engines that the trainer holds: its model's and a reference model's."""
+    """Yield the DeepSpeed engines of a trainer: those of its model and of a reference model."""
     if "deepspeed" not in sys.modules:
         return
     from deepspeed import DeepSpeedEngine
@@ -51,13 +51,13 @@ def _engines(trainer: Any) -> Iterator[Any]:
 
 
 def _clear_zero3() -> None:
-    """Clear the two places in DeepSpeed 0.19 where modules of a ZeRO-3 model outlive its engine."""
+    """Clear the two global variables of DeepSpeed 0.19 in which modules of a ZeRO-3 model outlive its engine."""
     if "deepspeed" not in sys.modules:
         return
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     FWD_MODULE_STACK.clear()
-    # An lru_cache of the class, keyed by coordinator and module, inside a decorator that has no __wrapped__.
+    # An lru_cache of a method, keyed by coordinator and module, inside a decorator without __wrapped__.
     decorated = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
     getclosurevars(decorated).nonlocals["func"].cache_clear()

@@ -1,4 +1,4 @@
-"""Numbers of training rows as a user can look them up."""
+"""Translates numbers of prepared training rows into numbers of rows in the user's data."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from finetune_trainer.training.context import StageContext
 
 
 class RowNumbers:
-    """Translates rows of prepared data into rows of the stage's sources.
+    """Translates numbers of prepared rows into numbers of rows in the stage's sources.
 
-    Prepared data is shuffled. Where each of its rows is one row of the sources, their numbers are those in the sources,
-    one source after the other. Where rows were packed, split or dropped, and in streams, they are the prepared rows'
-    own.
+    Prepared data is shuffled. If each of its rows is one row of the sources, the numbers count the rows of all sources,
+    one source after the other. If rows were packed, split or dropped, and for streams, the numbers of the prepared rows
+    are used.
     """
 
     def __init__(self, context: StageContext) -> None:
         self._context = context
         self.pairs = False
-        """Whether the rows are pairs that the stage makes itself, round by round."""
+        """Whether the rows are pairs that the stage generates in each round."""
 
     @property
     def data(self) -> str:
-        """What the numbers count, for a message."""
+        """Description of the data that the numbers refer to, for a message."""
         if self.pairs:
             return f"pairs of the round of {self._context.where}, counted from 0"
         where = f"{self._context.where}.data"
@@ -33,16 +33,16 @@ class RowNumbers:
             return f"rows of {where}, counted from 0"
         return f"rows of the prepared {where}, counted from 0"
 
-    def of(self, rows: list[int]) -> list[int]:
-        """Return the numbers that people know these rows of the prepared data by."""
+    def in_sources(self, rows: list[int]) -> list[int]:
+        """Return the numbers in the sources of rows of the prepared data."""
         return rows if self._sources is None else [self._sources[row] for row in rows]
 
     @cached_property
     def _sources(self) -> list[int] | None:
-        """For each prepared row its number in the sources; None where there is no such number."""
+        """The number in the sources of each prepared row; None if the numbers of the prepared rows are used."""
         report, context = self._context.data.report, self._context
         if self.pairs or report.streaming or report.packed_rows is not None or report.kept != report.rows:
             return None
-        places = {name: Path(value) for name, value in directories(context.run).items()}
-        found = training_rows(context.spec, context.where, **places)
-        return found if len(found) == report.rows else None
+        paths = {name: Path(value) for name, value in directories(context.run).items()}
+        numbers = training_rows(context.spec, context.where, **paths)
+        return numbers if len(numbers) == report.rows else None

@@ -1,4 +1,4 @@
-"""A stage's result: a directory that transformers or PEFT load with nothing of ours."""
+"""Writes the result of a stage: a directory that transformers or PEFT can load without this package."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from finetune_trainer.model.saved_model import is_adapter, root_of
 from finetune_trainer.model.task import auto_class
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.expert_results import save_experts
-from finetune_trainer.training.merging import merge_adapter, whole_source
+from finetune_trainer.training.merging import merge_adapter, merged_source
 from finetune_trainer.training.trained_weights import trained_weights
 
 
 def save_result(trainer: Any, context: StageContext, directory: Path) -> None:
-    """Write the trained model, its tokenizer, where its answers end and how to ask it to `directory` on rank 0.
+    """Write the trained model, its tokenizer, its stop tokens and its prompt format to `directory` on rank 0.
 
     Every worker calls it, because ZeRO-3 gathers the weights from all of them.
     """
@@ -34,16 +34,16 @@ def save_result(trainer: Any, context: StageContext, directory: Path) -> None:
     if context.placement.rank == 0:
         task = context.spec.task
         complete_result(directory, context.source.name, context.source.revision, auto_class(task))
-        answers = task == "causal"
+        generates = task == "causal"
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        settings = model.generation_config.to_diff_dict() if answers else None
+        settings = model.generation_config.to_diff_dict() if generates else None
         write_stops(directory, context.tokenizer, settings)
-        if answers:
+        if generates:
             write_form(directory, context.layout.title, context.data.report.forms)
 
 
 def adapter_note(context: StageContext, directory: Path) -> str | None:
-    """Return what a user of a saved adapter must know: that plain transformers does not stop where its answers end."""
+    """Return a note for users of a saved adapter if plain transformers would not stop at all its stop tokens."""
     base = context.source.name
     if base is None or not is_adapter(directory) or context.spec.task != "causal":
         return None
@@ -51,7 +51,7 @@ def adapter_note(context: StageContext, directory: Path) -> str | None:
     if not missing:
         return None
     return (
-        f"plain transformers takes the generation config of the adapter's base, which does not stop at "
+        f"plain transformers uses the generation config of the adapter's base, which does not stop at "
         f"{', '.join(missing)}: pass generation_config=GenerationConfig.from_pretrained(RESULT), or `finetune merge` it"
     )
 
@@ -65,7 +65,7 @@ def _save_weights(trainer: Any, context: StageContext, directory: Path) -> None:
         for path in (directory, *([adapter] if adapter else [])):
             shutil.rmtree(path, ignore_errors=True)
     if adapter is None:
-        _save_whole(trainer, context, directory)
+        _save_model(trainer, context, directory)
         return
     _save_adapter(trainer, context, adapter)
     if context.placement.rank == 0:
@@ -73,7 +73,7 @@ def _save_weights(trainer: Any, context: StageContext, directory: Path) -> None:
         shutil.rmtree(adapter, ignore_errors=True)
 
 
-def _save_whole(trainer: Any, context: StageContext, directory: Path) -> None:
+def _save_model(trainer: Any, context: StageContext, directory: Path) -> None:
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if context.placement.rank != 0:
         return
@@ -91,9 +91,9 @@ def _save_whole(trainer: Any, context: StageContext, directory: Path) -> None:
 
 
 def _in_base(model: PreTrainedModel, state: dict[str, Tensor], context: StageContext) -> PreTrainedModel:
-    """A composite model as its base has it, the trained language model in place."""
-    assert context.source.name is not None
+    """Return the complete composite model of the base, with the trained language model in place."""
     task, source = context.spec.task, context.source
+    assert source.name is not None
     options = {"num_labels": 1} if task == "reward" else {}
     whole = in_base(source.name, source.revision, model, state, auto_class(task), **options)
     if task == "reward":
@@ -113,7 +113,7 @@ def _save_adapter(trainer: Any, context: StageContext, directory: Path) -> None:
 def _finish_adapter(context: StageContext, adapter: Path, directory: Path) -> None:
     if context.spec.merges:
         task = context.spec.task
-        source = whole_source(context) if task == "reward" else context.source
+        source = merged_source(context) if task == "reward" else context.source
         merge_adapter(context, source, adapter, directory, task)
     else:
         shutil.copytree(adapter, directory)

@@ -1,4 +1,4 @@
-"""One trained stage as it was planned: what the driver hands to the workers about it."""
+"""The planned work of one stage, which the driver sends to the workers."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StageWork:
-    """One trained stage, as planned."""
+    """The planned work of one stage."""
 
     index: int
     zero: int
+    """ZeRO stage, 0 to 3."""
     flops_per_token: float
     peak_flops: float | None
-    """FLOP/s of one worker's device; None where unknown."""
+    """Peak FLOP/s of one worker's device; None if unknown."""
     rows_per_step: int | None = None
-    """The global batch. None: the job's rows per forward pass and accumulation, times the workers at hand."""
+    """Global batch size. None: the job's batch size per device and accumulation steps, times the world size."""
     trained: int | None = None
-    """Parameters with a gradient, as planned; None: unknown."""
+    """Parameters with a gradient, as planned; None if unknown."""
     shards: int | None = None
-    """In so many shards a stream is read. None: as many as there are workers."""
+    """Number of shards in which a stream is read. None: the world size."""

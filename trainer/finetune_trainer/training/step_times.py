@@ -1,8 +1,8 @@
-"""How long each worker works at a step by itself, and which node is slower than the others.
+"""Measures the time that each worker needs for a step by itself, and finds the node that is slower than the others.
 
-Workers that train together take equally long for a step, since the fast ones wait. What differs is the time from where
-a step begins to where its last backward pass, and with it the exchange of gradients, begins. Under ZeRO-3 the forward
-pass exchanges weights too, so that a slow worker shows less there.
+Workers that train together take equally long for a step, because fast ones wait. The time that differs is that from the
+begin of a step to the begin of its last backward pass, which exchanges gradients. Under ZeRO-3 the forward pass
+exchanges weights too, so that a slow worker is less visible.
 """
 
 from __future__ import annotations
@@ -17,32 +17,33 @@ from typing import Any
 import torch
 
 WINDOW = 20
-"""Steps whose median counts."""
+"""Number of steps of the median."""
 LEAST = 5
+"""Number of steps that are needed."""
 SLOW = 1.5
-"""A node is slow where its workers take so many times as long as those of the other nodes."""
+"""A node is slow if its workers take this many times as long as those of the other nodes."""
 LEAST_SECONDS = 0.01
 """A smaller difference is noise."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Seconds of a step's own work, over all workers."""
+    """The distribution of step times over all workers, in seconds."""
 
     median: float
     most: float
     node: str | None = None
-    """The slow node, where there is one."""
+    """Name of the slow node; None if there is none."""
     factor: float | None = None
-    """How many times as long its workers take as those of the other nodes."""
+    """Ratio of the step time of its workers to that of the other nodes."""
 
 
 class StepTimes:
-    """The clock of one worker.
+    """Measures the step times of one worker.
 
     Args:
-        accelerator: whether it computes on a GPU, whose kernels run after Python has gone on: events in its stream are
-            read later, without a wait.
+        accelerator: whether it uses a GPU, whose kernels run asynchronously: CUDA events are recorded and read later,
+            without synchronisation.
     """
 
     def __init__(self, accelerator: bool) -> None:
@@ -53,12 +54,11 @@ class StepTimes:
         self._seconds: deque[float] = deque(maxlen=WINDOW)
 
     def begin(self) -> None:
-        """A step begins, with the loading of its rows."""
+        """Record the begin of a step, which first loads its rows."""
         self._parts, self._began = [], self._mark()
 
     def leave_out(self, accelerator: Any) -> None:
-        """Leave out what the workers exchange within a step, such as its number of tokens and TRL's metrics, and their
-        waits for each other in it."""
+        """Exclude collective operations within a step, such as those of token counts and TRL's metrics."""
         for name in ("gather", "gather_for_metrics", "reduce"):
             setattr(accelerator, name, self._paused(getattr(accelerator, name)))
 
@@ -80,20 +80,20 @@ class StepTimes:
             self._began = None
 
     def exchange(self) -> None:
-        """The last backward pass of the step begins."""
+        """Record the begin of the last backward pass of a step."""
         self._stop()
         if self._parts:
             self._steps.append(self._parts)
             self._parts = []
 
     def own(self) -> float | None:
-        """Return the median seconds of the last steps; None before there are enough. Every step until now is over."""
+        """Return the median of the last steps in seconds, or None if there are too few. All steps must have ended."""
         self._seconds.extend(sum(self._between(*part) for part in parts) for parts in self._steps)
         self._steps = []
         return median(self._seconds) if len(self._seconds) >= LEAST else None
 
     def _between(self, first: Any, last: Any) -> float:
-        return first.elapsed_time(last) / 1000 if self._accelerator else last - first
+        return float(first.elapsed_time(last)) / 1000 if self._accelerator else float(last - first)
 
     def _mark(self) -> Any:
         if not self._accelerator:
@@ -104,19 +104,19 @@ class StepTimes:
 
 
 def spread(seconds: Sequence[float], hosts: Sequence[str]) -> Spread:
-    """Return how the workers' own times differ.
+    """Return the distribution of step times, with the slow node if there is one.
 
     Args:
-        seconds: of each worker, by rank.
-        hosts: the name of each worker's node, by rank.
+        seconds: step time of each worker, by rank.
+        hosts: name of each worker's node, by rank.
     """
-    of_nodes = {host: median(one for one, at in zip(seconds, hosts, strict=True) if at == host) for host in hosts}
-    slowest = max(of_nodes, key=lambda host: of_nodes[host])
-    others = [value for host, value in of_nodes.items() if host != slowest]
-    found = Spread(median(seconds), max(seconds))
+    by_node = {host: median(one for one, at in zip(seconds, hosts, strict=True) if at == host) for host in hosts}
+    slowest = max(by_node, key=lambda host: by_node[host])
+    others = [value for host, value in by_node.items() if host != slowest]
+    overall = Spread(median(seconds), max(seconds))
     if not others:
-        return found
+        return overall
     usual = median(others)
-    if of_nodes[slowest] - usual < LEAST_SECONDS or of_nodes[slowest] < SLOW * usual:
-        return found
-    return Spread(found.median, found.most, slowest, of_nodes[slowest] / max(usual, 1e-9))
+    if by_node[slowest] - usual < LEAST_SECONDS or by_node[slowest] < SLOW * usual:
+        return overall
+    return Spread(overall.median, overall.most, slowest, by_node[slowest] / max(usual, 1e-9))

@@ -1,4 +1,4 @@
-"""The trained weights of an adapted model, and nothing of its base, on the CPU of the first worker."""
+"""Collects the trained weights of an adapted model, without those of its base, on the CPU of rank 0."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _SAVED = f".modules_to_save.{NAME}."
 def trained_weights(model: Any, *, keep: bool, embeddings: bool = False) -> dict[str, Tensor]:
     """Return the weights that PEFT saves with an adapter, by their names in the adapted model.
 
-    ZeRO-3 divides every weight among the workers. Only these are put together, one at a time, so that saving an adapter
-    takes neither the traffic nor the memory of the base. Every worker calls it.
+    ZeRO-3 shards every weight. Only the weights of the adapter are gathered, one at a time, so that saving an adapter
+    needs neither the traffic nor the memory of the base. Every worker calls it.
 
     Args:
-        model: PEFT's, not wrapped.
-        keep: False on the workers that only take part in the gathering; they get nothing.
-        embeddings: whether the base's embeddings are saved too, because they got more rows.
+        model: the PEFT model, not wrapped.
+        keep: whether to return the weights; False on workers that only take part in the gathering.
+        embeddings: whether to return the base's embeddings too, because their vocabulary has grown.
     """
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     tables = _tables(model) if embeddings else set()
     for name, weight in model.named_parameters(remove_duplicate=False):
         if not (weight.requires_grad or name in tables):
             continue
         with gathered([weight]):
             if keep:
-                found[name] = weight.detach().to("cpu", copy=True)
+                weights[name] = weight.detach().to("cpu", copy=True)
     if keep:
-        found |= {name: one.detach().cpu() for name, one in model.named_buffers() if _SAVED in name}
-    return found
+        weights |= {name: one.detach().cpu() for name, one in model.named_buffers() if _SAVED in name}
+    return weights
 
 
 def _tables(model: Any) -> set[str]:

@@ -1,4 +1,4 @@
-"""NCCL's transport between the nodes of a job: read its log after the first step, and report what it says."""
+"""Reports NCCL's transport between the nodes of a job, which it reads from NCCL's log after the first step."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from finetune_trainer.doctor.gather import fabric_facts
 from finetune_trainer.doctor.nccl_log import SOCKET, Transport, joined, parse_log
 from finetune_trainer.doctor.needs import job_needs
 from finetune_trainer.runtime import NCCL_LOG_FILE, NCCL_LOG_LEVEL
-from finetune_trainer.training.collectives import Peers
+from finetune_trainer.training.collectives import Collectives
 
-_TELLING = ("INFO", "TRACE")
+_SUFFICIENT_LEVELS = ("INFO", "TRACE")
 
 
 def log_file(environment: Mapping[str, str]) -> Path | None:
-    """Return the log of this process; None where NCCL writes none to a file, or less than is needed."""
+    """Return the path of this process's NCCL log; None if NCCL writes none, or at a level without the transport."""
     name = environment.get(NCCL_LOG_FILE)
-    if not name or environment.get(NCCL_LOG_LEVEL, "").upper() not in _TELLING:
+    if not name or environment.get(NCCL_LOG_LEVEL, "").upper() not in _SUFFICIENT_LEVELS:
         return None
     return Path(name.replace("%h", socket.gethostname()).replace("%p", str(os.getpid())))
 
 
-def transport_here() -> Transport:
-    """Return what this process's log says; nothing where there is no log."""
+def read_transport() -> Transport:
+    """Return the transport in this process's NCCL log; empty if there is no log."""
     path = log_file(os.environ)
     try:
         with open(path or os.devnull, errors="replace") as lines:
@@ -40,17 +40,19 @@ def transport_here() -> Transport:
 
 
 def slow_network(found: Transport, job: FineTuneJob, fabric: Fabric) -> str:
-    """Return a warning where a job that has, or asks for, RDMA devices runs on TCP; empty otherwise.
+    """Return a warning if a job that has, or requests, RDMA devices uses TCP; otherwise an empty text.
 
     Args:
-        fabric: of a node whose worker uses TCP.
+        found: the transport.
+        job: the job.
+        fabric: fabric of a node whose worker uses TCP.
     """
     if found.network != SOCKET or not (job_needs(job, 0).rdma or fabric.devices):
         return ""
     why = f" ({'; '.join(found.reasons)})" if found.reasons else ""
-    asked = "asks for RDMA devices" if job_needs(job, 0).rdma else f"has RDMA devices ({', '.join(fabric.devices)})"
+    rdma = "requests RDMA devices" if job_needs(job, 0).rdma else f"has RDMA devices ({', '.join(fabric.devices)})"
     return (
-        f"NCCL uses TCP between nodes{why}, though the job {asked}: training is several times slower. {_remedy(fabric)}"
+        f"NCCL uses TCP between nodes{why}, though the job {rdma}: training is several times slower. {_remedy(fabric)}"
     )
 
 
@@ -63,30 +65,32 @@ def _remedy(fabric: Fabric) -> str:
         )
     if not fabric.devices:
         return (
-            "There is no /dev/infiniband/uverbs* in the container: ask for the device plugin's resource in "
-            "resources.podTemplate (such as rdma/hca: 1), and for its network by the annotation "
+            "There is no /dev/infiniband/uverbs* in the container: request the device plugin's resource in "
+            "resources.podTemplate (such as rdma/hca: 1), and its network by the annotation "
             "k8s.v1.cni.cncf.io/networks"
         )
-    return "Look at NCCL_IB_HCA and NCCL_SOCKET_IFNAME, and whether the adapter's port is up (docs/gpu.md)"
+    return "Check NCCL_IB_HCA and NCCL_SOCKET_IFNAME, and whether the adapter's port is up (docs/gpu.md)"
 
 
 class TransportCallback(TrainerCallback):
-    """Reads the log once, after the first step, when all connections of a step are made.
+    """Reads the log once, after the first step, when NCCL has opened all connections of a step.
 
     Args:
-        tell: called on the first worker with the transport and a warning, which may be empty.
+        collectives: collectives of the workers.
+        job: the job.
+        report: receives the transport and a warning, which may be empty.
     """
 
-    def __init__(self, peers: Peers, job: FineTuneJob, tell: Callable[[Transport, str], None]) -> None:
-        self.peers, self.job, self.tell = peers, job, tell
+    def __init__(self, collectives: Collectives, job: FineTuneJob, report: Callable[[Transport, str], None]) -> None:
+        self.collectives, self.job, self.report = collectives, job, report
         self.done = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.done:
             return
         self.done = True
-        mine = transport_here()
-        found = self.peers.collect((mine, slow_network(mine, self.job, fabric_facts())))
+        own = read_transport()
+        found = self.collectives.gather((own, slow_network(own, self.job, fabric_facts())))
         transport = joined(one for one, _ in found)
         if transport != Transport():
-            self.tell(transport, next((warning for _, warning in found if warning), ""))
+            self.report(transport, next((warning for _, warning in found if warning), ""))

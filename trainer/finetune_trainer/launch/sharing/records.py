@@ -1,4 +1,4 @@
-"""What the driver's node has and the workers' nodes fetch (`launch.sharing`)."""
+"""Records of the directories that the workers' nodes fetch (`launch.sharing`)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class Place:
-    """A directory below one that every node has: the job's cache, or the Hugging Face hub's."""
+class SharedDirectory:
+    """A directory that nodes share, below a root that every node has: the job's cache or the Hugging Face cache."""
 
     root: Literal["cache", "hub"]
     path: str
+    """Relative to the root."""
 
 
 @dataclass(frozen=True)
 class Offer:
-    """Directories that the workers of other nodes fetch before they begin."""
+    """Directories that other nodes fetch before their workers begin."""
 
-    places: tuple[Place, ...] = ()
+    directories: tuple[SharedDirectory, ...] = ()
     tables: dict[str, str] = field(default_factory=dict)
-    """Directories of tables of rows, by `data.places.table_name`."""
-    shelf: str = ""
-    """Name of the Ray actor that reads the directories; empty where they are in the job's storage."""
+    """Directories of tables of rows, by `data.cache_usage.table_name`."""
+    actor: str = ""
+    """Name of the Ray actor that reads the directories. Empty if they are in the job's storage."""
     marker: str = ""
-    """Name of a file in the driver's directories: a node that sees it shares them, and fetches nothing."""
+    """Name of a file in the driver's directories. A node that sees it shares the disk and fetches nothing."""

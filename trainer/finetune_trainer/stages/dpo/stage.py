@@ -11,7 +11,7 @@ from finetune_trainer.data import PreferenceCollator
 from finetune_trainer.training.adapter_model import adapted_model, adapted_trainer, starting_model
 from finetune_trainer.training.arguments import loss_arguments, training_arguments
 from finetune_trainer.training.context import StageContext
-from finetune_trainer.training.held_out import Sums, alone, preference_loss, preference_sums
+from finetune_trainer.training.held_out import Sums, preference_loss, preference_sums, without_gathering
 from finetune_trainer.training.preference_trainer import PreferenceTrainer
 
 
@@ -25,7 +25,7 @@ class DpoTrainer(PreferenceTrainer, trl.DPOTrainer):
         """
         balanced, self.aux_loss_enabled = self.aux_loss_enabled, False
         try:
-            with alone(self):
+            with without_gathering(self):
                 loss = self.compute_loss(model, inputs)
         finally:
             self.aux_loss_enabled = balanced

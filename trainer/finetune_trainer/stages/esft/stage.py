@@ -21,17 +21,17 @@ from finetune_trainer.training.adapter_model import starting_model
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.expert_results import save_scores
-from finetune_trainer.training.stage_io import StageTools
+from finetune_trainer.training.stage_io import StageIO
 from finetune_trainer.training.stage_trainer import StageTrainer
 from finetune_trainer.training.supervised_batches import supervised_batches
-from finetune_trainer.training.trainer_extensions import StageParts
+from finetune_trainer.training.trainer_extensions import TrainerExtensions
 
 TRAINED = "trained.safetensors"
 """In a checkpoint: the trained weights under their names in the split model. The frozen ones are the base's."""
 
 
 @dataclass
-class EsftParts(StageParts):
+class EsftExtensions(TrainerExtensions):
     """What an `esft` stage adds to its trainer."""
 
     choice: ExpertChoice = field(init=False)
@@ -43,12 +43,12 @@ class EsftParts(StageParts):
 class EsftTrainer(StageTrainer, trl.SFTTrainer):
     """TRL's SFTTrainer on a model in split storage."""
 
-    stage: EsftParts
+    stage: EsftExtensions
 
     @staticmethod
-    def new_parts() -> EsftParts:
+    def new_extensions() -> EsftExtensions:
         """What `stage` holds."""
-        return EsftParts()
+        return EsftExtensions()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The trained weights alone; DeepSpeed's shards hold them already."""
@@ -103,7 +103,7 @@ def make_trainer(context: StageContext) -> Any:
     return trainer
 
 
-def perform(context: StageContext, tools: StageTools) -> dict[str, float]:
+def perform(context: StageContext, tools: StageIO) -> dict[str, float]:
     """A `scoreOnly` stage: measure, select and write down; returns its metrics. Every worker calls it."""
     spec = _spec(context)
     args = trl.SFTConfig(**training_arguments(context), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})

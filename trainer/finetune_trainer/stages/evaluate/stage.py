@@ -21,14 +21,14 @@ from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.model.config import context_length
 from finetune_trainer.stage_graph import directories
 from finetune_trainer.training.context import StageContext
-from finetune_trainer.training.reset_state import forget_stage
-from finetune_trainer.training.stage_io import StageTools
+from finetune_trainer.training.reset_state import reset_stage_state
+from finetune_trainer.training.stage_io import StageIO
 
 SAMPLES = 8
 """Rows whose answers the report shows side by side."""
 
 
-def perform(context: StageContext, tools: StageTools) -> dict[str, float]:
+def perform(context: StageContext, tools: StageIO) -> dict[str, float]:
     """Measure every model, one after the other; returns the evaluated one's metrics, then the others' as
     `model.metric`."""
     evaluation = Evaluation(context, tools)
@@ -42,7 +42,7 @@ def perform(context: StageContext, tools: StageTools) -> dict[str, float]:
 class Evaluation:
     """One worker's part: batches are dealt among the workers, and are the same for any number of them."""
 
-    def __init__(self, context: StageContext, tools: StageTools) -> None:
+    def __init__(self, context: StageContext, tools: StageIO) -> None:
         spec, run, where = context.spec, context.run, context.where
         assert isinstance(spec, EvaluateSpec)
         self.context, self.tools, self.spec = context, tools, spec
@@ -80,7 +80,7 @@ class Evaluation:
 
     def _measure_rows(self, number: int, contender: Contender, journal: Journal) -> None:
         known = journal.known()
-        self.tools.peers.wait()  # nobody adds a batch before all have seen which are there
+        self.tools.collectives.barrier()  # nobody adds a batch before all have seen which are there
         todo = batches([row for row in self.rows if row.number not in known], self.spec.per_device_eval_batch_size)
         workers, rank = self.context.placement.world_size, self.context.placement.rank
         for first in range(0, len(todo), workers):
@@ -90,11 +90,11 @@ class Evaluation:
             done = len(known) + sum(map(len, todo[: first + workers]))
             self.tools.progress(number * len(self.rows) + done, len(self.models) * len(self.rows))
             self.tools.stop_together()
-        self.tools.peers.wait()
+        self.tools.collectives.barrier()
         if self.tools.first:
             known = journal.known()
             journal.finish([known[row.number] for row in self.rows])
-        self.tools.peers.wait()
+        self.tools.collectives.barrier()
 
     def _journal(self, contender: Contender) -> Journal:
         keys = {row.number: row.key for row in self.rows}
@@ -171,7 +171,7 @@ class Evaluation:
 
     def _close(self) -> None:
         self.model = None
-        forget_stage()
+        reset_stage_state()
 
 
 def _sample(row: Row) -> dict[str, Any]:

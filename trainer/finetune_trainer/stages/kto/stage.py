@@ -16,7 +16,7 @@ from finetune_trainer.model.config import context_length
 from finetune_trainer.training.adapter_model import adapted_model, adapted_trainer, starting_model
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.context import StageContext
-from finetune_trainer.training.held_out import Sums, alone
+from finetune_trainer.training.held_out import Sums, without_gathering
 from finetune_trainer.training.preference_trainer import PreferenceTrainer
 
 Rows = Sequence[dict[str, Any]]
@@ -69,7 +69,7 @@ class KtoTrainer(PreferenceTrainer, trl.KTOTrainer):
         """
         balanced, self.aux_loss_enabled = self.aux_loss_enabled, False
         try:
-            with alone(self):
+            with without_gathering(self):
                 loss = self.compute_loss(model, inputs)
         finally:
             self.aux_loss_enabled = balanced

@@ -17,12 +17,12 @@ from finetune_trainer.rewards.judge import Ranks, best_and_worst, win_rate
 from finetune_trainer.stage_graph import place
 from finetune_trainer.stages.online.round_files import RoundFiles
 from finetune_trainer.storage.filesystem import Storage
-from finetune_trainer.training.answers import SEEDS, PromptRow, draw, options_of, prompt_row
-from finetune_trainer.training.collectives import Peers
+from finetune_trainer.training.answers import SEEDS, PromptRow, generate_completions, prompt_row, sampling_options
+from finetune_trainer.training.collectives import Collectives
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.preference_trainer import PreferenceTrainer
 from finetune_trainer.training.prompt_feed import PromptFeed
-from finetune_trainer.training.trainer_extensions import StageParts
+from finetune_trainer.training.trainer_extensions import TrainerExtensions
 
 Json = dict[str, Any]
 HELD_OUT = SEEDS - 1
@@ -30,7 +30,7 @@ HELD_OUT = SEEDS - 1
 
 
 @dataclass
-class RoundParts(StageParts):
+class RoundExtensions(TrainerExtensions):
     """What an `online` stage adds to its trainer."""
 
     feed: PromptFeed = field(init=False)
@@ -39,7 +39,7 @@ class RoundParts(StageParts):
     schedule: Schedule = field(init=False)
     judge: Ranks = field(init=False)
     files: RoundFiles = field(init=False)
-    peers: Peers = field(init=False)
+    collectives: Collectives = field(init=False)
     pairs: list[Json] = field(init=False)
     """Of the round at hand."""
     made: int = -1
@@ -53,22 +53,22 @@ class RoundTrainer(PreferenceTrainer):
     reference's log-probabilities are worked out with the pairs, so no reference is asked while a round trains.
     """
 
-    stage: RoundParts
+    stage: RoundExtensions
     makes_pairs = True
 
     @staticmethod
-    def new_parts() -> RoundParts:
+    def new_extensions() -> RoundExtensions:
         """What `stage` holds."""
-        return RoundParts()
+        return RoundExtensions()
 
     def begin(self, context: StageContext, spec: OnlineSpec, schedule: Schedule, judge: Ranks) -> None:
         """Take on what TRL's constructor has no place for."""
         stage = self.stage
         stage.context, stage.spec, stage.schedule, stage.judge = context, spec, schedule, judge
-        stage.files, stage.peers = RoundFiles(Storage(context.run.root), context.layout), Peers()
+        stage.files, stage.collectives = RoundFiles(Storage(context.run.root), context.layout), Collectives()
         if context.resumed is None and context.placement.rank == 0:
             stage.files.begin(context.data.key.train)
-        stage.peers.wait()
+        stage.collectives.barrier()
         self.add_callback(RoundsCallback(self))
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
@@ -126,8 +126,8 @@ class RoundTrainer(PreferenceTrainer):
         if number == 0:
             where = f"{place(self.stage.context.run, self.stage.context.layout.index)}.judge"
             raise UserError([Problem(where, f"{message}: there is nothing to learn")])
-        if self.stage.tools is not None:
-            self.stage.tools.log(f"the judge {message}: the stage ends here")
+        if self.stage.io is not None:
+            self.stage.io.log(f"the judge {message}: the stage ends here")
         self.control.should_training_stop = True
 
     def _rows(self, number: int) -> list[PromptRow]:
@@ -138,7 +138,7 @@ class RoundTrainer(PreferenceTrainer):
         size, rows = self.stage.spec.per_device_train_batch_size, self._rows(number)
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         there = self.stage.files.parts(number)
-        self.stage.peers.wait()  # before the first part is written, all must see the same ones missing
+        self.stage.collectives.barrier()  # before the first part is written, all must see the same ones missing
         missing = [part for part in range(len(parts)) if part not in there]
         rank, workers = self.stage.context.placement.rank, self.stage.context.placement.world_size
         for turn in range(0, len(missing), workers):
@@ -149,15 +149,15 @@ class RoundTrainer(PreferenceTrainer):
                 if turn + rank < len(missing):
                     self.stage.files.write_part(number, mine, answered)
             self._tell(number, min(turn + workers, len(missing)), len(missing))
-        self.stage.peers.wait()
+        self.stage.collectives.barrier()
         return self.stage.files.read_parts(number)
 
     def _ranked(self, rows: list[PromptRow], first: int, number: int) -> list[Json]:
         """Answers to some of a round's prompts, each with its tokens and its number."""
         each, keys = self.stage.spec.num_generations, list(range(first, first + len(rows)))
         seed = self.stage.spec.seed * SEEDS + number
-        options = options_of(self.stage.spec.generation)
-        found = draw(self, [row.ids for row in rows], keys, seed, options, each, len(rows))
+        options = sampling_options(self.stage.spec.generation)
+        found = generate_completions(self, [row.ids for row in rows], keys, seed, options, each, len(rows))
         groups = [found[start : start + each] for start in range(0, len(found), each)]
         answers = [[row.completion(one.text) for one in group] for row, group in zip(rows, groups, strict=True)]
         ids = [[one.tokens for one in group] for group in groups]
@@ -169,10 +169,10 @@ class RoundTrainer(PreferenceTrainer):
 
     def _tell(self, number: int, done: int, parts: int) -> None:
         """Say how far a round's answers are, and stop where the driver wants it: what is drawn is kept."""
-        if self.stage.tools is None:
+        if self.stage.io is None:
             return
-        self.stage.tools.log(f"round {number + 1} of {self.stage.schedule.rounds}: answers, part {done} of {parts}")
-        self.stage.tools.stop_together()
+        self.stage.io.log(f"round {number + 1} of {self.stage.schedule.rounds}: answers, part {done} of {parts}")
+        self.stage.io.stop_together()
 
     def _referenced(self, pairs: list[Json]) -> list[Json]:
         """The pairs with the reference's log-probabilities; every worker gets them all."""
@@ -222,7 +222,7 @@ class RoundTrainer(PreferenceTrainer):
         if self.stage.context.placement.rank == 0:
             self.stage.files.finish(number, samples, pairs)
             self.stage.files.record(number, facts)
-        self.stage.peers.wait()
+        self.stage.collectives.barrier()
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The model against the one that the stage started from, on held-out prompts; every worker gets the same."""
@@ -249,7 +249,9 @@ class RoundTrainer(PreferenceTrainer):
         real = [rank + at < len(data) for at in range(0, len(data), workers)]
         rows = [prompt_row(data[key]) for key in keys]
         seed, at = self.stage.spec.seed * SEEDS + HELD_OUT, self.stage.spec.per_device_eval_batch_size
-        found = draw(self, [row.ids for row in rows], keys, seed, options_of(self.stage.spec.generation), 1, at)
+        found = generate_completions(
+            self, [row.ids for row in rows], keys, seed, sampling_options(self.stage.spec.generation), 1, at
+        )
         now = [{"text": one.text, "tokens": one.tokens} for one in found]
         start = self._start(keys, now, real)
         groups = [[start.get(key, mine), mine] for key, mine in zip(keys, now, strict=True)]
@@ -265,14 +267,14 @@ class RoundTrainer(PreferenceTrainer):
     def _start(self, keys: list[int], now: list[Json], real: list[bool]) -> dict[int, Json]:
         """The starting model's answers by the prompts' keys, which the first evaluation draws."""
         known = self.stage.files.start()
-        self.stage.peers.wait()
+        self.stage.collectives.barrier()
         if known is None:
             mine = [{"key": key, **one} for key, one, counts in zip(keys, now, real, strict=True) if counts]
-            everyone: list[list[Json]] = self.stage.peers.collect(mine)
+            everyone: list[list[Json]] = self.stage.collectives.gather(mine)
             known = sorted((row for rows in everyone for row in rows), key=lambda row: row["key"])
             if self.stage.context.placement.rank == 0:
                 self.stage.files.write_start(known)
-            self.stage.peers.wait()
+            self.stage.collectives.barrier()
         return {row["key"]: row for row in known}
 
 

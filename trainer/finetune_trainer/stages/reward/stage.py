@@ -13,7 +13,7 @@ from finetune_trainer.model.reward_score import read_at_last_token
 from finetune_trainer.training.adapter_model import adapted_trainer, fresh_adapter
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.context import StageContext
-from finetune_trainer.training.held_out import Sums, alone, reward_sums
+from finetune_trainer.training.held_out import Sums, reward_sums, without_gathering
 from finetune_trainer.training.preference_trainer import PreferenceTrainer
 
 
@@ -22,7 +22,7 @@ class RewardTrainer(PreferenceTrainer, trl.RewardTrainer):
 
     def measure(self, model: Any, inputs: dict[str, Any]) -> Sums:
         """The loss, and how held-out pairs are ranked."""
-        with alone(self):
+        with without_gathering(self):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         self._metrics["eval"].clear()
         return reward_sums(loss, torch.stack(outputs.logits.float().squeeze(-1).chunk(2), dim=1))

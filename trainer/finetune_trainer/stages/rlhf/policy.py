@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from finetune_api.stages import RlhfSpec
 from finetune_trainer.rewards.combined import NamedReward, columns_of, weighted
 from finetune_trainer.stages.rlhf.kl_bound import KlBound
-from finetune_trainer.training.answers import SEEDS, PromptRow, draw, options_of, prompt_row
+from finetune_trainer.training.answers import SEEDS, PromptRow, generate_completions, prompt_row, sampling_options
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.prompt_feed import PromptFeed
 from finetune_trainer.training.stage_trainer import StageTrainer
-from finetune_trainer.training.trainer_extensions import StageParts
+from finetune_trainer.training.trainer_extensions import TrainerExtensions
 
 Batch = dict[str, torch.Tensor]
 ANSWERS = "answers-{}.safetensors"
@@ -28,7 +28,7 @@ HELD_OUT = SEEDS - 1
 
 
 @dataclass
-class PolicyParts(StageParts):
+class PolicyExtensions(TrainerExtensions):
     """What an `rlhf` stage adds to its trainer."""
 
     feed: PromptFeed = field(init=False)
@@ -50,12 +50,12 @@ class PolicyTrainer(StageTrainer):
     draw the same. TRL scores the answers and has the loss.
     """
 
-    stage: PolicyParts
+    stage: PolicyExtensions
 
     @staticmethod
-    def new_parts() -> PolicyParts:
+    def new_extensions() -> PolicyExtensions:
         """What `stage` holds."""
-        return PolicyParts()
+        return PolicyExtensions()
 
     def begin(self, context: StageContext, spec: RlhfSpec, rewards: list[NamedReward], stops: list[int]) -> None:
         """Take on what TRL's constructor has no place for."""
@@ -98,7 +98,9 @@ class PolicyTrainer(StageTrainer):
         seed = self.stage.spec.seed * SEEDS + self.state.global_step // self.num_iterations
         at = self.stage.spec.per_device_train_batch_size
         ids = [row.ids for row in rows]
-        found = draw(self, ids, keys, seed, options_of(self.stage.spec.generation), self.num_generations, at)
+        found = generate_completions(
+            self, ids, keys, seed, sampling_options(self.stage.spec.generation), self.num_generations, at
+        )
         tokens = [completion.tokens for completion in found]
         return (tokens, None) if rest else tokens
 
@@ -202,7 +204,9 @@ class PolicyTrainer(StageTrainer):
         real = [rank + at < len(data) for at in range(0, len(data), workers)]
         rows = [prompt_row(data[key]) for key in keys]
         seed, at = self.stage.spec.seed * SEEDS + HELD_OUT, self.stage.spec.per_device_eval_batch_size
-        found = draw(self, [row.ids for row in rows], keys, seed, options_of(self.stage.spec.generation), 1, at)
+        found = generate_completions(
+            self, [row.ids for row in rows], keys, seed, sampling_options(self.stage.spec.generation), 1, at
+        )
         tokens = [completion.tokens for completion in found]
         values = self._worth(rows, [completion.text for completion in found], tokens)
         total = weighted(values, [reward.weight for reward in self.stage.rewards])

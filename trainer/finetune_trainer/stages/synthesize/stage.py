@@ -21,13 +21,13 @@ from finetune_trainer.synthesis.material import evaluation_texts, stage_items
 from finetune_trainer.synthesis.outcome import account, cleaned, rows_text
 from finetune_trainer.synthesis.teacher_requests import Teacher
 from finetune_trainer.training.context import StageContext
-from finetune_trainer.training.stage_io import StageTools
+from finetune_trainer.training.stage_io import StageIO
 
 SANDBOXES = 2
 """Queries that run at once on one worker."""
 
 
-def perform(context: StageContext, tools: StageTools) -> dict[str, float]:
+def perform(context: StageContext, tools: StageIO) -> dict[str, float]:
     """Make the rows; returns how many, the share that was kept, and the cost. Every worker calls it."""
     with ExitStack() as stack:
         return Synthesis(context, tools, stack).run()
@@ -37,7 +37,7 @@ class Synthesis:
     """One worker's part. An endpoint is asked by the first worker alone, whose limits hold for all; a local model
     answers on all of them."""
 
-    def __init__(self, context: StageContext, tools: StageTools, stack: ExitStack) -> None:
+    def __init__(self, context: StageContext, tools: StageIO, stack: ExitStack) -> None:
         spec = context.spec
         assert isinstance(spec, SynthesizeSpec)
         self.context, self.tools, self.spec, self._stack = context, tools, spec, stack
@@ -46,7 +46,7 @@ class Synthesis:
         rank = context.placement.rank
         self.scratch = tools.scratch / f"worker-{rank}"
         self.journal = Journal(tools.storage, context.layout.journal, self.scratch, writer=rank)
-        tools.peers.wait()  # nobody adds an answer before all have seen which are there
+        tools.collectives.barrier()  # nobody adds an answer before all have seen which are there
 
     def run(self) -> dict[str, float]:
         """All of the stage."""
@@ -54,7 +54,7 @@ class Synthesis:
         name = endpoint.model if endpoint is not None else teacher_name(self.context, self.spec)
         if endpoint is not None and not self.tools.first:
             self.tools.stop_together()
-            self.tools.peers.wait()
+            self.tools.collectives.barrier()
             return {}
         sandboxes = self._sandboxes(SANDBOXES if endpoint is not None else 1)
         items = self._items(
@@ -71,7 +71,7 @@ class Synthesis:
         finally:
             self.journal.close()
         metrics = self._conclude(name, results) if self.tools.first else {}
-        self.tools.peers.wait()
+        self.tools.collectives.barrier()
         return metrics
 
     def _ask_endpoint(self, teacher: EndpointTeacher, items: list[Item], results: Results) -> None:
@@ -79,7 +79,7 @@ class Synthesis:
         if not finished:
             self.journal.sync()
         # The other workers wait here.
-        if self.tools.peers.any(not finished):
+        if self.tools.collectives.any(not finished):
             raise Interrupted(f"{self.context.layout.title}: stopped; {len(self.journal.answers)} answers are kept")
 
     def _ask_model(self, name: str, items: list[Item], results: Results, sandboxes: list[Sandbox]) -> None:
@@ -90,7 +90,7 @@ class Synthesis:
             self.tools.progress(results.done, results.total)
             self.tools.stop_together()
 
-        drive_in_step(items, lambda effects: model.reply_all(effects, self.tools.peers), window, results, after)
+        drive_in_step(items, lambda effects: model.reply_all(effects, self.tools.collectives), window, results, after)
 
     def _sandboxes(self, count: int) -> list[Sandbox]:
         pairs = self.spec.text2sql or self.spec.text2cypher

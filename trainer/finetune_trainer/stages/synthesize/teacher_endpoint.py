@@ -15,7 +15,7 @@ from finetune_trainer.queries.sandbox import Sandbox
 from finetune_trainer.synthesis import reasons
 from finetune_trainer.synthesis.drive import Results, drive
 from finetune_trainer.synthesis.effects import Ask, Effect, Failed, Item, Reply
-from finetune_trainer.training.stage_io import StageTools
+from finetune_trainer.training.stage_io import StageIO
 
 LOOK_SECONDS = 0.2
 """How often the wish to stop is looked for."""
@@ -30,7 +30,7 @@ class EndpointTeacher:
         self._endpoint, self._where, self._journal = endpoint, f"{where}.teacher.endpoint", journal
         self._all_sandboxes = list(sandboxes)
 
-    async def answer_all(self, items: Sequence[Item], results: Results, tools: StageTools) -> bool:
+    async def answer_all(self, items: Sequence[Item], results: Results, tools: StageIO) -> bool:
         """Drive all items to their end; False where the stage was asked to stop before.
 
         Raises:
@@ -52,7 +52,7 @@ class EndpointTeacher:
                 with contextlib.suppress(asyncio.CancelledError):
                     await pushing
 
-    async def _watched(self, driving: asyncio.Task[None], results: Results, tools: StageTools) -> bool:
+    async def _watched(self, driving: asyncio.Task[None], results: Results, tools: StageIO) -> bool:
         while not driving.done():
             await asyncio.wait({driving}, timeout=LOOK_SECONDS)
             tools.progress(results.done, results.total)

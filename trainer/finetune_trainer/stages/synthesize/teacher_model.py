@@ -24,7 +24,7 @@ from finetune_trainer.stages.synthesize.teacher_endpoint import run_query
 from finetune_trainer.storage.filesystem import Storage
 from finetune_trainer.synthesis import reasons
 from finetune_trainer.synthesis.effects import Ask, Effect, Execute, Failed, Reply
-from finetune_trainer.training.collectives import Peers
+from finetune_trainer.training.collectives import Collectives
 from finetune_trainer.training.context import StageContext
 
 
@@ -53,9 +53,9 @@ class ModelTeacher:
         if self._loaded.kind != "causal":
             raise UserError(f"{name}: a masked model answers nothing: a teacher continues text")
 
-    def reply_all(self, effects: list[Effect], peers: Peers) -> list[Reply]:
+    def reply_all(self, effects: list[Effect], collectives: Collectives) -> list[Reply]:
         """The replies to all effects, in order; every worker calls this with the same ones and gets the same."""
-        known = peers.most([int(self._known(effect) is not None) for effect in effects])
+        known = collectives.max([int(self._known(effect) is not None) for effect in effects])
         todo = [index for index, there in enumerate(known) if not there]
         mine = todo[self._place.rank :: self._place.world_size]
         replies: dict[int, Reply] = {
@@ -69,7 +69,7 @@ class ModelTeacher:
                 assert self._sandbox is not None
                 replies[index] = run_query(self._sandbox, effect.query)
         everything: dict[int, Reply] = {}
-        for share in peers.collect(replies):
+        for share in collectives.gather(replies):
             everything |= share
         self._remember(effects, everything)
         return [everything[index] for index in range(len(effects))]
