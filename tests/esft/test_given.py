@@ -11,7 +11,7 @@ import pytest
 from finetune_api.stages import EsftSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.esft.selection import ExpertConfig, select
-from finetune_trainer.model.expert_selection import given_config
+from finetune_trainer.model.expert_selection import load_expert_config
 
 SIZES = {1: 4, 2: 4, 10: 4}
 ROWS = {"1": [0.1, 0.4, 0.2, 0.3], "10": [0.25, 0.25, 0.25, 0.25], "2": [0.7, 0.1, 0.1, 0.1]}
@@ -24,7 +24,7 @@ def given(directory: Path, choice: dict[str, Any], **fields: Any) -> ExpertConfi
     (directory / "experts.json").write_text(json.dumps({"experts": {"2": [3, 0]}, "shared_experts": True}))
     data = {"sources": [{"inline": [{"messages": []}]}]}
     spec = EsftSpec.model_validate({"data": data, "expertConfig": choice} | fields)
-    return given_config(spec, "stages[0].esft", str(directory), SIZES)
+    return load_expert_config(spec, "stages[0].esft", str(directory), SIZES)
 
 
 def test_a_score_file_is_selected_from_by_the_stages_rule(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import Reward
 from finetune_trainer.errors import UserError
-from finetune_trainer.model.source import model_place, stage_result
+from finetune_trainer.model.source import resolve_model, stage_result
 from finetune_trainer.rewards.combined import NamedReward
 from finetune_trainer.rewards.functions import ExactMatch, PatternMatch, RewardFunction, load_function
 from finetune_trainer.rewards.reward_models import load_reward_model
@@ -53,7 +53,7 @@ def _load(
         directory = stage_result(run, Storage(run.root), stage_named(run, reward.stage))
         return load_reward_model(directory, reward.stage, dtype, device, f"{where}.stage"), reward.stage
     assert reward.model is not None
-    place = model_place(reward.model, run)
+    place = resolve_model(reward.model, run)
     return load_reward_model(place, "model", dtype, device, f"{where}.model"), "model"
 
 

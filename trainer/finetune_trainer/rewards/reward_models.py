@@ -15,7 +15,7 @@ from finetune_trainer.errors import UserError
 from finetune_trainer.esft.zero3 import undivided_loading
 from finetune_trainer.model.config import context_length, load_tokenizer, read_config
 from finetune_trainer.model.load import load_whole, on_device
-from finetune_trainer.model.reward_score import read_at_last_token, written_ids
+from finetune_trainer.model.reward_score import read_at_last_token, special_ids_in_texts
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.model.task import auto_class
 
@@ -38,7 +38,7 @@ class RewardModel:
         self.model, self.tokenizer, self.__name__ = model, tokenizer, name
         self.limit = context_length(model.config)
         pad = model.config.get_text_config().pad_token_id
-        if pad is None or pad not in written_ids(tokenizer):
+        if pad is None or pad not in special_ids_in_texts(tokenizer):
             read_at_last_token(model)
         self.pad = 0 if pad is None else int(pad)
         self.encoder = Encoder(tokenizer, Encoding("preference", None))
