@@ -68,9 +68,8 @@ def load_model(
     auto, config = auto_class(task), load_config(source, job.tokenizer)
     if task == "reward":
         as_reward(config, job.tokenizer.pad_token_id)
-    options: dict[str, Any] = {"dtype": precision.weights}
-    if job.spec.attn_implementation != "auto":
-        options["attn_implementation"] = job.spec.attn_implementation
+    attention, default = job.spec.attn_implementation, "auto"
+    options = {"dtype": precision.weights} | ({} if attention == default else {"attn_implementation": attention})
     torch.manual_seed(seed)  # for weights that no file holds: all of them, or a reward model's head
     if source.name is None:
         model = _build(auto, config, options)
@@ -78,10 +77,10 @@ def load_model(
         if trains or quantization is not None:
             _require_trainable(source.name, config, job.spec)
         if quantization is not None:
-            device, skipped = None, composite_skips(config, auto)
+            skipped = composite_skips(config, auto)
             options["quantization_config"] = quantization_config(quantization, precision.compute, task, skipped)
         options |= {"revision": source.revision, "config": config, "job": job, "new_head": task == "reward"}
-        model = load_whole(base_of(source.name), auto, device=device, **options)
+        model = load_whole(base_of(source.name), auto, device=None if quantization else device, **options)
     return _prepared(model, precision)
 
 
