@@ -214,7 +214,7 @@ CASES: dict[str, tuple[Callable[[Job], Any], list[str]]] = {
     ),
     "a column twice": (
         lambda job: put(job, "spec/stages/0/sft/data/sources", [{"file": "twice.csv"}]),
-        ["twice.csv, line 1: the column `prompt` is there more than once"],
+        ["twice.csv, line 1: the column `prompt` appears more than once"],
     ),
     "rows nested without end": (
         lambda job: put(job, "spec/stages/0/sft/data/sources", [{"file": "deep.jsonl"}]),

@@ -119,8 +119,6 @@ def load_whole(
         config: overrides the saved configuration.
         job: settings of the job that trains the model. Default: the model is loaded as it was saved.
         new_head: whether the checkpoint may lack the head of `auto`'s task.
-        device: see `load_model`.
-        options: for `from_pretrained`.
 
     Raises:
         UserError: the checkpoint lacks weights or holds unexpected ones, or the adapter does not fit.
@@ -129,10 +127,7 @@ def load_whole(
     auto = auto or auto_class("causal")
     if is_expert_adapter(name):
         options |= {"config": config, "job": job, "new_head": new_head, "device": device}
-        model = load_whole(expert_base_of(name), auto, **options)
-        apply_adapter(model, name)
-        model.name_or_path = name  # PEFT records it as the base of an adapter trained on top
-        return model
+        return _with_experts(load_whole(expert_base_of(name), auto, **options), name)
     with hub_access(name, "model", revision):
         path, revision, config = resolve_weights(name, revision, config or read_config(name, revision), job)
         model = _load_checked(path, auto, revision, config, new_head, options | _device_options(device, config))
@@ -142,6 +137,12 @@ def load_whole(
     if job is not None and (rows := added_rows(job.spec, config, job.tokenizer)) is not None:
         resize_embeddings(model, rows)
     model.name_or_path = name
+    return model
+
+
+def _with_experts(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    apply_adapter(model, adapter)
+    model.name_or_path = adapter  # PEFT records it as the base of an adapter trained on top
     return model
 
 
