@@ -84,7 +84,7 @@ class Fields:
             return self.values[name]
         if getattr(self.spec.columns, name) in self.row:
             raise EmptyRow("empty")
-        raise FormError(self.missing_column(name))
+        raise FormError(self.not_there(name))
 
     def turns(self, name: str, role: str) -> list[Message]:
         """Return a value as messages. A string is one turn of `role` or a transcript.
@@ -102,7 +102,7 @@ class Fields:
             raise FormError(f"`{name}` is {kind_name(value)}, expected {expected}a list of messages")
         return read_messages([value] if isinstance(value, dict) else value, name)
 
-    def missing_column(self, name: str) -> str:
+    def not_there(self, name: str) -> str:
         """Return the message for a row that lacks the column of this name."""
         column = getattr(self.spec.columns, name)
         near = nearest(column, self.row)
