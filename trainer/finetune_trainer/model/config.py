@@ -116,7 +116,7 @@ def build_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast | No
 
 
 def _language_model_hint(family: str) -> str:
-    """Return a hint with the family of a composite model's language model; empty where it is no separate family."""
+    """Return a hint with the family of a composite model's language model; '' if it is not a separate family."""
     text = CONFIG_MAPPING[family].sub_configs.get("text_config")
     name = getattr(text, "model_type", None)
     return f", such as {name}" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else ""

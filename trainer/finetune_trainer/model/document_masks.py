@@ -19,7 +19,7 @@ Keywords = dict[str, Any]
 
 
 class Form(StrEnum):
-    """How a decoder gets the bounds of documents. In each form, positions restart at 0 with each document."""
+    """The form in which a decoder gets the bounds of documents. Positions always restart at 0 with each document."""
 
     POSITIONS = "positions"
     """No padding mask: transformers makes attention masks from the positions."""

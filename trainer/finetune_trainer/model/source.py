@@ -18,7 +18,7 @@ from finetune_trainer.storage.retry import passing
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where weights come from: a local directory or hub id in `name`, or a configuration in `config`."""
+    """The source of weights: a local directory or hub id in `name`, or a configuration in `config`."""
 
     name: str | None
     config: dict[str, Any] | None
