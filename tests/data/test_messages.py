@@ -90,7 +90,7 @@ def test_keys_and_roles_that_templates_read_stay() -> None:
         ),
         (
             {"content": [{"type": "input_file", "file_id": "x"}]},
-            "part of type `input_file`, and only text is trained on",
+            "part of type `input_file`, but only text can be trained on",
         ),
         ({"content": [{"image": "x.png", "text": None}]}, "part of type `image`"),
         ({"content": [{"type": "thinking", "thinking": "so"}]}, "write its text as the message's `reasoning_content`"),
@@ -141,7 +141,7 @@ def test_keys_that_say_what_is_trained(keys: dict[str, Any], trained: bool) -> N
         ({"weight": 0.5}, "weight is 0.5, expected 0 or 1"),
         ({"weight": "0"}, "weight is '0', expected 0 or 1"),
         ({"loss": {"scale": 2}}, "loss is a mapping, expected 0 or 1"),
-        ({"loss_weight": 1}, r"messages\[0\].loss_weight affects the loss and is not known: write `weight: 0`"),
+        ({"loss_weight": 1}, r"messages\[0\].loss_weight affects the loss and is not supported: write `weight: 0`"),
         ({"masked": True}, "masked affects the loss"),
         ({"training": False}, "training affects the loss"),
         ({"train_detail": [{"begin_offset": 0}]}, "train_detail affects the loss"),

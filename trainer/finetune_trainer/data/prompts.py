@@ -1,4 +1,4 @@
-"""A row as a question: what a model is asked, and what the data answers. Light: no tokenizer, no table."""
+"""Convert a row to a prompt with a reference answer. This module imports no slow libraries."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Prompt = dict[str, Any]
 
 
 def prompt_of(example: Example) -> Prompt | None:
-    """Return a normalised row of any kind as a prompt; None where nothing is left to answer.
+    """Return a row of any kind as a prompt; None if there is nothing to answer.
 
-    It has `messages` (with `tools`, where the row has them) or `prompt` (plain text), and `reference`, what the row
-    goes on with.
+    The prompt has `messages` (with `tools`, if the row has them) or `prompt` (plain text), and `reference`, the row's
+    continuation.
     """
-    asked = _asked(example)
-    if asked is None or "messages" not in asked or not example.get("tools"):
-        return asked
-    return {**asked, "tools": example["tools"]}
+    prompt = _without_tools(example)
+    if prompt is None or "messages" not in prompt or not example.get("tools"):
+        return prompt
+    return {**prompt, "tools": example["tools"]}
 
 
-def _asked(example: Example) -> Prompt | None:
+def _without_tools(example: Example) -> Prompt | None:
     if "columns" in example:
         name = "prompt" if isinstance(example["prompt"], str) else "messages"
         return {name: example["prompt"], "reference": example["columns"].get("reference")}
@@ -44,7 +44,7 @@ def _asked(example: Example) -> Prompt | None:
 
 
 def _last_turn(messages: list[Message]) -> Prompt | None:
-    """The last answer that carries loss, and all before it: one without loss is no model of an answer."""
+    """Return the messages before the last answer that carries loss, and that answer as reference."""
     last = max((index for index, message in enumerate(messages) if _is_answer(message)), default=0)
     return {"messages": without_train(messages[:last]), "reference": answer_text(messages[last])} if last else None
 
@@ -54,5 +54,5 @@ def _is_answer(message: Message) -> bool:
 
 
 def has_reference(example: Example) -> bool:
-    """Whether a row of dialogue says what the answer to it is; plain text does not."""
+    """Return whether a dialogue row has a reference answer; plain text has none."""
     return "text" not in example and prompt_of(example) is not None

@@ -11,7 +11,7 @@ from finetune_api.problems import Problem
 from finetune_trainer.data.plain_text import PlainFrame
 from finetune_trainer.data.row_formats import Message
 from finetune_trainer.data.template import ChatError, ChatTemplate, Tools, template_of
-from finetune_trainer.data.template_messages import fitted
+from finetune_trainer.data.template_messages import adapt_messages
 from finetune_trainer.errors import UserError
 from finetune_trainer.form import Form
 
@@ -88,7 +88,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, model_stops: int | list[int] | 
 
 def _chat_text(template: ChatTemplate, messages: Conversation, tools: Tools, at: int) -> str:
     try:
-        return template.text(fitted(template, messages, tools), tools, generation=True)
+        return template.text(adapt_messages(template, messages, tools), tools, generation=True)
     except ChatError as error:
         raise UserError([Problem(f"prompts[{at}]", str(error))]) from error
 

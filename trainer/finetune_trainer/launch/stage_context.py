@@ -12,7 +12,7 @@ from finetune_trainer.data import Prepared, prepare
 from finetune_trainer.errors import UserError
 from finetune_trainer.launch.sharing.node_files import NodeFiles
 from finetune_trainer.model.config import context_length, load_config, load_tokenizer
-from finetune_trainer.model.reward_score import pad_apart
+from finetune_trainer.model.reward_score import set_distinct_pad_token
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.plan.steps import rows_per_step
 from finetune_trainer.stage_graph import directories, layouts, place, scratch, spec_of, waits_for
@@ -42,8 +42,8 @@ def stage_context(
     tokenizer = load_tokenizer(source)
     config = load_config(source, tokenizer)
     data = _prepared(run, index, spec, tokenizer, context_length(config), threads, files)
-    if spec.task == "reward":  # after the data, whose place in the cache depends on the tokenizer's tokens
-        pad_apart(tokenizer, config.get_text_config().vocab_size)
+    if spec.task == "reward":  # after the data, whose cache key depends on the tokenizer's tokens
+        set_distinct_pad_token(tokenizer, config.get_text_config().vocab_size)
     output = storage.local(layout.checkpoints) or scratch(run, index)
     rows = work.rows_per_step or _rows_per_step(spec, placement.world_size)
     shards = work.shards or placement.world_size

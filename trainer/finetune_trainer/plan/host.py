@@ -13,11 +13,11 @@ from finetune_trainer.errors import Outage, UserError
 from finetune_trainer.model.base_files import open_base
 from finetune_trainer.model.composite_families import is_composite
 from finetune_trainer.model.lora import find_targets
-from finetune_trainer.model.prequantized import method_of
+from finetune_trainer.model.prequantized import quantization_method
 from finetune_trainer.model.saved_model import root_of
 from finetune_trainer.model.source import base_source
 from finetune_trainer.model.task import auto_class
-from finetune_trainer.model.weights import is_here
+from finetune_trainer.model.weights import is_local
 from finetune_trainer.plan.memory import Memory, Workload
 from finetune_trainer.plan.model_size import ModelSize
 from finetune_trainer.plan.quantities import human_bytes
@@ -121,7 +121,7 @@ def host_work(
         saved_bytes=getattr(saved, "itemsize", dtype_bytes),
         merges=spec.merges,
         by_tensor=not spec.merges or merges_by_tensor(run, config),
-        dequantizes=run.job.spec.model.dequantize and method_of(config) is not None,
+        dequantizes=run.job.spec.model.dequantize and quantization_method(config) is not None,
         composite=is_composite(config),
         largest=max(weight.numel() for weight in weights.values()),
         largest_merged=max((weights[name].numel() for name in merged if name in weights), default=0),
@@ -133,12 +133,12 @@ def merges_by_tensor(run: RunConfig, config: PretrainedConfig) -> bool:
 
     It is taken to be so where the files are not on this machine. What is wrong with them, preflight says.
     """
-    if run.job.spec.model.config is not None or method_of(config) is not None:
+    if run.job.spec.model.config is not None or quantization_method(config) is not None:
         return True
     try:
         source = base_source(run, Storage(run.root))
         name = root_of(str(source.name))
-        if not is_here(name, source.revision):
+        if not is_local(name, source.revision):
             return True
         base = open_base(name, auto_class("causal"), revision=source.revision)
         return base is not None and not base.lacking(base.written)

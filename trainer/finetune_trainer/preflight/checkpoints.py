@@ -20,12 +20,12 @@ from finetune_trainer.model.dry_save import saving_faults
 from finetune_trainer.model.generation import read_generation_config
 from finetune_trainer.model.load import JobModel
 from finetune_trainer.model.load_notes import loading_notes
-from finetune_trainer.model.prequantized import environment_fault, method_of, training_fault
+from finetune_trainer.model.prequantized import environment_fault, quantization_method, training_fault
 from finetune_trainer.model.saved_model import is_reward_model, root_of
 from finetune_trainer.model.source import ModelSource, base_source, local_path
 from finetune_trainer.model.task import as_reward, auto_class
 from finetune_trainer.model.vocabulary import added_rows, vocabulary_fault
-from finetune_trainer.model.weights import is_here, weight_faults
+from finetune_trainer.model.weights import is_local, weight_faults
 from finetune_trainer.stage_graph import place, stage_before
 from finetune_trainer.storage.filesystem import Storage
 
@@ -43,7 +43,7 @@ def checkpoint_problems(run: RunConfig) -> Iterator[Problem]:
 def checkpoint_notes(run: RunConfig) -> list[str]:
     """Return what will be changed of the job's model as it loads; it has no faults."""
     source, tasks = _source(run), _tasks(run)
-    if source is None or not is_here(root_of(str(source.name)), source.revision):
+    if source is None or not is_local(root_of(str(source.name)), source.revision):
         return []
     job = JobModel(run.job.spec.model, load_tokenizer(source), run.cache_dir)
     return list(dict.fromkeys(note for task in tasks for note in loading_notes(source, job, task)))
@@ -74,7 +74,7 @@ def _base(run: RunConfig) -> Iterator[Problem]:
         yield from _quantized(run, config, where)
         if fault := vocabulary_fault(spec, config, tokenizer):
             yield Problem("model.resizeEmbeddings", fault)
-        if method_of(config) is None and is_here(name, source.revision):
+        if quantization_method(config) is None and is_local(name, source.revision):
             for task in _tasks(run):
                 yield from _weights(name, config, task, where, source.revision, new_head=task == "reward")
         yield from _saving(name, config, tokenizer, source.revision, where)
@@ -86,7 +86,7 @@ def _base(run: RunConfig) -> Iterator[Problem]:
 
 def _quantized(run: RunConfig, config: PretrainedConfig, where: str) -> Iterator[Problem]:
     """Yield why weights that were saved quantized don't serve the stages that start from them."""
-    method, spec = method_of(config), run.job.spec.model
+    method, spec = quantization_method(config), run.job.spec.model
     if method is None:
         return
     stages = run.job.spec.stages
@@ -143,12 +143,12 @@ def _teacher(run: RunConfig, index: int, spec: SynthesizeSpec) -> Iterator[Probl
         return
     name = given.hub or str(local_path(str(given.path), run.base_dir))
     where = f"{where}.{'hub' if given.hub else 'path'}"
-    if not is_here(name, given.revision):
+    if not is_local(name, given.revision):
         return
     try:
         config = read_config(root_of(name), given.revision, where)
         load_tokenizer(ModelSource(name, None, given.revision, tokenizer=name), where)
-        if method_of(config) is None:
+        if quantization_method(config) is None:
             yield from _weights(root_of(name), config, "causal", where, given.revision)
         elif fault := environment_fault(config):
             yield Problem(where, fault)

@@ -13,7 +13,7 @@ from finetune_trainer.form import write_form
 from finetune_trainer.generation.stop_tokens import unstopped, write_stops
 from finetune_trainer.model.adapter import ADAPTER_WEIGHTS
 from finetune_trainer.model.composite_families import is_composite
-from finetune_trainer.model.composite_result import complete_result, in_base
+from finetune_trainer.model.composite_result import complete_result, merge_into_base
 from finetune_trainer.model.load import SHARD_SIZE
 from finetune_trainer.model.precision import round_weights
 from finetune_trainer.model.reward_score import set_score_pad
@@ -95,7 +95,7 @@ def _in_base(model: PreTrainedModel, state: dict[str, Tensor], context: StageCon
     task, source = context.spec.task, context.source
     assert source.name is not None
     options = {"num_labels": 1} if task == "reward" else {}
-    whole = in_base(source.name, source.revision, model, state, auto_class(task), **options)
+    whole = merge_into_base(source.name, source.revision, model, state, auto_class(task), **options)
     if task == "reward":
         set_score_pad(whole.config, context.tokenizer)
     return whole

@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from finetune_trainer.heartbeat import enter_phase, in_phase, record_progress
 from finetune_trainer.model.expert_matmul import factor_adapters
-from finetune_trainer.model.router_logits import fit_for_balance_loss, no_router_logits
+from finetune_trainer.model.router_logits import no_router_logits, prepare_balance_loss
 from finetune_trainer.storage.disk_full import name_full_disk
 from finetune_trainer.training.held_out import HeldOutLoader, Means, Sums, share, token_sums
 from finetune_trainer.training.trainer_extensions import TrainerExtensions
@@ -42,7 +42,7 @@ class StageTrainer(_Base):  # type: ignore[misc]  # a mixin: its base is the tra
         self.stage = self.new_extensions()
         super().__init__(*args, **kwargs)
         self._share_gradients()
-        fit_for_balance_loss(self.model)
+        prepare_balance_loss(self.model)
         factor_adapters(self.model)
 
     def _share_gradients(self) -> None:

@@ -15,10 +15,10 @@ from finetune_trainer.queries.sandbox import Sandbox
 from finetune_trainer.stages.synthesize.teacher_endpoint import EndpointTeacher
 from finetune_trainer.stages.synthesize.teacher_model import ModelTeacher, teacher_name
 from finetune_trainer.synthesis.databases import open_sandbox
-from finetune_trainer.synthesis.drive import Results, drive_in_step
 from finetune_trainer.synthesis.effects import Item
 from finetune_trainer.synthesis.material import evaluation_texts, stage_items
 from finetune_trainer.synthesis.outcome import account, cleaned, rows_text
+from finetune_trainer.synthesis.scheduling import Results, run_in_lockstep
 from finetune_trainer.synthesis.teacher_requests import Teacher
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.stage_io import StageIO
@@ -90,7 +90,7 @@ class Synthesis:
             self.tools.progress(results.done, results.total)
             self.tools.stop_together()
 
-        drive_in_step(items, lambda effects: model.reply_all(effects, self.tools.collectives), window, results, after)
+        run_in_lockstep(items, lambda effects: model.reply_all(effects, self.tools.collectives), window, results, after)
 
     def _sandboxes(self, count: int) -> list[Sandbox]:
         pairs = self.spec.text2sql or self.spec.text2cypher
