@@ -15,7 +15,8 @@ SAMPLING_RULE: Json = cel(
     "self.doSample || !(has(self.temperature) || has(self.topP) || has(self.topK))",
     "temperature, topP and topK need doSample: true",
 )
-BEAMS_RULE: Json = cel("!self.doSample || self.numBeams == 1", "numBeams above 1 (beam search) excludes doSample (sampling)")
+BEAMS_FAULT = "numBeams above 1 (beam search) excludes doSample (sampling)"
+BEAMS_RULE: Json = cel("!self.doSample || self.numBeams == 1", BEAMS_FAULT)
 
 
 class Generation(ApiModel):
@@ -47,4 +48,4 @@ class Generation(ApiModel):
         if given and not self.do_sample:
             yield f"{' and '.join(given)} without doSample: set doSample: true, because greedy decoding ignores it"
         if self.do_sample and self.num_beams > 1:
-            yield "numBeams above 1 (beam search) excludes doSample (sampling)"
+            yield BEAMS_FAULT

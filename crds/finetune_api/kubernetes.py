@@ -34,14 +34,18 @@ AbsolutePath = Annotated[
 ]
 
 
+ONE_CACHE_FAULT = "set only one of modelCacheClaim and modelCacheHostPath"
+SIZE_LIMIT_FAULT = "unset cacheSizeLimit, which limits emptyDir caches, or modelCacheClaim and modelCacheHostPath"
+
+
 class Kubernetes(ApiModel):
     """Settings that apply on a cluster only. `finetune run` ignores them."""
 
     model_config = rules(
-        cel("!has(self.modelCacheClaim) || !has(self.modelCacheHostPath)", "set only one of modelCacheClaim and modelCacheHostPath"),
+        cel("!has(self.modelCacheClaim) || !has(self.modelCacheHostPath)", ONE_CACHE_FAULT),
         cel(
             "!has(self.cacheSizeLimit) || (!has(self.modelCacheClaim) && !has(self.modelCacheHostPath))",
-            "cacheSizeLimit excludes modelCacheClaim and modelCacheHostPath: it limits the emptyDir cache of an attempt",
+            SIZE_LIMIT_FAULT,
         ),
     )
 
@@ -72,9 +76,6 @@ class Kubernetes(ApiModel):
 
     def faults(self) -> Iterator[str]:
         if self.model_cache_claim is not None and self.model_cache_host_path is not None:
-            yield "set only one of modelCacheClaim and modelCacheHostPath"
+            yield ONE_CACHE_FAULT
         if self.cache_size_limit is not None and (self.model_cache_claim or self.model_cache_host_path):
-            yield (
-                "cacheSizeLimit excludes modelCacheClaim and modelCacheHostPath: "
-                "it limits the emptyDir cache of an attempt"
-            )
+            yield SIZE_LIMIT_FAULT

@@ -43,7 +43,8 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def is_credential(name: str, value: str) -> bool:
-    """Return whether a variable contains a credential that belongs into a Secret. A path to a file does not count."""    assignment = f"{name}={value}"
+    """Return whether a variable contains a credential that belongs into a Secret. A path to a file does not count."""
+    assignment = f"{name}={value}"
     return not value.startswith("/") and redact(assignment, {}) != assignment
 
 

@@ -75,7 +75,7 @@ def test_an_update_changes_the_run_policy_and_is_refused_for_the_rest(
     assert jobs.read()["spec"]["runPolicy"]["backoffLimit"] == 9
     refused = finetune("submit", job_file, "--update", "--set", "resources.nodes=2", "--set", "sharding.zero=2")
     assert refused.exit_code == 2
-    assert refused.stderr.count("cannot change, only runPolicy can") == 2
+    assert refused.stderr.count("is immutable, only runPolicy can change") == 2
 
 
 def test_a_namespace_of_the_job_that_is_not_the_one_given(finetune: Finetune, job_file: Path) -> None:

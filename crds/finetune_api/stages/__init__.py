@@ -1,7 +1,7 @@
-"""The stages of a job, a module for each family of them.
+"""Stages of a job, one module for each family of stages.
 
-A new stage is a spec in one of these modules and a member field of `Stage`. What the rest of the project asks of every
-spec: `trains` (does it take optimizer steps), `hands_on` (does the next stage start from its result) and `row_kind`.
+A new stage is a spec in one of these modules and a field of `Stage`. Every spec declares `trains` (whether it runs
+optimizer steps), `produces_model` (whether the next stage starts from its result) and `row_kind`.
 """
 
 from finetune_api.stages.corpus import PretrainSpec, TokenizerSpec

@@ -1,19 +1,19 @@
-"""Stages beside the chain: what they leave is no model."""
+"""Base class of stages that produce no model."""
 
 from __future__ import annotations
 
 from finetune_api.base import ApiModel
 
 
-class BesideSpec(ApiModel):
-    """A stage that takes no optimizer steps, and after which the next one starts from the model before."""
+class NonTrainingSpec(ApiModel):
+    """A stage without optimizer steps. The next stage starts from the same model."""
 
     @property
     def trains(self) -> bool:
-        """It takes no optimizer steps."""
+        """Return False: the stage runs no optimizer steps."""
         return False
 
     @property
-    def hands_on(self) -> bool:
-        """The next stage starts from the model before."""
+    def produces_model(self) -> bool:
+        """Return False: the next stage starts from the model of an earlier stage."""
         return False
