@@ -84,7 +84,7 @@ FAULTS = [
     (["sharding.zero=4"], ["sharding.zero: got 4, expected one of auto, 0, 1, 2, 3"]),
     (
         ["model={hub: a b}", "stages[0]={sft: {data: {sources: [{file: x}]}}}"],
-        ["model.hub: got 'a b', expected a hub id"],
+        ["model.hub: got 'a b', expected a Hub id"],
     ),
     (["storage={uri: bucket/x}"], ["storage.uri: got 'bucket/x', expected a URI such as `s3://bucket/path`"]),
     (
