@@ -33,7 +33,7 @@ Kubeconfig = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
-    for name, command in {
+    commands: dict[str, Callable[..., None]] = {
         "submit": submit_command,
         "status": status_command,
         "logs": logs_command,
@@ -41,7 +41,8 @@ def register(app: typer.Typer) -> None:
         "resume": resume_command,
         "delete": delete_command,
         "wait": wait_command,
-    }.items():
+    }
+    for name, command in commands.items():
         app.command(name, rich_help_panel=PANEL)(command)
 
 

@@ -81,7 +81,7 @@ def _streamed(loaded: Loaded, encoded: list[list[int]], options: GenerationOptio
 
     def work() -> None:
         try:
-            extra = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([_Stop(stop)])}
+            extra: dict[str, Any] = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([_Stop(stop)])}
             generate_batch(loaded.model, tokenizer, encoded, options, _seed(options), **extra)
         except BaseException as error:
             failures.append(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -77,5 +78,6 @@ def _whole(directory: Path, out: Path, plain: str) -> PreTrainedTokenizerBase:
 
 def _merged(model: PeftModel) -> PreTrainedModel:
     dtype = model.get_base_model().config.dtype or torch.float32
-    whole: PreTrainedModel = model.float().merge_and_unload(safe_merge=True)  # type: ignore[operator]
-    return whole.to(dtype)  # type: ignore[arg-type]
+    whole: Any = model.float().merge_and_unload(safe_merge=True)  # PEFT and Module.to lose the type of the model
+    merged: PreTrainedModel = whole.to(dtype)
+    return merged

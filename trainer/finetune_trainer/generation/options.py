@@ -62,7 +62,7 @@ class GenerationOptions:
 
         Sampling is `generation.sampling`'s: to transformers all decoding is greedy or by beams.
         """
-        return GenerationConfig(
+        return GenerationConfig(  # type: ignore[no-untyped-call]  # transformers has no types for it
             max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=1.0,
