@@ -41,7 +41,7 @@ def write_stops(directory: Path, tokenizer: PreTrainedTokenizerBase, settings: S
 def unstopped(base: str, revision: str | None, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the stop tokens of a saved adapter that its base does not stop at.
 
-    transformers takes the generation config of the base, and not the one beside the adapter.
+    transformers uses the generation config of the base, not that of the adapter.
     """
     try:
         own: Any = GenerationConfig.from_pretrained(base, revision=revision or "main")

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 
 class DataSize(NamedTuple):
-    """What preparation knows of a stage's training data."""
+    """Size of the training data of a stage."""
 
     rows: int
-    """Rows to train on: packed ones where they are packed."""
+    """Number of training rows, after packing."""
     tokens: int
-    """Tokens in them, padding left out."""
+    """Number of tokens without padding."""
     longest: int | None = None
-    """Tokens of the longest row."""
+    """Number of tokens of the longest row."""
 
 
 Rows = Callable[[int], DataSize | tuple[int, ...] | None]
-"""The data size of a stage by its index, as `DataSize` or a plain tuple; None where it is not known."""
+"""Returns the data size of a stage by its index, as `DataSize` or a plain tuple, or None if it is not known."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class StagePlan:
     memory: Memory
     zero: int
     why: str
-    """Why this ZeRO stage."""
+    """Reason for this ZeRO stage."""
     fits: bool
     spare: int
     """Bytes left of what may be filled; negative where it does not fit."""
     advice: tuple[str, ...]
-    """What to change where it does not fit."""
+    """Changes to make if it does not fit."""
     notes: tuple[str, ...]
     """Why something is not known."""
     checkpoint: int = 0
@@ -93,7 +93,7 @@ class TeacherPlan:
     spare: int
     """Bytes left of what may be filled; negative where it does not fit."""
     advice: tuple[str, ...] = ()
-    """What to change where it does not fit."""
+    """Changes to make if it does not fit."""
 
     @property
     def fits(self) -> bool:
