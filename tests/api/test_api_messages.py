@@ -99,7 +99,7 @@ FAULTS = [
     (["metadata.labels={3: x}"], ["metadata.labels: got the name 3, expected text: put it in quotes"]),
     (
         ["stages[2].name=" + "x" * 50],
-        [f"stages[2].name: got '{'x' * 40}'… (50 characters), expected up to 40 lower-case"],
+        [f"stages[2].name: got '{'x' * 40}'... (50 characters), expected up to 40 lower-case"],
     ),
     (["runPolicy.suspend='yes'"], ["runPolicy.suspend: got 'yes', expected true or false"]),
     (
