@@ -2,10 +2,11 @@
 
 It writes four JSON Lines files, which are always the same for one Python version:
 
-- `corpus.jsonl`: `{text}`, docstrings of the standard library and the language reference, for pretraining; -
-`questions.jsonl`: `{messages}`, "What does `str.join` do?" with the first sentence of the docstring; -
-`held-out.jsonl`: the same functions with other wordings of the questions; - `preferences.jsonl`: `{prompt, chosen,
-rejected}`, the right sentence against that of another function or a truncated one. """
+- `corpus.jsonl`: `{text}`, docstrings of the standard library and the language reference, for pretraining;
+- `questions.jsonl`: `{messages}`, "What does `str.join` do?" with the first sentence of the docstring;
+- `held-out.jsonl`: the same functions with other wordings of the questions;
+- `preferences.jsonl`: `{prompt, chosen, rejected}`; the rejected sentence is that of another function, or truncated.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
     python examples/teacher_server.py [PORT]
 
 It supports only the prompts of the templates of this project. Like a model, it makes mistakes: every seventh query
-refers to a column or property that does not exist. """
+refers to a column or property that does not exist.
+"""
 
 from __future__ import annotations
 

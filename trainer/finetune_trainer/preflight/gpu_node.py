@@ -52,8 +52,10 @@ def machine_problems(run: RunConfig, gpus: int, counted: int) -> list[Problem]:
 def require_fit_node(run: RunConfig) -> None:
     """Check the node of a pod if the job requests GPUs. Warnings are printed to the log of the pod.
 
-    Raises: UserError: the image or the setup of the node does not meet the requirements: a retry would fail in the same
-    way. TrainingFailed: a GPU of this node does not work: a retry needs another node."""
+    Raises:
+        UserError: the image or the node does not meet the requirements: a retry would fail in the same way.
+        TrainingFailed: a GPU of this node does not work: a retry needs another node.
+    """
     gpus = run.job.spec.resources.gpus_per_node
     if not gpus:
         return
