@@ -1,4 +1,4 @@
-"""The declaration of a stage: what data, plan, preflight, launch and report ask of its spec."""
+"""The declaration of a stage: the facts that data, plan, preflight, launch and report need from its spec."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Literal
 from finetune_api.base import ApiModel
 
 Task = Literal["causal", "masked", "reward"]
-"""What a stage's model does: continue a text, fill its masks, or score it with one number."""
+"""Causal language modeling, masked language modeling, or scoring of texts with one number."""
 Produces = Literal["model", "tokenizer", "rewardModel", "data", "nothing"]
 """What later stages can use of a stage. The next stage starts from its `model` or has its `tokenizer`."""
 RowKind = str
-"""What rows are to a stage: the name of a module of `finetune_trainer.data.row_kinds`."""
+"""The kind of rows that a stage reads: the name of a module of `finetune_trainer.data.row_kinds`."""
 Updates = Literal["nothing", "weights", "adapter", "experts"]
 """What a stage trains: every weight, a low-rank adapter, or experts of a mixture-of-experts model."""
 PaddingSide = Literal["left", "right"]
 
 
 class StageDeclaration(ApiModel):
-    """What every spec declares about its stage.
+    """The facts that every spec declares about its stage.
 
     Members without a safe default are abstract: a spec that does not declare one cannot be created.
     """
@@ -32,7 +32,7 @@ class StageDeclaration(ApiModel):
     @property
     @abstractmethod
     def trains(self) -> bool:
-        """Whether the stage takes optimizer steps."""
+        """Whether the stage runs optimizer steps."""
 
     @property
     @abstractmethod
@@ -41,17 +41,17 @@ class StageDeclaration(ApiModel):
 
     @property
     def produces_model(self) -> bool:
-        """Whether the next stage starts from this one's result, else from the model before it."""
+        """Whether the next stage starts from the result of this stage, not from the model before it."""
         return self.produces in ("model", "tokenizer")
 
     @property
     def task(self) -> Task:
-        """What the stage's model does."""
+        """The task of the stage's model."""
         return "causal"
 
     @property
     def generates(self) -> bool:
-        """Whether the stage draws answers from a model."""
+        """Whether the stage generates completions."""
         return False
 
     @property
@@ -61,7 +61,7 @@ class StageDeclaration(ApiModel):
 
 
 class TrainingDeclaration(StageDeclaration):
-    """What the spec of a stage on training data declares in addition."""
+    """The facts that the spec of a training stage declares in addition."""
 
     @property
     def trains(self) -> bool:

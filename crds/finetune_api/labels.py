@@ -1,4 +1,4 @@
-"""Labels on what the operator makes for a job, and the container that trains: by them others find a job's pods."""
+"""Labels of the objects that the operator creates for a job, and the name of the trainer container."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ OPERATOR = "finetune-operator"
 JOB_LABEL = f"{GROUP}/job"
 """Name of the FineTuneJob."""
 RUN_LABEL = f"{GROUP}/run"
-"""Which run of it: `preflight`, or the attempt's number."""
+"""The run that an object belongs to: `preflight`, or the number of the attempt."""
 PREFLIGHT = "preflight"
 CLEANUP = "cleanup"
 CONTAINER = "trainer"
-"""The container that the pod template's own settings belong to."""
+"""Name of the trainer container. Settings of a container of this name in the pod template apply to it."""

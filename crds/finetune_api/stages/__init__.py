@@ -1,7 +1,7 @@
-"""The stages of a job, a module for each family of them.
+"""Stages of a job, one module for each family of stages.
 
-A new stage is a spec in one of these modules, and a member field of `Stage`. The spec declares what the rest of the
-project asks about the stage (`finetune_api.declaration`).
+A new stage is a spec in one of these modules and a field of `Stage`. The spec declares the facts about the stage that
+other parts of the project need (`finetune_api.declaration`).
 """
 
 from finetune_api.stages.corpus import PretrainSpec, TokenizerSpec

@@ -29,10 +29,10 @@ class KtoSpec(PairSpec):
     )
 
     overflow: Literal["auto", "error", "truncate", "drop"] = "auto"
-    """What happens to a longer row: `error` refuses the job, `truncate` cuts its end, `drop` leaves it out.
-    `auto`: `truncate` where `maxLength` is set, else `error`."""
+    """What to do with a longer row. `error`: refuse the job. `truncate`: cut its end. `drop`: remove it. `auto`:
+    `truncate` if `maxLength` is set, else `error`."""
     per_device_train_batch_size: PositiveInt = 8
-    """Rows per worker and forward pass. `lossType: kto` needs at least 2."""
+    """Batch size per worker and forward pass. `lossType: kto` needs at least 2."""
     beta: Annotated[float, Field(ge=0, le=100)] = 0.1
     """Strength of the pull towards the reference model."""
     loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
@@ -64,5 +64,5 @@ class KtoSpec(PairSpec):
 
     @property
     def extra_forwards(self) -> int:
-        """The reference's; and, for the KL, one of each model over the prompts with the answers of other rows."""
+        """One of the reference; `kto` adds one of each model over prompts with answers of other rows, for the KL."""
         return 3 if self.loss_type == "kto" else 1

@@ -1,12 +1,12 @@
-"""Stages that train no model."""
+"""Base class of stages that produce no model."""
 
 from __future__ import annotations
 
 from finetune_api.declaration import StageDeclaration
 
 
-class BesideSpec(StageDeclaration):
-    """A stage that takes no optimizer steps, and after which the next one starts from the model before."""
+class NonTrainingSpec(StageDeclaration):
+    """A stage without optimizer steps. The next stage starts from the same model."""
 
     @property
     def trains(self) -> bool:

@@ -1,4 +1,4 @@
-"""Stages on dialogues: supervised fine-tuning."""
+"""Supervised fine-tuning on dialogues."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from finetune_api.training import (
 )
 
 Overflow = Literal["auto", "error", "truncate", "drop", "split"]
-PACKING_RULE = cel("!self.packing || has(self.maxLength)", "packing needs maxLength, the length of a packed row")
+PACKING_RULE = cel("!self.packing || has(self.maxLength)", "packing needs maxLength: the length of a packed row")
 
 
 class SupervisedSpec(TrainingSpec):
-    """Training on dialogues: the loss is on the assistant's tokens of every turn."""
+    """Training on dialogues. The loss covers the assistant tokens of every turn."""
 
     model_config = rules(STREAMING_RULE, PACKING_RULE)
 
     max_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
-    """Longest example in tokens. Default: the model's context."""
+    """Maximum length of an example in tokens. Default: the context length of the model."""
     overflow: Overflow = "auto"
-    """What happens to a longer example: `error` refuses the job, `truncate` cuts its end, `drop` leaves it out,
-    `split` goes on in a further row. `auto`: `truncate` where `maxLength` is set, else `error`."""
+    """What to do with a longer example. `error`: refuse the job. `truncate`: cut its end. `drop`: remove it. `split`:
+    continue it in another row. `auto`: `truncate` if `maxLength` is set, else `error`."""
     packing: bool = False
-    """Fill rows of `maxLength` with several examples, which the model keeps exactly apart. Refused for a model that
-    would carry one example into the next (docs/packing.md)."""
+    """Pack several examples into each row of `maxLength` tokens. Each example attends to itself only. Refused for
+    models that cannot separate the examples of a row (docs/packing.md)."""
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()
         if self.packing and self.max_length is None:
-            yield "packing needs maxLength, the length of a packed row"
+            yield "packing needs maxLength: the length of a packed row"
 
     @property
     def row_kind(self) -> RowKind:
@@ -74,6 +74,6 @@ class SupervisedSpec(TrainingSpec):
 
 
 class SftSpec(AdapterSpec, SupervisedSpec):
-    """Supervised fine-tuning: the loss is on the assistant's tokens of every turn."""
+    """Supervised fine-tuning. The loss covers the assistant tokens of every turn."""
 
     model_config = rules(STREAMING_RULE, QUANTIZED_LORA_RULE, PACKING_RULE)

@@ -1,4 +1,4 @@
-"""From prompts to token ids: the chat template where there is one, the bare text where there is none."""
+"""Encode prompts as token ids, with the chat template if the tokenizer has one."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ def encode(
 
 
 def form_is_plain(form: Form | None) -> bool:
-    """Whether a model that was trained in this form is asked without the chat template."""
+    """Return whether prompts of a model trained on this format are used without the chat template."""
     return form in ("prompt-completion", "text")
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer knows how to write a conversation."""
+    """Return whether the tokenizer has a chat template."""
     return bool(tokenizer.chat_template)
 
 
 def conversation(prompt: Prompt, system: str | None) -> Conversation:
-    """The prompt as messages, the system message first where the prompt has none."""
+    """Return the prompt as messages, with the system message added if the prompt has none."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system and messages[0]["role"] != "system":
         return [{"role": "system", "content": system}, *messages]

@@ -84,5 +84,5 @@ def _causal_flag(module: Any) -> Any:
 def _is_limited(config: Any, kind: str | None, length: int) -> bool:
     """Return whether rows reach beyond the window or the chunk of a layer."""
     limit = {SLIDING: "sliding_window", CHUNKED: "attention_chunk_size"}.get(kind or "")
-    size = getattr(config, limit, None) if limit else None
-    return bool(size) and length >= int(size)
+    size: int | None = getattr(config, limit, None) if limit else None
+    return length >= size if size else False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
@@ -69,7 +70,7 @@ def expert_plan(spec: EsftSpec, model: PreTrainedModel, where: str, base_dir: st
         raise UserError([Problem(f"{where}.trainSharedExperts", f"{family} has no shared experts: leave it out")])
     rows = sum(len(ids) * expert_size(layer) for layer in layers for ids in [config.experts.get(layer.index, ())])
     others = trained_whole(model, config)
-    active = sum(expert_size(layer) * int(layer.router.top_k) for layer in layers)  # type: ignore[call-overload]
+    active = sum(expert_size(layer) * int(cast(Any, layer.router.top_k)) for layer in layers)
     used = rows / sum(layer.num_experts * expert_size(layer) for layer in layers)
     return ExpertPlan(rows + others, round(active * max(spec.top_p, used)) + others, tuple(notes))
 

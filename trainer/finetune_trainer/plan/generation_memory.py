@@ -41,7 +41,7 @@ def answering(
     Raises:
         UserError: vLLM is installed in a version that does not fit.
     """
-    scorers, notes = 0, []
+    scorers, notes = 0, list[str]()
     for reward in spec.scorers.values():
         parameters, note = _scorer(reward, run, config)
         scorers, notes = scorers + parameters, notes + note

@@ -1,4 +1,4 @@
-"""Faults of the saved models that a job loads, by their configurations and the headers of their weight files."""
+"""Check the saved models that a job loads, from their configurations and the headers of their weight files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from finetune_trainer.storage.filesystem import Storage
 
 
 def checkpoint_problems(run: RunConfig) -> Iterator[Problem]:
-    """Yield the faults of the job's model, its teachers and its reward models, as far as they are on this machine."""
+    """Yield the faults of the job's model, teachers and reward models that are available on this machine."""
     yield from _base(run)
     for index, stage in enumerate(run.job.spec.stages):
         if stage.synthesize is not None:
@@ -41,7 +41,7 @@ def checkpoint_problems(run: RunConfig) -> Iterator[Problem]:
 
 
 def checkpoint_notes(run: RunConfig) -> list[str]:
-    """Return what will be changed of the job's model as it loads; it has no faults."""
+    """Return notes on the changes that loading makes to the job's model. The model must have no faults."""
     source, tasks = _source(run), _tasks(run)
     if source is None or not is_local(root_of(str(source.name)), source.revision):
         return []
@@ -50,14 +50,14 @@ def checkpoint_notes(run: RunConfig) -> list[str]:
 
 
 def _source(run: RunConfig) -> ModelSource | None:
-    """Return where the job's model and tokenizer are; None where one of them is yet to be made."""
+    """Return the source of the job's model and tokenizer, or None if the job creates one of them."""
     if run.job.spec.model.config is not None:
         return None
     return base_source(run, Storage(run.root))
 
 
 def _tasks(run: RunConfig) -> list[Task]:
-    """Return what stages that start from the job's model ask it for, each once."""
+    """Return the distinct tasks of the stages that start from the job's model."""
     starting = [stage for index, stage in enumerate(run.job.spec.stages) if stage_before(run, index) is None]
     return list(dict.fromkeys(stage.spec.task for stage in starting))
 
@@ -85,7 +85,7 @@ def _base(run: RunConfig) -> Iterator[Problem]:
 
 
 def _quantized(run: RunConfig, config: PretrainedConfig, where: str) -> Iterator[Problem]:
-    """Yield why weights that were saved quantized don't serve the stages that start from them."""
+    """Yield why stages cannot start from quantized weights."""
     method, spec = quantization_method(config), run.job.spec.model
     if method is None:
         return
@@ -130,7 +130,7 @@ def _saving(
 
 
 def _added_rows_kept(run: RunConfig) -> Iterator[Problem]:
-    """An adapter of experts holds no embeddings, so rows that were added would be lost."""
+    """Refuse expert adapters with added embedding rows: the adapter contains no embeddings, so they would be lost."""
     for index, stage in enumerate(run.job.spec.stages):
         if stage.esft is not None and not stage.esft.merge and stage_before(run, index) is None:
             message = "the result would lack the embedding rows that model.resizeEmbeddings adds: set true"
@@ -138,18 +138,18 @@ def _added_rows_kept(run: RunConfig) -> Iterator[Problem]:
 
 
 def _teacher(run: RunConfig, index: int, spec: SynthesizeSpec) -> Iterator[Problem]:
-    given, where = spec.teacher.model, f"{place(run, index)}.teacher.model"
-    if given is None or (given.path is None and given.hub is None):
+    teacher, where = spec.teacher.model, f"{place(run, index)}.teacher.model"
+    if teacher is None or (teacher.path is None and teacher.hub is None):
         return
-    name = given.hub or str(local_path(str(given.path), run.base_dir))
-    where = f"{where}.{'hub' if given.hub else 'path'}"
-    if not is_local(name, given.revision):
+    name = teacher.hub or str(local_path(str(teacher.path), run.base_dir))
+    where = f"{where}.{'hub' if teacher.hub else 'path'}"
+    if not is_local(name, teacher.revision):
         return
     try:
-        config = read_config(root_of(name), given.revision, where)
-        load_tokenizer(ModelSource(name, None, given.revision, tokenizer=name), where)
+        config = read_config(root_of(name), teacher.revision, where)
+        load_tokenizer(ModelSource(name, None, teacher.revision, tokenizer=name), where)
         if quantization_method(config) is None:
-            yield from _weights(root_of(name), config, "causal", where, given.revision)
+            yield from _weights(root_of(name), config, "causal", where, teacher.revision)
         elif fault := environment_fault(config):
             yield Problem(where, fault)
     except UserError as error:
@@ -157,7 +157,7 @@ def _teacher(run: RunConfig, index: int, spec: SynthesizeSpec) -> Iterator[Probl
 
 
 def _reward_models(run: RunConfig, index: int, spec: PromptSpec) -> Iterator[Problem]:
-    """Yield the faults of reward models in directories; others show when they are fetched."""
+    """Yield the faults of reward models in local directories. Others are checked when they are downloaded."""
     where = place(run, index)
     named = {f"{where}.{at}.model": scorer.model for at, scorer in spec.scorers.items()}
     for field, text in named.items():

@@ -121,7 +121,7 @@ class Trial:
         for weight in model.parameters():
             if weight.ndim >= 2:
                 weight.data.normal_(0, SPREAD * weight.shape[-1] ** -0.5)
-        model.to(self.device)
+        model.to(self.device)  # type: ignore[arg-type]  # transformers wraps Module.to without its signature
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
         return model
 
@@ -130,7 +130,7 @@ class Trial:
 def _quiet() -> Iterator[None]:
     """Keep transformers from warning of the small model's configuration, and of kernels that it does without."""
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers has no type for it
     try:
         yield
     finally:
