@@ -68,7 +68,7 @@ class _Conversation:
 
     def __post_init__(self) -> None:
         indices = [at for at, message in enumerate(self.messages) if message["role"] == "assistant"]
-        object.__setattr__(self, "places", indices)
+        object.__setattr__(self, "indices", indices)
 
     def marked(self, marks: list[Span]) -> list[Turn] | None:
         """Return the turns by their marks; None if their number differs or one lacks its answer's text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from finetune_api.problems import Problem
@@ -15,7 +16,7 @@ from finetune_trainer.model.config import context_length, load_config, load_toke
 from finetune_trainer.model.reward_score import set_distinct_pad_token
 from finetune_trainer.model.source import stage_source
 from finetune_trainer.plan.steps import rows_per_step
-from finetune_trainer.stage_graph import directories, layouts, place, scratch, spec_of, waits_for
+from finetune_trainer.stage_graph import layouts, place, scratch, spec_of, waits_for
 from finetune_trainer.storage.filesystem import Storage
 from finetune_trainer.training.collectives import Collectives
 from finetune_trainer.training.context import Placement, StageContext
@@ -69,7 +70,15 @@ def _prepared(
         return None
 
     def work() -> Prepared:
-        return prepare(spec, tokenizer, context, where=place(run, index), num_proc=threads, **directories(run))
+        return prepare(
+            spec,
+            tokenizer,
+            context,
+            where=place(run, index),
+            cache_dir=Path(run.cache_dir),
+            base_dir=Path(run.base_dir),
+            num_proc=threads,
+        )
 
     made_in_this_run = any(True for _ in waits_for(run, index))
     return files.prepare_once(work) if made_in_this_run else work()

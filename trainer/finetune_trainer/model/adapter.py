@@ -70,7 +70,7 @@ def merge_in_memory(
     Raises:
         ValueError: a merged weight is not finite.
     """
-    merged: Any = adapted.float()  # type: ignore[no-untyped-call]  # transformers has no types here
+    merged: Any = adapted.float()
     merged = merged.merge_and_unload(safe_merge=True)
     for name, weight in chain(merged.named_parameters(), merged.named_buffers()):
         if weight.is_floating_point():

@@ -69,7 +69,9 @@ def load_model(
     if task == "reward":
         as_reward(config, job.tokenizer.pad_token_id)
     attention, default = job.spec.attn_implementation, "auto"
-    options = {"dtype": precision.weights} | ({} if attention == default else {"attn_implementation": attention})
+    options: dict[str, Any] = {"dtype": precision.weights} | (
+        {} if attention == default else {"attn_implementation": attention}
+    )
     torch.manual_seed(seed)  # for weights that no file holds: all of them, or a reward model's head
     if source.name is None:
         model = _build(auto, config, options)
@@ -256,7 +258,7 @@ def disable_avx512_repacking(model: PreTrainedModel) -> None:
     32 does not divide. Later training steps keep using that kernel (bitsandbytes 0.50.2) and silently lose nearly all
     of the gradient.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):

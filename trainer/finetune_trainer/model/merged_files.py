@@ -178,7 +178,7 @@ class _MergedValues:
             merged = plan.changes.scaled[plan.groups[group][0]](self._float(name))
         else:
             if name not in self.pending:
-                self.pending |= self._changed(group)
+                self.pending |= self._group_changes(group)
             merged = self.pending.pop(name)
             if plan.groups[group][0] not in plan.changes.whole:
                 merged = self._float(name).add_(merged)

@@ -142,7 +142,7 @@ class StagePlanner:
         fix = partial(advise, size, load, spec, self.path, limit, self._spare_adapter, self._lean_adapter)
         adapter_parameters = load.adapter.parameters if load.adapter else None
         if experts is None:
-            adapted = load.adapter and load.adapter.active(size)
+            adapted = load.adapter.active(size) if load.adapter else None
             flops = flops_per_token(size, load.length, adapted, spec.extra_forwards)
         else:
             flops = flops_per_token(size, load.length, 0) + 2 * experts.active

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from accelerate import PartialState
+from accelerate import PartialState  # type: ignore[import-untyped]  # it has no types
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
@@ -128,8 +128,8 @@ class StageContext:
             return PromptFeed(even, seed, repeats, self.resumed.directory if self.resumed else None)
         if self.resumed is None:
             return Feed(self.division, self.shards, seed)
-        place = None if self.resumed.other_rows else self.resumed.directory
-        return Feed(self.division, self.shards, seed, self.resumed.step, place)
+        directory = None if self.resumed.other_rows else self.resumed.directory
+        return Feed(self.division, self.shards, seed, self.resumed.step, directory)
 
     @cached_property
     def precision(self) -> Precision:

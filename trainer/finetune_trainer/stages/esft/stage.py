@@ -54,7 +54,7 @@ class EsftTrainer(StageTrainer, trl.SFTTrainer):
         """The trained weights alone; DeepSpeed's shards hold them already."""
         if self.is_deepspeed_enabled or not self.args.should_save:
             return
-        directory = Path(output_dir or self.args.output_dir)
+        directory = Path(output_dir or str(self.args.output_dir))
         directory.mkdir(parents=True, exist_ok=True)
         save_file(
             {name: weight.detach().cpu().contiguous() for name, weight in self._trained().items()}, directory / TRAINED
@@ -128,5 +128,5 @@ def _spec(context: StageContext) -> EsftSpec:
 
 def _model(context: StageContext, device: torch.device) -> Any:
     """The model on its device, where it is going anyway; ZeRO-3 has placed it as it loaded."""
-    model = starting_model(context)
+    model: Any = starting_model(context)
     return model if context.zero == 3 else model.to(device)

@@ -6,7 +6,6 @@ import json
 from contextlib import nullcontext
 from typing import Any
 
-from finetune_api.stages import EvaluateSpec
 from finetune_api.stages.evaluation import PERPLEXITY
 from finetune_trainer.evaluation.compared_models import Contender, contenders, form_note, open_model
 from finetune_trainer.evaluation.harness_tasks import run_tasks
@@ -43,8 +42,8 @@ class Evaluation:
     """One worker's part: batches are dealt among the workers, and are the same for any number of them."""
 
     def __init__(self, context: StageContext, tools: StageIO) -> None:
-        spec, run, where = context.spec, context.run, context.where
-        assert isinstance(spec, EvaluateSpec)
+        spec, run, where = context.stage.evaluate, context.run, context.where
+        assert spec is not None
         self.context, self.tools, self.spec = context, tools, spec
         self.models = contenders(run, context.layout.index, spec, tools.storage)
         places = directories(run)

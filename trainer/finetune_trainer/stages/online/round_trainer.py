@@ -54,6 +54,7 @@ class RoundTrainer(PreferenceTrainer):
     """
 
     stage: RoundExtensions
+    control: transformers.TrainerControl
     makes_pairs = True
 
     @staticmethod
@@ -77,7 +78,7 @@ class RoundTrainer(PreferenceTrainer):
 
     def get_train_dataloader(self) -> Any:
         """transformers' hook: it counts the steps; what is trained on is made as it is needed."""
-        return self.stage.feed.loader(range(self.stage.schedule.total * self.stage.feed.division.rows), list)
+        return self.stage.feed.loader(range(self.stage.schedule.total * self.stage.feed.division.rows), list)  # type: ignore[arg-type]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """transformers' hook around each optimizer step's batches: pairs of the present round."""
@@ -206,11 +207,12 @@ class RoundTrainer(PreferenceTrainer):
         texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad(), self.accelerator.autocast():
             output = self.model(**texts, use_cache=False, labels=labels, fused_lm_head=True)
-        return output.log_probs.sum(dim=1).chunk(2, dim=0)
+        chosen, rejected = output.log_probs.sum(dim=1).chunk(2, dim=0)
+        return chosen, rejected
 
     def _keep(self, number: int, samples: list[Json], pairs: list[Json]) -> None:
         scores = [score for row in samples for score in row["scores"] if score is not None]
-        facts = {
+        facts: dict[str, Any] = {
             "prompts": len(samples),
             "pairs": len(pairs),
             "ties": len(samples) - len(pairs),

@@ -29,7 +29,8 @@ def make_trainer(context: StageContext) -> Any:
     """The trainer of an `online` stage."""
     spec = context.spec
     assert isinstance(spec, OnlineSpec)
-    rounds = schedule(spec, len(context.data.train), context.rows_per_step)
+    rows: Any = context.data.train
+    rounds = schedule(spec, len(rows), context.rows_per_step)
     # The arguments come first: with ZeRO-3 they divide the model among the workers while it loads. A reference's
     # log-probabilities are part of the pairs.
     common = training_arguments(context) | {"max_steps": rounds.total, "num_train_epochs": 1}

@@ -51,6 +51,7 @@ class PolicyTrainer(StageTrainer):
     """
 
     stage: PolicyExtensions
+    control: transformers.TrainerControl
 
     @staticmethod
     def new_extensions() -> PolicyExtensions:
@@ -164,7 +165,8 @@ class PolicyTrainer(StageTrainer):
             return None
         passes = len(self.stage.answered or ()) if self.stage.spec.algorithm == "grpo" else 1
         recent = self._metrics["train"]["kl"][-passes:]
-        return sum(recent) / len(recent)
+        kl: float = sum(recent) / len(recent)
+        return kl
 
     def kl_now(self) -> float:
         """As `kl_of_step`, of the model after its last update, on new answers to the last step's prompts."""
@@ -210,7 +212,7 @@ class PolicyTrainer(StageTrainer):
         tokens = [completion.tokens for completion in found]
         values = self._worth(rows, [completion.text for completion in found], tokens)
         total = weighted(values, [reward.weight for reward in self.stage.rewards])
-        columns = [total, *values, [len(one) for one in tokens]]
+        columns: list[list[Any]] = [total, *values, [len(one) for one in tokens]]
         totals = [number for column in columns for number in _sum_and_count(column, real)]
         return torch.tensor(totals, dtype=torch.float32, device=self.accelerator.device)
 

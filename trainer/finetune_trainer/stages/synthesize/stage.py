@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from finetune_api.problems import Problem
-from finetune_api.stages import SynthesizeSpec
 from finetune_trainer.endpoint.journal import Journal
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.queries.sandbox import Sandbox
@@ -38,8 +37,8 @@ class Synthesis:
     answers on all of them."""
 
     def __init__(self, context: StageContext, tools: StageIO, stack: ExitStack) -> None:
-        spec = context.spec
-        assert isinstance(spec, SynthesizeSpec)
+        spec = context.stage.synthesize
+        assert spec is not None
         self.context, self.tools, self.spec, self._stack = context, tools, spec, stack
         self.where = context.where
         self.base_dir, self.cache_dir = Path(context.run.base_dir), Path(context.run.cache_dir)
