@@ -54,7 +54,6 @@ class RoundTrainer(PreferenceTrainer):
     """
 
     stage: RoundExtensions
-    control: transformers.TrainerControl
     makes_pairs = True
 
     @staticmethod
@@ -239,7 +238,7 @@ class RoundTrainer(PreferenceTrainer):
                 self.stage.files.record(number, facts)
         self.model.eval()
         self.log(means)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)  # type: ignore[has-type]
         return means
 
     def _held_out(self) -> torch.Tensor:

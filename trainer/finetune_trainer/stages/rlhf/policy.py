@@ -51,7 +51,6 @@ class PolicyTrainer(StageTrainer):
     """
 
     stage: PolicyExtensions
-    control: transformers.TrainerControl
 
     @staticmethod
     def new_extensions() -> PolicyExtensions:
@@ -195,7 +194,7 @@ class PolicyTrainer(StageTrainer):
         names = ["reward", *(f"rewards/{reward.name}" for reward in self.stage.rewards), "length"]
         means = {f"eval_{name}": sums[2 * at] / max(sums[2 * at + 1], 1) for at, name in enumerate(names)}
         self.log(means)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)  # type: ignore[has-type]
         return means
 
     def _held_out(self) -> torch.Tensor:
