@@ -80,7 +80,7 @@ def test_forms_of_score_files(tmp_path: Path, row: Any, bare: bool) -> None:
     [
         ("{}", "token_scores"),
         ('{"token_scores": [[0.1, 0.9]]}', "by layer and expert"),  # the first layer's number is not known
-        ("{", "no JSON"),
+        ("{", "not valid JSON"),
         ("[1]", "list"),
         ('{"gate_scores": {}}', "token_scores"),
         ('{"token_scores": {"1": 3}}', "by layer and expert"),

@@ -80,7 +80,9 @@ class EndpointJudge:
         request = self._request(prompt, [answers[index] for index in order])
         for sample in range(TRIES):
             try:
-                answer = await client.ask(ChatRequest(request, Generation(max_new_tokens=LENGTH), True, sample))
+                answer = await client.ask(
+                    ChatRequest(request, Generation.model_validate({"maxNewTokens": LENGTH}), True, sample)
+                )
             except NoAnswer:
                 continue
             scores = read_scores(answer.text, len(answers))
