@@ -1,4 +1,4 @@
-"""Writes the table of values in the chart's README from values.yaml and values.schema.json: `[--check]`."""
+"""Generate the table of values in the chart's README from values.yaml and values.schema.json: `[--check]`."""
 
 from __future__ import annotations
 
@@ -18,40 +18,41 @@ BEGIN, END = "<!-- values -->\n", "<!-- /values -->\n"
 
 
 def rows(schema: Json, definitions: Json, values: Json, prefix: str = "") -> Iterator[str]:
-    """A line of the table for each value that has no values of its own.
+    """Yield a line of the table for each value that has no nested values.
 
     Raises:
-        KeyError: the schema has a value without a default or a description.
+        KeyError: a value of the schema has no default or no description.
     """
-    for name, found in schema["properties"].items():
+    for name, declared in schema["properties"].items():
         if name == "global":
             continue
-        shape = found | definitions.get(found.get("$ref", "").rpartition("/")[2], {})
+        shape = declared | definitions.get(declared.get("$ref", "").rpartition("/")[2], {})
         inner = shape.get("properties", {})
         if inner and all("description" in item for item in inner.values()):
             yield from rows(shape, definitions, values[name], f"{prefix}{name}.")
         else:
             default = json.dumps(values[name], ensure_ascii=False)
-            yield f"| `{prefix}{name}` | `{default}` | {found['description']} |"
+            yield f"| `{prefix}{name}` | `{default}` | {declared['description']} |"
 
 
 def table() -> str:
+    """Return the table as Markdown."""
     schema: Json = json.loads((CHART / "values.schema.json").read_text())
     values: Json = yaml.safe_load((CHART / "values.yaml").read_text())
-    lines = ["| value | default | |", "|---|---|---|", *rows(schema, schema["$defs"], values)]
+    lines = ["| value | default | description |", "|---|---|---|", *rows(schema, schema["$defs"], values)]
     return "\n".join(lines) + "\n"
 
 
 def with_table(text: str) -> str:
-    """The README with the table between its two marks."""
+    """Return the text of the README with the table replaced."""
     head, _, rest = text.partition(BEGIN)
     return head + BEGIN + table() + END + rest.partition(END)[2]
 
 
 def main() -> int:
-    """Write the README, or with `--check` say whether it is out of date; returns the exit code."""
+    """Write the README, or with `--check` only compare. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare only; exit 1 where the table is out of date")
+    parser.add_argument("--check", action="store_true", help="only compare; exit with 1 if the table is out of date")
     old = README.read_text()
     new = with_table(old)
     if not parser.parse_args().check:

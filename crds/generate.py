@@ -1,6 +1,6 @@
-"""Writes the CustomResourceDefinition from the models: `python crds/generate.py [--check]`.
+"""Generate the CustomResourceDefinition from the API models: `python crds/generate.py [--check]`.
 
-Two files: the plain CRD beside this script, and the same as a template of the Helm chart.
+It writes two files: the plain CRD next to this script, and the template of the Helm chart.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ CHART_METADATA = """\
 
 
 def rendered() -> str:
-    """The CRD as YAML; keys are sorted, so that the order of fields in the models makes no difference."""
+    """Return the CRD as YAML. Keys are sorted, so that the order of fields in the models does not matter."""
     return HEADER + yaml.safe_dump(crd(), sort_keys=True, width=110, allow_unicode=True)
 
 
 def chart_template(text: str) -> str:
-    """The CRD as a template behind `crds.enabled`; uninstalling the chart keeps it, and with it everybody's jobs."""
+    """Return the CRD as a chart template with the condition `crds.enabled`. `helm uninstall` keeps the CRD and all
+    jobs."""
     body = text.removeprefix(HEADER).replace("{{", '{{ "{{" }}')
     head, found, rest = body.partition("metadata:\n")
-    assert found, "a CRD has metadata"
+    assert found, "the CRD has no metadata"
     return HEADER + "{{- if .Values.crds.enabled }}\n" + head + found + CHART_METADATA + rest + "{{- end }}\n"
 
 
 def files() -> dict[Path, str]:
-    """All that this script writes."""
+    """Return the content of all generated files by path."""
     text = rendered()
     return {TARGET: text, CHART_TARGET: chart_template(text)}
 
 
 def check(text: str, target: Path = TARGET) -> list[str]:
-    """The first lines of the difference between `text` and the file, empty where their bytes are equal."""
+    """Return the first lines of the diff between `text` and the file, or an empty list if the bytes are equal."""
     old = target.read_bytes() if target.exists() else b""
     if old == text.encode():
         return []
@@ -57,9 +58,9 @@ def check(text: str, target: Path = TARGET) -> list[str]:
 
 
 def main() -> int:
-    """Write the files, or with `--check` say how they differ; returns the exit code."""
+    """Write the files, or with `--check` print how they differ. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare only; exit 1 where a file is out of date")
+    parser.add_argument("--check", action="store_true", help="only compare; exit with 1 if a file is out of date")
     if not parser.parse_args().check:
         for target, text in files().items():
             target.write_bytes(text.encode())

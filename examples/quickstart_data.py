@@ -1,11 +1,11 @@
-"""Training data from text that every Python ships: `python quickstart_data.py [DIRECTORY]`.
+"""Generate training data from the docstrings of Python: `python quickstart_data.py [DIRECTORY]`.
 
-Writes four files of JSON lines, always the same ones for one Python version:
+It writes four JSON Lines files, which are always the same for one Python version:
 
-- `corpus.jsonl` — `{text}`: docstrings of the standard library and its language reference, to pretrain on;
-- `questions.jsonl` — `{messages}`: «What does `os.path.join` do?» with the first sentence of the docstring;
-- `held-out.jsonl` — the same form: the same functions in words that `questions.jsonl` does not ask about them in;
-- `preferences.jsonl` — `{prompt, chosen, rejected}`: the right sentence against another function's or a broken one.
+- `corpus.jsonl`: `{text}`, docstrings of the standard library and the language reference, for pretraining;
+- `questions.jsonl`: `{messages}`, "What does `str.join` do?" with the first sentence of the docstring;
+- `held-out.jsonl`: the same functions with other wordings of the questions;
+- `preferences.jsonl`: `{prompt, chosen, rejected}`; the rejected sentence is that of another function, or truncated.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ CORPUS_MODULES = (
     "builtins", "bisect", "collections", "copy", "datetime", "fnmatch", "functools", "glob", "heapq", "itertools",
     "json", "math", "operator", "os", "os.path", "random", "re", "shutil", "statistics", "string", "textwrap", "time",
 )  # fmt: skip
-"""Modules that do nothing when imported."""
+"""Modules without side effects at import."""
 
 QUESTION_MODULES = ("builtins",)
-"""Modules whose functions are asked about: few enough that a tiny model can know them all."""
+"""Modules with the functions of the questions: few enough for a tiny model to learn all of them."""
 
 QUESTION_TYPES = (str, list)
-"""Built-in types whose methods are asked about too."""
+"""Built-in types whose methods are also used for questions."""
 
 WORDINGS = (
     "What does `{name}` do?",
@@ -47,10 +47,10 @@ WORDINGS = (
     "Tell me about `{name}`.",
     "Describe {name} in one sentence.",
 )
-"""Every function is asked about in all of these but one, which is held out and is another one for the next function."""
+"""Wordings of the questions. For each function one of them is held out, in rotation."""
 
 UNSEEN_WORDING = "I met {name} in some code. What does it do?"
-"""Held out for every function."""
+"""Wording that is held out for all functions."""
 
 MIN_ANSWER, MAX_ANSWER = 15, 90
 _ABBREVIATIONS = ("e.g.", "eg.", "i.e.", "a.k.a.", "etc.")
@@ -58,7 +58,7 @@ _SIGNATURE = re.compile(r"^[\w.]+\(.*?\)(\s*->.*)?$")
 
 
 def main() -> None:
-    """Write the files and say how many rows each has."""
+    """Write the files and print their numbers of rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     default = Path(__file__).parent / "quickstart-data"
     parser.add_argument("directory", nargs="?", type=Path, default=default, help=f"default: {default}")
@@ -68,9 +68,9 @@ def main() -> None:
 
 
 def write(directory: Path) -> dict[str, int]:
-    """Write all files into `directory`, made if need be; the number of rows by file name."""
+    """Write all files to `directory` and return the number of rows by file name."""
     directory.mkdir(parents=True, exist_ok=True)
-    # What is made here is made again at will: keep it out of the repository, as virtual environments do.
+    # Keep the generated files out of the repository.
     (directory / ".gitignore").write_text("*\n")
     tables = build()
     for name, rows in tables.items():
@@ -80,7 +80,7 @@ def write(directory: Path) -> dict[str, int]:
 
 
 def build() -> dict[str, list[Row]]:
-    """The rows of each file.
+    """Return the rows of each file.
 
     Raises:
         SystemExit: Python runs without docstrings (`-OO`).
@@ -97,14 +97,14 @@ def build() -> dict[str, list[Row]]:
 
 
 def corpus() -> list[str]:
-    """Docstrings, each under its name, and the language reference; no text twice."""
+    """Return the docstrings, each with its name, and the language reference, without duplicates."""
     documents = [f"{name}\n\n{doc}" for module in CORPUS_MODULES for name, doc in _docs(module).items()]
     topics: Docs = importlib.import_module("pydoc_data.topics").topics
     return list(dict.fromkeys(documents + [topics[name].strip() for name in sorted(topics)]))
 
 
 def question_answers() -> Docs:
-    """Name of each function that is asked about → first sentence of its docstring; no sentence twice."""
+    """Return the first sentence of the docstring by function name, without duplicate sentences."""
     docs: Docs = {}
     for module in QUESTION_MODULES:
         docs |= _function_docs(importlib.import_module(module), _prefix(module))
@@ -119,7 +119,7 @@ def question_answers() -> Docs:
 
 
 def first_sentence(doc: str) -> str:
-    """The first sentence of a docstring, signature lines left out; empty where it has none."""
+    """Return the first sentence of a docstring without signature lines, or an empty string."""
     paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", doc)]
     prose = next((part for part in paragraphs if not _SIGNATURE.match(part)), "")
     sentence = re.split(r"(?<=[.!?])\s", prose, maxsplit=1)[0]
@@ -127,7 +127,7 @@ def first_sentence(doc: str) -> str:
 
 
 def questions(answers: Docs) -> Iterator[tuple[str, str]]:
-    """(question, answer) of every function in every wording but its held-out one."""
+    """Yield (question, answer) for every function in all wordings except its held-out one."""
     for index, (name, answer) in enumerate(answers.items()):
         for number, wording in enumerate(WORDINGS):
             if number != index % len(WORDINGS):
@@ -135,14 +135,14 @@ def questions(answers: Docs) -> Iterator[tuple[str, str]]:
 
 
 def held_out(answers: Docs) -> Iterator[tuple[str, str]]:
-    """(question, answer) of every function in its held-out wording and in the one no function is trained on."""
+    """Yield (question, answer) for every function in its held-out wording and in the unseen wording."""
     for index, (name, answer) in enumerate(answers.items()):
         yield WORDINGS[index % len(WORDINGS)].format(name=name), answer
         yield UNSEEN_WORDING.format(name=name), answer
 
 
 def preferences(answers: Docs, seed: int = 0) -> Iterator[Row]:
-    """Two pairs per function: against another function's answer, and against its own cut in the middle."""
+    """Yield about two pairs per function: the rejected answer is that of another function, or a truncated one."""
     chance = random.Random(seed)
     sentences = list(answers.values())
     for question, answer in questions(answers):
@@ -171,7 +171,7 @@ def _prefix(module: str) -> str:
 
 
 def _docs(module_name: str) -> Docs:
-    """Docstrings of a module, its functions, its classes and their methods, by full name."""
+    """Return the docstrings of a module, its functions, its classes and their methods, by full name."""
     module = importlib.import_module(module_name)
     prefix = _prefix(module_name)
     docs = {module_name: inspect.getdoc(module) or ""} | _function_docs(module, prefix)
@@ -188,9 +188,9 @@ def _function_docs(owner: ModuleType | type, prefix: str) -> Docs:
 
 
 def _public(owner: ModuleType | type) -> Iterable[tuple[str, Any]]:
-    """Public members, sorted by name; of a class only its own, of a module only what it offers."""
-    offered = getattr(owner, "__all__", None) or vars(owner)
-    return [(name, getattr(owner, name, None)) for name in sorted(offered) if not name.startswith("_")]
+    """Return the public members by name: those that a class defines, or those in `__all__` of a module."""
+    exported = getattr(owner, "__all__", None) or vars(owner)
+    return [(name, getattr(owner, name, None)) for name in sorted(exported) if not name.startswith("_")]
 
 
 def _defined_in(kind: type, module: ModuleType) -> bool:

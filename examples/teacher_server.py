@@ -1,9 +1,9 @@
-"""A teacher for trying out `synthesize` without any model: a small OpenAI-compatible server that answers by rules.
+"""A teacher to try `synthesize` without a model: a small OpenAI-compatible server that answers with fixed rules.
 
     python examples/teacher_server.py [PORT]
 
-It knows the prompts of this project's templates and nothing else: what it writes is well formed and dull. As models do,
-it is wrong at times: each seventh query asks for something that is not there.
+It supports only the prompts of the templates of this project. Like a model, it makes mistakes: every seventh query
+refers to a column or property that does not exist.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HARDER = {
 
 
 def answer(messages: list[dict[str, str]]) -> str:
-    """The text that answers a conversation."""
+    """Return the answer to a conversation."""
     prompt = next((message["content"] for message in messages if message["role"] == "user"), "")
     for opening, rule in RULES.items():
         if prompt.startswith(opening):
@@ -100,13 +100,13 @@ def _cypher(prompt: str) -> dict[str, Any]:
 
 
 def _pairs(prompt: str, all_of: list[tuple[str, str, str, str]], wrong: str) -> dict[str, Any]:
-    """The set's share of all pairs, every seventh of them wrong."""
+    """Return the pairs of one set; every seventh pair has a wrong query."""
     wanted = int(re.search(r"Write (\d+) different", prompt)[1])  # type: ignore[index]
     number = int(re.search(r"This is set (\d+) of", prompt)[1])  # type: ignore[index]
     pairs = []
-    for place in range((number - 1) * wanted, number * wanted):
-        table, column, question, query = all_of[place % len(all_of)]
-        query = wrong if place % WRONG_EVERY == WRONG_EVERY - 1 else query
+    for index in range((number - 1) * wanted, number * wanted):
+        table, column, question, query = all_of[index % len(all_of)]
+        query = wrong if index % WRONG_EVERY == WRONG_EVERY - 1 else query
         pairs.append({"question": question.format(t=table, c=column), "query": query.format(t=table, c=column)})
     return {"pairs": pairs}
 
@@ -116,7 +116,7 @@ def _quoted(prompt: str) -> list[str]:
 
 
 def _number(text: str) -> int:
-    """A number from 2 to 9 that a text always has."""
+    """Return a number from 2 to 9 that depends only on the text."""
     return 2 + sum(map(ord, text)) % 8
 
 
@@ -160,7 +160,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Requests are not logged."""
+        """Do not log requests."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`chat` and `generate`: what a trained model says. The libraries load only when a command runs."""
+"""The commands `chat` and `generate`. Heavy libraries are imported only when a command runs."""
 
 from __future__ import annotations
 
@@ -22,40 +22,46 @@ ResultDir = Annotated[
     str,
     typer.Argument(
         metavar="RESULT_DIR",
-        help="A job's directory (its last finished stage answers), one stage's `result`, or any saved transformers "
+        help="Directory of a job (its last finished stage is used), `result` of a stage, or any saved transformers "
         "model or PEFT adapter.",
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of one answer.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Maximum number of tokens of an answer.")]
 Sample = Annotated[
     bool,
     typer.Option(
-        "--sample", help="Draw each token by its probability. On by itself with --temperature/--top-p/--top-k."
+        "--sample", help="Sample tokens. Implied by --temperature, --top-p and --top-k. Default: greedy decoding."
     ),
 ]
-Temperature = Annotated[float | None, typer.Option(help="Below 1 safer, above 1 wilder. Default: 1, when sampling.")]
-TopP = Annotated[float | None, typer.Option(help="Sample among the likeliest tokens that together reach this share.")]
-TopK = Annotated[int | None, typer.Option(help="Sample among so many of the likeliest tokens.")]
-Beams = Annotated[int, typer.Option(help="Beams of beam search; 1 is none.")]
-Penalty = Annotated[float, typer.Option(help="Above 1, tokens that occurred become less likely; 1 is no penalty.")]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeat exactly. Default: new answers each time.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="Sampling temperature. Below 1: less random, above 1: more random. Default: 1.")
+]
+TopP = Annotated[
+    float | None, typer.Option(help="Sample from the most likely tokens whose probabilities add up to this value.")
+]
+TopK = Annotated[int | None, typer.Option(help="Sample from this many of the most likely tokens.")]
+Beams = Annotated[int, typer.Option(help="Number of beams of beam search. 1: no beam search.")]
+Penalty = Annotated[
+    float, typer.Option(help="Values above 1 make tokens that have occurred less likely. 1: no penalty.")
+]
+Seed = Annotated[int | None, typer.Option(help="Random seed, for reproducible sampling. Default: random.")]
 Raw = Annotated[
     bool | None,
     typer.Option(
         "--raw/--chat",
-        help="Continue texts as they stand, or ask through the chat template. Default: as the model was trained; "
-        "through the chat template, if there is one, where that is not known.",
+        help="--raw: continue the text without a chat template. --chat: apply the chat template. Default: as the model "
+        "was trained; if that is not known, apply the chat template if there is one.",
     ),
 ]
-System = Annotated[str | None, typer.Option(help="System message put before the conversation.")]
+System = Annotated[str | None, typer.Option(help="System message before the conversation.")]
 Device = Annotated[
-    str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1`, … `auto`: the first accelerator, else the CPU.")
+    str, typer.Option(help="Device, such as `cpu`, `cuda` or `cuda:1`. `auto`: the first accelerator, else the CPU.")
 ]
 
 
 def chat_command(
     result_dir: ResultDir,
-    prompt: Annotated[str | None, typer.Option(help="Ask this alone, print the answer and leave.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this prompt and exit.")] = None,
     raw: Raw = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 256,
@@ -68,11 +74,11 @@ def chat_command(
     seed: Seed = None,
     device: Device = "auto",
 ) -> None:
-    """Talk with a trained model.
+    """Chat with a trained model.
 
-    It remembers the conversation; `/help` lists what else can be typed. Ctrl-C stops an answer, Ctrl-D leaves. A model
-    that was trained on plain text has no turns: each line is continued on its own.
-    Questions may also be piped in, one per line. Greedy (the likeliest answer) unless an option says otherwise.
+    The conversation is kept between prompts. `/help` lists the commands, Ctrl-C stops an answer, Ctrl-D exits. A model
+    that was trained on plain text continues each line on its own. Standard input can also be a pipe with one prompt per
+    line. The default is greedy decoding.
     """
     values = _values(system, max_new_tokens, sample, temperature, top_p, top_k, num_beams, repetition_penalty, seed)
     guarded(lambda: _chat(result_dir, device, values, prompt, raw))
@@ -81,20 +87,22 @@ def chat_command(
 def generate_command(
     result_dir: ResultDir,
     prompts: Annotated[
-        list[str], typer.Option("--prompt", help="A prompt. May be given several times; `-` reads one from stdin.")
+        list[str], typer.Option("--prompt", help="A prompt. Can be repeated. `-` reads the prompt from standard input.")
     ] = [],  # noqa: B006  # typer's form
     prompt_file: Annotated[
         Path | None,
         typer.Option(
             "--prompts",
             metavar="FILE",
-            help="Prompts from a file: `.jsonl` rows with `prompt`, `text` or `messages` (an assistant's last message "
-            "is left out), or one prompt per line of any other file.",
+            help="File with prompts: `.jsonl` rows with `prompt`, `text` or `messages` (a last assistant message "
+            "is removed); in any other file, one prompt per line.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer: `{prompt, answer}`.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per answer: `{prompt, answer}`.")
+    ] = False,
     raw: Raw = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of prompts per batch.")] = 16,
     system: System = None,
     max_new_tokens: MaxNewTokens = 256,
     sample: Sample = False,
@@ -106,9 +114,9 @@ def generate_command(
     seed: Seed = None,
     device: Device = "auto",
 ) -> None:
-    """Answer prompts with a trained model, in batches.
+    """Generate answers to prompts in batches.
 
-    A masked model instead shows the likeliest tokens for each mask token in the prompt.
+    For a masked language model, the output is the most likely tokens for each mask token of the prompt.
     """
     values = _values(system, max_new_tokens, sample, temperature, top_p, top_k, num_beams, repetition_penalty, seed)
     guarded(lambda: _generate(result_dir, device, values, prompts, prompt_file, as_json, raw, batch_size))
@@ -118,7 +126,7 @@ def _values(
     system: str | None, max_new_tokens: int, sample: bool, temperature: float | None, top_p: float | None,
     top_k: int | None, num_beams: int, repetition_penalty: float, seed: int | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The fields of `GenerationOptions`, which is not imported before a command runs."""
+    """Return the fields of `GenerationOptions`, which is imported only when a command runs."""
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     do_sample = sample or any(value is not None for value in sampling.values())
     others = {"num_beams": num_beams, "repetition_penalty": repetition_penalty, "seed": seed, "system": system}
@@ -138,15 +146,15 @@ def _chat(result_dir: str, device: str, values: dict[str, Any], prompt: str | No
 
 
 def _generate(
-    result_dir: str, device: str, values: dict[str, Any], given: list[str], file: Path | None, as_json: bool,
+    result_dir: str, device: str, values: dict[str, Any], texts: list[str], file: Path | None, as_json: bool,
     raw: bool | None, batch_size: int,
 ) -> None:  # fmt: skip
     _quiet()
     from finetune_cli.prompt_files import read_prompts
 
-    prompts = read_prompts(given, file)
+    prompts = read_prompts(texts, file)
     loaded, options = _load(result_dir, device, values, raw)
-    # A batch at a time, so that what is done is there when a later batch fails or is stopped.
+    # Print each batch at once, so that its answers are not lost if a later batch fails or is stopped.
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         for prompt, answer in zip(batch, _answers(loaded, options, batch, raw), strict=True):
@@ -170,7 +178,7 @@ def _answers(
 
 
 def answer_text(answer: dict[str, Any]) -> str:
-    """An answer for people; of a masked model one line per mask, with probabilities."""
+    """Return an answer as text. For a masked language model: one line per mask, with probabilities."""
     if "answer" in answer:
         return str(answer["answer"])
     return "\n".join(
@@ -184,7 +192,7 @@ def _load(result_dir: str, device: str, values: dict[str, Any], raw: bool | None
 
     options = GenerationOptions(**values)
     if sys.stderr.isatty():
-        print(f"loading {result_dir} …", file=sys.stderr)
+        print(f"loading {result_dir} ...", file=sys.stderr)
     loaded = load(result_dir, device)
     note = form_note(loaded, raw)
     if note is not None:
@@ -193,10 +201,10 @@ def _load(result_dir: str, device: str, values: dict[str, Any], raw: bool | None
 
 
 def form_note(loaded: Loaded, raw: bool | None) -> str | None:
-    """Return how a model is asked, where that is not plain from the command: in the form that it was trained in.
+    """Return a note on the prompt format if it is not the obvious one, or differs from the format of the training data.
 
     Raises:
-        UserError: `--chat` without a chat template.
+        UserError: `--chat` is set and the tokenizer has no chat template.
     """
     from finetune_trainer.errors import UserError
     from finetune_trainer.form import FORMS
@@ -209,16 +217,16 @@ def form_note(loaded: Loaded, raw: bool | None) -> str | None:
     trained = f"trained on {FORMS[loaded.form]}"
     plain = form_is_plain(loaded.form)
     if raw is None:
-        return f"{trained}: texts are asked as they stand; --chat asks through the chat template" if plain else None
-    asked = "as it stands" if raw else "through the chat template"
-    return f"{trained}, but asked {asked}: the answers may be worse" if raw != plain else None
+        return f"{trained}: prompts are used without the chat template; --chat applies it" if plain else None
+    used = "without" if raw else "with"
+    return f"{trained}, but prompted {used} the chat template: answers may be worse" if raw != plain else None
 
 
 def _quiet() -> None:
-    """Before the first import of transformers, which reads its environment only then."""
+    """Set environment variables before transformers is imported: it reads them at import."""
     import torch
 
     from finetune_trainer.runtime import apply_environment, quiet_environment
 
     apply_environment(quiet_environment(accelerator=torch.accelerator.is_available()))
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # says that optional kernels are not installed
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it warns about optional kernels

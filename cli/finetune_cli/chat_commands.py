@@ -1,4 +1,4 @@
-"""`chat` and `generate`: what a trained model says. Their libraries load only when they are called."""
+"""Registration of the commands `chat` and `generate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`submit`, `status`, `logs`, `suspend`, `resume`, `delete` and `wait`: jobs on the cluster of the kube context."""
+"""The commands for jobs on a cluster: `submit`, `status`, `logs`, `suspend`, `resume`, `delete` and `wait`."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ if TYPE_CHECKING:
 
 PANEL = "On a Kubernetes cluster"
 INTERRUPTED = 130
-"""As a shell has it after Ctrl-C."""
+"""Exit code of shells after SIGINT."""
 
 JobName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the job.")]
 Namespace = Annotated[
-    str | None, typer.Option("--namespace", "-n", help="Namespace. Default: the kube context's, else `default`.")
+    str | None,
+    typer.Option("--namespace", "-n", help="Namespace. Default: that of the kubeconfig context, else `default`."),
 ]
-Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig. Default: the current one.")]
+Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig. Default: the current context.")]
 Kubeconfig = Annotated[
-    str | None, typer.Option(metavar="FILE", help="The kubeconfig. Default: $KUBECONFIG, else ~/.kube/config.")
+    str | None, typer.Option(metavar="FILE", help="Path of the kubeconfig. Default: $KUBECONFIG, else ~/.kube/config.")
 ]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
-    for name, command in {
+    commands: dict[str, Callable[..., None]] = {
         "submit": submit_command,
         "status": status_command,
         "logs": logs_command,
@@ -40,7 +41,8 @@ def register(app: typer.Typer) -> None:
         "resume": resume_command,
         "delete": delete_command,
         "wait": wait_command,
-    }.items():
+    }
+    for name, command in commands.items():
         app.command(name, rich_help_panel=PANEL)(command)
 
 
@@ -49,38 +51,46 @@ def submit_command(
     assignments: Assignments = [],  # noqa: B006
     update: Annotated[
         bool,
-        typer.Option("--update", help="Where the job exists, change its runPolicy, labels and annotations."),
+        typer.Option("--update", help="If the job exists, update its runPolicy, labels and annotations."),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Have the cluster check the job, make nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Validate the job on the cluster without creating it.")
+    ] = False,
     wait: Annotated[
-        bool, typer.Option("--wait", "-w", help="Show the status until the job has ended; exit code 1 if it failed.")
+        bool, typer.Option("--wait", "-w", help="Show the status until the job ends. Exit code 1 if it fails.")
     ] = False,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Create a job on the cluster, checked as `finetune run` does. Every fault at once; exit code 2 if any."""
+    """Create a job on the cluster. The job is validated first: all problems are reported at once, with exit code 2."""
     target = (namespace, context, kubeconfig)
     guarded(lambda: _submit(job, assignments, update, dry_run, wait, *target))
 
 
 def status_command(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Name of a job. Default: list them.")] = None,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on: live on a terminal, else as lines.")] = False,
-    output: Annotated[Literal["json", "yaml"] | None, typer.Option("--output", "-o", help="The whole object.")] = None,
-    all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="List every namespace's.")] = False,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Name of a job. Default: list all jobs.")] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Keep updating: a live view on a terminal, else one line per change.")
+    ] = False,
+    output: Annotated[
+        Literal["json", "yaml"] | None, typer.Option("--output", "-o", help="Print the complete object.")
+    ] = None,
+    all_namespaces: Annotated[
+        bool, typer.Option("--all-namespaces", "-A", help="List the jobs of all namespaces.")
+    ] = False,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Show jobs, or one with its progress, stages, conditions, attempts and failure.
+    """List jobs, or show one job with its progress, stages, conditions, attempts and failure.
 
-    With `--watch`, one job is shown until it has ended, a list until Ctrl-C.
+    With `--watch`, a single job is shown until it ends, and a list until Ctrl-C.
     """
     if watch and output is not None:
-        raise typer.BadParameter("--watch and --output exclude each other")
+        raise typer.BadParameter("--watch and --output are mutually exclusive")
     if all_namespaces and name is not None:
-        raise typer.BadParameter("--all-namespaces lists jobs: a NAME belongs to one namespace")
+        raise typer.BadParameter("--all-namespaces cannot be combined with NAME: use -n NAMESPACE")
 
     def action() -> None:
         from finetune_cli.cluster import status
@@ -99,19 +109,21 @@ def status_command(
 def logs_command(
     name: JobName,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on as it grows; without --attempt, from attempt to attempt.")
+        bool, typer.Option("--follow", "-f", help="Follow the log. Without --attempt, continue with later attempts.")
     ] = False,
-    attempt: Annotated[int | None, typer.Option(min=1, help="Which attempt's. Default: the newest.")] = None,
-    preflight: Annotated[bool, typer.Option("--preflight", help="The preflight's.")] = False,
-    node: Annotated[int, typer.Option(min=0, help="Which node's, from 0, which drives.")] = 0,
-    tail: Annotated[int | None, typer.Option(min=0, help="This many lines from the end. Default: all.")] = None,
+    attempt: Annotated[int | None, typer.Option(min=1, help="Number of the attempt. Default: the latest.")] = None,
+    preflight: Annotated[bool, typer.Option("--preflight", help="Print the log of the preflight.")] = False,
+    node: Annotated[int, typer.Option(min=0, help="Index of the node. Node 0 runs the driver.")] = 0,
+    tail: Annotated[
+        int | None, typer.Option(min=0, help="Number of lines from the end of the log. Default: all.")
+    ] = None,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Print the log of the pod that drives a job (node 0), or of another of its nodes."""
+    """Print the log of the driver of a job (node 0), or of another node."""
     if preflight and attempt is not None:
-        raise typer.BadParameter("--preflight and --attempt exclude each other")
+        raise typer.BadParameter("--preflight and --attempt are mutually exclusive")
 
     def action() -> None:
         from finetune_cli.cluster.logs import Logs
@@ -125,25 +137,25 @@ def logs_command(
 def suspend_command(
     name: JobName, namespace: Namespace = None, context: Context = None, kubeconfig: Kubeconfig = None
 ) -> None:
-    """Save a checkpoint and stop a job's pods; `finetune resume` goes on from it."""
+    """Save a checkpoint and stop the pods of a job. `finetune resume` continues from the checkpoint."""
     guarded(lambda: _set_suspension(name, True, namespace, context, kubeconfig))
 
 
 def resume_command(
     name: JobName, namespace: Namespace = None, context: Context = None, kubeconfig: Kubeconfig = None
 ) -> None:
-    """Let a suspended job go on from its last checkpoint."""
+    """Continue a suspended job from its last checkpoint."""
     guarded(lambda: _set_suspension(name, False, namespace, context, kubeconfig))
 
 
 def delete_command(
     name: JobName,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Delete a job and its pods. Its checkpoints and results stay in storage."""
+    """Delete a job and its pods. Checkpoints and results in storage are kept, unless its deletionPolicy is Delete."""
     guarded(lambda: _delete(name, yes, namespace, context, kubeconfig))
 
 
@@ -157,14 +169,17 @@ def wait_command(
             help="Succeeded, Failed, Running, Suspended, Admitted, Planned, Validated or Deleted.",
         ),
     ] = "Succeeded",
-    timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Such as 90s, 15m or 2h. Default: none.")] = None,
+    timeout: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Maximum time to wait, such as 90s, 15m or 2h. Default: no limit."),
+    ] = None,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Wait until a job succeeds, or gets elsewhere.
+    """Wait until a job succeeds, or reaches another state (`--for`).
 
-    Exit codes: 0 it did, 1 it ended otherwise, 2 there is no such job, 124 the time is over.
+    Exit codes: 0 the state was reached, 1 the job ended in another state, 2 the job does not exist, 124 timeout.
     """
 
     def action() -> None:
@@ -210,13 +225,13 @@ def _delete(name: str, yes: bool, namespace: str | None, context: str | None, ku
     jobs = _jobs(namespace, context, kubeconfig)
     jobs.read(name)
     if not yes and not sys.stdin.isatty():
-        raise UserError("there is no terminal to ask at: --yes deletes without asking")
-    question = f"Delete job {name} in namespace {jobs.namespace}, and its pods? Checkpoints and results stay."
+        raise UserError("cannot ask for confirmation without a terminal: use --yes")
+    question = f"Delete job {name} and its pods in namespace {jobs.namespace}?"
     if not yes and not typer.confirm(question):
         print("nothing was deleted")
         return
     jobs.delete(name)
-    print(f"{name} deleted from namespace {jobs.namespace}; checkpoints and results are still in storage")
+    print(f"{name} deleted from namespace {jobs.namespace}")
 
 
 def _jobs(namespace: str | None, context: str | None, kubeconfig: str | None, *, everywhere: bool = False) -> Jobs:
@@ -234,7 +249,7 @@ def _target(namespace: str | None, context: str | None, kubeconfig: str | None) 
 
 
 def _watching(action: Callable[[], None]) -> None:
-    """Run an action that Ctrl-C ends; the job runs on."""
+    """Run an action until Ctrl-C. The job continues."""
     try:
         guarded(action)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""`doctor`: what this machine has, and lacks, of what a GPU node or a job needs."""
+"""The command `doctor`: check this machine against the requirements of a GPU node or of a job."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 STYLES = {"ok": "green", "warning": "yellow", "missing": "bold red", "not needed": "dim"}
 Assignments = Annotated[
     list[str],
-    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the job. May be given several times."),
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the job. Can be repeated."),
 ]
 
 
@@ -33,14 +33,16 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor_command(
-    job: Annotated[Path | None, typer.Argument(metavar="[JOB.yaml]", help="A job whose needs are checked.")] = None,
+    job: Annotated[
+        Path | None, typer.Argument(metavar="[JOB.yaml]", help="Job whose requirements are checked.")
+    ] = None,
     assignments: Assignments = [],  # noqa: B006  # typer's form
     as_json: Annotated[bool, typer.Option("--json", help="Print findings and facts as JSON.")] = False,
 ) -> None:
-    """Check what this machine has of what a job needs, or without a job, of what a GPU node needs.
+    """Check whether this machine meets the requirements of a job, or without a job, those of a GPU node.
 
-    A table of checks: what was found, what is needed, and the remedy. Exit codes: 0 nothing is missing, 1 something is
-    that the job needs (without a job: and this machine has GPUs), 2 the job is wrong.
+    The output is a table of checks: what was found, what is needed, and the remedy. Exit codes: 0 nothing is missing,
+    1 a requirement of the job is missing (without a job: only if this machine has GPUs), 2 the job is invalid.
     """
     guarded(lambda: _doctor(job, assignments, as_json))
 
@@ -57,12 +59,12 @@ def _doctor(path: Path | None, assignments: list[str], as_json: bool) -> None:
     facts = gather(cache_dir(), ask_hub=True)
     here = len(facts.torch.gpus) or facts.driver.devices
     findings = examine(facts, gpu_node() if job is None else job_needs(job, here))
-    lacks = missing(findings)
+    lacking = missing(findings)
     if as_json:
         print(json.dumps(_to_json(findings, facts, job), indent=1))
     else:
         _print(findings, job, has_gpus=here > 0)
-    if lacks and (job is not None or here):
+    if lacking and (job is not None or here):
         raise typer.Exit(int(ExitCode.FAILED))
 
 
@@ -73,11 +75,12 @@ def _to_json(findings: list[Finding], facts: Facts, job: FineTuneJob | None) -> 
 
 
 def _print(findings: list[Finding], job: FineTuneJob | None, *, has_gpus: bool) -> None:
-    """The table; where there is no GPU and no job, what it means is said below it."""
+    """Print the table and a summary."""
     table = Table(
-        title="What a GPU node needs" if job is None else f"What {job.metadata.name} needs", title_justify="left"
+        title="Requirements of a GPU node" if job is None else f"Requirements of {job.metadata.name}",
+        title_justify="left",
     )
-    for column in ("check", "state", "found", "needed, and what to do"):
+    for column in ("check", "state", "found", "needed, and remedy"):
         table.add_column(column, overflow="fold")
     for one in findings:
         style = STYLES[one.state.value]
@@ -88,7 +91,7 @@ def _print(findings: list[Finding], job: FineTuneJob | None, *, has_gpus: bool) 
     count = sum(one.state.value == "missing" for one in findings)
     if job is None and not has_gpus:
         console.print(
-            f"This machine has no GPU. A GPU node like it would lack what is marked missing ({count} checks)."
+            f"This machine has no GPU. A GPU node with this software would fail the checks marked missing ({count})."
         )
     else:
-        console.print("Nothing is missing." if not count else f"{count} checks found something missing.")
+        console.print("Nothing is missing." if not count else f"{count} checks failed.")

@@ -1,4 +1,4 @@
-"""`merge` and `select-experts`: what is done with trained experts and their scores outside a job."""
+"""The commands for adapters and expert scores: `merge` and `select-experts`."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ def register(app: typer.Typer) -> None:
 
 
 def merge_command(
-    result_dir: Annotated[str, typer.Argument(metavar="RESULT_DIR", help="A job, a result or an adapter.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write; it must not exist.")],
+    result_dir: Annotated[
+        str, typer.Argument(metavar="RESULT_DIR", help="Directory of a job, a result or an adapter.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory. It must not exist.")],
 ) -> None:
-    """Write an adapter (trained experts, or LoRA) and its base as one model that plain transformers loads."""
+    """Merge an adapter (LoRA or trained experts) into its base model and write a model that transformers can load."""
     guarded(lambda: _merge(result_dir, out))
 
 
 def select_command(
-    scores: Annotated[Path, typer.Argument(metavar="SCORES.json", help="Scores by layer and expert.")],
-    score: Annotated[Literal["token", "gate"], typer.Option(help="Which scores of the file count.")] = "token",
+    scores: Annotated[Path, typer.Argument(metavar="SCORES.json", help="Scores per layer and expert.")],
+    score: Annotated[Literal["token", "gate"], typer.Option(help="Score of the file to use.")] = "token",
     threshold: Annotated[
         float | None, typer.Option(help="Sum of scores to reach. Default: 0.2 for token, 0.1 for gate.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File to write. Default: standard output.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file. Default: standard output.")] = None,
 ) -> None:
-    """Select experts by scores, as an `esft` stage does, and write them as an `expert_config.json`.
+    """Select experts by their scores, as an `esft` stage does, and write an `expert_config.json`.
 
-    Reads `expert_scores.json` of a stage and `summary.json` of the ESFT reference code.
+    The input is `expert_scores.json` of a stage or `summary.json` of the ESFT reference code.
     """
     guarded(lambda: _select(scores, score, threshold, out))
 
@@ -56,12 +58,12 @@ def _select(scores: Path, score: Literal["token", "gate"], threshold: float | No
 
     limit = default_threshold(score) if threshold is None else threshold
     if not 0 < limit <= 1:
-        raise UserError([Problem("--threshold", f"got {limit:g}, expected more than 0 and at most 1")])
-    chosen = select_layers(read_scores(scores, score), limit)
-    text = json.dumps(ExpertConfig(chosen, notes={"score": score, "threshold": limit}).to_json())
+        raise UserError([Problem("--threshold", f"got {limit:g}, expected a number above 0 and up to 1")])
+    selected = select_layers(read_scores(scores, score), limit)
+    text = json.dumps(ExpertConfig(selected, notes={"score": score, "threshold": limit}).to_json())
     if out is None:
         print(text)
         return
     out.write_text(text + "\n", encoding="utf-8")
-    experts = sum(map(len, chosen.values()))
-    print(f"wrote {out}: {experts} experts in {len(chosen)} layers", file=sys.stderr)
+    experts = sum(map(len, selected.values()))
+    print(f"wrote {out}: {experts} experts in {len(selected)} layers", file=sys.stderr)

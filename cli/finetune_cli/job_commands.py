@@ -1,4 +1,4 @@
-"""`run`, `validate`, `plan` and `init`: what is done with a job file."""
+"""The commands for job files: `run`, `validate`, `plan` and `init`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from finetune_cli.outcome import guarded
 from finetune_cli.starter import init_command
 from finetune_trainer.errors import UserError
 
-JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file; `finetune init` writes one.")]
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="Job file. `finetune init` creates one.")]
 Assignments = Annotated[
     list[str],
     typer.Option(
         "--set",
         metavar="FIELD=VALUE",
-        help="Override a field, such as `stages[0].sft.learningRate=1e-4`. May be given several times.",
+        help="Override a field, such as `stages[0].sft.learningRate=1e-4`. Can be repeated.",
     ),
 ]
 
@@ -40,26 +40,33 @@ def register(app: typer.Typer) -> None:
 def run_command(
     job: JobFile,
     assignments: Assignments = [],  # noqa: B006  # typer's form
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from an earlier run's last checkpoint.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Set an earlier run's directory aside, start over.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last checkpoint of an earlier run.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Rename the directory of an earlier run and start over.")
+    ] = False,
 ) -> None:
-    """Run a job on this machine, all its stages in order.
+    """Run all stages of a job on this machine.
 
-    Results, metrics, checkpoints and `report.html` go to `<storage>/<name of the job>`. Exit codes: 0 done, 1 failed
-    (a retry may help), 2 the job or its data is wrong, 3 out of memory, 4 an evaluation missed its gate, 75 stopped
-    with a checkpoint (`--resume`).
+    Results, metrics, checkpoints and `report.html` are written to `<storage>/<name of the job>`. Exit codes: 0 success,
+    1 failure (a retry may help), 2 the job or its data is invalid, 3 out of memory, 4 an evaluation did not pass its
+    gate, 75 stopped with a checkpoint (continue with `--resume`).
     """
     if resume and fresh:
-        raise typer.BadParameter("--resume and --fresh exclude each other")
+        raise typer.BadParameter("--resume and --fresh are mutually exclusive")
     guarded(lambda: _run(_config(job, assignments), resume, fresh))
 
 
 def validate_command(
     job: JobFile,
     assignments: Assignments = [],  # noqa: B006
-    offline: Annotated[bool, typer.Option("--schema-only", help="Check the fields, not models and data.")] = False,
+    offline: Annotated[bool, typer.Option("--schema-only", help="Check only the fields, not models and data.")] = False,
 ) -> None:
-    """Check a job without running it: its fields, its model, its data. Says every fault at once; exit code 2 if any."""
+    """Check the fields, the model and the data of a job without training.
+
+    All problems are reported at once, with exit code 2.
+    """
     guarded(lambda: _validate(_config(job, assignments), offline))
 
 
@@ -68,11 +75,11 @@ def plan_command(
     assignments: Assignments = [],  # noqa: B006
     device: Annotated[
         str | None,
-        typer.Option(help="Plan for this device, such as `H100` or `80Gi`. Default: what this machine has."),
+        typer.Option(help="Device to plan for, such as `H100` or `80Gi`. Default: the device of this machine."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Show what a job needs: parameters, tokens, steps, and memory per worker by part, and whether it fits."""
+    """Show the requirements of a job: parameters, tokens, steps, memory per worker by part, and whether it fits."""
     guarded(lambda: _plan(_config(job, assignments), device, as_json))
 
 
@@ -92,7 +99,7 @@ def _run(config: Callable[[], RunConfig], resume: bool, fresh: bool) -> None:
     apply_environment(quiet_environment(accelerator=True))
     from finetune_trainer.launch.fork_imports import forks
 
-    # It imports what the workers need while this process imports the same and looks at the job.
+    # The fork server imports the libraries of the workers while this process imports them too and checks the job.
     with forks(run, logging.getLogger(__name__).info):
         _execute(run, resume, fresh)
 
@@ -112,7 +119,7 @@ def _execute(run: RunConfig, resume: bool, fresh: bool) -> None:
 
 
 class _Stopper:
-    """The first signal asks for a checkpoint; a second one ends the process at once."""
+    """Signal handler: the first signal requests a checkpoint, the second one ends the process at once."""
 
     def __init__(self, stop: threading.Event) -> None:
         self.stop = stop
@@ -121,7 +128,7 @@ class _Stopper:
         if self.stop.is_set():
             raise SystemExit(ExitCode.FAILED)
         self.stop.set()
-        print("stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
+        print("stopping after this step with a checkpoint; repeat to stop at once", file=sys.stderr, flush=True)
 
 
 def _validate(config: Callable[[], RunConfig], schema_only: bool) -> None:

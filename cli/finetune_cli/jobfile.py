@@ -1,4 +1,4 @@
-"""A job file as a RunConfig: YAML read strictly, overrides applied, every fault told at once."""
+"""Read a job file as a RunConfig: strict YAML, overrides, and a report of all problems at once."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CACHE_VARIABLE = "FINETUNE_CACHE"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as Kubernetes reads it: `1e-4` is a number, and a key appears once."""
+    """A YAML loader with the rules of Kubernetes: `1e-4` is a number, and duplicate keys are errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
-                raise yaml.MarkedYAMLError(problem=f"`{key}` is given twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"duplicate key `{key}`", problem_mark=key_node.start_mark)
             seen.add(key if isinstance(key, str) else id(key))
         return super().construct_mapping(node, deep)
 
@@ -40,24 +40,26 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> object:
-    """One YAML value.
+    """Parse one YAML value.
 
     Raises:
-        yaml.YAMLError: it is not YAML.
+        yaml.YAMLError: the text is not valid YAML.
     """
     return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
 def read_job(path: Path, assignments: list[str]) -> FineTuneJob:
-    """The job in a file, with `--set` assignments applied.
+    """Return the job in a file, with `--set` assignments applied.
 
     Raises:
-        UserError: the file can't be read, isn't YAML, or the job has faults: one problem for each.
+        UserError: the file cannot be read, is not valid YAML, or the job is invalid: one problem each.
     """
     data = _read(path)
     if assignments:
         if not isinstance(data, dict):
-            raise UserError([Problem(str(path), "holds no job: expected a mapping with apiVersion, kind and spec")])
+            raise UserError(
+                [Problem(str(path), "does not contain a job: expected a mapping with apiVersion, kind and spec")]
+            )
         try:
             data = apply_overrides(data, assignments, parse_yaml)
         except (ValueError, yaml.YAMLError) as error:
@@ -69,13 +71,16 @@ def read_job(path: Path, assignments: list[str]) -> FineTuneJob:
 
 
 def run_config(job: FineTuneJob, path: Path, assignments: list[str]) -> RunConfig:
-    """A job file's RunConfig on this machine: storage below the current directory, data beside the file."""
+    """Return the RunConfig of a job file on this machine.
+
+    A relative storage path starts at the current directory, relative data paths at the directory of the job file.
+    """
     storage = job.spec.storage
-    place = storage.uri.rstrip("/") if storage.uri else str(Path(storage.path or "runs").expanduser().absolute())
+    base = storage.uri.rstrip("/") if storage.uri else str(Path(storage.path or "runs").expanduser().absolute())
     return RunConfig.model_validate(
         {
             "job": job.to_json(),
-            "root": f"{place}/{job.metadata.name}",
+            "root": f"{base}/{job.metadata.name}",
             "baseDir": str(path.absolute().parent),
             "workDir": str(Path.cwd()),
             "cacheDir": str(cache_dir()),
@@ -85,7 +90,7 @@ def run_config(job: FineTuneJob, path: Path, assignments: list[str]) -> RunConfi
 
 
 def cache_dir() -> Path:
-    """Where prepared data and downloads go: FINETUNE_CACHE, or the user's cache directory."""
+    """Return the directory for prepared data and downloads: FINETUNE_CACHE, or the cache directory of the user."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get(CACHE_VARIABLE) or Path(base, "finetune")).expanduser().absolute()
 
@@ -96,8 +101,8 @@ def _read(path: Path) -> object:
     except FileNotFoundError:
         raise UserError([Problem(str(path), "no such file")]) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError([Problem(str(path), f"can't be read: {error}")]) from error
+        raise UserError([Problem(str(path), f"cannot be read: {error}")]) from error
     try:
         return parse_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError([Problem(str(path), "is not YAML: " + " ".join(str(error).split()))]) from error
+        raise UserError([Problem(str(path), "is not valid YAML: " + " ".join(str(error).split()))]) from error

@@ -8,7 +8,7 @@ from finetune_cli import chat_commands, cluster_commands, doctor_command, expert
 
 app = typer.Typer(
     name="finetune",
-    help="Train a language model from a job file: from a corpus to a preference-tuned model, here or on Kubernetes.",
+    help="Train language models from a job file, on this machine or on Kubernetes.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -1,4 +1,4 @@
-"""`node`, `await-driver`, `preflight` and `cleanup`: what the operator's pods run; the help leaves them out."""
+"""The hidden commands that the operator's pods run: `node`, `await-driver`, `preflight` and `cleanup`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-RunConfigFile = Annotated[Path, typer.Option("--run-config", help="The attempt's RunConfig, as the operator wrote it.")]
+RunConfigFile = Annotated[Path, typer.Option("--run-config", help="RunConfig of the attempt, written by the operator.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 def node_command(run_config: RunConfigFile) -> None:
-    """Be a node of an attempt: one starts the Ray head and drives, the others join it."""
+    """Run a node of an attempt: node 0 starts the Ray head and the driver, the others join it."""
     from finetune_trainer.launch.node import run_node
 
     raise typer.Exit(run_node(run_config))
@@ -33,14 +33,14 @@ def await_driver_command() -> None:
 
 
 def preflight_command(run_config: RunConfigFile) -> None:
-    """Check a job's model, data, storage and memory before any GPU is claimed."""
+    """Check the model, data, storage and memory of a job before GPUs are requested."""
     from finetune_trainer.launch.cluster_preflight import run_preflight
 
     raise typer.Exit(int(run_preflight(run_config)))
 
 
 def cleanup_command(run_config: RunConfigFile) -> None:
-    """Delete what a job has stored."""
+    """Delete the checkpoints and results of a job."""
     from finetune_trainer.launch.cleanup import run_cleanup
 
     raise typer.Exit(int(run_cleanup(run_config)))

@@ -1,4 +1,4 @@
-"""Errors as messages and exit codes."""
+"""Convert expected errors to messages and exit codes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from finetune_api.exit_codes import ExitCode
 
 
 class CommandFailed(Exception):
-    """A command failed for no fault of the user's, such as a server that does not answer."""
+    """A failure that is not the user's fault, such as a server that does not respond."""
 
     exit_code = ExitCode.FAILED
 
 
 def guarded(action: Callable[[], None]) -> None:
-    """Run an action; an expected error becomes its message on standard error and its exit code."""
+    """Run an action. Print the message of an expected error to standard error and exit with its code."""
     from finetune_trainer.errors import GateNotPassed, Interrupted, Outage, OutOfMemory, TrainingFailed, UserError
 
     try:
@@ -27,12 +27,16 @@ def guarded(action: Callable[[], None]) -> None:
     except (CommandFailed, Outage) as error:
         _fail(ExitCode.FAILED, [str(error)])
     except GateNotPassed as error:
-        _fail(ExitCode.GATE_NOT_PASSED, [str(error), "the gate is not passed; with another bound, run with --resume"])
+        _fail(
+            ExitCode.GATE_NOT_PASSED,
+            [str(error), "the gate is not passed; to continue, change its bound and run with --resume"],
+        )
     except Interrupted as error:
         _fail(ExitCode.INTERRUPTED, [f"{error}; run again with --resume"])
     except OutOfMemory as error:
         _fail(
-            ExitCode.OUT_OF_MEMORY, [str(error), error.advice or "out of memory: `finetune plan` shows what takes it"]
+            ExitCode.OUT_OF_MEMORY,
+            [str(error), error.advice or "out of memory: `finetune plan` shows the memory by part"],
         )
     except TrainingFailed as error:
         advice = [error.advice] if error.advice else []

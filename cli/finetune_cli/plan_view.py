@@ -1,4 +1,4 @@
-"""`finetune plan`: what a job needs, as tables or JSON."""
+"""`finetune plan`: the requirements of a job as tables or JSON."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from finetune_trainer.storage.filesystem import Storage
 
 
 def show_plan(run: RunConfig, device: str | None, as_json: bool) -> None:
-    """Print the plan. Data is tokenised (and kept for the run) where a tokenizer exists already.
+    """Print the plan. If the tokenizer exists already, the data is tokenized and cached for the run.
 
     Raises:
-        UserError: the job can't be planned, or the device is not known.
+        UserError: the job cannot be planned, or the device is not known.
     """
     workers = plan_workers(run.job.spec.resources)
     place = _device(device, workers)
@@ -53,7 +53,7 @@ def _device(name: str | None, workers: Workers) -> Device:
 
 
 def _preparation(run: RunConfig, workers: Workers) -> Preparation | None:
-    """What tells the size of the data; None where its tokenizer is still to be trained."""
+    """Return the preparation that determines the size of the data, or None if a stage trains the tokenizer."""
     if run.job.spec.stages[0].tokenizer is not None:
         return None
     return Preparation(run, workers, Storage(run.root), log=lambda line: None)

@@ -1,4 +1,4 @@
-"""Prompts from the command line, from standard input and from files."""
+"""Read prompts from the command line, from standard input and from files."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from finetune_trainer.generation.prompts import Prompt
 COLUMNS = ("prompt", "text", "messages")
 
 
-def read_prompts(given: list[str], file: Path | None) -> list[Prompt]:
-    """All prompts in order, those of the command line first; `-` stands for standard input.
+def read_prompts(texts: list[str], file: Path | None) -> list[Prompt]:
+    """Return all prompts: those of the command line, then those of the file. `-` reads standard input.
 
     Raises:
-        UserError: there is none, or the file can't be read or has rows without a prompt; every bad row at once.
+        UserError: there are no prompts, the file cannot be read, or rows have no prompt (all such rows at once).
     """
-    prompts: list[Prompt] = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in given]
+    prompts: list[Prompt] = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in texts]
     if file is not None:
         prompts += _read(file)
     if not prompts:
-        raise UserError("no prompt: give --prompt TEXT or --prompts FILE")
+        raise UserError("no prompt: set --prompt TEXT or --prompts FILE")
     return prompts
 
 
@@ -32,7 +32,7 @@ def _read(file: Path) -> list[Prompt]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError([Problem("--prompts", f"{file} can't be read: {error}")]) from error
+        raise UserError([Problem("--prompts", f"{file} cannot be read: {error}")]) from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if file.suffix != ".jsonl":
         return [line for _, line in numbered]
@@ -47,7 +47,7 @@ def _row(where: str, line: str) -> Prompt | Problem:
     try:
         row = json.loads(line)
     except ValueError as error:
-        return Problem(where, f"is no JSON: {error}")
+        return Problem(where, f"is not valid JSON: {error}")
     if isinstance(row, str):
         return row
     value = next((row[name] for name in COLUMNS if name in row), None) if isinstance(row, dict) else None

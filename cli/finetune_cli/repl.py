@@ -1,4 +1,4 @@
-"""A conversation on a terminal, or with questions from a pipe."""
+"""Interactive chat on a terminal, or with prompts from a pipe."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from finetune_trainer.generation.options import GenerationOptions
 from finetune_trainer.generation.prompts import Conversation, has_template
 
 COMMANDS = {
-    "/reset": "forget the conversation",
-    "/system": "TEXT: set the system message and forget the conversation; without TEXT take it away",
-    "/save": "FILE: append the conversation to FILE as one JSON line, in the form that `sft` trains on",
-    "/help": "this list",
-    "/exit": "leave (so does Ctrl-D)",
+    "/reset": "start a new conversation",
+    "/system": "TEXT: set the system message and start a new conversation; without TEXT, remove the system message",
+    "/save": "FILE: append the conversation to FILE as one JSON line, in the format of `sft` rows",
+    "/help": "list the commands",
+    "/exit": "exit (or Ctrl-D)",
 }
 
 
 class Chat:
-    """The conversation so far and the model that answers.
+    """A conversation with a model.
 
-    A model without a chat template, or that was trained on plain text, has no turns: each line is continued on its own.
+    A model without a chat template, or one that was trained on plain text, continues each line on its own.
 
     Args:
         raw: see `generation.generate`.
@@ -40,7 +40,9 @@ class Chat:
         self, loaded: Loaded, options: GenerationOptions, console: Console | None = None, raw: bool | None = None
     ) -> None:
         if loaded.kind != "causal":
-            raise UserError("this model fills masks: use `finetune generate --prompt 'text with the mask token'`")
+            raise UserError(
+                "a masked language model cannot chat: use `finetune generate --prompt 'text with the mask token'`"
+            )
         self.loaded = loaded
         self.options = options
         self.console = console or Console(highlight=False, soft_wrap=True)
@@ -49,7 +51,7 @@ class Chat:
         self.turns = has_template(loaded.tokenizer) and not (loaded.asks_plainly if raw is None else raw)
 
     def run(self) -> None:
-        """Answer line after line until the end of the input or `/exit`."""
+        """Answer each line until the end of the input or `/exit`."""
         for line in self._lines():
             if line.startswith("/"):
                 if not self.command(line):
@@ -58,21 +60,21 @@ class Chat:
                 self._say(line)
 
     def answer(self, text: str) -> str:
-        """Print the answer as it comes, and remember both. Ctrl-C ends the answer; what was said stays.
+        """Print the answer while it is generated, and add both turns to the history. Ctrl-C ends the answer early.
 
         Raises:
-            UserError: the conversation fills the model's context; it is left as it was.
+            UserError: the conversation exceeds the context length of the model; the history is not changed.
         """
         turn = {"role": "user", "content": text}
-        asked = [*self.history, turn] if self.turns else text
-        pieces = stream(self.loaded, asked, self.options, raw=self.raw)
-        said = "".join(self._print(pieces))
+        prompt = [*self.history, turn] if self.turns else text
+        pieces = stream(self.loaded, prompt, self.options, raw=self.raw)
+        answer = "".join(self._print(pieces))
         if self.turns:
-            self.history += [turn, {"role": "assistant", "content": said}]
-        return said
+            self.history += [turn, {"role": "assistant", "content": answer}]
+        return answer
 
     def command(self, line: str) -> bool:
-        """Carry out a `/command`; False if it was the last."""
+        """Run a `/command`. Return False for `/exit`."""
         name, _, argument = line.partition(" ")
         if name == "/exit":
             return False
@@ -89,14 +91,14 @@ class Chat:
         if not sys.stdin.isatty():
             yield from (line.strip() for line in sys.stdin)
             return
-        import readline  # noqa: F401  # importing it gives input() its line editing
+        import readline  # noqa: F401  # adds line editing to input()
 
-        self._note("/help lists the commands, Ctrl-D leaves")
+        self._note("/help lists the commands, Ctrl-D exits")
         while True:
             try:
                 yield self.console.input("[bold cyan]> [/]").strip()
             except KeyboardInterrupt:
-                self._note("\n(/exit or Ctrl-D leaves)")
+                self._note("\n(/exit or Ctrl-D exits)")
             except EOFError:
                 return
 
@@ -104,7 +106,7 @@ class Chat:
         try:
             self.answer(text)
         except UserError as error:
-            self._note(f"{error}; /reset forgets the conversation")
+            self._note(f"{error}; /reset starts a new conversation")
 
     def _print(self, pieces: Iterator[str]) -> Iterator[str]:
         with closing(pieces):  # type: ignore[type-var]  # `stream` is a generator
@@ -114,29 +116,29 @@ class Chat:
                     self.console.print(piece, end="", markup=False)
                     self.console.file.flush()
             except KeyboardInterrupt:
-                self.console.print(" …", end="", style="dim")
+                self.console.print(" ...", end="", style="dim")
         self.console.print()
 
     def _reset(self, _: str = "") -> None:
         self.history = []
-        self._note("the conversation is forgotten")
+        self._note("new conversation")
 
     def _system(self, text: str) -> None:
         if not self.turns:
-            self._note("this model continues plain text, which has no system message")
+            self._note("this model continues plain text: it has no system message")
             return
         self.options = replace(self.options, system=text or None)
         self._reset()
 
     def _save(self, name: str) -> None:
         if not name or not self.history:
-            self._note("/save needs a file name" if self.history else "nothing was said yet")
+            self._note("/save needs a file name" if self.history else "the conversation is empty")
             return
         try:
             with Path(name).expanduser().open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": self._messages()}, ensure_ascii=False) + "\n")
         except OSError as error:
-            self._note(f"can't write {name}: {error.strerror}")
+            self._note(f"cannot write {name}: {error.strerror}")
             return
         self._note(f"saved to {name}")
 
@@ -149,7 +151,7 @@ class Chat:
             self._note(f"{name:8} {meaning}")
 
     def _note(self, text: str) -> None:
-        """A line that is not the model's: on standard error where answers may be piped on."""
+        """Print a line that is not output of the model, to standard error if standard output is not a terminal."""
         if self.console.is_terminal:
             self.console.print(text, style="dim", markup=False)
         else:

@@ -1,4 +1,4 @@
-"""`init`: a commented job to start from, with sample data beside it."""
+"""The command `init`: write a commented job file and sample data."""
 
 from __future__ import annotations
 
@@ -23,32 +23,34 @@ _QUESTIONS = (
 
 def init_command(
     path: Annotated[
-        Path, typer.Argument(metavar="[PATH]", help="The job file to write, or a directory to write `job.yaml` into.")
+        Path, typer.Argument(metavar="[PATH]", help="Job file to write, or a directory for `job.yaml`.")
     ] = Path("job.yaml"),
     from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="The pipeline form: tokenizer, pretrain, sft and dpo of a new model.")
+        bool, typer.Option("--from-scratch", help="Write a pipeline for a new model: tokenizer, pretrain, sft and dpo.")
     ] = False,
-    data: Annotated[bool, typer.Option(help="Also write small sample data files, to be replaced by your own.")] = True,
+    data: Annotated[
+        bool, typer.Option(help="Also write small sample data files; replace them by your own data.")
+    ] = True,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
 ) -> None:
-    """Write a commented job file to start from: LoRA fine-tuning of a hub model on a jsonl file next to it."""
+    """Write a commented job file: LoRA fine-tuning of a model from the Hub on a jsonl file in the same directory."""
     guarded(lambda: _init(path, from_scratch, data, force))
 
 
 def starter_files(path: Path, *, from_scratch: bool = False, data: bool = True) -> dict[Path, str]:
-    """Contents by file: the job, named after its file, and the sample data it reads."""
+    """Return contents by path: the job, named after its file, and the sample data that it reads."""
     target = path if path.suffix in (".yaml", ".yml") else path / "job.yaml"
     name = job_name(target.stem)
     template = "starter-from-scratch.yaml" if from_scratch else "starter.yaml"
     text = files("finetune_cli").joinpath(template).read_text(encoding="utf-8")
-    found = {target: text.replace(TEMPLATE_NAME, name).replace("NAME.yaml", target.name)}
+    contents = {target: text.replace(TEMPLATE_NAME, name).replace("NAME.yaml", target.name)}
     if data:
-        found |= {target.parent / file: _lines(rows) for file, rows in _samples(name, from_scratch).items()}
-    return found
+        contents |= {target.parent / file: _lines(rows) for file, rows in _samples(name, from_scratch).items()}
+    return contents
 
 
 def job_name(stem: str) -> str:
-    """The nearest valid name of a job: lower case, digits and dashes, a letter first, at most 40 characters."""
+    """Convert a string to a valid name of a job: at most 40 lower-case letters, digits and dashes, a letter first."""
     dashed = re.sub(r"[^a-z0-9]+", "-", stem.lower()).lstrip("-0123456789")[:NAME_MAX].rstrip("-")
     return dashed or TEMPLATE_NAME
 
@@ -56,18 +58,18 @@ def job_name(stem: str) -> str:
 def _init(path: Path, from_scratch: bool, data: bool, force: bool) -> None:
     from finetune_trainer.errors import UserError
 
-    found = starter_files(path, from_scratch=from_scratch, data=data)
-    existing = [str(file) for file in found if file.exists()]
+    contents = starter_files(path, from_scratch=from_scratch, data=data)
+    existing = [str(file) for file in contents if file.exists()]
     if existing and not force:
-        raise UserError(f"{', '.join(existing)} already there: give another PATH, or --force to overwrite")
-    for file, text in found.items():
+        raise UserError(f"{', '.join(existing)} already exists: choose another PATH, or use --force to overwrite")
+    for file, text in contents.items():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise UserError(f"can't write {file}: {error.strerror}") from error
+            raise UserError(f"cannot write {file}: {error.strerror}") from error
         print(f"wrote {file}")
-    job = next(iter(found))
+    job = next(iter(contents))
     print(f"next: finetune validate {job}; finetune plan {job}; finetune run {job}")
 
 

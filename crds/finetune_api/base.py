@@ -1,6 +1,6 @@
-"""The base every API model shares: camelCase on the wire, closed, strict and immutable.
+"""Base class of all API models: camelCase in JSON, no unknown fields, strict types, immutable.
 
-A docstring under a field is its description, in Python and in the CRD alike.
+The docstring below a field is its description in the CRD.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ Json = dict[str, Any]
 
 
 class ApiModel(BaseModel):
-    """A closed model: an unknown field is an error, never ignored.
+    """A model in which an unknown field is an error.
 
-    Strict, so that a job accepted here has the types that the API server accepts.
+    Types are strict, so that a job that is valid here has the types that the API server accepts.
     """
 
     model_config = ConfigDict(
@@ -30,7 +30,7 @@ class ApiModel(BaseModel):
     )
 
     def faults(self) -> Iterator[str]:
-        """What is wrong between this object's fields, one message each: the Python twins of its CEL rules."""
+        """Yield a message for each violated rule between fields: the CEL rules, checked in Python."""
         return iter(())
 
     @model_validator(mode="after")
@@ -40,35 +40,35 @@ class ApiModel(BaseModel):
         return self
 
     def to_json(self) -> Json:
-        """The model as JSON values under its wire names: every default written out, what is unset left out."""
+        """Return the model as JSON with camelCase names: defaults are included, unset fields are omitted."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 def cel(rule: str, message: str) -> Json:
-    """One CEL validation rule of the CRD, in `x-kubernetes-validations` form."""
+    """Return a CEL validation rule of the CRD, an item of `x-kubernetes-validations`."""
     return {"rule": rule, "message": message}
 
 
 def exactly_one(*names: str) -> Json:
-    """The CEL rule «exactly one of these member fields is set» (no discriminated unions in a CRD)."""
+    """Return the CEL rule that exactly one of these fields is set. A CRD has no discriminated unions."""
     members = ", ".join(f"has(self.{name})" for name in names)
     return cel(f"[{members}].filter(x, x).size() == 1", f"set exactly one of {', '.join(names)}")
 
 
 def rules(*validations: Json) -> ConfigDict:
-    """A model config that carries CEL rules into the generated schema."""
+    """Return a model config that adds CEL rules to the generated schema."""
     return ConfigDict(json_schema_extra={"x-kubernetes-validations": list(validations)})
 
 
-def expects(words: str) -> Json:
-    """What a pattern expects, in plain words for messages; the CRD leaves it out."""
-    return {"expects": words}
+def expects(description: str) -> Json:
+    """Return a schema extension that describes a pattern for error messages. The CRD does not contain it."""
+    return {"expects": description}
 
 
 def not_exactly_one(model: BaseModel, *names: str) -> Iterator[str]:
-    """The Python twin of `exactly_one`: a message where none or several of the members (wire names) are set."""
+    """Yield a message unless exactly one of the fields (camelCase names) is set: `exactly_one`, checked in Python."""
     fields = {info.alias or name: name for name, info in type(model).model_fields.items()}
-    given = [name for name in names if getattr(model, fields[name]) is not None]
-    if len(given) != 1:
-        got = f"got {' and '.join(given)}" if given else "none is set"
+    present = [name for name in names if getattr(model, fields[name]) is not None]
+    if len(present) != 1:
+        got = f"got {' and '.join(present)}" if present else "none is set"
         yield f"set exactly one of {', '.join(names)}; {got}"

@@ -1,7 +1,7 @@
-"""The CustomResourceDefinition of `FineTuneJob`, generated from the models.
+"""Generation of the CustomResourceDefinition of `FineTuneJob` from the API models.
 
-Kubernetes takes *structural* schemas only: no references, no unions, no closed objects. What a union would say is in
-CEL rules beside the fields (`x-kubernetes-validations`), which the API server enforces with no operator running.
+Kubernetes accepts structural schemas only: no references, no unions, no closed objects. CEL rules
+(`x-kubernetes-validations`) express unions; the API server enforces them even if no operator is running.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _COLUMNS = ("phase", "stage", "step", "loss", "eta", "attempt")
 
 @cache
 def structural_schema(model: type[BaseModel]) -> Json:
-    """The structural schema of a model: everything inline, no unions.
+    """Return the structural schema of a model: all definitions inline, no unions.
 
-    It has one keyword that Kubernetes doesn't know: `expects`, a pattern in plain words. The result is shared: copy it
-    before changing it.
+    It contains one keyword that Kubernetes does not know: `expects`, the description of a pattern. The result is
+    cached: copy it before changing it.
 
     Raises:
         ValueError: a field has a type that a structural schema cannot express.
@@ -57,7 +57,8 @@ def _structural(node: Json, defs: Json) -> Json:
 
 
 def _resolved(node: Json, defs: Json) -> Json:
-    """`node` with its `$ref` replaced by what it names; a field's own description wins over its type's."""
+    """Replace the `$ref` of `node` by its target. The description of the field takes precedence over that of the
+    type."""
     if "$ref" not in node:
         return node
     target = defs[node["$ref"].rpartition("/")[2]]
@@ -65,7 +66,7 @@ def _resolved(node: Json, defs: Json) -> Json:
 
 
 def _without_unions(node: Json, defs: Json) -> Json:
-    """`node` with «X or null» as X: in a job, null and absent are one."""
+    """Replace the union of X and null by X: in a job, null and an absent field mean the same."""
     if "oneOf" in node or "allOf" in node:
         raise ValueError(f"a structural schema has no unions: {node}")
     if "anyOf" not in node:
@@ -77,14 +78,15 @@ def _without_unions(node: Json, defs: Json) -> Json:
 
 
 def _without_nulls(default: object) -> object:
-    """A default whole, for the API server holds it against the rules before it fills in what the fields default to."""
+    """Remove nulls from a default. The default stays complete: the API server validates it before it adds nested
+    defaults."""
     if not isinstance(default, dict):
         return default
     return {name: _without_nulls(value) for name, value in default.items() if value is not None}
 
 
 def crd() -> Json:
-    """The CustomResourceDefinition, as `apiextensions.k8s.io/v1` has it."""
+    """Return the CustomResourceDefinition (`apiextensions.k8s.io/v1`)."""
     names = {
         "kind": KIND,
         "listKind": f"{KIND}List",
@@ -110,7 +112,7 @@ def crd() -> Json:
 
 
 def _columns() -> list[Json]:
-    """What `kubectl get ftj` shows. A `string` column prints a value of any type."""
+    """Return the columns of `kubectl get ftj`. A column of type `string` prints a value of any type."""
     columns = [
         {"name": "ETA" if name == "eta" else name.capitalize(), "type": "string", "jsonPath": f".status.{name}"}
         for name in _COLUMNS
@@ -119,7 +121,7 @@ def _columns() -> list[Json]:
 
 
 def _root() -> Json:
-    """The resource's schema; its metadata are the API server's own and take rules from the root alone."""
+    """Return the schema of the resource. Rules on metadata must be at the root."""
     root: Json = _for_the_api_server(structural_schema(FineTuneJob))
     fields = root["properties"]
     for name in ("apiVersion", "kind"):
@@ -129,28 +131,29 @@ def _root() -> Json:
     fields["spec"][VALIDATIONS] += [_unchanged(name) for name in fields["spec"]["properties"] if name not in CHANGEABLE]
     root["required"] = ["spec"]
     root[VALIDATIONS] = [
-        cel(f"size(self.metadata.name) <= {NAME_MAX}", f"metadata.name has at most {NAME_MAX} characters"),
+        cel(f"size(self.metadata.name) <= {NAME_MAX}", f"metadata.name must have at most {NAME_MAX} characters"),
         cel(
             f"self.metadata.name.matches('{NAME_PATTERN}')",
-            "metadata.name has lower-case letters, digits and inner dashes, a letter first",
+            "metadata.name must consist of lower-case letters, digits and inner dashes, and start with a letter",
         ),
     ]
     return root
 
 
 def _unchanged(name: str) -> Json:
-    """The transition rule «this field of the spec never changes»; it has a value always, given or by default.
+    """Return the transition rule that a field of the spec is immutable. The field always has a value, set or by
+    default.
 
-    Values below `x-kubernetes-preserve-unknown-fields` cannot be read in CEL, but `==` of the object above compares
-    them (apiserver `pkg/cel/common/values.go`, `unstructuredMap.Equal`). One change escapes it: a key at the top of
-    such an object that is renamed. The operator works from the attempt's snapshot, so that changes nothing.
+    CEL cannot read values below `x-kubernetes-preserve-unknown-fields`, but `==` of the parent object compares them
+    (apiserver `pkg/cel/common/values.go`, `unstructuredMap.Equal`). It misses one change: a renamed key at the top of
+    such an object. This has no effect, because the operator uses the RunConfig of the attempt.
     """
-    message = f"{name} cannot change, only {', '.join(CHANGEABLE)} can: make a new job"
+    message = f"{name} is immutable, only {', '.join(CHANGEABLE)} can change: create a new job"
     return cel(f"self.{name} == oldSelf.{name}", message)
 
 
 def _for_the_api_server(schema: Json) -> Json:
-    """A deep copy of `schema` without `expects` anywhere, and with bounds as the API server understands them."""
+    """Return a deep copy of `schema` without `expects`, and with bounds that the API server evaluates correctly."""
 
     def clean(value: object) -> object:
         if isinstance(value, dict):
@@ -163,10 +166,10 @@ def _for_the_api_server(schema: Json) -> Json:
 
 
 def _exact(node: Json) -> Json:
-    """`node` with a rule for each fractional bound that the API server would get wrong.
+    """Add a CEL rule for each fractional bound that the API server would evaluate wrongly.
 
-    It holds a whole number, such as 0, against the bound cut to a whole number (kube-openapi `pkg/validation/validate/
-    values.go`, `MaximumNativeType`): 0 would not be below 0.5, and would be at least 0.01.
+    It compares an integer value, such as 0, with the bound truncated to an integer (kube-openapi
+    `pkg/validation/validate/values.go`, `MaximumNativeType`): 0 would not be below 0.5, and would be at least 0.01.
     """
     low, high = node.get("minimum"), node.get("maximum")
     rules = []

@@ -1,4 +1,4 @@
-"""Where training data comes from and how its rows are read."""
+"""Sources of training data, and how their rows are read."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from finetune_api.base import ApiModel, cel, exactly_one, expects, not_exactly_o
 from finetune_api.model import HubId, Path, Revision, Uri
 
 DATA_SOURCES = ("inline", "file", "directory", "hub", "uri", "stage")
-RowKind = Literal["text", "sft", "preference", "prompt"]
-"""What rows are to a stage: plain text, dialogues, pairs of answers, or prompts to answer."""
 StageName = Annotated[
     str,
     Field(
@@ -28,143 +26,147 @@ Marker = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class Join(ApiModel):
-    """A second, smaller table whose columns are added to each row (a left join, held in memory)."""
+    """A second table whose columns are added to each row (a left join; the table is held in memory)."""
 
     file: Path
     """File of the second table."""
     key: Column
-    """Column that both tables have; its values are unique in the second table."""
+    """Column that both tables have. Its values must be unique in the second table."""
     format: FileFormat = "auto"
-    """File format. `auto`: by the file's ending."""
+    """File format. `auto`: by the file name extension."""
 
 
 class DataSource(ApiModel):
-    """One place rows come from: exactly one of `inline`, `file`, `directory`, `hub`, `uri` and `stage`."""
+    """One source of rows. Set exactly one of `inline`, `file`, `directory`, `hub`, `uri` and `stage`."""
 
     model_config = rules(
         exactly_one(*DATA_SOURCES),
-        cel("has(self.hub) || !has(self.subset)", "subset goes with hub"),
-        cel("has(self.hub) || !has(self.revision)", "revision goes with hub"),
+        cel("has(self.hub) || !has(self.subset)", "subset needs hub"),
+        cel("has(self.hub) || !has(self.revision)", "revision needs hub"),
     )
 
     inline: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1000)] | None = Field(
         default=None,
         json_schema_extra={"items": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
     )
-    """Rows written in the job itself, each a mapping from column to value."""
+    """Rows in the job itself, each a mapping from column to value."""
     file: Path | None = None
-    """A file, or a glob such as `data/*.jsonl`. `.gz`, `.bz2`, `.xz` and `.zst` are unpacked while reading."""
+    """A file, or a glob such as `data/*.jsonl`. Files that end in `.gz`, `.bz2`, `.xz` or `.zst` are decompressed while
+    reading."""
     directory: Path | None = None
-    """A directory; every file of the format below it is read, in order of name."""
+    """A directory. All files of the format below it are read, sorted by name."""
     hub: HubId | None = None
-    """Dataset id on the Hugging Face hub."""
+    """Dataset id on the Hugging Face Hub."""
     uri: Uri | None = None
-    """Storage URI of a file, a glob or a directory (one that ends in `/`), such as `s3://bucket/data/*.parquet`."""
+    """Storage URI of a file, a glob, or a directory (ends in `/`), such as `s3://bucket/data/*.parquet`."""
     stage: StageName | None = None
-    """Name of an earlier `synthesize` stage, whose rows these are."""
+    """Name of an earlier `synthesize` stage whose rows are read."""
     format: FileFormat = "auto"
-    """File format. `auto`: by the file's ending; in a directory, by the endings found there, which must agree.
-    `jsonl`: one object per line. `json`: an array of objects, an object that holds one, or one object per line."""
+    """File format. `auto`: by the file name extension; all files of a directory must have the same format. `jsonl`: one
+    object per line. `json`: an array of objects, an object that contains such an array, or one object per line."""
     subset: Column | None = None
-    """Configuration of the hub dataset. Default: the dataset's own default."""
+    """Configuration (subset) of the Hub dataset. Default: the default configuration of the dataset."""
     split: Column = "train"
-    """Split of the hub dataset."""
+    """Split of the Hub dataset."""
     revision: Revision | None = None
-    """Branch, tag or commit of the hub dataset. Default: its main branch."""
+    """Branch, tag or commit of the Hub dataset. Default: the main branch."""
     join: Join | None = None
-    """Table whose columns are added to this source's rows."""
+    """Table whose columns are added to the rows of this source."""
 
     def faults(self) -> Iterator[str]:
         yield from not_exactly_one(self, *DATA_SOURCES)
         for name in ("subset", "revision"):
             if getattr(self, name) is not None and self.hub is None:
-                yield f"{name} goes with hub"
+                yield f"{name} needs hub"
 
 
 class Columns(ApiModel):
-    """The names that the data's columns go by, where they differ from the standard ones."""
+    """Names of the columns in the data, if they differ from the standard names."""
 
     text: Column = "text"
     """Plain text."""
     messages: Column = "messages"
     """Conversation: a list of `{role, content}` or `{from, value}`."""
     system: Column = "system"
-    """System message that stands before the row's conversation. Strings in `prompt` and its answers are a
-    conversation, too, where the row has this column. It is not read where `template` is set."""
+    """System message, placed before the conversation of the row. If a row has this column, strings in `prompt` and its
+    answers are also read as a conversation. Ignored if `template` is set."""
     tools: Column = "tools"
-    """Tools that the conversation may call, for the chat template: a list of JSON schemas or its JSON."""
+    """Tools that the conversation may call, passed to the chat template: a list of JSON schemas, or that list as a JSON
+    string."""
     prompt: Column = "prompt"
     """Prompt: a string or a list of messages."""
     completion: Column = "completion"
     """Completion: a string or a list of messages."""
     chosen: Column = "chosen"
-    """Preferred answer: a string, a message or a list of messages, with or without the prompt before it."""
+    """Chosen answer: a string, a message or a list of messages, with or without the prompt before it."""
     rejected: Column = "rejected"
     """Rejected answer, in the same form as `chosen`."""
 
     @property
     def named(self) -> set[str]:
-        """The fields that differ from the standard names: those that a job names. It holds after a round through JSON,
-        which sets every field."""
+        """The fields that differ from the standard names.
+
+        Unlike `model_fields_set`, this survives serialization to JSON, which sets every field.
+        """
         return {name for name, value in self if value != type(self).model_fields[name].default}
 
 
 class RowTemplate(ApiModel):
-    """Text made from a row's columns, `{column}` by `{column}`; `{{` is a literal brace."""
+    """Templates that build text from the columns of a row: `{column}` inserts a column, `{{` is a literal brace."""
 
     text: Template | None = None
     """Template of the plain text."""
     system: Template | None = None
-    """Template of a system message put before each prompt."""
+    """Template of a system message before each prompt."""
     prompt: Template | None = None
-    """Template of the prompt, a user's message."""
+    """Template of the prompt, a user message."""
     completion: Template | None = None
-    """Template of the completion, an assistant's message."""
+    """Template of the completion, an assistant message."""
     chosen: Template | None = None
-    """Template of the preferred answer."""
+    """Template of the chosen answer."""
     rejected: Template | None = None
     """Template of the rejected answer."""
 
 
 class Transcript(ApiModel):
-    """How turns are marked in data that keeps a whole dialogue in one string."""
+    """Markers of turns, for data that stores a whole dialogue in one string."""
 
     user: Marker = "\n\nHuman:"
-    """Text before a user's turn."""
+    """Text before a turn of the user."""
     assistant: Marker = "\n\nAssistant:"
-    """Text before an assistant's turn."""
+    """Text before a turn of the assistant."""
 
 
 class DataSpec(ApiModel):
-    """Training data: sources, read one after the other as one table."""
+    """Training data: one or more sources, concatenated in order."""
 
     sources: Annotated[list[DataSource], Field(min_length=1, max_length=64)]
-    """Where the rows come from."""
+    """Sources of the rows."""
     columns: Columns = Columns()
-    """The names that the columns go by."""
+    """Names of the columns, if they differ from the standard names."""
     template: RowTemplate | None = None
-    """Texts made from the columns. Default: the columns as they are."""
+    """Templates that build texts from the columns. Default: the columns are used unchanged."""
     transcript: Transcript | None = None
-    """Set (`{}` is enough for the hh-rlhf form) where a string holds a whole dialogue of marked turns."""
+    """Set this if a string contains a whole dialogue with marked turns. `{}` selects the format of hh-rlhf."""
     limit: Annotated[int, Field(ge=1, le=2**53 - 1)] | None = None
-    """Use only so many rows, the first of the shuffled table. Default: all."""
+    """Maximum number of rows, taken from the start of the shuffled data. Default: all."""
     validation_split: Annotated[float, Field(ge=0, le=0.9)] = 0.0
-    """Share of the rows held out for evaluation, chosen by `seed`."""
+    """Fraction of the rows held out for evaluation, selected by `seed`."""
     shuffle: bool = True
-    """Shuffle the rows once, by `seed`, before they are split and packed."""
+    """Shuffle the rows once with `seed`, before splitting and packing."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 42
-    """Seed of the shuffle and of the held-out split."""
+    """Seed of shuffling and of the held-out split."""
     streaming: bool = False
-    """Read and tokenise while training, keeping nothing on disk, for data that does not fit there. Needs `maxSteps`;
-    rows are shuffled within a buffer; `validationSplit` and `limit` don't apply."""
+    """Read and tokenize during training without a copy on disk, for data that does not fit on the disk. Needs
+    `maxSteps`. Rows are shuffled within a buffer. Excludes `validationSplit` and `limit`."""
 
     model_config = rules(
         cel(
             "!self.streaming || (self.validationSplit == 0.0 && !has(self.limit))",
-            "streaming data has no validationSplit and no limit: give evalData instead",
+            "streaming excludes validationSplit and limit: set evalData for evaluation",
         )
     )
 
     def faults(self) -> Iterator[str]:
         if self.streaming and (self.validation_split or self.limit is not None):
-            yield "streaming data has no validationSplit and no limit: give evalData instead"
+            yield "streaming excludes validationSplit and limit: set evalData for evaluation"

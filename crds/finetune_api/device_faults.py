@@ -1,7 +1,7 @@
-"""What error texts of CUDA, NCCL, Triton, torch and the NVIDIA driver mean for a job.
+"""Classification of error messages of CUDA, NCCL, Triton, torch and the NVIDIA driver.
 
-The trainer and the operator both read such texts: the trainer in the exception of a worker, the operator in the last
-words of a pod. One table serves both, so that a failure has the same class and the same retry rule on each side.
+The trainer classifies the exception of a worker, and the operator the termination message of a pod. Both use this
+table, so that a failure has the same class and the same retry rule on each side.
 
 Sources: the messages of `cudaGetErrorString` (CUDA Runtime API, `cudaError_t`), of c10/cuda and ProcessGroupNCCL in
 torch 2.13, of NCCL 2.29 (`Cuda failure <code> '<message>'`), of `triton/runtime/build.py` and
@@ -17,16 +17,16 @@ from enum import Enum, StrEnum
 
 
 class Retry(Enum):
-    """What another attempt needs in order to succeed."""
+    """Change that another attempt needs in order to succeed."""
 
     NEVER = "a change of the job, its data or its image"
     MORE_MEMORY = "another batch, or more memory"
-    AGAIN = "nothing: the same may succeed"
+    AGAIN = "no change: the same attempt may succeed"
     ELSEWHERE = "another node"
 
 
 class FaultKind(StrEnum):
-    """Classes of device failure. The first class that fits a text wins: causes come before what they cause."""
+    """Classes of device failures. The first class that matches a text wins: causes come before their effects."""
 
     GPU = "GPU fault"
     TOOLCHAIN = "C compiler missing"
@@ -44,19 +44,19 @@ class FaultKind(StrEnum):
 
 @dataclass(frozen=True)
 class DeviceFault:
-    """One class: how to recognise it, what to do about it, and whether another attempt makes sense."""
+    """One class of failures: patterns, advice, and what a retry needs."""
 
     kind: FaultKind
     pattern: re.Pattern[str]
-    """Matches within one line of the text."""
+    """Pattern that matches within one line of the text."""
     retry: Retry
     advice: str
-    """What to do, as one sentence without its full stop. Never matches a pattern of this table."""
+    """Advice, as one sentence without a final period. It must not match a pattern of this table."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A device fault that a text tells of."""
+    """A device fault found in a text."""
 
     fault: DeviceFault
     line: str
@@ -67,8 +67,8 @@ def _fault(kind: FaultKind, retry: Retry, advice: str, *patterns: str) -> Device
     return DeviceFault(kind, re.compile("|".join(patterns), re.IGNORECASE), retry, advice)
 
 
-# Xid 8, 11, 13, 31, 43 and 45 name the application (the catalog's RESTART_APP), 63 and 92 are notices; all others name
-# the GPU.
+# Xid 8, 11, 13, 31, 43 and 45 are errors of the application (RESTART_APP in the catalog), 63 and 92 are notices; all
+# others are errors of the GPU.
 _XID = r"\bNVRM: Xid[^\n]*?\):\s*"
 _APPLICATION_XID = rf"{_XID}(?:13|31)\b"
 _HARDWARE_XID = rf"{_XID}(?!(?:8|11|13|31|43|45|63|92)\b)\d+"
@@ -77,9 +77,9 @@ DEVICE_FAULTS: tuple[DeviceFault, ...] = (
     _fault(
         FaultKind.GPU,
         Retry.ELSEWHERE,
-        "A GPU of that node is broken: look at `nvidia-smi -q -d ECC,ROW_REMAPPER` and `dmesg | grep Xid` there, "
+        "A GPU of that node is broken: check `nvidia-smi -q -d ECC,ROW_REMAPPER` and `dmesg | grep Xid` there, "
         "then reset the GPU, reboot the node, or cordon it",
-        r"GPU fault on node \S+",  # the trainer's own words
+        r"GPU fault on node \S+",  # message of the trainer
         r"uncorrectable (?:ECC|NVLink) error",
         r"(?:contained|uncontained) (?:ECC|NVLink) error",
         r"double.bit ECC error",
@@ -121,8 +121,8 @@ DEVICE_FAULTS: tuple[DeviceFault, ...] = (
     _fault(
         FaultKind.ARCHITECTURE,
         Retry.NEVER,
-        "This torch has no code for that GPU's compute capability: choose other nodes (resources.podTemplate "
-        "nodeSelector), or an image whose torch supports the GPU",
+        "This torch does not support the compute capability of that GPU: choose other nodes (resources.podTemplate "
+        "nodeSelector), or an image whose torch supports it",
         r"no kernel image is available for execution on the device",
         r"is not compatible with the current PyTorch installation",
         r"Cuda failure 209\b",
@@ -142,7 +142,7 @@ DEVICE_FAULTS: tuple[DeviceFault, ...] = (
         Retry.MORE_MEMORY,
         "Lower perDeviceTrainBatchSize (and raise gradientAccumulationSteps by the same factor), set "
         "gradientCheckpointing, raise sharding.zero, or shorten maxLength or blockSize; `finetune plan` shows what "
-        "takes the memory",
+        "uses the memory",
         r"(?:CUDA|HIP|XPU) out of memory",
         r"CUDA (?:driver )?error: out of memory",
         r"torch\.(?:cuda\.)?OutOfMemoryError",
@@ -173,7 +173,7 @@ DEVICE_FAULTS: tuple[DeviceFault, ...] = (
     _fault(
         FaultKind.HOST_MEMORY,
         Retry.MORE_MEMORY,
-        "Raise the host's memory (resources.memoryPerNode): the process was refused memory by the operating system",
+        "Raise the host memory (resources.memoryPerNode): the operating system refused memory to the process",
         r"DefaultCPUAllocator: (?:can't allocate|not enough) memory",
         r"std::bad_alloc",
         r"\[Errno 12\] Cannot allocate memory",
@@ -183,9 +183,8 @@ DEVICE_FAULTS: tuple[DeviceFault, ...] = (
     _fault(
         FaultKind.ILLEGAL_ACCESS,
         Retry.AGAIN,
-        "A kernel used an invalid address, which is a fault of a kernel or of the GPU's memory: if it repeats, set "
-        "CUDA_LAUNCH_BLOCKING=1 to find the operation, and model.attnImplementation to sdpa to leave out extra "
-        "kernels",
+        "A kernel used an invalid address, because of a bug in the kernel or a fault of the GPU memory: if it repeats, "
+        "set CUDA_LAUNCH_BLOCKING=1 to find the operation, and model.attnImplementation to sdpa to avoid extra kernels",
         r"an illegal memory access was encountered",
         r"an illegal instruction was encountered",
         r"CUDA error: misaligned address",
@@ -197,7 +196,7 @@ DEVICE_FAULTS: tuple[DeviceFault, ...] = (
         FaultKind.NCCL_TIMEOUT,
         Retry.AGAIN,
         "A worker did not reach a collective operation in time: it died, hung, or was slower than the others "
-        "(loading, tokenising, evaluation); the log of the worker that is NOT named tells more",
+        "(loading, tokenizing, evaluation); read the log of the worker that the message does NOT name",
         r"Watchdog caught collective operation timeout",
         r"WorkNCCL\([^\n]*before timing out",
         r"watchdog got stuck for",
@@ -206,7 +205,7 @@ DEVICE_FAULTS: tuple[DeviceFault, ...] = (
     _fault(
         FaultKind.NCCL_SYSTEM,
         Retry.AGAIN,
-        "NCCL lost a connection or was refused a resource: NCCL_DEBUG=INFO in the environment names it; "
+        "NCCL lost a connection or could not get a resource: NCCL_DEBUG=INFO in the environment shows which; "
         "NCCL_SOCKET_IFNAME chooses the network interface, `finetune doctor` checks /dev/shm, locked memory and "
         "RDMA devices",
         r"unhandled system error",
@@ -218,10 +217,10 @@ BY_KIND = {fault.kind: fault for fault in DEVICE_FAULTS}
 
 
 def device_fault(text: str) -> Found | None:
-    """Return the device fault that explains a text best, or None where the text tells of none.
+    """Return the device fault that explains a text best, or None if the text contains none.
 
-    A text may hold the words of several workers. The order of `FaultKind` decides, not the order of the lines: one
-    worker's ECC error explains the others' broken connections.
+    A text may contain the messages of several workers. The order of `FaultKind` decides, not the order of the lines: an
+    ECC error of one worker explains the broken connections of the others.
     """
     return next(_found(text), None)
 

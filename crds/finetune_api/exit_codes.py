@@ -1,4 +1,4 @@
-"""What the exit code of a run says, to a shell and to the operator."""
+"""Exit codes of a run, for shells and for the operator."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes of `finetune`; a code never changes its meaning."""
+    """Exit codes of `finetune`. The meaning of a code never changes."""
 
     OK = 0
-    """The job is done."""
+    """The job succeeded."""
     FAILED = 1
-    """A failure that a retry may mend: a lost worker, an unreachable store, an unexpected error."""
+    """A failure that a retry may resolve: a lost worker, an unreachable store, an unexpected error."""
     USER_ERROR = 2
-    """The job, its data or its flags are wrong; a retry fails the same way."""
+    """The job, its data or the command-line options are invalid; a retry fails in the same way."""
     OUT_OF_MEMORY = 3
-    """A device or the host ran out of memory; a retry needs a smaller job or a larger machine."""
+    """A device or the host ran out of memory; the job needs other settings or a larger machine."""
     GATE_NOT_PASSED = 4
-    """An evaluation missed the bound that its stage sets; a retry measures the same."""
+    """An evaluation did not pass the gate of its stage; a retry measures the same."""
     INTERRUPTED = 75
-    """Stopped by a signal or by request after saving a checkpoint (`EX_TEMPFAIL`): run again with `--resume`."""
+    """Stopped by a signal or on request, after a checkpoint was saved (`EX_TEMPFAIL`): run again with `--resume`."""

@@ -1,4 +1,4 @@
-"""How text is generated, under the names of transformers' `GenerationConfig` in camelCase."""
+"""Generation settings: fields of transformers' `GenerationConfig` in camelCase."""
 
 from __future__ import annotations
 
@@ -13,37 +13,39 @@ StopText = Annotated[str, Field(min_length=1, max_length=64)]
 
 SAMPLING_RULE: Json = cel(
     "self.doSample || !(has(self.temperature) || has(self.topP) || has(self.topK))",
-    "temperature, topP and topK change sampling: set doSample",
+    "temperature, topP and topK need doSample: true",
 )
-BEAMS_RULE: Json = cel("!self.doSample || self.numBeams == 1", "choose beam search (numBeams) or sampling (doSample)")
+BEAMS_FAULT = "numBeams above 1 (beam search) excludes doSample (sampling)"
+BEAMS_RULE: Json = cel("!self.doSample || self.numBeams == 1", BEAMS_FAULT)
 
 
 class Generation(ApiModel):
-    """Greedy decoding, unless a field says otherwise."""
+    """Generation settings. The defaults select greedy decoding."""
 
     model_config = rules(SAMPLING_RULE, BEAMS_RULE)
 
     max_new_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 256
-    """Most tokens of one answer."""
+    """Maximum number of tokens of one answer."""
     do_sample: bool = False
-    """Draw each token by its probability (true), or take the likeliest one (false)."""
+    """Sample each token from the predicted distribution (true), or take the most likely token (false)."""
     temperature: Annotated[float, Field(gt=0, le=100, json_schema_extra={"minimum": 0})] | None = None
-    """Divides the logits before sampling. Default: 1."""
+    """Sampling temperature: the logits are divided by it. Default: 1."""
     top_p: Annotated[float, Field(gt=0, le=1, json_schema_extra={"minimum": 0})] | None = None
-    """Sample among the likeliest tokens that together have this probability. Default: all."""
+    """Sample only from the most likely tokens whose probabilities add up to this value. Default: all tokens."""
     top_k: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
-    """Sample among so many of the likeliest tokens. Default: all."""
+    """Sample only from this many of the most likely tokens. Default: all tokens."""
     num_beams: Annotated[int, Field(ge=1, le=128)] = 1
-    """Beams of beam search; 1 is none."""
+    """Number of beams of beam search. 1: no beam search."""
     repetition_penalty: Annotated[float, Field(gt=0, le=100, json_schema_extra={"minimum": 0})] = 1.0
-    """Divides the scores of tokens that occurred; 1 is none."""
+    """Penalty on the scores of tokens that have occurred. 1: no penalty."""
     stop: Annotated[list[StopText], Field(max_length=16)] = Field(default=[])
-    """Texts that end an answer, beside the end of text and the end of a turn; they are no part of it."""
+    """Strings that end an answer, in addition to the end-of-text and end-of-turn tokens. The answer does not include
+    them."""
 
     def faults(self) -> Iterator[str]:
         sampling = {"temperature": self.temperature, "topP": self.top_p, "topK": self.top_k}
         given = [name for name, value in sampling.items() if value is not None]
         if given and not self.do_sample:
-            yield f"{' and '.join(given)} without doSample: only sampling uses it"
+            yield f"{' and '.join(given)} without doSample: set doSample: true, because greedy decoding ignores it"
         if self.do_sample and self.num_beams > 1:
-            yield "choose beam search (numBeams) or sampling (doSample)"
+            yield BEAMS_FAULT

@@ -1,4 +1,4 @@
-"""`FineTuneJob`, the custom resource: a pipeline of stages from a corpus to a preference-tuned model."""
+"""`FineTuneJob`, the custom resource: a pipeline of training stages."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ JobName = Annotated[
 
 
 class Metadata(ApiModel):
-    """The part of Kubernetes' ObjectMeta that a job file uses."""
+    """The fields of Kubernetes' ObjectMeta that a job file can set."""
 
     name: JobName
-    """Name of the job, also of its directory in storage."""
+    """Name of the job and of its directory in storage."""
     namespace: Annotated[str, Field(max_length=63)] | None = None
     """Namespace on a cluster."""
     labels: dict[str, str] = Field(default={})
@@ -50,112 +50,115 @@ class Metadata(ApiModel):
 
 
 class FineTuneJobSpec(ApiModel):
-    """What a job trains, in which stages, on what."""
+    """Model, stages, resources and policies of a job."""
 
     model_config = rules(
         cel(
             "self.stages.all(s, !has(s.tokenizer)) || "
             "(has(self.stages[0].tokenizer) && self.stages.filter(s, has(s.tokenizer)).size() == 1)",
-            "a tokenizer stage is the first one, and the only one of its kind",
+            "a tokenizer stage must be the first stage, and there can be only one",
         ),
         cel(
             "!has(self.stages[0].tokenizer) || has(self.model.config)",
-            "a tokenizer stage needs model.config: a model that exists has a tokenizer of its own",
+            "a tokenizer stage needs model.config: an existing model already has a tokenizer",
         ),
         cel(
             "self.stages.filter(s, has(s.name)).all(s, self.stages.exists_one(t, has(t.name) && t.name == s.name))",
-            "a stage's name is its own",
+            "names of stages must be unique",
         ),
     )
 
     model: ModelSpec
     """The model that the first stage starts from."""
     stages: Annotated[list[Stage], Field(min_length=1, max_length=32)]
-    """The pipeline, in order; each stage starts from the result of the one before it."""
+    """Stages of the pipeline, in order. Each stage starts from the result of the preceding one."""
     resources: Resources = Resources()
     """Nodes, GPUs, CPUs and memory."""
     sharding: Sharding = Sharding()
-    """How the model is divided among the workers."""
+    """Sharding of the model across the workers."""
     storage: Storage = Storage(path="runs")
-    """Where checkpoints and results go."""
+    """Storage of checkpoints and results."""
     run_policy: RunPolicy = RunPolicy()
-    """Retries, deadline, suspension and clean-up."""
+    """Retries, timeouts, suspension and cleanup."""
     kubernetes: Kubernetes = Kubernetes()
     """Engine, image, secrets and caches on a cluster."""
 
     def faults(self) -> Iterator[str]:
         where = [index for index, stage in enumerate(self.stages) if stage.tokenizer is not None]
         if where and where != [0]:
-            yield "a tokenizer stage is the first one, and the only one of its kind"
+            yield "a tokenizer stage must be the first stage, and there can be only one"
         if 0 in where and self.model.config is None:
-            yield "a tokenizer stage needs model.config: a model that exists has a tokenizer of its own"
+            yield "a tokenizer stage needs model.config: an existing model already has a tokenizer"
         for name, count in Counter(stage.name for stage in self.stages if stage.name).items():
             if count > 1:
-                yield f"{count} stages are named {name!r}: a stage's name is its own"
+                yield f"{count} stages are named {name!r}: names of stages must be unique"
         yield from self._unknown_stages()
         yield from self._unknown_models()
         yield from self._unknown_reward_stages()
 
     def _unknown_stages(self) -> Iterator[str]:
-        """Sources that are the data of a stage which isn't there, comes later or makes none."""
-        made: dict[str, bool] = {}
+        """Yield a fault for each data source that is not an earlier `synthesize` stage."""
+        produces_data: dict[str, bool] = {}
         for index, stage in enumerate(self.stages):
-            for place, name in stage.sources_from_stages():
-                if not made.get(name):
-                    makers = [title for title, makes in made.items() if makes]
-                    what = "makes no data" if name in made else "is no stage before this one"
-                    yield f"stages[{index}].{place}: {name!r} {what}{did_you_mean(name, makers)}"
+            for path, name in stage.sources_from_stages():
+                if not produces_data.get(name):
+                    known = [title for title, produces in produces_data.items() if produces]
+                    fault = "produces no data" if name in produces_data else "is not an earlier stage"
+                    yield f"stages[{index}].{path}: {name!r} {fault}{did_you_mean(name, known)}"
             for kind in stage.kinds:
-                made[stage.name or kind] = kind == SYNTHESIZE
+                produces_data[stage.name or kind] = getattr(stage, kind).produces == "data"
 
     def _unknown_models(self) -> Iterator[str]:
-        """Models to compare with, or to be taught by, that are no earlier stage's; or that are the evaluated one."""
-        leaves_model: dict[str, bool] = {}
+        """Yield a fault for each model of `compareWith` or of a teacher that no earlier stage produces.
+
+        A comparison with the evaluated model itself is a fault too.
+        """
+        produces_model: dict[str, bool] = {}
         for index, stage in enumerate(self.stages):
-            models = [BASE, *(title for title, leaves in leaves_model.items() if leaves)]
-            for at, name in enumerate(stage.evaluate.compare_with if stage.evaluate is not None else ()):
-                where = f"stages[{index}].evaluate.compareWith[{at}]"
+            models = [BASE, *(title for title, produces in produces_model.items() if produces)]
+            for position, name in enumerate(stage.evaluate.compare_with if stage.evaluate is not None else ()):
+                path = f"stages[{index}].evaluate.compareWith[{position}]"
                 if name == models[-1]:
-                    yield f"{where}: {name!r} is the model that is evaluated"
+                    yield f"{path}: {name!r} is the evaluated model itself: remove it"
                 elif name not in models:
-                    yield f"{where}: {name!r} {_no_model(name, leaves_model)}{did_you_mean(name, models)}"
+                    yield f"{path}: {name!r} {_no_model(name, produces_model)}{did_you_mean(name, models)}"
             teacher = stage.teacher_stage
             if teacher is not None and teacher not in models[1:]:
-                where = f"stages[{index}].synthesize.teacher.model.stage"
-                yield f"{where}: {teacher!r} {_no_model(teacher, leaves_model)}{did_you_mean(teacher, models[1:])}"
+                path = f"stages[{index}].synthesize.teacher.model.stage"
+                yield f"{path}: {teacher!r} {_no_model(teacher, produces_model)}{did_you_mean(teacher, models[1:])}"
             for kind in stage.kinds:
-                leaves_model[stage.name or kind] = kind != "tokenizer" and getattr(stage, kind).hands_on
+                produces_model[stage.name or kind] = getattr(stage, kind).produces == "model"
 
     def _unknown_reward_stages(self) -> Iterator[str]:
-        """Reward models that are no earlier `reward` stage's."""
-        before: dict[str, bool] = {}
+        """Yield a fault for each reference to a reward model that is not an earlier `reward` stage."""
+        is_reward: dict[str, bool] = {}
         for index, stage in enumerate(self.stages):
-            for place, name in stage.reward_stages():
-                if not before.get(name):
-                    what = "is no reward stage" if name in before else "is no stage before this one"
-                    hint = did_you_mean(name, [title for title, fits in before.items() if fits])
-                    yield f"stages[{index}].{place}: {name!r} {what}{hint}"
+            for path, name in stage.reward_stages():
+                if not is_reward.get(name):
+                    fault = "is not a reward stage" if name in is_reward else "is not an earlier stage"
+                    hint = did_you_mean(name, [title for title, reward in is_reward.items() if reward])
+                    yield f"stages[{index}].{path}: {name!r} {fault}{hint}"
             for kind in stage.kinds:
-                before[stage.name or kind] = kind == "reward"
+                is_reward[stage.name or kind] = getattr(stage, kind).produces == "rewardModel"
 
 
-def _no_model(name: str, before: dict[str, bool]) -> str:
-    return "leaves no model" if name in before else "is no stage before this one"
+def _no_model(name: str, earlier: dict[str, bool]) -> str:
+    return "produces no model" if name in earlier else "is not an earlier stage"
 
 
 class FineTuneJob(ApiModel):
-    """A pipeline that trains a language model."""
+    """A pipeline of stages that trains a language model."""
 
     api_version: Literal["finetune.dev/v1alpha1"]
-    """Group and version of the API."""
+    """API group and version."""
     kind: Literal["FineTuneJob"]
     """Kind of the resource."""
     metadata: Metadata
-    """Name and labels."""
+    """Name, labels and annotations."""
     spec: FineTuneJobSpec
-    """What to train."""
+    """Model, stages, resources and policies of the job."""
     status: dict[str, Any] | None = None
-    """Written by the operator; ignored in a job file."""
+    """Status of the job. The operator writes it; it is ignored in a job file."""
 
 
 __all__ = [

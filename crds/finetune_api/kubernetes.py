@@ -1,4 +1,4 @@
-"""How a job runs on Kubernetes: engine, image, secrets, caches. One machine ignores all of it."""
+"""Kubernetes settings of a job: engine, image, secrets and caches. `finetune run` ignores them."""
 
 from __future__ import annotations
 
@@ -34,44 +34,48 @@ AbsolutePath = Annotated[
 ]
 
 
+ONE_CACHE_FAULT = "set only one of modelCacheClaim and modelCacheHostPath"
+SIZE_LIMIT_FAULT = "unset cacheSizeLimit, which limits emptyDir caches, or modelCacheClaim and modelCacheHostPath"
+
+
 class Kubernetes(ApiModel):
-    """What a cluster needs to know beside the job itself. Ignored by `finetune run`."""
+    """Settings that apply on a cluster only. `finetune run` ignores them."""
 
     model_config = rules(
-        cel("!has(self.modelCacheClaim) || !has(self.modelCacheHostPath)", "set modelCacheClaim or modelCacheHostPath"),
+        cel("!has(self.modelCacheClaim) || !has(self.modelCacheHostPath)", ONE_CACHE_FAULT),
         cel(
             "!has(self.cacheSizeLimit) || (!has(self.modelCacheClaim) && !has(self.modelCacheHostPath))",
-            "cacheSizeLimit is for a cache of the attempt's own, without modelCacheClaim and modelCacheHostPath",
+            SIZE_LIMIT_FAULT,
         ),
     )
 
     engine: Literal["auto", "job", "kuberay"] = "auto"
-    """What runs an attempt. `job`: an Indexed Job, on any cluster. `kuberay`: a RayJob, where KubeRay is installed.
-    `auto`: the operator's default."""
+    """Engine that runs an attempt. `job`: an Indexed Job, available on any cluster. `kuberay`: a RayJob; needs KubeRay.
+    `auto`: the default of the operator."""
     image: Image | None = None
-    """Image of the trainer. Default: the operator's."""
+    """Container image of the trainer. Default: the one that the operator is configured with."""
     preflight: bool = True
-    """Check model, data, storage and memory in a pod without GPUs before any GPU is claimed."""
+    """Check model, data, storage and memory in a pod without GPUs before any GPU is requested."""
     shared_memory: Quantity = "2Gi"
-    """Size of /dev/shm, which counts as the pod's memory."""
+    """Size of /dev/shm. It counts towards the memory of the pod."""
     env_from_secrets: Annotated[list[ObjectName], Field(max_length=16)] = Field(default=[])
-    """Secrets whose keys become the trainer's environment, such as `HF_TOKEN` or `AWS_ACCESS_KEY_ID`."""
+    """Secrets whose keys become environment variables of the trainer, such as `HF_TOKEN` or `AWS_ACCESS_KEY_ID`."""
     model_cache_claim: ObjectName | None = None
-    """PersistentVolumeClaim that keeps downloads and prepared data, shared by the nodes and attempts of a job and by
-    other jobs. Default: each attempt has its own, lost with its pods."""
+    """PersistentVolumeClaim for downloads and prepared data, shared by the nodes and attempts of a job and by other
+    jobs. Default: an `emptyDir` volume, deleted with the pod."""
     model_cache_host_path: AbsolutePath | None = None
-    """Directory of each node that keeps them instead, where the operator allows host paths. It is there already, and
-    writable for the pod's user (1000): one that Kubernetes made would be root's."""
+    """Directory on each node for downloads and prepared data, if the operator allows host paths. It must exist and be
+    writable by the user of the pod (1000): a directory that Kubernetes creates belongs to root."""
     cache_size_limit: Quantity | None = None
-    """Size limit of the volume of downloads and prepared data where each attempt has its own (`emptyDir.sizeLimit`),
-    which checkpoints pass through on their way to a remote store. It is also requested as `ephemeral-storage`, so that
-    a node with that much room is chosen. Default: no limit and no request."""
+    """Size limit of the `emptyDir` cache of an attempt (`emptyDir.sizeLimit`). Checkpoints are written to it before
+    they are uploaded to a remote store. The pod also requests this much `ephemeral-storage`, so that it is scheduled to
+    a node with enough disk space. Default: no limit and no request."""
     checkpoint_grace_seconds: Annotated[int, Field(ge=1, le=86400)] = 120
-    """How long a node that is to stop may take to save a checkpoint; also its pod's termination grace period. Preflight
-    says how long a save takes, and warns where this is less."""
+    """Seconds that a node has to save a checkpoint when it is stopped; the termination grace period of its pod.
+    Preflight estimates how long a save takes, and warns if this value is too small."""
 
     def faults(self) -> Iterator[str]:
         if self.model_cache_claim is not None and self.model_cache_host_path is not None:
-            yield "set modelCacheClaim or modelCacheHostPath"
+            yield ONE_CACHE_FAULT
         if self.cache_size_limit is not None and (self.model_cache_claim or self.model_cache_host_path):
-            yield "cacheSizeLimit is for a cache of the attempt's own, without modelCacheClaim and modelCacheHostPath"
+            yield SIZE_LIMIT_FAULT

@@ -1,4 +1,4 @@
-"""Labels of the objects that the operator creates for a job, and the name of the trainer's container."""
+"""Labels of the objects that the operator creates for a job, and the name of the trainer container."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ OPERATOR = "finetune-operator"
 JOB_LABEL = f"{GROUP}/job"
 """Name of the FineTuneJob."""
 RUN_LABEL = f"{GROUP}/run"
-"""Which run of the job: `preflight`, `cleanup`, or the number of an attempt."""
+"""The run that an object belongs to: `preflight`, `cleanup`, or the number of an attempt."""
 NODE_INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 """Kubernetes' own label of a pod whose engine numbers the nodes of a run from 0. Node 0 has the driver."""
 ROLE_LABEL = f"{GROUP}/role"
@@ -18,4 +18,4 @@ DRIVER, WORKER = "driver", "worker"
 PREFLIGHT = "preflight"
 CLEANUP = "cleanup"
 CONTAINER = "trainer"
-"""Name of the container that trains; settings of a container of that name in a pod template belong to it."""
+"""Name of the trainer container. Settings of a container of this name in the pod template apply to it."""

@@ -1,4 +1,4 @@
-"""Fields, values and expectations in the words of a message."""
+"""Texts of validation messages: field paths, values and expected types."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _PLAIN_KEY = re.compile(r"[\w-]+")
 
 
 def field_path(loc: Loc) -> str:
-    """A place as a user writes it: `stages[1].sft`, without the leading `spec`; empty for the job and its spec."""
+    """Return a location as a field path: `stages[1].sft`, without the leading `spec`; empty for the job and its
+    spec."""
     path = ""
     for part in loc[1:] if loc[:1] == ("spec",) else loc:
         if isinstance(part, str) and _PLAIN_KEY.fullmatch(part):
@@ -26,13 +27,13 @@ def field_path(loc: Loc) -> str:
     return path
 
 
-def place(loc: Loc) -> str:
-    """The same, for «in …»."""
+def object_path(loc: Loc) -> str:
+    """Return a location for a phrase such as "unknown field in ...": `field_path`, `spec` or `the job`."""
     return field_path(loc) or ("spec" if loc else "the job")
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: short, and in YAML's words rather than Python's."""
+    """Return a value for a message: shortened, and in YAML notation."""
     if value is None or isinstance(value, bool):
         return {None: "nothing", True: "true", False: "false"}[value]
     if isinstance(value, dict):
@@ -40,7 +41,7 @@ def shown(value: object) -> str:
     if isinstance(value, list):
         return f"a list of {counted(len(value), 'item')}" if value else "an empty list"
     if isinstance(value, str):
-        return repr(value) if len(value) <= _SHOWN else f"{value[:_SHOWN]!r}… ({len(value)} characters)"
+        return repr(value) if len(value) <= _SHOWN else f"{value[:_SHOWN]!r}... ({len(value)} characters)"
     try:
         return reprlib.repr(value)
     except ValueError:  # an integer with more digits than Python writes out
@@ -48,17 +49,17 @@ def shown(value: object) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """`1 item`, `2 items`."""
+    """Return a count with its noun: `1 item`, `2 items`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of a description, on one line."""
+    """Return the first sentence of a description, on one line."""
     return re.split(r"(?<=\.)\s+(?=[A-Z`])", " ".join(text.split()), maxsplit=1)[0]
 
 
 def expected(schema: Json) -> str:
-    """What a field takes, bounds included, in plain words."""
+    """Return a description of the values that a field accepts, including bounds."""
     if "enum" in schema:
         values = [str(value) for value in schema["enum"]]
         return f"one of {', '.join(values)}" if len(values) > 1 else values[0]
@@ -102,7 +103,7 @@ def _plain(number: float) -> str:
 
 
 def mismatch(value: object, schema: Json) -> str:
-    """`got …, expected …`, with a hint where the value says what went wrong."""
+    """Return `got ..., expected ...`, with a hint if the value suggests one."""
     got, wanted = shown(value), expected(schema)
     if isinstance(value, str) and schema.get("type") in ("number", "integer"):
         hint = _number_hint(value)
@@ -114,7 +115,7 @@ def mismatch(value: object, schema: Json) -> str:
 
 
 def _number_hint(text: str) -> str:
-    """For a number that YAML reads as text (quoted, or `1e-4` by the rules of YAML 1.1): how to write it."""
+    """Return how to write a number that YAML parses as text (quoted, or `1e-4` in YAML 1.1), else an empty string."""
     match = _NUMBER.fullmatch(text.strip()[:_SHOWN])
     if match is None:
         return ""

@@ -1,4 +1,4 @@
-"""Which model a job trains, and in which numbers."""
+"""The model that a job trains: its source, tokenizer, precision and attention implementation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HubId = Annotated[
     Field(
         max_length=256,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?$",
-        json_schema_extra=expects("a hub id such as `Qwen/Qwen3-0.6B`"),
+        json_schema_extra=expects("a Hub id such as `Qwen/Qwen3-0.6B`"),
     ),
 ]
 Path = Annotated[str, Field(min_length=1, max_length=4096)]
@@ -33,12 +33,12 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class ModelSpec(ApiModel):
-    """The model that the first stage starts from: exactly one of `hub`, `path`, `uri` and `config`."""
+    """The model that the first stage starts from. Set exactly one of `hub`, `path`, `uri` and `config`."""
 
     model_config = rules(exactly_one(*MODEL_SOURCES))
 
     hub: HubId | None = None
-    """Model id on the Hugging Face hub, such as `Qwen/Qwen3-0.6B`."""
+    """Model id on the Hugging Face Hub, such as `Qwen/Qwen3-0.6B`."""
     path: Path | None = None
     """Directory with a saved transformers model."""
     uri: Uri | None = None
@@ -46,25 +46,28 @@ class ModelSpec(ApiModel):
     config: dict[str, Any] | None = Field(
         default=None, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True}
     )
-    """transformers configuration of a model to build from scratch: `model_type` and the family's own snake_case
-    fields. `vocab_size` and the special token ids default to the tokenizer's."""
+    """transformers configuration of a model with random weights: `model_type` and the snake_case fields of that model
+    family. `vocab_size` and the special token ids default to those of the tokenizer."""
     revision: Revision | None = None
-    """Branch, tag or commit of the hub model. Default: the repository's main branch."""
+    """Branch, tag or commit of the Hub model. Default: the main branch."""
     tokenizer: Path | None = None
-    """Directory or hub id of the tokenizer, where it isn't the model's own and no stage trains one."""
+    """Directory or Hub id of the tokenizer. Default: the tokenizer of the model, or the one that a `tokenizer` stage
+    trains."""
     dtype: Dtype = "auto"
-    """Precision of the weights. `auto`: bfloat16 on an accelerator that has it, else float32."""
+    """Data type of the weights. `auto`: bfloat16 on an accelerator that supports it, else float32."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
-    """Attention kernel of transformers. `auto`: what transformers picks for the model and the machine."""
+    """Attention implementation of transformers. `auto`: the one that transformers selects for the model and the
+    device."""
     dequantize: bool = False
-    """Train a dequantized copy of a model whose saved weights are quantized (`quantization_config` in its config.json:
-    mxfp4, fp8, bitsandbytes, compressed-tensors). The copy has the saved precision of the other weights and lies in the
-    cache. Such a model is otherwise refused by stages that train; evaluation and teachers use it as it is."""
+    """Train a dequantized copy of a model with quantized weights (`quantization_config` in its config.json: mxfp4, fp8,
+    bitsandbytes, compressed-tensors). The copy is stored in the cache, in the data type of the weights that are not
+    quantized. Without this field, stages that train refuse such a model; evaluation and teachers use it without
+    dequantization."""
     resize_embeddings: Literal["never", "auto"] = "never"
-    """`auto`: where a loaded model's embeddings have fewer rows than the tokenizer has ids, add rows at the mean of the
-    old ones. `never`: refuse such a pair."""
+    """What to do if the embeddings have fewer rows than the tokenizer has token ids. `auto`: add rows, initialized to
+    the mean of the existing rows. `never`: refuse the job."""
     pad_to_multiple_of: Annotated[int, Field(ge=1, le=65536)] = 64
-    """`resizeEmbeddings` makes the number of rows a multiple of this."""
+    """`resizeEmbeddings: auto` rounds the number of rows up to a multiple of this value."""
 
     def faults(self) -> Iterator[str]:
         yield from not_exactly_one(self, *MODEL_SOURCES)

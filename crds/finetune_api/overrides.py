@@ -1,4 +1,4 @@
-"""`--set stages[0].sft.learningRate=1e-4`: assignments on top of a job as it was written."""
+"""`--set stages[0].sft.learningRate=1e-4`: overrides of fields of a job file."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from finetune_api.base import Json
 from finetune_api.crd import structural_schema
 from finetune_api.job import FineTuneJob
-from finetune_api.messages import Loc, counted, field_path, place, shown
+from finetune_api.messages import Loc, counted, field_path, object_path, shown
 from finetune_api.problems import Problem, did_you_mean
 
 _PART = re.compile(r"\.?([^.\[\]=\s]+)|\[([^\[\]]+)\]")
 
 
 class OverrideError(ValueError):
-    """Assignments that cannot be made; one problem for each."""
+    """Invalid assignments, one problem each."""
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
@@ -29,17 +29,21 @@ class OverrideError(ValueError):
 
 
 class _Refused(Exception):
-    """Why one assignment cannot be made."""
+    """The reason why an assignment is invalid."""
 
 
 def apply_overrides(data: Json, assignments: list[str], parse: Callable[[str], object]) -> Json:
-    """A copy of the job `data` with `path=value` assignments made in order; `check_job` judges the result.
+    """Return a copy of the job `data` with the assignments `path=value` applied in order.
 
-    A path is as messages write it, with or without a leading `spec.`; `labels[app.kubernetes.io/name]` quotes a name
-    with dots. `parse` reads a value (YAML); known parents that are missing are made.
+    The result is not validated: pass it to `check_job`. Missing parents of a known field are created.
+
+    Args:
+        assignments: the path is as in messages, with or without a leading `spec.`. Names with dots go into brackets:
+            `labels[app.kubernetes.io/name]`.
+        parse: parses a value (YAML).
 
     Raises:
-        OverrideError: assignments without `=`, with a broken path, an index out of range or an unknown parent.
+        OverrideError: an assignment has no `=`, an invalid path, an index out of range or an unknown parent.
     """
     result = copy.deepcopy(data)
     problems = []
@@ -54,7 +58,7 @@ def apply_overrides(data: Json, assignments: list[str], parse: Callable[[str], o
 
 
 def assigned_fields(assignments: list[str]) -> list[str]:
-    """Return the fields that good assignments name, as messages write them: `stages[0].sft.learningRate`."""
+    """Return the field paths of valid assignments, as in messages: `stages[0].sft.learningRate`."""
     return [field_path(_parsed_path(assignment.partition("=")[0].strip())) for assignment in assignments]
 
 
@@ -66,7 +70,7 @@ def _assign(data: Json, assignment: str, parse: Callable[[str], object]) -> None
     try:
         value = parse(text)
     except Exception as error:
-        raise _Refused(f"the value cannot be read: {' '.join(str(error).split())}") from error
+        raise _Refused(f"the value is not valid YAML: {' '.join(str(error).split())}") from error
     schema = structural_schema(FineTuneJob)
     target: Any = data
     for depth in range(1, len(loc)):
@@ -76,7 +80,7 @@ def _assign(data: Json, assignment: str, parse: Callable[[str], object]) -> None
 
 
 def _parsed_path(path: str) -> Loc:
-    """`stages[0].sft` as the place it names in the document."""
+    """Return the location in the document of a path such as `stages[0].sft`."""
     loc: list[str | int] = []
     end = 0
     for match in _PART.finditer(path):
@@ -86,32 +90,32 @@ def _parsed_path(path: str) -> Loc:
         name, index = match.groups()
         loc.append(name or (int(index) if re.fullmatch("[0-9]{1,9}", index) else index.strip("\"'")))
     if not loc or end != len(path):
-        raise _Refused("the path is empty" if not path else f"{path!r} is no path such as stages[0].sft.learningRate")
+        raise _Refused(f"{path!r} is not a path such as stages[0].sft.learningRate" if path else "the path is empty")
     top = structural_schema(FineTuneJob)["properties"]
     return tuple(loc) if loc[0] in top else ("spec", *loc)
 
 
 def _child(target: Any, schema: Json, loc: Loc, make: Any) -> tuple[Any, Json]:
-    """What `target` has at the end of `loc`, made where it is missing and known, and its schema."""
+    """Return the child of `target` at the end of `loc`, and its schema. Create the child if it is missing and known."""
     _check_index(target, loc)
     name = loc[-1]
     known: Json = schema.get("properties", {})
     inner: Json = schema.get("items", {}) if isinstance(name, int) else known.get(name, {})
     if isinstance(target, dict) and target.get(name) is None:
         if known and name not in known:
-            raise _Refused(f"unknown field `{name}` in {place(loc[:-1])}{did_you_mean(str(name), known)}")
+            raise _Refused(f"unknown field `{name}` in {object_path(loc[:-1])}{did_you_mean(str(name), known)}")
         if isinstance(make, list):
             raise _Refused(f"{field_path(loc)}: the job has no {name}")
         target[name] = make
     elif isinstance(target, list) and target[int(name)] is None:
         target[int(name)] = make
-    target[name] = copy.copy(target[name])  # YAML anchors share containers: only the one named here changes
+    target[name] = copy.copy(target[name])  # YAML anchors share containers: change only this one
     return target[name], inner
 
 
 def _check_index(target: Any, loc: Loc) -> None:
-    """Refuses a name in a list, an index in a mapping or out of range, and anything in a plain value."""
-    part, parent = loc[-1], place(loc[:-1])
+    """Refuse a name in a list, an index in a mapping or out of range, and any child of a scalar."""
+    part, parent = loc[-1], object_path(loc[:-1])
     if isinstance(target, list):
         if not isinstance(part, int):
             raise _Refused(f"{parent} is a list: expected an index, such as {parent}[0]")

@@ -1,4 +1,4 @@
-"""A fault in a job, with the field it is about: what every check of ours returns."""
+"""`Problem`: a fault in a job with the path of its field. All checks return problems."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """One fault. `path` is the field as a user writes it (`stages[1].sft.learningRate`), empty for the job itself."""
+    """One fault. `path` is the field (`stages[1].sft.learningRate`), or empty for the job as a whole."""
 
     path: str
     message: str
@@ -70,32 +70,36 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "workers": ("workersPerNode",),
     "zerostage": ("zero",),
 }
-"""What other tools call a field or value, folded, and our names for it; the first one that is valid counts."""
+"""Names of fields and values in other tools, normalized, and the names of this API. The first valid one is
+suggested."""
 
 _LONGEST_NAME = 100
 
 
-def _folded(name: str) -> str:
+def _normalized(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name that `name` most likely means: the same but for case and underscores, what another tool calls it
-    (TRL, transformers, PEFT, DeepSpeed), or spelt alike (difflib). None where none is near."""
+    """Return the valid name that `name` most likely means, or None.
+
+    It is the same name except for case and underscores, the name of another tool (TRL, transformers, PEFT, DeepSpeed)
+    for it, or a similar spelling (difflib).
+    """
     names = list(valid)
-    folded = _folded(name[:_LONGEST_NAME])
-    by_folded = {_folded(candidate): candidate for candidate in names}
-    if folded in by_folded:
-        return by_folded[folded]
-    known = [candidate for candidate in OTHER_NAMES.get(folded, ()) if candidate in names]
+    normalized = _normalized(name[:_LONGEST_NAME])
+    by_normalized = {_normalized(candidate): candidate for candidate in names}
+    if normalized in by_normalized:
+        return by_normalized[normalized]
+    known = [candidate for candidate in OTHER_NAMES.get(normalized, ()) if candidate in names]
     if known:
         return known[0]
-    close = difflib.get_close_matches(folded, by_folded, n=1, cutoff=0.6)
-    return by_folded[close[0]] if close else None
+    close = difflib.get_close_matches(normalized, by_normalized, n=1, cutoff=0.6)
+    return by_normalized[close[0]] if close else None
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """`: did you mean `x`?` where a valid name is near, else `; expected one of …`."""
+    """Return `: did you mean `x`?` if a valid name is similar, else `; expected one of ...`."""
     names = sorted(valid)
     close = nearest(name, names)
     if close is not None:

@@ -1,8 +1,9 @@
-"""What Ray's error texts look like."""
+"""Patterns of the error messages of Ray."""
 
 from __future__ import annotations
 
 import re
 
 RAY_FIELD = re.compile(r"\s*(class_name|actor_id|task_id|job_id|node_id|worker_id|namespace|name|pid|ip)\s*[:=]")
-"""A line below Ray's message of an error (`ActorDiedError`) that says which actor it was: no message by itself."""
+"""Matches the lines below the message of a Ray error (`ActorDiedError`) that identify the actor; they are not messages
+themselves."""

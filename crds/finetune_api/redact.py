@@ -1,4 +1,4 @@
-"""Takes secrets out of text that leaves the process: status, termination messages, reports."""
+"""Redact secrets in text that leaves the process: status, termination messages, reports."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ _NAMED = re.compile(
         (?P<value>[^\s"',;&)}}\]]{{{SHORTEST},}})""",
     re.IGNORECASE | re.VERBOSE,
 )
-"""`password=…`, `"aws_secret_access_key": "…"`, `&X-Amz-Signature=…`: by the name before it. A mere `token` is a word
-of every tokenizer, so it takes more than that."""
+"""Values after the name of a secret: `password=...`, `"aws_secret_access_key": "..."`, `&X-Amz-Signature=...`. The name
+`token` alone does not match, because every tokenizer configuration contains it."""
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The text without the values of variables that are named like secrets, and without what looks like one."""
+    """Return the text with secrets replaced by `MARK`: values of secret environment variables, and known token
+    formats."""
     secrets = {value for name, value in environment.items() if is_secret(name) and len(value) >= SHORTEST}
     for value in sorted(secrets, key=len, reverse=True):
         text = text.replace(value, MARK)
@@ -42,11 +43,11 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def is_credential(name: str, value: str) -> bool:
-    """Whether a variable of that name with that value gives away what belongs into a Secret; a path to it does not."""
-    given = f"{name}={value}"
-    return not value.startswith("/") and redact(given, {}) != given
+    """Return whether a variable contains a credential that belongs into a Secret. A path to a file does not count."""
+    assignment = f"{name}={value}"
+    return not value.startswith("/") and redact(assignment, {}) != assignment
 
 
 def is_secret(name: str) -> bool:
-    """Whether a variable of that name holds a secret."""
+    """Return whether the name of a variable is that of a secret."""
     return bool(_SECRET_NAME.search(name)) and not _NOT_SECRET.search(name)

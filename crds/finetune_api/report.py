@@ -1,5 +1,4 @@
-"""What a running attempt says of itself to the operator: at its HTTP port while it runs, in its termination message
-when it ends."""
+"""Report of an attempt to the operator, on an HTTP port while it runs and in the termination message when it ends."""
 
 from __future__ import annotations
 
@@ -13,136 +12,136 @@ Text = Annotated[str, Field(max_length=4096)]
 Metrics = Annotated[dict[Annotated[str, Field(max_length=128)], float], Field(max_length=64)]
 
 PORT = 8469
-"""Where the driver's pod serves its report."""
+"""Port on which the pod of the driver serves its report."""
 NODE_VARIABLE = "FINETUNE_NODE_NAME"
-"""Environment variable of each pod that holds the name of its node."""
+"""Environment variable of each pod with the name of its node."""
 REPORT_PATH = "/v1/report"
 STOP_PATH = "/v1/stop"
 TERMINATION_MESSAGE_BYTES = 4096
-"""Kubelet keeps no more of a container's termination message."""
+"""Maximum length of a termination message that the kubelet keeps."""
 
 
 class StageReport(ApiModel):
-    """How one stage stands."""
+    """State of one stage."""
 
     name: Annotated[str, Field(max_length=64)]
     """Name of the stage."""
     state: Literal["Pending", "Running", "Succeeded"]
-    """Whether it waits, runs or is done."""
+    """State of the stage."""
     start_time: Annotated[str, Field(max_length=32)] | None = None
-    """When it began, RFC 3339, UTC."""
+    """Start time, RFC 3339, UTC."""
     completion_time: Annotated[str, Field(max_length=32)] | None = None
-    """When it was done."""
+    """End time, RFC 3339, UTC."""
     metrics: Metrics = Field(default={})
-    """Its last metrics."""
+    """The most recent metrics."""
     result: Text | None = None
-    """Where its result is."""
+    """Path or URI of the result."""
 
 
 class StepReport(ApiModel):
-    """The newest step."""
+    """The most recent step."""
 
     step: int
-    """Optimizer steps done in the stage."""
+    """Completed optimizer steps of the stage."""
     total: int
-    """Optimizer steps in all."""
+    """Total number of optimizer steps of the stage."""
     loss: float | None = None
     """Training loss."""
     learning_rate: float | None = None
     """Learning rate."""
     tokens_per_second: float | None = None
-    """Tokens per second, all workers together."""
+    """Tokens per second of all workers together."""
     samples_per_second: float | None = None
-    """Rows per second, all workers together."""
+    """Rows per second of all workers together."""
     mfu: float | None = None
-    """Model FLOPs utilisation, 0 to 1."""
+    """Model FLOPs utilization, 0 to 1."""
     eta_seconds: float | None = None
-    """Seconds to the stage's end."""
+    """Estimated seconds until the end of the stage."""
     step_seconds_median: float | None = None
-    """Seconds of a worker's own part of a step: the median of all workers. None with one worker."""
+    """Step time in seconds without waiting for other workers, the median of all workers. None with one worker."""
     step_seconds_max: float | None = None
-    """The slowest worker's."""
+    """Step time in seconds of the slowest worker."""
     slow_node: Annotated[str, Field(max_length=253)] | None = None
-    """Name of a node whose workers are much slower than the others'."""
+    """Name of a node whose workers are much slower than the others."""
     slow_factor: float | None = None
-    """How many times as long they take."""
+    """Step time of these workers relative to the others."""
 
 
 class CheckpointReport(ApiModel):
-    """The newest complete checkpoint."""
+    """The most recent complete checkpoint."""
 
     stage: int
     """Index of its stage, from 0."""
     step: int
-    """Optimizer steps done when it was saved."""
+    """Completed optimizer steps when it was saved."""
     uri: Text
-    """Where it is."""
+    """Path or URI of the checkpoint."""
     saved_at: Annotated[str, Field(max_length=32)] | None = None
-    """When it was complete, RFC 3339, UTC."""
+    """Time when it was complete, RFC 3339, UTC."""
 
 
 class PlanReport(ApiModel):
-    """What preflight found a job to need."""
+    """Requirements of a job that preflight estimates."""
 
     parameters: int
-    """Weights of the model."""
+    """Number of parameters of the model."""
     memory_bytes: int | None = None
-    """Peak memory per worker, as estimated."""
+    """Estimated peak device memory per worker in bytes."""
     host_bytes: int | None = None
-    """Peak host memory of a node, as estimated. Of a job on CPUs, what comes on top of its workers' memory."""
+    """Estimated peak host memory of a node in bytes. For jobs on CPUs, without the memory of the workers."""
     zero: int | None = None
-    """The largest ZeRO stage that a stage of the job uses."""
+    """The highest ZeRO stage that a stage of the job uses."""
     steps: int | None = None
-    """Optimizer steps of all stages, where the data's size is known."""
+    """Optimizer steps of all stages, if the size of the data is known."""
     checkpoint_bytes: int | None = None
-    """Size of the largest checkpoint."""
+    """Size of the largest checkpoint in bytes."""
     save_seconds: int | None = None
-    """Seconds that saving it takes, by the measured speed of the job's storage."""
+    """Estimated seconds to save it, from the measured write speed of the storage."""
     warnings: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=8)] = Field(default=[])
-    """What the job can work with, and should be changed."""
+    """Settings that work but should be changed."""
 
 
 class TransportReport(ApiModel):
-    """How the GPUs of a job of several nodes reach each other, by NCCL's log."""
+    """Transport between the GPUs of several nodes, from the log of NCCL."""
 
     network: Annotated[str, Field(max_length=64)]
-    """NCCL's name of the network between nodes: `IB` (InfiniBand and RoCE), `Socket` (TCP), or a plugin's."""
+    """Network between nodes in NCCL's terms: `IB` (InfiniBand and RoCE), `Socket` (TCP), or the name of a plugin."""
     gpu_direct: bool = False
-    """Whether adapters read GPU memory themselves (GPUDirect RDMA)."""
+    """Whether network adapters access GPU memory directly (GPUDirect RDMA)."""
     words: Annotated[str, Field(max_length=256)]
-    """The same for people, with the transports within a node."""
+    """Readable description, including the transports within a node."""
     warning: Annotated[str, Field(max_length=1024)] | None = None
-    """What makes it slow, and the remedy."""
+    """Why the transport is slow, and the remedy."""
 
 
 class AttemptReport(ApiModel):
-    """All that an attempt tells. Later reports replace earlier ones."""
+    """Report of an attempt. A later report replaces an earlier one."""
 
     stages: Annotated[list[StageReport], Field(max_length=32)] = Field(default=[])
-    """Every stage of the job, in order."""
+    """All stages of the job, in order."""
     current: int | None = None
-    """Index of the stage that runs."""
+    """Index of the running stage."""
     step: StepReport | None = None
-    """Newest step of that stage."""
+    """Most recent step of the running stage."""
     checkpoint: CheckpointReport | None = None
-    """Newest complete checkpoint."""
+    """Most recent complete checkpoint."""
     stopping: bool = False
-    """Asked to stop, and saving a checkpoint."""
+    """Whether a stop was requested and a checkpoint is being saved."""
     waiting: Text | None = None
-    """What it waits for: a store that doesn't answer."""
+    """Which unavailable store the attempt waits for."""
     placing: Text | None = None
-    """What its workers ask for and Ray's nodes don't offer, while a placement group is pending."""
+    """Resources that the workers request and the Ray nodes lack, while a placement group is pending."""
     restarting: Text | None = None
-    """Why its workers have been started again, until they train on."""
+    """Why the workers were restarted. Unset as soon as training continues."""
     transport: TransportReport | None = None
-    """How the GPUs of several nodes reach each other."""
+    """Transport between the GPUs of several nodes."""
     stalled: Text | None = None
-    """That its workers make no progress, and which one is behind, until they train on."""
+    """Message about workers that make no progress, and which one is behind. Unset as soon as training continues."""
     plan: PlanReport | None = None
-    """Preflight's plan."""
+    """Requirements that preflight estimated."""
     exit_code: int | None = None
-    """How the attempt ended, by `finetune_api.exit_codes`."""
+    """Exit code of the attempt (`finetune_api.exit_codes`)."""
     message: Text | None = None
-    """Why it ended: the faults of a bad job, or the last lines of a traceback, secrets removed."""
+    """Why it ended: the problems of an invalid job, or the last lines of a traceback, without secrets."""
     node: Annotated[str, Field(max_length=253)] | None = None
-    """Name of the node on which a GPU fault ended it, or whose worker is behind the others in a stall."""
+    """Name of the node with the GPU fault that ended it, or of the node whose worker is behind in a stall."""

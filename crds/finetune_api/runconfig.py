@@ -1,4 +1,5 @@
-"""`RunConfig`: one attempt of a job, resolved and immutable, from whoever starts it to the trainer."""
+"""`RunConfig`: the resolved, immutable configuration of one attempt, written by the operator or the CLI for the
+trainer."""
 
 from __future__ import annotations
 
@@ -11,19 +12,20 @@ from finetune_api.job import FineTuneJob
 
 
 class RunConfig(ApiModel):
-    """All that a trainer needs to know; a running attempt never sees a later change of its job."""
+    """Configuration of one attempt. Later changes of the job do not affect a running attempt."""
 
     job: FineTuneJob
-    """The job, `--set` overrides applied and defaults written out."""
+    """The job, with `--set` overrides applied and defaults filled in."""
     root: Annotated[str, Field(min_length=1)]
-    """The job's own directory in storage: an absolute path or a URI."""
+    """Directory of the job in storage: an absolute path or a URI."""
     base_dir: Annotated[str, Field(min_length=1)]
-    """Directory that relative paths of models and data start from."""
+    """Directory that relative paths of models and data are resolved against."""
     work_dir: Annotated[str, Field(min_length=1)] | None = None
-    """Directory that they start from where `base_dir` has no such file. Default: the process's current directory."""
+    """Second directory to resolve them against, if `base_dir` has no such file. Default: the current directory."""
     cache_dir: Annotated[str, Field(min_length=1)]
-    """Local directory for prepared data and downloads; it may be shared and may be deleted at any time."""
+    """Local directory for prepared data and downloads. It may be shared, and may be deleted at any time."""
     overrides: list[str] = Field(default_factory=list)
-    """Fields that `--set` names, such as `stages[0].sft.data.limit`: a resumed run may have other data there."""
+    """Fields that `--set` overrides, such as `stages[0].sft.data.limit`: a resumed run may use other data for them."""
     attempt: Annotated[int, Field(ge=1)] = 1
-    """Which attempt this is, from 1; the trainer counts on where its directory tells of a later one."""
+    """Number of the attempt, from 1. If the job's directory records a later attempt, the trainer counts from that
+    one."""

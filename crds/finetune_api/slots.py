@@ -1,7 +1,7 @@
-"""How many of a job's workers each node takes: a resource of our own that Ray counts on every node.
+"""Ray custom resource that limits the number of workers per node.
 
-A node offers Ray more CPUs than it has, so that Ray Train's helpers always find one. Without this resource Ray would
-put all workers of a job without GPUs on the first node that joins.
+Each node declares at least `LEAST_CPUS` CPUs to Ray, so that the helper actors of Ray Train can always be scheduled.
+Without the custom resource, Ray would place all workers of a CPU job on the first node that joins.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from finetune_api.cluster import Resources
 
 SLOT = "finetune_worker"
 LEAST_CPUS = 64
-"""CPUs that each node offers to Ray at least."""
+"""Minimum number of CPUs that a node declares to Ray."""
 
 
 def workers_per_node(resources: Resources, gpus: int | None = None) -> int:
-    """Return one worker for each GPU of a node, or without GPUs as many as the job says.
+    """Return the number of workers per node: one per GPU, or `workersPerNode` on nodes without GPUs.
 
     Args:
-        gpus: GPUs of a node. Default: those that the job names.
+        gpus: GPUs of a node. Default: `resources.gpusPerNode`.
     """
     return (resources.gpus_per_node if gpus is None else gpus) or resources.workers_per_node or 1
 
 
 def offered(resources: Resources) -> str:
-    """Return what a node offers, as `ray start --resources` takes it."""
+    """Return the custom resources of a node as JSON for `ray start --resources`."""
     return json.dumps({SLOT: workers_per_node(resources)})

@@ -1,4 +1,4 @@
-"""The fields every trained stage shares, under the names of transformers, PEFT and TRL in camelCase."""
+"""Fields that all training stages share, with the names of transformers, PEFT and TRL in camelCase."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import ApiModel, Json, cel, rules
-from finetune_api.data import DataSpec, RowKind
+from finetune_api.data import DataSpec
+from finetune_api.declaration import TrainingDeclaration, Updates
 
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Rate = Annotated[float, Field(ge=0, le=1)]
@@ -18,120 +19,130 @@ Modules = Annotated[list[ModuleName], Field(min_length=1, max_length=256)]
 ALL_LINEAR = "all-linear"
 
 STREAMING_RULE: Json = cel(
-    "!self.data.streaming || has(self.maxSteps)", "streaming data has no known length: set maxSteps"
+    "!self.data.streaming || has(self.maxSteps)", "set maxSteps: the length of streaming data is not known"
 )
 QUANTIZED_LORA_RULE: Json = cel(
-    "!has(self.quantization) || has(self.lora)", "quantization needs lora: quantized weights don't train"
+    "!has(self.quantization) || has(self.lora)", "quantization needs lora: quantized weights cannot be trained"
 )
 
 
 class Lora(ApiModel):
-    """Low-rank adapters (PEFT's LoraConfig) in place of full training."""
+    """Train low-rank adapters (PEFT's LoraConfig) instead of all weights."""
 
     r: Annotated[int, Field(ge=1, le=4096)] = 16
     """Rank of the update matrices."""
     lora_alpha: Annotated[int, Field(ge=1, le=65536)] = 32
-    """Scale of the update: alpha/r, or alpha/sqrt(r) with `useRslora`."""
+    """Scaling of the update: alpha/r, or alpha/sqrt(r) with `useRslora`."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapters' input."""
+    """Dropout on the input of the adapters."""
     target_modules: Modules = Field(default=[ALL_LINEAR])
-    """Names (or endings of names) of the modules that get an adapter. `all-linear`: every linear layer but the
-    output head and an expert model's router."""
+    """Names (or suffixes of names) of the modules that get an adapter. `all-linear`: every linear layer except the
+    output head and the routers of a mixture of experts."""
     modules_to_save: Modules | None = None
-    """Modules trained in full beside the adapters, such as `embed_tokens`. Default: none."""
+    """Modules that are fully trained in addition to the adapters, such as `embed_tokens`. Default: none."""
     use_rslora: bool = False
-    """Rank-stabilised scaling, alpha/sqrt(r) (arXiv 2312.03732)."""
+    """Rank-stabilized scaling, alpha/sqrt(r) (arXiv 2312.03732)."""
     use_dora: bool = False
-    """Weight-decomposed adapters (arXiv 2402.09353)."""
+    """Weight-decomposed adapters (DoRA, arXiv 2402.09353)."""
     merge: bool = True
-    """At the stage's end merge the adapter into the base model in the base's original precision (true), or keep it
-    as an adapter, which the next stage trains on (false)."""
+    """true: merge the adapter into the base model at the end of the stage, in the original data type of the base.
+    false: keep it as an adapter; the next stage continues to train it."""
 
 
 class Quantization(ApiModel):
-    """Base weights quantized by bitsandbytes while adapters train (QLoRA)."""
+    """Quantize the base weights with bitsandbytes while adapters are trained (QLoRA)."""
 
     bits: Literal[4, 8] = 4
     """Bits per weight."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
-    """Number format of 4-bit weights."""
+    """Data type of 4-bit weights."""
     double_quant: bool = True
-    """Quantize the 4-bit constants too."""
+    """Quantize the quantization constants of 4-bit weights too."""
 
 
-class TrainingSpec(ApiModel):
-    """Data, optimizer, schedule and saving: what every trained stage has."""
+class TrainingSpec(TrainingDeclaration):
+    """Settings of a training stage: data, optimizer, schedule and checkpoints."""
 
     model_config = rules(STREAMING_RULE)
 
     data: DataSpec
     """Training data."""
     eval_data: DataSpec | None = None
-    """Held-out data. Default: the `validationSplit` of `data`, if any."""
+    """Evaluation data. Default: the `validationSplit` of `data`, if any."""
     num_train_epochs: Annotated[float, Field(gt=0, le=100000, json_schema_extra={"minimum": 0})] = 1.0
-    """Passes over the data, where `maxSteps` is not set."""
+    """Number of epochs. Ignored if `maxSteps` is set."""
     max_steps: PositiveInt | None = None
-    """Optimizer steps. Default: as many as `numTrainEpochs` makes."""
+    """Number of optimizer steps. Default: derived from `numTrainEpochs`."""
     per_device_train_batch_size: PositiveInt = 8
-    """Rows per worker and forward pass."""
+    """Batch size per worker and forward pass."""
     per_device_eval_batch_size: PositiveInt = 8
-    """Rows per worker and forward pass in evaluation."""
+    """Batch size per worker and forward pass in evaluation."""
     gradient_accumulation_steps: PositiveInt = 1
     """Forward passes per optimizer step."""
     learning_rate: Annotated[float, Field(ge=0, le=10)] = 2e-5
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after warm-up."""
+    """Learning rate schedule after warmup."""
     warmup_ratio: Rate = 0.03
-    """Share of the steps in which the learning rate rises from 0, where `warmupSteps` is not set."""
+    """Fraction of the steps over which the learning rate rises linearly from 0. Ignored if `warmupSteps` is set."""
     warmup_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    """Steps in which the learning rate rises from 0. Default: by `warmupRatio`."""
+    """Number of steps over which the learning rate rises linearly from 0. Default: derived from `warmupRatio`."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Decoupled weight decay; norms and biases have none."""
+    """Decoupled weight decay. It does not apply to norms and biases."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """AdamW's decay rate of the first moment."""
+    """Decay rate of AdamW's first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """AdamW's decay rate of the second moment."""
+    """Decay rate of AdamW's second moment."""
     adam_epsilon: Annotated[float, Field(ge=0, le=1)] = 1e-8
-    """AdamW's term for numerical stability."""
+    """AdamW's epsilon for numerical stability."""
     max_grad_norm: Annotated[float, Field(ge=0, le=1e6)] = 1.0
-    """Gradients are clipped to this norm; 0 leaves them as they are."""
+    """Maximum gradient norm for clipping. 0: no clipping."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 42
-    """Seed of initialisation, data order and dropout."""
+    """Seed of initialization, data order and dropout."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a quarter more time."""
+    """Recompute activations in the backward pass: needs less memory and about 25% more time."""
     dataloader_num_workers: Annotated[int, Field(ge=0, le=64)] = 0
-    """Processes per worker that load batches ahead; 0 loads in the worker itself."""
+    """Data loader processes per worker. 0: the worker loads its batches itself."""
     logging_steps: PositiveInt = 1
-    """Steps between two lines of metrics."""
+    """Steps between two log entries of metrics."""
     eval_steps: PositiveInt | None = None
-    """Steps between two evaluations. Default: one before the first step and one at the end."""
+    """Steps between two evaluations. Default: evaluate before the first step and at the end only."""
     save_steps: PositiveInt = 500
-    """Steps between two checkpoints; one more is saved at the stage's end."""
+    """Steps between two checkpoints. The end of the stage saves another one."""
     save_total_limit: PositiveInt = 2
-    """Complete checkpoints kept per stage; older ones are deleted."""
+    """Maximum number of complete checkpoints kept per stage. Older ones are deleted."""
 
     def faults(self) -> Iterator[str]:
         if self.data.streaming and self.max_steps is None:
-            yield "streaming data has no known length: set maxSteps"
+            yield "set maxSteps: the length of streaming data is not known"
+
+
+class AdapterSpec(TrainingSpec):
+    """Settings of a training stage that can train LoRA adapters."""
+
+    model_config = rules(STREAMING_RULE, QUANTIZED_LORA_RULE)
+
+    lora: Lora | None = None
+    """Train LoRA adapters. Default: train all weights."""
+    quantization: Quantization | None = None
+    """Quantize the base model (QLoRA). Needs `lora`. Default: no quantization."""
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.quantization is not None and self.lora is None:
+            yield "quantization needs lora: quantized weights cannot be trained"
 
     @property
-    def trains(self) -> bool:
-        """Whether the stage takes optimizer steps."""
-        return True
+    def updates(self) -> Updates:
+        return "weights" if self.lora is None else "adapter"
 
     @property
-    def hands_on(self) -> bool:
-        """Whether the next stage starts from this one's result."""
-        return True
-
-    @property
-    def row_kind(self) -> RowKind:
-        """The kind of rows that the stage reads."""
-        raise NotImplementedError
+    def merges(self) -> bool:
+        return self.lora is not None and self.lora.merge
 
 
-def quantization_faults(lora: Lora | None, quantization: Quantization | None) -> Iterator[str]:
-    """The Python twin of `QUANTIZED_LORA_RULE`."""
-    if quantization is not None and lora is None:
-        yield "quantization needs lora: quantized weights don't train"
+def resolve_overflow(overflow: str, limit: int | None) -> str:
+    """Return `overflow` with `auto` resolved: `truncate` if a limit in tokens is set, else `error`."""
+    if overflow != "auto":
+        return overflow
+    return "error" if limit is None else "truncate"

@@ -1,8 +1,7 @@
-"""Checking a job as a user wrote it: every fault at once, each under the name that the user knows.
+"""Validation of a job file: report all faults at once, with the names in the file.
 
-Three passes, so that no fault hides another: unknown fields by the schema (a misspelt one counts under the name it
-means from there on), values by pydantic, and the rules between fields on whatever of the job is sound.
-"""
+There are three passes, so that no fault hides another: unknown fields by the schema (a misspelled one is then treated
+as the field that it most likely means), values by pydantic, and rules between fields on the valid part of the job."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from pydantic.fields import FieldInfo
 from finetune_api.base import ApiModel, Json
 from finetune_api.crd import structural_schema
 from finetune_api.job import FineTuneJob
-from finetune_api.messages import Loc, expected, field_path, first_sentence, mismatch, place, shown
+from finetune_api.messages import Loc, expected, field_path, first_sentence, mismatch, object_path, shown
 from finetune_api.problems import Problem, did_you_mean, nearest
 
 SERVER_METADATA = (
@@ -32,7 +31,7 @@ SERVER_METADATA = (
     "selfLink",
     "uid",
 )
-"""What the API server keeps in the metadata of a job: not ours, and no fault in a job read back from a cluster."""
+"""Metadata fields that the API server sets. They are ignored, so that a job exported from a cluster is valid."""
 
 _PARTS = "a mapping with apiVersion, kind, metadata and spec"
 
@@ -41,16 +40,17 @@ _PARTS = "a mapping with apiVersion, kind, metadata and spec"
 class _Fault:
     loc: Loc
     message: str
-    names_place: bool = False
+    path_in_message: bool = False
 
     def problem(self) -> Problem:
-        return Problem("" if self.names_place else field_path(self.loc) or "".join(map(str, self.loc)), self.message)
+        path = "" if self.path_in_message else field_path(self.loc) or "".join(map(str, self.loc))
+        return Problem(path, self.message)
 
 
 def check_job(data: object) -> tuple[FineTuneJob | None, list[Problem]]:
-    """The job in `data`, a value parsed from YAML or JSON, or else all its problems in the order of the document.
+    """Return the job in `data` (parsed YAML or JSON) if it is valid, and all problems in the order of the document.
 
-    Never raises: whatever `data` is, a message says what is wrong with it.
+    Does not raise: a problem describes any invalid value of `data`.
     """
     if not isinstance(data, dict) or not data:
         fault = "the job is empty:" if data is None or data == {} else f"got {shown(data)},"
@@ -68,7 +68,7 @@ def check_job(data: object) -> tuple[FineTuneJob | None, list[Problem]]:
 
 
 def _with_known_names(value: object, schema: Json, loc: Loc) -> tuple[object, list[_Fault]]:
-    """A copy in which a misspelt field has the name it means, and the faults of all unknown names."""
+    """Return a copy in which misspelled fields have the name that they most likely mean, and the faults."""
     faults: list[_Fault] = []
     if isinstance(value, list) and "items" in schema:
         items = [_with_known_names(item, schema["items"], (*loc, index)) for index, item in enumerate(value)]
@@ -80,25 +80,25 @@ def _with_known_names(value: object, schema: Json, loc: Loc) -> tuple[object, li
     for key, item in value.items():
         if loc == ("metadata",) and key in SERVER_METADATA:
             continue
-        name, message = (key, None) if key in known else _renamed(key, known, {*value, *result}, place(loc))
+        name, message = (key, None) if key in known else _renamed(key, known, {*value, *result}, object_path(loc))
         if message is not None:
-            faults.append(_Fault((*loc, name), message, names_place=True))
+            faults.append(_Fault((*loc, name), message, path_in_message=True))
         result[name], more = _with_known_names(item, known.get(name, {}), (*loc, name))
         faults += more
     return result, faults
 
 
 def _renamed(key: object, known: Json, taken: set[Any], where: str) -> tuple[str, str]:
-    """The name that an unknown key counts under from here on, and the message about it."""
+    """Return the name to treat an unknown key as, and the message about the key."""
     name = key if isinstance(key, str) else shown(key)
-    written = name if len(name) <= 80 else f"{name[:80]}…"
+    written = name if len(name) <= 80 else f"{name[:80]}..."
     close = nearest(name, known)
     message = f"unknown field `{written}` in {where}{did_you_mean(name, known)}"
     return close if close is not None and close not in taken else name, message
 
 
 def _wrong_values(error: ValidationError) -> list[_Fault]:
-    """Faults of single fields; unknown names are found before, rules between fields after."""
+    """Return the faults of single values. Other passes find unknown names and violated rules."""
     schema = structural_schema(FineTuneJob)
     faults = []
     for item in error.errors(include_url=False, include_context=False):
@@ -128,7 +128,7 @@ def _schema_at(schema: Json, loc: Loc) -> Json:
 def _unvalidated(
     model: type[BaseModel], value: Json, loc: Loc, wrong: frozenset[Loc]
 ) -> tuple[BaseModel, list[_Fault]]:
-    """An object made of what is sound in `value`, and the faults between fields in it and below it."""
+    """Build an object from the valid parts of `value`; return it and the violated rules in it and below it."""
     fields: Json = {}
     faults: list[_Fault] = []
     for name, info in model.model_fields.items():
@@ -138,35 +138,35 @@ def _unvalidated(
         if content is not None:
             fields[alias] = content
     instance = model.model_construct(**fields)
-    return instance, [_Fault(loc, message, names_place=loc == ("spec",)) for message in _messages(instance)] + faults
+    broken_rules = [_Fault(loc, message, path_in_message=loc == ("spec",)) for message in _messages(instance)]
+    return instance, broken_rules + faults
 
 
 def _content(info: FieldInfo, value: object, at: Loc, wrong: frozenset[Loc]) -> tuple[object, list[_Fault]]:
-    """The content of one field for the rules' sake; None leaves it to its default.
+    """Return the value of one field for the rules, and faults below it. None selects the default of the field.
 
-    A wrong value stays where there is no default: the rules then see that something was set, and don't say that
-    nothing was.
+    An invalid value of a field without a default is kept, so that no rule reports the field as unset.
     """
     model = _model_in(info.annotation)
     if model is not None and isinstance(value, dict):
         return _unvalidated(model, value, at, wrong)
     if model is not None and isinstance(value, list):
-        made = [_unvalidated(model, item, (*at, i), wrong) for i, item in enumerate(value) if isinstance(item, dict)]
-        return [item for item, _ in made], [fault for _, more in made for fault in more]
+        items = [_unvalidated(model, item, (*at, i), wrong) for i, item in enumerate(value) if isinstance(item, dict)]
+        return [item for item, _ in items], [fault for _, more in items for fault in more]
     if info.is_required() and model is not None:
         return ([] if typing.get_origin(info.annotation) is list else model.model_construct()), []
     return (None if at in wrong and info.get_default() is not None else value), []
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model in a field's type: `Lora | None`, `list[Stage]`."""
+    """Return the model class in a type such as `Lora | None` or `list[Stage]`, or None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_model_in, typing.get_args(annotation))), None)
 
 
 def _messages(instance: BaseModel) -> list[str]:
-    """What the object's rules say; a rule over a value that is wrong itself says nothing."""
+    """Return the messages of the violated rules of an object. Rules that fail on an invalid value are skipped."""
     messages: list[str] = []
     if isinstance(instance, ApiModel):
         try:
@@ -178,7 +178,7 @@ def _messages(instance: BaseModel) -> list[str]:
 
 
 def _position(document: object, loc: Loc) -> tuple[int, ...]:
-    """Where a place is in the document, for sorting; what is missing comes after its neighbours."""
+    """Return a sort key for the position of a location in the document. Missing fields come after their siblings."""
     position = []
     for part in loc:
         if isinstance(document, dict):

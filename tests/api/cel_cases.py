@@ -78,6 +78,11 @@ CASES = (
     Case("!self.data.streaming", ("data.limit=5",), (f"data={STREAM}", "maxSteps=5"), ".rlhf"),
     Case("!self.data.streaming", ("data.limit=5",), (f"data={STREAM}", "maxSteps=5"), ".online"),
     Case("!has(self.maxKl)", ("maxKl=1",), ("maxKl=1", "beta=0")),
+    Case(
+        "self.perDeviceTrainBatchSize > 1",
+        ("lossType=apo_zero_unpaired", "perDeviceTrainBatchSize=1"),
+        ("perDeviceTrainBatchSize=1",),
+    ),
     Case("has(self.exactMatch)", ("={regex: a}",), ("={regex: a, exactMatch: b}",)),
     Case("has(self.function), has(self.endpoint)]", ("={function: 'a:b'}",), ("={function: 'a:b', model: c}",)),
     Case("!has(self.criteria)", (f"={{endpoint: {JUDGE}, criteria: a}}",), ("={function: 'a:b', criteria: a}",)),

@@ -84,7 +84,7 @@ FAULTS = [
     (["sharding.zero=4"], ["sharding.zero: got 4, expected one of auto, 0, 1, 2, 3"]),
     (
         ["model={hub: a b}", "stages[0]={sft: {data: {sources: [{file: x}]}}}"],
-        ["model.hub: got 'a b', expected a hub id"],
+        ["model.hub: got 'a b', expected a Hub id"],
     ),
     (["storage={uri: bucket/x}"], ["storage.uri: got 'bucket/x', expected a URI such as `s3://bucket/path`"]),
     (
@@ -99,11 +99,17 @@ FAULTS = [
     (["metadata.labels={3: x}"], ["metadata.labels: got the name 3, expected text: put it in quotes"]),
     (
         ["stages[2].name=" + "x" * 50],
-        [f"stages[2].name: got '{'x' * 40}'… (50 characters), expected up to 40 lower-case"],
+        [f"stages[2].name: got '{'x' * 40}'... (50 characters), expected up to 40 lower-case"],
     ),
     (["runPolicy.suspend='yes'"], ["runPolicy.suspend: got 'yes', expected true or false"]),
-    (["runPolicy.stallTimeout=soon"], ["runPolicy.stallTimeout: got 'soon', expected `auto`, or seconds from 0 on"]),
-    (["runPolicy.stallTimeout=-1"], ["runPolicy.stallTimeout: got -1, expected `auto`, or seconds from 0 on"]),
+    (
+        ["runPolicy.stallTimeout=soon"],
+        ["runPolicy.stallTimeout: got 'soon', expected `auto`, or a number of seconds (0 or more)"],
+    ),
+    (
+        ["runPolicy.stallTimeout=-1"],
+        ["runPolicy.stallTimeout: got -1, expected `auto`, or a number of seconds (0 or more)"],
+    ),
     (
         ["runPolicy.onBadLoss=rolback"],
         ["runPolicy.onBadLoss: got 'rolback', expected one of fail, skip, rollback: did you mean rollback?"],
@@ -126,13 +132,13 @@ FAULTS = [
     # rules between fields
     (["model.hub=a/b"], ["model: set exactly one of hub, path, uri, config; got hub and config"]),
     (["storage={}"], ["storage: set exactly one of path, uri; none is set"]),
-    (["stages[2].sft.packing=true"], ["stages[2].sft: packing needs maxLength, the length of a packed row"]),
+    (["stages[2].sft.packing=true"], ["stages[2].sft: packing needs maxLength: the length of a packed row"]),
     (
         ["stages[2].sft.quantization={}", "stages[2].sft.lora=null", "stages[2].sft.packing=true"],
-        ["stages[2].sft: packing needs maxLe", "stages[2].sft: quantization needs lora: quantized weights don't train"],
+        ["stages[2].sft: packing needs maxLength", "stages[2].sft: quantization needs lora"],
     ),
-    (["stages[1].name=a", "stages[2].name=a"], ["2 stages are named 'a': a stage's name is its own"]),
-    (["model={hub: a/b}"], ["a tokenizer stage needs model.config: a model that exists has a tokenizer of its own"]),
+    (["stages[1].name=a", "stages[2].name=a"], ["2 stages are named 'a': names of stages must be unique"]),
+    (["model={hub: a/b}"], ["a tokenizer stage needs model.config: an existing model"]),
     # rules are judged beside wrong values, and not on what is wrong itself
     (
         ["resources.nodes=x", "stages[2].sft.packing=true", "stages[2].sft.seed=-1"],
@@ -247,9 +253,9 @@ def test_nearest(name: str, valid: list[str], expected: str | None) -> None:
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
-        (["stages[5].rlhf.rewards[0].stage=rewrad"], "'rewrad' is no stage before this one: did you mean `reward`?"),
-        (["stages[5].rlhf.rewards[0].stage=sft"], "stages[5].rlhf.rewards[0].stage: 'sft' is no reward stage"),
-        (["stages[6].online.judge.stage=rlhf"], "stages[6].online.judge.stage: 'rlhf' is no reward stage"),
+        (["stages[5].rlhf.rewards[0].stage=rewrad"], "'rewrad' is not an earlier stage: did you mean `reward`?"),
+        (["stages[5].rlhf.rewards[0].stage=sft"], "stages[5].rlhf.rewards[0].stage: 'sft' is not a reward stage"),
+        (["stages[6].online.judge.stage=rlhf"], "stages[6].online.judge.stage: 'rlhf' is not a reward stage"),
         (["stages[5].rlhf.maxKl=3", "stages[5].rlhf.beta=0"], "maxKl needs beta > 0"),
         (["stages[5].rlhf.rewards[0].function=mine"], "an import path such as `package.module:name`"),
         (["stages[5].rlhf.numGenerations=1"], "numGenerations: got 1"),

@@ -53,8 +53,8 @@ def test_assignments_land_where_they_say(
         ("model[0]=1", "model is a mapping: expected a field, got index 0"),
         ("metadata.name.x=1", "metadata.name is 'tiny', not a mapping"),
         ("resorces.nodes=1", "unknown field `resorces` in spec: did you mean `resources`?"),
-        ("stages[2]..sft=1", "is no path such as"),
-        ("model.hub=[", "the value cannot be read"),
+        ("stages[2]..sft=1", "is not a path such as"),
+        ("model.hub=[", "the value is not valid YAML"),
     ],
 )
 def test_bad_assignments_are_refused(job: dict[str, Any], assignment: str, message: str) -> None:

@@ -17,7 +17,7 @@ from finetune_cli.cluster.job_view import JobView
 from finetune_cli.cluster.pods import by_node, has_ended, has_started, selector
 from finetune_cli.cluster.reading import short_duration
 from finetune_cli.cluster.status import summary
-from finetune_cli.cluster.waiting import goal_of, judged, seconds_of
+from finetune_cli.cluster.waiting import goal_of, outcome_of, seconds_of
 from finetune_cli.outcome import CommandFailed
 from finetune_trainer.errors import UserError
 
@@ -51,7 +51,7 @@ def test_times(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "m", "-1", "1w", "1h30", "ten"])
 def test_what_is_no_time(text: str) -> None:
-    with pytest.raises(UserError, match=r"--timeout: got .*, expected a time such as"):
+    with pytest.raises(UserError, match=r"--timeout: got .*, expected a duration such as"):
         seconds_of(text)
 
 
@@ -81,7 +81,7 @@ def test_goals() -> None:
     ],
 )
 def test_when_a_wait_is_over(body: Json | None, goal: str, code: int | None) -> None:
-    outcome = judged(body, goal)
+    outcome = outcome_of(body, goal)
     assert (outcome.code if outcome else None) == code
 
 
@@ -166,7 +166,7 @@ def test_refusals_name_the_field() -> None:
     ]
     strict = 'strict decoding error: unknown field "spec.new", duplicate field "spec.model"'
     assert [problem.path for problem in problems(400, "BadRequest", strict)] == ["new", "model"]
-    assert "install finetune-operator's chart" in str(problems(404, "NotFound", "404 page not found")[0])
+    assert "install the chart finetune-operator" in str(problems(404, "NotFound", "404 page not found")[0])
 
 
 def test_trouble_that_passes_is_no_fault_of_the_user() -> None:

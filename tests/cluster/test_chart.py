@@ -198,7 +198,7 @@ def test_uninstalling_keeps_the_definition_and_the_jobs(fresh: Access, tmp_path:
         custom, extensions = client.CustomObjectsApi(api), client.ApiextensionsV1Api(api)
         with installed(fresh, tmp_path / "helm") as release:
             notes = release.helm("get", "notes", RELEASE)
-            assert "KubeRay is not there, and not needed" in notes
+            assert "KubeRay is not installed. It is not needed" in notes
             definition = extensions.read_custom_resource_definition(f"{PLURAL}.{GROUP}")
             assert definition.metadata.annotations["helm.sh/resource-policy"] == "keep"
             sample = yaml.safe_load(notes.partition("<<'YAML'\n")[2].partition("  YAML\n")[0])
@@ -228,4 +228,4 @@ def test_the_notes_see_kuberay(fresh: Access, tmp_path: Path) -> None:
     )
     fresh.kubectl("wait", "--for=condition=Established", "crd/rayjobs.ray.io", "--timeout=30s")
     with installed(fresh, tmp_path / "helm", None, "--take-ownership") as release:
-        assert "KubeRay is there" in release.helm("get", "notes", RELEASE)
+        assert "KubeRay is installed" in release.helm("get", "notes", RELEASE)

@@ -50,7 +50,7 @@ def test_submit_creates_what_was_written_and_nothing_else(finetune: Finetune, jo
     assert made["spec"]["kubernetes"]["preflight"] is False
     again = finetune("submit", job_file)
     assert again.exit_code == 2
-    assert "job 'tiny' is in namespace" in again.stderr and "--update" in again.stderr
+    assert "job 'tiny' already exists in namespace" in again.stderr and "--update" in again.stderr
 
 
 def test_submit_tells_every_fault_before_it_asks_the_cluster(finetune: Finetune, jobs: Jobs, job_file: Path) -> None:
@@ -62,7 +62,7 @@ def test_submit_tells_every_fault_before_it_asks_the_cluster(finetune: Finetune,
 
 def test_a_dry_run_makes_nothing(finetune: Finetune, jobs: Jobs, job_file: Path) -> None:
     done = finetune("submit", job_file, "--dry-run")
-    assert (done.exit_code, done.stdout) == (0, f"tiny: valid in namespace {jobs.namespace}; nothing was made\n")
+    assert (done.exit_code, done.stdout) == (0, f"tiny: valid in namespace {jobs.namespace}; nothing was created\n")
     assert finetune("status", "tiny").exit_code == 2
 
 
@@ -75,7 +75,7 @@ def test_an_update_changes_the_run_policy_and_is_refused_for_the_rest(
     assert jobs.read()["spec"]["runPolicy"]["backoffLimit"] == 9
     refused = finetune("submit", job_file, "--update", "--set", "resources.nodes=2", "--set", "sharding.zero=2")
     assert refused.exit_code == 2
-    assert refused.stderr.count("cannot change, only runPolicy can") == 2
+    assert refused.stderr.count("is immutable, only runPolicy can change") == 2
 
 
 def test_a_namespace_of_the_job_that_is_not_the_one_given(finetune: Finetune, job_file: Path) -> None:
@@ -103,7 +103,7 @@ def test_the_list_is_that_of_kubectl(finetune: Finetune, jobs: Jobs, admin: Acce
 
 def test_one_job_in_full(finetune: Finetune, jobs: Jobs) -> None:
     jobs.create(job())
-    assert "no operator has looked at it yet" in finetune("status", "tiny").stdout
+    assert "no operator has processed this job yet" in finetune("status", "tiny").stdout
     write_status(jobs, RUNNING)
     shown = finetune("status", "tiny").stdout
     for words in ("stage 2/2 pretrain", "4/10  loss 3.2500  lr 2.00e-04  12.3 k tok/s  ETA 1 min 30 s", "2 min 05 s",
@@ -131,7 +131,7 @@ def test_a_watch_tells_each_change_until_the_end(finetune: Finetune, jobs: Jobs)
     jobs.create(job())
     with finetune.started("status", "tiny", "--watch") as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "Pending · no operator has looked at it yet\n"
+        assert process.stdout.readline() == "Pending · no operator has processed this job yet\n"
         write_status(jobs, RUNNING)
         line = process.stdout.readline()
         assert line == "Running · 2/2 pretrain · 4/10 · loss 3.2500 · lr 2.00e-04 · 12.3 k tok/s · ETA 1 min 30 s\n"
@@ -210,12 +210,12 @@ def test_suspend_and_resume(finetune: Finetune, jobs: Jobs) -> None:
     done = finetune("suspend", "tiny")
     assert done.stdout == "tiny saves a checkpoint and stops\nnext: finetune wait tiny --for Suspended\n", done.stderr
     assert jobs.read()["spec"]["runPolicy"]["suspend"] is True
-    assert "nothing to do" in finetune("suspend", "tiny").stdout
-    assert "goes on from its last checkpoint" in finetune("resume", "tiny").stdout
+    assert "no change" in finetune("suspend", "tiny").stdout
+    assert "continues from its last checkpoint" in finetune("resume", "tiny").stdout
     assert jobs.read()["spec"]["runPolicy"]["suspend"] is False
     write_status(jobs, SUCCEEDED)
     over = finetune("suspend", "tiny")
-    assert over.exit_code == 2 and "job 'tiny' is over (Succeeded)" in over.stderr
+    assert over.exit_code == 2 and "job 'tiny' has ended (Succeeded)" in over.stderr
 
 
 def test_delete_asks_first(finetune: Finetune, jobs: Jobs) -> None:
@@ -252,7 +252,7 @@ def test_no_cluster_no_context_no_right(
     unknown = finetune("status", "--kubeconfig", stranger.kubeconfig(tmp_path / "stranger"))
     assert unknown.exit_code == 2 and "does not accept the credentials" in unknown.stderr
     away = finetune("status", "--kubeconfig", admin.at("https://127.0.0.1:1").kubeconfig(tmp_path / "away"))
-    assert away.exit_code == 1 and "https://127.0.0.1:1 does not answer" in away.stderr
+    assert away.exit_code == 1 and "https://127.0.0.1:1 does not respond" in away.stderr
     assert finetune("status").exit_code == 0
 
 

@@ -92,22 +92,22 @@ def test_the_newest_attempt_and_any_other_node_and_run(
 
 def test_no_log_says_why(finetune: Finetune, jobs: Jobs, pods: Pods, kubelet: KubeletStandIn) -> None:
     early = finetune("logs", "tiny")
-    assert early.exit_code == 2 and "the pods of the preflight are not there yet; -f waits" in early.stderr
+    assert early.exit_code == 2 and "the pods of the preflight do not exist yet; -f waits" in early.stderr
     write_status(jobs, {"phase": "Running", "attempt": 1})
     name = pods.create(1)
     kubelet.unschedulable(pods.namespace, name, "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
     waiting = finetune("logs", "tiny")
     assert waiting.exit_code == 2
-    assert f"pod {name} has not begun: Unschedulable: 0/3 nodes are available" in waiting.stderr
+    assert f"pod {name} has not started: Unschedulable: 0/3 nodes are available" in waiting.stderr
     assert "attempt 1 has no node 3: it has 0" in finetune("logs", "tiny", "--node", 3).stderr
-    assert "tiny has no attempt 4: its newest run is attempt 1" in finetune("logs", "tiny", "--attempt", 4).stderr
+    assert "tiny has no attempt 4: its latest run is attempt 1" in finetune("logs", "tiny", "--attempt", 4).stderr
     kubelet.image_pull_back_off(pods.namespace, name, node=NODE)
     assert "ImagePullBackOff: Back-off pulling image" in finetune("logs", "tiny").stderr
     write_status(jobs, {"phase": "Failed", "attempt": 1, "conditions": over("Failed")})
     kubelet.deleted(pods.namespace, name)
     kubelet.end_deletion(pods.namespace, name)
     gone = finetune("logs", "tiny", "-f")
-    assert gone.exit_code == 2 and "the pods of attempt 1 are gone, and their logs with them" in gone.stderr
+    assert gone.exit_code == 2 and "the pods of attempt 1 and their logs were deleted" in gone.stderr
 
 
 def test_following_goes_from_attempt_to_attempt_until_the_end(
@@ -116,7 +116,7 @@ def test_following_goes_from_attempt_to_attempt_until_the_end(
     write_status(jobs, {"phase": "Running", "attempt": 1})
     with finetune.started("logs", "tiny", "-f") as process:
         assert process.stdout is not None and process.stderr is not None
-        assert "has no pod of node 0 yet" in process.stderr.readline()
+        assert "has no pod for node 0 yet" in process.stderr.readline()
         logs["tiny-1-0-abcde"] = first = PodLog()
         pods.running(1)
         first.add("step 1")
@@ -158,7 +158,7 @@ def test_a_log_that_breaks_off_goes_on_without_loss_or_repeat(
 def test_an_attempt_that_is_gone_is_not_followed(finetune: Finetune, jobs: Jobs) -> None:
     write_status(jobs, {"phase": "Running", "attempt": 2, "attempts": [{"number": 1}, {"number": 2}]})
     gone = finetune("logs", "tiny", "-f", "--attempt", 1)
-    assert gone.exit_code == 2 and "the pods of attempt 1 are gone" in gone.stderr
+    assert gone.exit_code == 2 and "the pods of attempt 1 and their logs were deleted" in gone.stderr
 
 
 def test_with_kuberay_the_driver_s_lines_are_in_the_head_s_log(

@@ -175,9 +175,9 @@ def test_an_answer_that_spells_its_end_has_one() -> None:
     [
         (
             "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | upper + '\n' }}{% endfor %}",
-            "does not write the text",
+            "changes the text",
         ),
-        ("{{ messages[-1]['role'] + ': ' + messages[-1]['content'] }}", "does not write the text of message 1"),
+        ("{{ messages[-1]['role'] + ': ' + messages[-1]['content'] }}", "changes the text of message 1"),
         ("{% for m in messages[::-1] %}{{ m['role'] + m['content'] | reverse }}{% endfor %}", "message 1 (assistant)"),
     ],
 )

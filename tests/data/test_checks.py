@@ -30,7 +30,7 @@ def test_good_data_has_no_problems(tmp_path: Path) -> None:
         ({"sources": [{"file": "dta.jsonl"}]}, "sft", "did you mean `data.jsonl`?"),
         ({"sources": [{"directory": "nope"}]}, "sft", "no such directory"),
         ({"sources": [{"file": "empty.jsonl"}]}, "sft", "empty.jsonl is empty"),
-        ({"sources": [{"file": "odd.bin"}]}, "sft", "can't tell the format"),
+        ({"sources": [{"file": "odd.bin"}]}, "sft", "is unknown by its suffix"),
         ({"sources": [{"file": "bad.jsonl"}]}, "sft", "line 2: malformed JSON"),
         ({"sources": [{"file": "data.jsonl"}]}, "preference", "no column `chosen`"),
         ({"sources": [{"file": "data.jsonl"}]}, "preference", "The row has `promt`, `completion`"),

@@ -90,7 +90,7 @@ def test_keys_and_roles_that_templates_read_stay() -> None:
         ),
         (
             {"content": [{"type": "input_file", "file_id": "x"}]},
-            "part of type `input_file`, and only text is trained on",
+            "part of type `input_file`, but only text can be trained on",
         ),
         ({"content": [{"image": "x.png", "text": None}]}, "part of type `image`"),
         ({"content": [{"type": "thinking", "thinking": "so"}]}, "write its text as the message's `reasoning_content`"),
@@ -141,7 +141,7 @@ def test_keys_that_say_what_is_trained(keys: dict[str, Any], trained: bool) -> N
         ({"weight": 0.5}, "weight is 0.5, expected 0 or 1"),
         ({"weight": "0"}, "weight is '0', expected 0 or 1"),
         ({"loss": {"scale": 2}}, "loss is a mapping, expected 0 or 1"),
-        ({"loss_weight": 1}, r"messages\[0\].loss_weight affects the loss and is not known: write `weight: 0`"),
+        ({"loss_weight": 1}, r"messages\[0\].loss_weight affects the loss and is not supported: write `weight: 0`"),
         ({"masked": True}, "masked affects the loss"),
         ({"training": False}, "training affects the loss"),
         ({"train_detail": [{"begin_offset": 0}]}, "train_detail affects the loss"),
@@ -160,12 +160,12 @@ def test_a_prompt_never_has_the_mark() -> None:
     wrong = {**REPLY, "weight": 0}
     talk = normalise({"messages": [ASK, wrong, ASK, REPLY, ASK, wrong]}, SPEC, "sft")
     assert [message.get("train", True) for message in talk["messages"]] == [True, False, True, True, True, False]
-    assert prompt_of(talk, "sft") == {"messages": [ASK, REPLY, ASK], "reference": "b"}
+    assert prompt_of(talk) == {"messages": [ASK, REPLY, ASK], "reference": "b"}
     assert normalise({"messages": [ASK, wrong, ASK]}, SPEC, "prompt")["prompt"] == [ASK, REPLY, ASK]
     pair = {"prompt": [ASK, wrong, ASK], "chosen": [wrong, ASK, REPLY], "rejected": [REPLY]}
     example = normalise(pair, SPEC, "preference")
     assert example["prompt"] == [ASK, REPLY, ASK] and example["chosen"][0] == {**REPLY, "train": False}
-    assert prompt_of(example, "preference") == {"messages": [ASK, REPLY, ASK, REPLY, ASK], "reference": "b"}
+    assert prompt_of(example) == {"messages": [ASK, REPLY, ASK, REPLY, ASK], "reference": "b"}
 
 
 SHAREGPT = [

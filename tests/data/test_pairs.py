@@ -164,7 +164,7 @@ def test_strings_with_a_system_column_are_turns() -> None:
     pair = {"prompt": "What is 2+2?", "chosen": "4", "rejected": "5", "system": ""}
     assert read(pair) == {"prompt": [ASK], "chosen": [FOUR], "rejected": [FIVE], "templated": True}
     with pytest.raises(
-        FormError, match=r"two system messages, 'Rhyme.' among its messages and 'Be terse.' beside them"
+        FormError, match=r"two system messages, 'Rhyme.' in its messages and 'Be terse.' in its own column"
     ):
         normalise({"messages": [OTHER, ASK, FOUR], "system": "Be terse."}, spec, "sft")
     with pytest.raises(FormError, match=r"`system` is a number, expected a string: set `columns: {system: none}`"):

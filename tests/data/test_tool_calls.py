@@ -115,7 +115,7 @@ def test_tools_are_in_every_render(tmp_path: Path) -> None:
     asked = encoder.prompt(ROW)
     assert whole.startswith(tokenizer.decode(asked)) and "Tell the weather." in tokenizer.decode(asked)
     assert encode(tokenizer, [prompt], tools=TOOLS)[0] == asked
-    assert _prompt_ids(tokenizer, prompt_of(ROW, "sft") or {}, room=10_000) == asked
+    assert _prompt_ids(tokenizer, prompt_of(ROW) or {}, max_length=10_000) == asked
     assert _text(tokenizer, {"prompt": prompt, "completion": answer, "tools": TOOLS}) == whole
     assert tokenizer.decode(encoder.whole(prompt, answer, TOOLS)) == whole
     stats = Stats()

@@ -91,7 +91,7 @@ def test_every_chat_has_its_tools(row: dict[str, Any], kind: Kind, fields: dict[
     spec = DataSpec.model_validate({"sources": SPEC.sources, **fields})
     example = normalise({**row, "tools": [WEATHER]}, spec, kind)
     assert example["tools"] == [WEATHER]
-    assert (prompt_of(example, kind) or {})["tools"] == [WEATHER]
+    assert (prompt_of(example) or {})["tools"] == [WEATHER]
     other = DataSpec.model_validate({"sources": SPEC.sources, "columns": {"tools": "functions_json"}, **fields})
     assert normalise({**row, "functions_json": [WEATHER]}, other, kind)["tools"] == [WEATHER]
     assert "tools" not in normalise({**row, "tools": [WEATHER]}, other, kind)

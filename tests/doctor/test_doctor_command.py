@@ -38,7 +38,7 @@ def doctor(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Co
 def test_a_machine_without_gpus_is_told_what_a_gpu_node_would_lack(tmp_path: Path) -> None:
     done = doctor(tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "What a GPU node needs" in done.stdout and "This machine has no GPU." in done.stdout
+    assert "Requirements of a GPU node" in done.stdout and "This machine has no GPU." in done.stdout
     assert "580 or newer" in done.stdout and "Install NVIDIA driver 580 or newer" in done.stdout
 
 

@@ -209,7 +209,7 @@ def test_every_check_and_every_class_of_fault_is_in_the_guide() -> None:
     assert {one.name for one in examine(GOOD, NEEDS)} - named == {
         "Host memory", "Open files (ulimit -n)", "Cache directory", "Hugging Face hub"}  # fmt: skip
     assert "Host memory, open files, cache directory, Hugging Face hub" in named
-    assert first_cells("When a device fails") == {kind.value for kind in FaultKind}
+    assert first_cells("Device faults") == {kind.value for kind in FaultKind}
 
 
 def job(stages: list[dict[str, Any]], model: dict[str, Any] | None = None, **spec: Any) -> FineTuneJob:

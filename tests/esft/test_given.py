@@ -11,7 +11,7 @@ import pytest
 from finetune_api.stages import EsftSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.esft.selection import ExpertConfig, select
-from finetune_trainer.model.expert_selection import given_config
+from finetune_trainer.model.expert_selection import load_expert_config
 
 SIZES = {1: 4, 2: 4, 10: 4}
 ROWS = {"1": [0.1, 0.4, 0.2, 0.3], "10": [0.25, 0.25, 0.25, 0.25], "2": [0.7, 0.1, 0.1, 0.1]}
@@ -24,7 +24,7 @@ def given(directory: Path, choice: dict[str, Any], **fields: Any) -> ExpertConfi
     (directory / "experts.json").write_text(json.dumps({"experts": {"2": [3, 0]}, "shared_experts": True}))
     data = {"sources": [{"inline": [{"messages": []}]}]}
     spec = EsftSpec.model_validate({"data": data, "expertConfig": choice} | fields)
-    return given_config(spec, "stages[0].esft", str(directory), SIZES)
+    return load_expert_config(spec, "stages[0].esft", str(directory), SIZES)
 
 
 def test_a_score_file_is_selected_from_by_the_stages_rule(tmp_path: Path) -> None:
@@ -51,10 +51,10 @@ def test_a_configuration_and_ids(tmp_path: Path) -> None:
         ({"file": "summary.json"}, "file", ("score file", "expertConfig.scores")),
         ({"scores": "experts.json"}, "scores", ("token_scores",)),
         ({"experts": {"3": [0]}}, "experts", ("layer 3 has no routed experts", "1, 2, 10")),
-        ({"experts": {"2": [4, 9]}}, "experts", ("layer 2 has experts 0 to 3, and not 4, 9",)),
+        ({"experts": {"2": [4, 9]}}, "experts", ("layer 2 has experts 0 to 3, not 4, 9",)),
         ({"experts": {"1": [2, 2]}}, "experts", ("layer 1 names an expert twice",)),
         ({"experts": {"first": [0]}}, "experts", ("expert ids by layer",)),
-        ({"experts": {"7": [0], "1": [5, 5]}}, "experts", ("layer 7", "and not 5", "twice")),  # all at once
+        ({"experts": {"7": [0], "1": [5, 5]}}, "experts", ("layer 7", "not 5", "twice")),  # all at once
     ],
 )
 def test_faults_name_their_place(tmp_path: Path, choice: dict[str, Any], place: str, parts: tuple[str, ...]) -> None:
@@ -67,7 +67,7 @@ def test_faults_name_their_place(tmp_path: Path, choice: dict[str, Any], place: 
 
 @pytest.mark.parametrize(
     ("row", "part"),
-    [([0.5, 0.5], "layer 1 has scores of 2 experts, and the model has 4"), ([1, "NaN", 0, 0], "by layer and expert")],
+    [([0.5, 0.5], "layer 1 has scores of 2 experts, but the model has 4"), ([1, "NaN", 0, 0], "by layer and expert")],
 )
 def test_scores_of_another_model(tmp_path: Path, row: list[Any], part: str) -> None:
     (tmp_path / "other.json").write_text(json.dumps({"token_scores": {"1": row}}))

@@ -80,7 +80,7 @@ def test_forms_of_score_files(tmp_path: Path, row: Any, bare: bool) -> None:
     [
         ("{}", "token_scores"),
         ('{"token_scores": [[0.1, 0.9]]}', "by layer and expert"),  # the first layer's number is not known
-        ("{", "no JSON"),
+        ("{", "not valid JSON"),
         ("[1]", "list"),
         ('{"gate_scores": {}}', "token_scores"),
         ('{"token_scores": {"1": 3}}', "by layer and expert"),
@@ -112,8 +112,8 @@ def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("experts", "part"),
     [
-        ({0: (1,)}, "layer 0 has no routed experts; the layers that have are 1, 2"),
-        ({1: (8, 2)}, "layer 1 has experts 0 to 7, and not 8"),
+        ({0: (1,)}, "layer 0 has no routed experts; layers with experts: 1, 2"),
+        ({1: (8, 2)}, "layer 1 has experts 0 to 7, not 8"),
         ({2: (2, 2)}, "layer 2 names an expert twice"),
         ({1: ()}, "nothing to train"),
     ],

@@ -166,7 +166,9 @@ def test_a_dense_family_is_refused_by_name() -> None:
 def test_a_family_of_another_shape_is_refused_with_the_reason() -> None:
     model = build("mixtral")
     model.model.layers[1].mlp.experts.scale = torch.nn.Parameter(torch.ones(8))
-    with pytest.raises(UserError, match="mixtral does not have the shape that esft knows: its experts hold scale"):
+    with pytest.raises(
+        UserError, match="mixtral does not have the structure that esft supports: its experts hold scale"
+    ):
         expert_layers(model)
     model = build("mixtral")
     del model.model.layers[0].mlp.gate.top_k

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.evaluation.results_log import Journal
+from finetune_trainer.evaluation.results_log import ResultsLog
 from finetune_trainer.evaluation.rows import EvalRow, Piece
 from finetune_trainer.layout import StageLayout
 from finetune_trainer.storage.filesystem import Storage
 
 
-def journal(root: Path, *texts: str) -> Journal:
+def journal(root: Path, *texts: str) -> ResultsLog:
     """Of an evaluation whose rows are these texts."""
-    return Journal(
+    return ResultsLog(
         Storage(str(root)), StageLayout(0, "evaluate"), "base", {row.number: row.key for row in rows(*texts)}
     )
 

@@ -101,7 +101,10 @@ def test_a_jobs_generation_becomes_options() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"topP": 0.5, "topK": 3}, "topP and topK without doSample"), ({"doSample": True, "numBeams": 2}, "choose beam")],
+    [
+        ({"topP": 0.5, "topK": 3}, "topP and topK without doSample"),
+        ({"doSample": True, "numBeams": 2}, "numBeams above 1"),
+    ],
 )
 def test_contradictions_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

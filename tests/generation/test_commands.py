@@ -72,7 +72,7 @@ def test_commands_that_fail_say_why(chat: Chat, tmp_path: Path, capsys: pytest.C
     for line in ("/sytem x", "/save", f"/save {tmp_path / 'no' / 'dir'}"):
         assert chat.command(line)
     errors = capsys.readouterr().err
-    assert "nothing was said yet" in errors
+    assert "the conversation is empty" in errors
     assert "unknown command /sytem: did you mean `/system`?" in errors
     assert "/save needs a file name" in errors
     assert "No such file or directory" in errors
@@ -91,7 +91,7 @@ def test_ctrl_c_stops_the_answer_not_the_chat(chat: Chat, monkeypatch: pytest.Mo
     monkeypatch.setattr(chat.console, "print", interrupted)
     said = chat.answer("Return")
     assert chat.history[-1] == {"role": "assistant", "content": said}
-    assert printed[1] == " …"
+    assert printed[1] == " ..."
 
 
 def test_a_full_context_leaves_the_conversation_as_it_was(chat: Chat) -> None:
@@ -141,7 +141,7 @@ def test_bad_prompt_rows_are_all_named(tmp_path: Path) -> None:
 def test_lines_of_a_text_file_are_prompts(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("one\n\ntwo\n")
     assert read_prompts(["zero"], tmp_path / "p.txt") == ["zero", "one", "two"]
-    with pytest.raises(UserError, match="no prompt: give"):
+    with pytest.raises(UserError, match="no prompt: set"):
         read_prompts([], None)
 
 

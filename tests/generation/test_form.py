@@ -72,11 +72,11 @@ def test_a_chat_with_a_plainly_trained_model_has_no_turns(plain: Loaded) -> None
 
 def test_one_line_says_how_it_is_asked(plain: Loaded, llama_dir: Path, plain_dir: Path, tmp_path: Path) -> None:
     trained = "trained on prompts and completions as plain text"
-    assert form_note(plain, None) == f"{trained}: texts are asked as they stand; --chat asks through the chat template"
-    assert form_note(plain, False) == f"{trained}, but asked through the chat template: the answers may be worse"
+    assert form_note(plain, None) == f"{trained}: prompts are used without the chat template; --chat applies it"
+    assert form_note(plain, False) == f"{trained}, but prompted with the chat template: answers may be worse"
     assert form_note(plain, True) is None
     chat = load(str(trained_as("chat", llama_dir, tmp_path)), "cpu")
-    assert form_note(chat, None) is None and "but asked as it stands" in str(form_note(chat, True))
+    assert form_note(chat, None) is None and "but prompted without the chat template" in str(form_note(chat, True))
     assert form_note(load(str(llama_dir), "cpu"), True) is None, "how it was trained is not known"
     with pytest.raises(UserError, match="--chat: the tokenizer has no chat template"):
         form_note(load(str(plain_dir), "cpu"), False)

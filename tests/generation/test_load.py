@@ -47,7 +47,7 @@ def test_a_moved_adapter_finds_its_base(job_dir: Path, tmp_path: Path) -> None:
 
 def test_a_base_that_is_gone_is_named(job_dir: Path) -> None:
     shutil.rmtree(job_dir / "stages" / "01-pretrain")
-    with pytest.raises(UserError, match=r"base model '.*01-pretrain/result' is gone"):
+    with pytest.raises(UserError, match=r"base model '.*01-pretrain/result' does not exist"):
         load(str(job_dir), device="cpu")
 
 

@@ -214,7 +214,7 @@ CASES: dict[str, tuple[Callable[[Job], Any], list[str]]] = {
     ),
     "a column twice": (
         lambda job: put(job, "spec/stages/0/sft/data/sources", [{"file": "twice.csv"}]),
-        ["twice.csv, line 1: the column `prompt` is there more than once"],
+        ["twice.csv, line 1: the column `prompt` appears more than once"],
     ),
     "rows nested without end": (
         lambda job: put(job, "spec/stages/0/sft/data/sources", [{"file": "deep.jsonl"}]),
@@ -233,14 +233,14 @@ CASES: dict[str, tuple[Callable[[Job], Any], list[str]]] = {
         ["messages[0].role is 'human': did you mean `user`?"],
     ),
     "no tokenizer": (lambda job: put(job, "spec/model", {"path": "no-tokenizer"}), ["model: no tokenizer at"]),
-    "no weights": (lambda job: put(job, "spec/model", {"path": "no-weights"}), ["model.safetensors is not there"]),
+    "no weights": (lambda job: put(job, "spec/model", {"path": "no-weights"}), ["model.safetensors does not exist"]),
     "pickled weights": (
         lambda job: put(job, "spec/model", {"path": "pickled"}),
         ["model.path", "pytorch_model.bin is not loaded: save the weights as safetensors"],
     ),
     "weights that were cut off": (
         lambda job: put(job, "spec/model", {"path": "cut-weights"}),
-        ["model.path", "model.safetensors is damaged or was cut off"],
+        ["model.path", "model.safetensors is damaged or truncated"],
     ),
     "heads that don't divide": (
         lambda job: put(

@@ -16,7 +16,7 @@ from trl.trainer.utils import add_fused_lm_head
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.composite import AutoLanguageModel, AutoScoringModel, language_names
 from finetune_trainer.model.composite_families import POSITION_ROWS, REFUSED, TRAINED, is_composite
-from finetune_trainer.model.composite_result import complete_result, in_base
+from finetune_trainer.model.composite_result import complete_result, merge_into_base
 from finetune_trainer.plan.model_size import meta_model
 
 WITHOUT_GRADIENT = "e_score_correction_bias"
@@ -165,7 +165,7 @@ def _check_written_back(family: str, directory: Path) -> None:
     state = {
         name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in trained.state_dict().items()
     }
-    whole = in_base(str(directory / "base"), None, trained, state, AutoLanguageModel)
+    whole = merge_into_base(str(directory / "base"), None, trained, state, AutoLanguageModel)
     whole.save_pretrained(directory / "result")
     complete_result(directory / "result", str(directory / "base"), None, AutoLanguageModel)
 

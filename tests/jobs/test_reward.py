@@ -132,7 +132,7 @@ def _same(measured: dict[str, float], true: dict[str, float]) -> None:
 def test_faults(base_job: Job, write_job: Callable[[Job], Path]) -> None:
     base_job["spec"]["stages"] = [stage(lora={"merge": False, "targetModules": ["q_prj"]})]
     result = CliRunner().invoke(app, ["validate", str(write_job(base_job))])
-    assert result.exit_code == 2 and "leave lora.merge true" in result.output
+    assert result.exit_code == 2 and "lora.merge must be true" in result.output
 
 
 @pytest.mark.long

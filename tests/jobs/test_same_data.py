@@ -158,7 +158,7 @@ def test_a_checkpoint_of_an_earlier_version_is_told(base_job: Job, tmp_path: Pat
 
 
 def test_rounds_never_go_on_with_other_prompts(base_job: Job, tmp_path: Path) -> None:
-    """Their answers are to the prompts that were there before."""
+    """Their answers are to belong to the earlier prompts."""
 
     def online(rows: list[Job]) -> StageContext:
         fields = {"data": {"sources": [{"inline": rows}]}, "judge": {"function": "a:b"}, **SHORT}
@@ -166,7 +166,7 @@ def test_rounds_never_go_on_with_other_prompts(base_job: Job, tmp_path: Path) ->
         return open_stage(base_job, tmp_path)
 
     before = saved(online(ROWS))
-    assert "the prompts that were there before" in refusal(before, online(OTHER[:5]), "stages[0].online.data")
+    assert "belong to the earlier prompts" in refusal(before, online(OTHER[:5]), "stages[0].online.data")
 
 
 def test_a_resumed_run_compares_before_it_trains(base_job: Job, write_job: Write, tmp_path: Path) -> None:

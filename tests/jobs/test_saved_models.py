@@ -179,7 +179,7 @@ TOLD: dict[str, tuple[Callable[[Path, Path], Path], Job, str]] = {
     "native beside its code": (
         lambda model, target: configure(shutil.copytree(model, target), auto_map={"AutoModelForCausalLM": "mine.M"}),
         {},
-        "model: code of its own (auto_map) is not run: transformers' qwen3 is used",
+        "model: its custom code (auto_map) is not run: transformers' qwen3 is used",
     ),
 }
 

@@ -18,6 +18,7 @@ import trl
 
 from finetune_trainer.stages.dpo.stage import DpoTrainer
 from finetune_trainer.stages.esft.stage import EsftTrainer
+from finetune_trainer.stages.kto.stage import KtoTrainer
 from finetune_trainer.stages.online.round_trainer import RoundTrainer
 from finetune_trainer.stages.online.stage import OnlineTrainer
 from finetune_trainer.stages.pretrain.stage import CausalTrainer, MaskedTrainer
@@ -25,12 +26,12 @@ from finetune_trainer.stages.reward.stage import RewardTrainer
 from finetune_trainer.stages.rlhf.policy import PolicyTrainer
 from finetune_trainer.stages.rlhf.stage import GrpoTrainer, RlooTrainer
 from finetune_trainer.stages.sft.stage import SftTrainer
-from finetune_trainer.training.pair_trainer import PairTrainer
+from finetune_trainer.training.preference_trainer import PreferenceTrainer
 from finetune_trainer.training.stage_trainer import StageTrainer
 
-OURS = [StageTrainer, PairTrainer, PolicyTrainer, RoundTrainer]
-STAGES = [SftTrainer, CausalTrainer, MaskedTrainer, EsftTrainer, DpoTrainer, RewardTrainer, RlooTrainer, GrpoTrainer,
-          OnlineTrainer]  # fmt: skip
+OURS = [StageTrainer, PreferenceTrainer, PolicyTrainer, RoundTrainer]
+STAGES = [SftTrainer, CausalTrainer, MaskedTrainer, EsftTrainer, DpoTrainer, KtoTrainer, RewardTrainer, RlooTrainer,
+          GrpoTrainer, OnlineTrainer]  # fmt: skip
 BASES = [transformers.Trainer, trl.SFTTrainer, trl.DPOTrainer, trl.RewardTrainer, trl.RLOOTrainer, trl.GRPOTrainer,
          trl.KTOTrainer]  # fmt: skip
 HOOKS = {

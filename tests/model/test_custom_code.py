@@ -81,7 +81,7 @@ def test_an_architecture_in_code_is_refused_by_its_auto_map(llama_dir: Path, tmp
         read_config(str(directory))
     message = str(error.value)
     assert "auto_map: AutoConfig: mine.MyConfig, AutoModelForCausalLM: mine.MyModel" in message
-    assert "never run" in message and "convert it to an architecture that transformers has" in message
+    assert "never run" in message and "convert it to an architecture that transformers supports" in message
     load_tokenizer(ModelSource(str(directory), None, None, str(directory)))  # which needs no code
     assert_untouched(ran)
 

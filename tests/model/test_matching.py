@@ -152,7 +152,7 @@ def test_a_shard_that_is_not_there_is_named(llama_dir: Path, tmp_path: Path) -> 
     directory = sharded(llama_dir, tmp_path / "sharded")
     first, *_ = sorted(directory.glob("model-*.safetensors"))
     first.unlink()
-    assert [fault for fault in weight_faults(directory)] == [f"{first} is not there"]
+    assert [fault for fault in weight_faults(directory)] == [f"{first} does not exist"]
 
 
 def test_a_single_file_counts_before_an_index(llama_dir: Path, tmp_path: Path) -> None:

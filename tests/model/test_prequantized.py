@@ -21,7 +21,7 @@ from finetune_trainer.generation.load import load
 from finetune_trainer.generation.merge import merge
 from finetune_trainer.model.load import JobModel, load_model, load_whole
 from finetune_trainer.model.precision import Precision
-from finetune_trainer.model.prequantized import environment_fault, method_of, training_fault
+from finetune_trainer.model.prequantized import environment_fault, quantization_method, training_fault
 from finetune_trainer.model.source import ModelSource
 
 FP4 = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -97,7 +97,7 @@ REFUSED = {
 def test_each_method_is_refused_by_name_with_its_remedy(method: str) -> None:
     found, remedy = REFUSED[method]
     config = AutoConfig.for_model("llama", quantization_config=found)
-    assert method_of(config) == method
+    assert quantization_method(config) == method
     fault = training_fault(config, dequantize=False)
     assert fault is not None and f"quantized ({method}) and can't be trained" in fault and remedy in fault
     can = "dequantize: true" in remedy
@@ -106,7 +106,7 @@ def test_each_method_is_refused_by_name_with_its_remedy(method: str) -> None:
 
 def test_a_plain_model_is_not_refused() -> None:
     config = AutoConfig.for_model("llama")
-    assert method_of(config) is None and training_fault(config, dequantize=False) is None
+    assert quantization_method(config) is None and training_fault(config, dequantize=False) is None
 
 
 def test_inference_names_the_missing_package() -> None:
@@ -122,7 +122,7 @@ def test_a_dequantized_copy_is_plain_and_keeps_its_name(bits: int, llama_dir: Pa
     job = job_model(directory, tmp_path / "cache", dequantize=True)
     model = load_whole(str(directory), job=job, dtype="auto")
     assert model.name_or_path == str(directory), "adapters record the model that the job names"
-    assert method_of(model.config) is None and type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert quantization_method(model.config) is None and type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
     original = load_whole(str(llama_dir), dtype="auto")
     difference = (model.model.layers[0].mlp.up_proj.weight - original.model.layers[0].mlp.up_proj.weight).abs()
     assert 0 < difference.max() < (0.03 if bits == 4 else 0.001)
@@ -184,5 +184,5 @@ def test_an_adapter_of_a_quantized_base_answers_on_it_and_merges_into_a_plain_on
     assert loaded.model.is_quantized
     merge(str(tmp_path / "adapter"), tmp_path / "merged")
     merged = load_whole(str(tmp_path / "merged"), dtype="auto")
-    assert method_of(merged.config) is None
+    assert quantization_method(merged.config) is None
     torch.testing.assert_close(logits(merged), logits(loaded.model), atol=0.02, rtol=0)

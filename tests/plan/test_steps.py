@@ -8,6 +8,7 @@ from datasets import Dataset
 from tiny_models import tiny
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
+from finetune_api.stages import SftSpec
 from finetune_api.training import TrainingSpec
 from finetune_trainer.plan.model_size import meta_model, model_size
 from finetune_trainer.plan.steps import count_steps, flops_per_token, mfu
@@ -16,7 +17,7 @@ DATA = {"sources": [{"inline": [{"text": "x"}]}]}
 
 
 def spec(**values: object) -> TrainingSpec:
-    return TrainingSpec.model_validate({"data": DATA, "perDeviceTrainBatchSize": 1} | values)
+    return SftSpec.model_validate({"data": DATA, "perDeviceTrainBatchSize": 1} | values)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_flops_of_llama_8b() -> None:
     attention = 12 * 32 * 4096 * 1024
     assert flops_per_token(size, 1024) == 6 * matmul + attention
     assert flops_per_token(size, 1024, 1000) == 4 * matmul + attention + 6000
-    assert flops_per_token(size, 1024, reference=True) == pytest.approx(flops_per_token(size, 1024) * 4 / 3)
+    assert flops_per_token(size, 1024, extra_forwards=1) == pytest.approx(flops_per_token(size, 1024) * 4 / 3)
 
 
 def test_forward_flops_are_torchs() -> None:

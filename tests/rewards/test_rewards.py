@@ -41,9 +41,9 @@ async def _asynchronous(completions: list[str], **_: Any) -> list[float]:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda **_: [1.0], r"gave 1 rewards for 2 answers"),
-        (lambda **_: [1.0, "good"], r"gave 'good' for an answer, expected a number or None"),
-        (lambda **_: [float("nan"), 1.0], r"gave nan for an answer"),
+        (lambda **_: [1.0], r"returned 1 rewards for 2 completions"),
+        (lambda **_: [1.0, "good"], r"returned 'good' for a completion, expected a number or None"),
+        (lambda **_: [float("nan"), 1.0], r"returned nan for a completion"),
     ],
 )
 def test_functions_that_give_something_else(function: Any, message: str) -> None:

@@ -134,7 +134,7 @@ def test_an_engine_that_is_killed_comes_back(opened: Open, engine: Engine) -> No
     assert sandbox._process is not None
     sandbox._process.kill()
     sandbox._process.wait()
-    with pytest.raises(QueryFailed, match="died") as caught:
+    with pytest.raises(QueryFailed, match="crashed the engine") as caught:
         sandbox.run(WHOLE[sandbox.engine])
     assert caught.value.kind == "crash"
     assert sandbox.run(WHOLE[sandbox.engine]).rows == ((2,),)

@@ -20,13 +20,13 @@ from finetune_trainer.queries.sandbox import Sandbox, make_database
 from finetune_trainer.stages.synthesize.teacher_endpoint import run_query
 from finetune_trainer.synthesis import prompts, reasons
 from finetune_trainer.synthesis.cleaning import EvaluationTexts, bands, decontaminated, deduplicated
-from finetune_trainer.synthesis.drive import Results, drive, drive_in_step
 from finetune_trainer.synthesis.effects import Ask, Effect, Failed, Item, Made, Outcome, Rejected, Reply
 from finetune_trainer.synthesis.evolve import answer_fault, evolve_items
 from finetune_trainer.synthesis.outcome import account, rows_text
 from finetune_trainer.synthesis.pairs import pair_items
 from finetune_trainer.synthesis.parse import Malformed, json_object
 from finetune_trainer.synthesis.questions import chunks, question_items
+from finetune_trainer.synthesis.scheduling import Results, run_concurrently, run_in_lockstep
 from finetune_trainer.synthesis.teacher_requests import Teacher
 
 SQL = """
@@ -68,7 +68,7 @@ def run(items: list[Item], say: Callable[[str], str | Failed], sandbox: Sandbox 
         return said if isinstance(said, Failed) else ChatAnswer(said, "stop")
 
     results = Results(len(items))
-    drive_in_step(items, lambda effects: [reply(effect) for effect in effects], 3, results)
+    run_in_lockstep(items, lambda effects: [reply(effect) for effect in effects], 3, results)
     assert results.done == results.total
     return results.in_order()
 
@@ -263,7 +263,7 @@ def test_any_concurrency_gives_the_same() -> None:
     found = []
     for at_once in (1, 8):
         results = Results(len(items()))
-        asyncio.run(drive(items(), reply, at_once, results))
+        asyncio.run(run_concurrently(items(), reply, at_once, results))
         found.append(results.in_order())
     assert found[0] == found[1] == run(items(), by_rules)
 

@@ -37,7 +37,7 @@ def main_form(rows: Mapping[str, int]) -> Form | None:
     counts: dict[Form, int] = {form: rows[form] for form in FORMS if rows.get(form)}
     if not counts:
         return None
-    return "chat" if "chat" in counts else max(counts, key=counts.__getitem__)
+    return "chat" if "chat" in counts else max(counts.items(), key=lambda item: item[1])[0]
 
 
 def write_form(directory: Path, stage: str, rows: Mapping[str, int]) -> None:

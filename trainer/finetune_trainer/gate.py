@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import EvaluateSpec, Gate
+from finetune_api.stages import Gate
 from finetune_trainer.errors import GateNotPassed
 from finetune_trainer.stage_graph import layouts, place
 from finetune_trainer.storage.filesystem import Storage
@@ -60,8 +60,8 @@ def require_gate(run: RunConfig, storage: Storage, index: int) -> None:
     Raises:
         GateNotPassed: the stage missed a bound; the message names all bounds that it missed.
     """
-    spec = run.job.spec.stages[index].spec
-    if not isinstance(spec, EvaluateSpec) or not spec.gate:
+    spec = run.job.spec.stages[index].evaluate
+    if spec is None or not spec.gate:
         return
     evaluation = json.loads(storage.read_text(layouts(run)[index].evaluation))
     found = verdicts(spec.gate, evaluation["models"], evaluation["model"])

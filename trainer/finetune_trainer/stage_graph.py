@@ -28,7 +28,7 @@ def stage_named(run: RunConfig, name: str) -> StageLayout:
 def stage_before(run: RunConfig, index: int) -> int | None:
     """Return the stage whose result stage `index` starts from; None if it starts from the job's model."""
     stages = run.job.spec.stages
-    return next((before for before in reversed(range(index)) if stages[before].spec.hands_on), None)
+    return next((before for before in reversed(range(index)) if stages[before].spec.produces_model), None)
 
 
 def directories(run: RunConfig) -> dict[str, Path]:

@@ -1,4 +1,4 @@
--- Health of a FineTuneJob in Argo CD, as it has it for Jobs: Healthy once it has succeeded, Progressing until then.
+-- Health of a FineTuneJob in Argo CD, as for a Job: Healthy after success, Progressing before its end.
 local states = {Succeeded = "Healthy", Failed = "Degraded", Suspended = "Suspended"}
 local status = obj.status or {}
 

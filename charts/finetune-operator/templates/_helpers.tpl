@@ -1,4 +1,4 @@
-{{- /* The name label is fixed: the NetworkPolicies of jobs let pods with it in (names.OPERATOR). */ -}}
+{{- /* The name label is fixed: NetworkPolicies of jobs allow ingress from pods with it (names.OPERATOR). */ -}}
 {{- define "finetune-operator.selectorLabels" -}}
 app.kubernetes.io/name: finetune-operator
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -25,7 +25,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end }}
 
-{{- /* Name of what no namespace holds: two releases of one name in two namespaces must not meet. */ -}}
+{{- /* Name of cluster-scoped objects. It includes the namespace: releases in two namespaces may have the same name. */ -}}
 {{- define "finetune-operator.clusterName" -}}
 {{- printf "%s-%s" .Release.Namespace (include "finetune-operator.fullname" .) | trunc 63 | trimSuffix "-" -}}
 {{- end }}
@@ -38,7 +38,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end }}
 
-{{- /* An image's reference: takes a list of the image's values and the tag to use where they have none. */ -}}
+{{- /* Image reference. Argument: a list of the values of the image and its default tag. */ -}}
 {{- define "finetune-operator.image" -}}
 {{- $image := index . 0 -}}
 {{- if $image.digest -}}
@@ -48,8 +48,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end }}
 
-{{- /* All that the operator may do with jobs: the rules of one ClusterRole, or of a Role in each watched namespace.
-tests/cluster/test_chart.py compares them with what the operator makes. */ -}}
+{{- /* Rules of the ClusterRole, or of the Role in each watched namespace. tests/cluster/test_chart.py compares them with
+the objects that the operator creates. */ -}}
 {{- define "finetune-operator.rules" -}}
 - apiGroups: [finetune.dev]
   resources: [finetunejobs]

@@ -1,4 +1,4 @@
-"""A cluster as kubectl finds it: kubeconfig, context and namespace, and requests as plain JSON."""
+"""Connection to a cluster: kubeconfig, context and namespace as for kubectl, and JSON requests."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ JSON = "application/json"
 CONNECT_SECONDS = 15.0
 ANSWER_SECONDS = 60.0
 _POOL = re.compile(r"^\w+\(host=[^)]*\): ")
-"""How urllib3 begins its messages: with the address, which ours name already."""
+"""Prefix of messages of urllib3: the address, which our messages already contain."""
 _POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a command line says of where to go; None: the current context's."""
+    """Cluster options of the command line. None: the value of the current context."""
 
     namespace: str | None = None
     context: str | None = None
     kubeconfig: str | None = None
 
     def flags(self) -> str:
-        """The same as options, for commands to run next."""
+        """Return the command-line options, for a suggested next command."""
         given = {"-n": self.namespace, "--context": self.context, "--kubeconfig": self.kubeconfig}
         return "".join(f" {name} {value}" for name, value in given.items() if value is not None)
 
 
 class Cluster:
-    """One API server as one user. `namespace` is where names belong that say no other."""
+    """One API server with the credentials of one user. `namespace` is the default namespace."""
 
     def __init__(self, api: ApiClient, namespace: str) -> None:
         self._api = api
@@ -59,27 +59,29 @@ class Cluster:
     def send(
         self, method: str, path: str, query: Query | None = None, body: Json | None = None, content_type: str = JSON
     ) -> Json:
-        """The JSON that the API server answers.
+        """Send a request and return the JSON response.
 
         Raises:
-            ApiError: it refuses. Unreachable: it does not answer.
+            ApiError: the response is an error.
+            Unreachable: the API server does not respond.
         """
         with self._answer(method, path, query, body, content_type, ANSWER_SECONDS) as answer:
             text = answer.read()
         try:
             found: Json = json.loads(text)
         except ValueError as error:
-            raise Unreachable(f"{self.server}{path} answers with something else than JSON") from error
+            raise Unreachable(f"the response of {self.server}{path} is not JSON") from error
         return found
 
     def lines(self, path: str, query: Query, idle_seconds: float | None) -> Iterator[bytes]:
-        """Lines of an answer that comes bit by bit, without their ends.
+        """Yield the lines of a streamed response, without line ends.
 
         Args:
-            idle_seconds: how long it may be silent; None: as long as it likes.
+            idle_seconds: read timeout in seconds. None: no timeout.
 
         Raises:
-            ApiError: the API server refuses. Unreachable: no answer, it broke off or was silent for too long.
+            ApiError: the response is an error.
+            Unreachable: no response, a lost connection or a read timeout.
         """
         with self._answer("GET", path, query, None, JSON, idle_seconds) as answer:
             rest = b""
@@ -119,10 +121,10 @@ class Cluster:
 
 
 def connect(target: Target) -> Cluster:
-    """The cluster of a kubeconfig's context, or the one that this pod runs in.
+    """Connect to the cluster of a kubeconfig context, or to the cluster of this pod.
 
     Raises:
-        UserError: the Kubernetes client is not installed, there is no kubeconfig, or it has no such context.
+        UserError: the Kubernetes client is not installed, there is no kubeconfig, or the context does not exist.
     """
     try:
         from kubernetes import client, config
@@ -133,8 +135,8 @@ def connect(target: Target) -> Cluster:
         namespace = _configure(config, settings, target)
     except config.ConfigException as error:
         raise UserError(_no_context(config, target, str(error))) from error
-    settings.retries = False  # errors are told at once; what is worth a retry is tried again above this
-    settings.client_go_retries = True  # but for reads that the API server asks to send again later
+    settings.retries = False  # callers decide what to retry
+    settings.client_go_retries = True  # except reads that the API server asks to retry later (Retry-After)
     settings.keep_alive = True
     api = client.ApiClient(settings)
     api.user_agent = "finetune"
@@ -142,7 +144,7 @@ def connect(target: Target) -> Cluster:
 
 
 def _configure(config: Any, settings: Configuration, target: Target) -> str:
-    """Fill the client's settings in; returns the context's namespace."""
+    """Set up the client's configuration and return the namespace of the context."""
     file = target.kubeconfig or os.environ.get("KUBECONFIG") or None
     if target.kubeconfig and not Path(target.kubeconfig).exists():
         raise UserError(f"--kubeconfig: no such file: {target.kubeconfig}")
@@ -164,7 +166,7 @@ def _no_context(config: Any, target: Target, message: str) -> str:
         names = []
     if target.context is not None and names and target.context not in names:
         return f"--context: no context {target.context!r} in {where}{did_you_mean(target.context, names)}"
-    return f"no Kubernetes cluster to talk to: {where}: {message}; set KUBECONFIG, --kubeconfig or --context"
+    return f"no Kubernetes cluster is configured: {where}: {message}; set KUBECONFIG, --kubeconfig or --context"
 
 
 def _refusal(code: int, body: bytes) -> ApiError:

@@ -1,4 +1,4 @@
-"""What goes wrong between a command and an API server, and what it says to a person."""
+"""Errors of requests to the API server, and their messages."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _UNKNOWN_FIELD = re.compile(r'(unknown|duplicate) field "([^"]+)"')
 
 
 class Unreachable(Exception):
-    """No answer from the API server, or one that broke off."""
+    """The API server did not respond, or the connection was lost."""
 
 
 @dataclass
 class ApiError(Exception):
-    """An answer that is a refusal, as Kubernetes' `Status` has it."""
+    """An error response: the fields of Kubernetes' `Status`."""
 
     code: int
     reason: str
@@ -34,22 +34,22 @@ class ApiError(Exception):
         return self.message or f"{self.code} {self.reason}"
 
     @property
-    def passing(self) -> bool:
-        """Whether the same request may work a little later."""
+    def transient(self) -> bool:
+        """Whether a retry of the same request may succeed."""
         return self.code >= 500 or self.code in (TOO_MANY, GONE)
 
 
 def explained(error: Exception, server: str) -> UserError | CommandFailed:
-    """The error as one of those that the command line knows.
+    """Convert an error to a UserError, or to a CommandFailed if it is not the user's fault.
 
     Args:
         error: an `ApiError` or an `Unreachable`.
-        server: the API server's address.
+        server: URL of the API server.
     """
     if not isinstance(error, ApiError):
-        return CommandFailed(f"{server} does not answer: {error}")
-    if error.passing:
-        return CommandFailed(f"{server} answers {error.code}: {error}")
+        return CommandFailed(f"{server} does not respond: {error}")
+    if error.transient:
+        return CommandFailed(f"{server} responds with status {error.code}: {error}")
     return UserError(list(_problems(error, server)))
 
 
@@ -57,25 +57,25 @@ def _problems(error: ApiError, server: str) -> Iterator[Problem]:
     if error.code == UNAUTHORIZED:
         yield Problem("", f"{server} does not accept the credentials of this context: log in again ({error})")
     elif error.code == FORBIDDEN:
-        yield Problem("", f"{error}: ask whoever runs the cluster for that right")
+        yield Problem("", f"{error}: ask the administrator of the cluster for this permission")
     elif error.code == NOT_FOUND and not error.details.get("name"):
-        yield Problem("", f"the cluster at {server} has no {KIND} ({API_VERSION}): install finetune-operator's chart")
+        yield Problem("", f"the cluster at {server} has no {KIND} ({API_VERSION}): install the chart finetune-operator")
     elif error.code == INVALID and error.details.get("causes"):
         yield from (Problem(_field(cause), cause.get("message", "")) for cause in error.details["causes"])
     elif unknown := _UNKNOWN_FIELD.findall(error.message):
         for kind, path in unknown:
-            fault = "is given twice" if kind == "duplicate" else f"the {KIND} of this cluster has no such field"
+            fault = "is set twice" if kind == "duplicate" else f"is not a field of {KIND} on this cluster"
             yield Problem(path.removeprefix("spec."), fault)
     else:
         yield Problem("", str(error))
 
 
 def _field(cause: Json) -> str:
-    """The field as a job file's messages write it."""
+    """Return the path of a field as in messages about a job file."""
     field = str(cause.get("field", ""))
     return "" if field == "<nil>" else field.removeprefix("spec.")
 
 
 def is_missing(error: ApiError) -> bool:
-    """Whether it says that the job is not there (rather than its namespace, or the whole API)."""
+    """Return whether the job does not exist (and not its namespace or the API)."""
     return error.code == NOT_FOUND and error.details.get("kind") == PLURAL and bool(error.details.get("name"))

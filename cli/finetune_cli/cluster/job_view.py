@@ -1,4 +1,4 @@
-"""`finetune status NAME`: one job with its progress, stages, conditions and attempts."""
+"""`finetune status NAME`: view of one job with its progress, stages, conditions and attempts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _INDENT = (0, 0, 0, 2)
 
 
 class JobView:
-    """A job as it stands; drawn again, its ages move on. `note` is a line below it."""
+    """View of a job at a point in time. `note` is a line below it."""
 
     def __init__(self, job: Json, now: datetime, note: str = "") -> None:
         self.job, self.now, self.note = job, now, note
@@ -86,46 +86,46 @@ class JobView:
 
 
 class ProgressLine:
-    """The bar of the running stage, and beside it what fits: step, loss, ETA, tokens/s, learning rate."""
+    """Progress bar of the running stage, followed by what fits: step, loss, ETA, tokens/s, learning rate."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        words = fit(list(step_parts(self.progress)), options.max_width - BAR_MIN - 2)
-        width = min(max(options.max_width - len(words) - 2, 1), BAR_MAX)
+        text = fit(list(step_parts(self.progress)), options.max_width - BAR_MIN - 2)
+        width = min(max(options.max_width - len(text) - 2, 1), BAR_MAX)
         grid = Table.grid(padding=(0, 2, 0, 0))
         bar = ProgressBar(max(self.progress.total, 1), self.progress.step, width=width)
-        grid.add_row(bar, Text(words, no_wrap=True))
+        grid.add_row(bar, Text(text, no_wrap=True))
         yield grid
 
 
 def _failure(failure: Json) -> Text:
-    """The last failure: why, where, its message and the end of the driver's traceback."""
-    names = {"pod": "pod", "node": "node", "exitCode": "exit code", "attempt": "attempt"}
-    places = [f"{word} {failure[name]}" for name, word in names.items() if failure.get(name) is not None]
-    where = f" ({clean(', '.join(places))})" if places else ""
+    """Return the last failure: reason, location, message and the end of the traceback of the driver."""
+    labels = {"pod": "pod", "node": "node", "exitCode": "exit code", "attempt": "attempt"}
+    parts = [f"{label} {failure[name]}" for name, label in labels.items() if failure.get(name) is not None]
+    location = f" ({clean(', '.join(parts))})" if parts else ""
     return Text.assemble(
         ("failure  ", "dim"),
         (clean(str(failure.get("reason", ""))), "bold red"),
-        (where, "dim"),
+        (location, "dim"),
         ("\n" + clean(str(failure["message"])) if failure.get("message") else ""),
         ("\n" + clean(str(failure["traceback"])) if failure.get("traceback") else "", "dim"),
     )
 
 
 def _stages(stages: list[Json], now: datetime | None) -> Table:
-    """The stages' table; `now` is None where the job stands still."""
+    """Return the table of stages. `now` is None if the job is not running."""
     table = _table("", "stage", "took", "metrics", "result")
     for number, stage in enumerate(stages, 1):
         state = str(stage.get("state", ""))
-        stands = state == "Running" and now is None
-        glyph, colour = _STOPPED if stands else _GLYPHS.get(state, ("", ""))
-        took = None if stands else seconds_between(stage.get("startTime"), stage.get("completionTime"), now)
+        stopped = state == "Running" and now is None
+        glyph, colour = _STOPPED if stopped else _GLYPHS.get(state, ("", ""))
+        took = None if stopped else seconds_between(stage.get("startTime"), stage.get("completionTime"), now)
         table.add_row(
             Text(glyph, colour),
             Text(f"{number} {clean(str(stage.get('name', '')))}", no_wrap=True),
-            Text(duration(took) if took is not None else "stopped" if stands else clean(state.lower()), no_wrap=True),
+            Text(duration(took) if took is not None else "stopped" if stopped else clean(state.lower()), no_wrap=True),
             Text(named_metrics(stage.get("metrics") or {})),
             Text(clean(str(stage.get("result") or "")), "dim"),
         )
@@ -136,10 +136,10 @@ def _conditions(conditions: list[Json], now: datetime) -> Table:
     table = _table("condition", "", "reason", "for", "message")
     for item in conditions:
         since = short_duration(seconds_between(item.get("lastTransitionTime"), None, now))
-        words = (item.get(name, "") for name in ("type", "status", "reason"))
+        values = (item.get(name, "") for name in ("type", "status", "reason"))
         first, _, more = clean(str(item.get("message") or "")).partition("\n")
-        message = Text(f"{first} …" if more else first)  # all of it is with the failure
-        table.add_row(*(Text(clean(str(word)), no_wrap=True) for word in words), since, message)
+        message = Text(f"{first} ..." if more else first)  # the failure shows the complete message
+        table.add_row(*(Text(clean(str(value)), no_wrap=True) for value in values), since, message)
     return table
 
 
@@ -151,8 +151,8 @@ def _attempts(attempts: list[Json], now: datetime) -> Table:
         table.add_row(
             str(item.get("number", "")),
             Text(duration(took) if took is not None else "", no_wrap=True),
-            Text(clean(str(item.get("reason", "") if "endTime" in item else "runs")), no_wrap=True),
-            Text(message[-1]),  # all of it is with the failure
+            Text(clean(str(item.get("reason", "") if "endTime" in item else "running")), no_wrap=True),
+            Text(message[-1]),  # the failure shows the complete message
         )
     return table
 

@@ -1,4 +1,4 @@
-"""FineTuneJobs on a cluster: read, make, change and delete them, with errors for people."""
+"""Read, create, change and delete FineTuneJobs on a cluster, with readable errors."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ UPDATE_TRIES = 5
 
 
 class Jobs:
-    """The FineTuneJobs of one namespace; `namespace` None stands for all of them, for lists.
+    """FineTuneJobs of one namespace, or of all namespaces (`namespace` None, for lists only).
 
-    Every method raises UserError where the request is wrong and CommandFailed where the API server is in trouble.
+    Every method raises UserError if the request is invalid, and CommandFailed if the API server is not available.
     """
 
     def __init__(self, cluster: Cluster, namespace: str | None) -> None:
@@ -32,40 +32,40 @@ class Jobs:
         self.namespace = namespace
 
     def list(self) -> list[Json]:
-        """All jobs, by namespace and name."""
-        with self.telling():
-            found = self.cluster.get(self._path())
+        """Return all jobs, sorted by namespace and name."""
+        with self.explained_errors():
+            listed = self.cluster.get(self._path())
         kind = {"apiVersion": API_VERSION, "kind": KIND}
-        return sorted((kind | item for item in found["items"]), key=_place)
+        return sorted((kind | item for item in listed["items"]), key=_sort_key)
 
     def read(self, name: str) -> Json:
-        """One job."""
+        """Return one job."""
         if not re.match(NAME_PATTERN, name):
             raise self.missing(name)
-        with self.telling(name):
+        with self.explained_errors(name):
             return self.cluster.get(self._path(name))
 
     def changes(
         self, name: str | None = None, deadline: float | None = None, note: Callable[[str], None] = no_note
     ) -> Iterator[Objects]:
-        """The jobs, or the one of that name, as they are and after each change; see `watching.follow`."""
+        """Yield the jobs, or the one of that name, now and after each change; see `watching.follow`."""
         query = {} if name is None else {"fieldSelector": f"metadata.name={name}"}
-        with self.telling(name):
+        with self.explained_errors(name):
             yield from follow(self.cluster, self._path(), query, deadline=deadline, note=note)
 
     def create(self, job: FineTuneJob, *, dry_run: bool = False) -> Json:
-        """Make the job, or have the API server check it."""
-        with self.telling(job.metadata.name):
+        """Create the job, or only let the API server validate it."""
+        with self.explained_errors(job.metadata.name):
             return self.cluster.send("POST", self._path(), _strict(dry_run), self._body(job))
 
     def update(self, job: FineTuneJob, *, dry_run: bool = False) -> Json:
-        """Give a job that exists the spec, labels and annotations of `job`; the API server refuses what can't change.
+        """Replace the spec of an existing job, and add the labels and annotations of `job`.
 
-        Labels and annotations that `job` does not have stay.
+        The API server rejects changes of immutable fields. Labels and annotations that `job` does not set are kept.
         """
         name, body = job.metadata.name, self._body(job)
         for attempt in range(UPDATE_TRIES):
-            with self.telling(name):
+            with self.explained_errors(name):
                 metadata = self.cluster.get(self._path(name))["metadata"]
                 for kind in ("labels", "annotations"):
                     metadata[kind] = {**(metadata.get(kind) or {}), **body["metadata"].get(kind, {})}
@@ -79,17 +79,17 @@ class Jobs:
     def suspend(self, name: str, wanted: bool) -> Json:
         """Set `runPolicy.suspend`."""
         patch = {"spec": {"runPolicy": {"suspend": wanted}}}
-        with self.telling(name):
+        with self.explained_errors(name):
             return self.cluster.send("PATCH", self._path(name), None, patch, MERGE_PATCH)
 
     def delete(self, name: str) -> None:
-        """Delete the job; its children follow it."""
-        with self.telling(name):
+        """Delete the job. Kubernetes deletes its dependents in the background."""
+        with self.explained_errors(name):
             self.cluster.send("DELETE", self._path(name), None, {"propagationPolicy": "Background"})
 
     @contextmanager
-    def telling(self, name: str | None = None) -> Iterator[None]:
-        """Errors of the API server become those that the command line knows."""
+    def explained_errors(self, name: str | None = None) -> Iterator[None]:
+        """Convert errors of the API server to UserError and CommandFailed."""
         try:
             yield
         except ApiError as error:
@@ -100,18 +100,20 @@ class Jobs:
             raise explained(error, self.cluster.server) from error
 
     def missing(self, name: str) -> UserError:
-        """The error for a job that is not there, with the name that was meant, if one is near."""
+        """Return the error for a job that does not exist, with a similar name if there is one."""
         message = f"no job {name!r} in namespace {self.namespace}"
         try:
             names = [item["metadata"]["name"] for item in self.list()]
-        except (UserError, CommandFailed):  # whoever may not list gets no hint
+        except (UserError, CommandFailed):  # no permission to list: no hint
             return UserError(message)
         close = nearest(name, names)
         if close is not None:
             return UserError(f"{message}: did you mean `{close}`?")
         if not names:
-            return UserError(f"{message}, which has none; another namespace? (-n NAMESPACE, or `finetune status -A`)")
-        shown = ", ".join(names[:NAMES_SHOWN]) + (", …" if len(names) > NAMES_SHOWN else "")
+            return UserError(
+                f"{message}, which has no jobs: check the namespace (-n NAMESPACE, or `finetune status -A`)"
+            )
+        shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
         return UserError(f"{message}, which has {shown}")
 
     def _path(self, name: str | None = None) -> str:
@@ -119,16 +121,16 @@ class Jobs:
         return f"/apis/{GROUP}/{VERSION}{namespace}/{PLURAL}" + (f"/{quote(name, safe='')}" if name else "")
 
     def _body(self, job: FineTuneJob) -> Json:
-        """What the user wrote and no defaults: those are the cluster's to fill in."""
+        """Return the fields that the user set. The API server adds the defaults."""
         body = job.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True, exclude={"status"})
         body["metadata"]["namespace"] = self.namespace
         return body
 
 
 def _strict(dry_run: bool) -> dict[str, str]:
-    """A field that an older CRD doesn't have is an error, never dropped."""
+    """Return query parameters. With strict validation, a field that an older CRD lacks is an error."""
     return {"fieldValidation": "Strict", "fieldManager": "finetune"} | ({"dryRun": "All"} if dry_run else {})
 
 
-def _place(item: Json) -> tuple[str, str]:
+def _sort_key(item: Json) -> tuple[str, str]:
     return item["metadata"]["namespace"], item["metadata"]["name"]

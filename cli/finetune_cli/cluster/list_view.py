@@ -1,4 +1,4 @@
-"""`finetune status`: the jobs of a namespace, as `kubectl get ftj` lists them."""
+"""`finetune status`: table of jobs with the columns of `kubectl get ftj`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLOURS = {
 
 
 def list_table(jobs: list[Json], now: datetime, *, all_namespaces: bool = False) -> Table:
-    """A row for each job."""
+    """Return a table with one row per job."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     names = ("namespace", "name") if all_namespaces else ("name",)
     for heading in (*names, "phase", *COLUMNS, "age"):

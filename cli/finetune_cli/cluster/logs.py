@@ -1,4 +1,4 @@
-"""`finetune logs`: what a node of a run prints, followed from attempt to attempt."""
+"""`finetune logs`: print or follow the log of a node, across attempts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetune_cli.cluster.pods import (
     has_started,
     log_path,
     pods_path,
-    run_words,
+    run_title,
     selector,
     trouble,
 )
@@ -28,25 +28,25 @@ from finetune_cli.cluster.watching import follow
 from finetune_trainer.errors import UserError
 
 Json = dict[str, Any]
-LOOK_SECONDS = 5.0
-"""While a pod is awaited, how often the job is looked at: it may go on without that pod."""
-PAUSE_SECONDS = 1.0
-"""Between a log that broke off and the next try."""
+CHECK_SECONDS = 5.0
+"""Interval of checks of the job while a pod is awaited: the job may continue without that pod."""
+RETRY_SECONDS = 1.0
+"""Delay before a lost log stream is reopened."""
 
 
 @dataclass(frozen=True)
 class Logs:
-    """The logs of one job's pods. Methods raise UserError where there is no such job, run or node."""
+    """Logs of the pods of one job. Methods raise UserError if the job, run or node does not exist."""
 
     jobs: Jobs
     name: str
     node: int = 0
-    """Whose log; 0 is the driver's."""
+    """Index of the node. Node 0 runs the driver."""
     tail: int | None = None
-    """How many lines from the end; None: all."""
+    """Number of lines from the end. None: all."""
 
     def print(self, run: int | None = None) -> None:
-        """The log so far of a run: the attempt of that number, 0 for the preflight, None for the newest."""
+        """Print the log of a run: the number of an attempt, 0 for the preflight, None for the latest run."""
         job = self.jobs.read(self.name)
         number = _newest(job) if run is None else run
         pod = self._pods(number).get(self.node)
@@ -54,35 +54,35 @@ class Logs:
             raise self._absent(job, number)
         if not has_started(pod):
             raise UserError(f"{self._waiting(number, pod)}; -f waits for it")
-        with self.jobs.telling(self.name):
+        with self.jobs.explained_errors(self.name):
             for line in self.jobs.cluster.lines(log_path(pod), self._query(), None):
                 _write(line)
 
     def follow(self, run: int | None = None) -> None:
-        """The log as it grows: of one run to its end; or from the newest on, until the job has ended."""
+        """Follow the log of one run to its end, or of the latest and all later runs until the job ends."""
         job = self.jobs.read(self.name)
         number: int | None = _newest(job) if run is None else run
         while number is not None:
-            pod = self._begun(number)
+            pod = self._started_pod(number)
             if pod is None and run is not None:
                 raise self._absent(self.jobs.read(self.name), run)
             if pod is not None:
-                with self.jobs.telling(self.name):
+                with self.jobs.explained_errors(self.name):
                     self._stream(pod)
             number = None if run is not None else self._next(number)
 
     def _pods(self, run: int) -> dict[int, Json]:
-        with self.jobs.telling(self.name):
+        with self.jobs.explained_errors(self.name):
             return by_node(self.jobs.cluster.get(self._path(), selector(self.name, run))["items"])
 
-    def _begun(self, run: int) -> Json | None:
-        """The run's pod once it has a log; None where the job has gone on without it."""
+    def _started_pod(self, run: int) -> Json | None:
+        """Wait for the pod of a run and return it when it has a log; None if the job continued with a later run."""
         said = ""
         while True:
             job = self.jobs.read(self.name)
             waits = _newest(job) == run and not job_has_ended(job)
-            deadline = time.monotonic() + (LOOK_SECONDS if waits else 0)
-            with self.jobs.telling(self.name):
+            deadline = time.monotonic() + (CHECK_SECONDS if waits else 0)
+            with self.jobs.explained_errors(self.name):
                 for seen in follow(self.jobs.cluster, self._path(), selector(self.name, run), deadline=deadline):
                     pod = by_node(list(seen.values())).get(self.node)
                     if pod is not None and has_started(pod):
@@ -94,7 +94,7 @@ class Logs:
                 raise self._absent(job, run)
 
     def _next(self, run: int) -> int | None:
-        """The run after this one, once there is one; None when the job has ended or is gone."""
+        """Wait for the next run and return its number; None if the job has ended or was deleted."""
         said = ""
         for found in self.jobs.changes(self.name):
             job = next(iter(found.values()), None)
@@ -102,16 +102,16 @@ class Logs:
                 _note(f"{self.name}: {phase_of(job)}" if job else f"{self.name} was deleted")
                 return None
             if _newest(job) > run:
-                _note(f"{self.name}: {run_words(_newest(job))}")
+                _note(f"{self.name}: {run_title(_newest(job))}")
                 return _newest(job)
             if phase_of(job) != "Running":
                 said = _note(f"{self.name}: {phase_of(job)} {hint_of(job)}".strip(), said)
         return None
 
     def _stream(self, pod: Json) -> None:
-        """Write the log to its end; where it breaks off earlier, go on after the last line written.
+        """Write the log to its end. After a lost connection, continue after the last line written.
 
-        Kubernetes' time stamps tell which lines were written already: nanoseconds, always nine digits.
+        The timestamps of Kubernetes, which always have nine digits of nanoseconds, identify the written lines.
         """
         last, current = "", pod
         while True:
@@ -126,17 +126,17 @@ class Logs:
                 if over:
                     return
             except Unreachable as error:
-                _note(f"connection lost ({error}), trying again")
+                _note(f"connection lost ({error}), reconnecting")
             except ApiError as error:
                 if error.code == NOT_FOUND:
                     return
-                if not error.passing:
+                if not error.transient:
                     raise
-            time.sleep(PAUSE_SECONDS)
-            current = self._again(pod)
+            time.sleep(RETRY_SECONDS)
+            current = self._current(pod)
 
-    def _again(self, pod: Json) -> Json:
-        """The pod as it stands now; as it was, where the API server does not answer."""
+    def _current(self, pod: Json) -> Json:
+        """Return the current state of the pod, or the known one if the API server does not respond."""
         try:
             return self.jobs.cluster.get(log_path(pod).removesuffix("/log"))
         except Unreachable:
@@ -152,29 +152,31 @@ class Logs:
 
     def _waiting(self, run: int, pod: Json | None) -> str:
         if pod is None:
-            return f"{run_words(run)} of {self.name} has no pod of node {self.node} yet"
+            return f"{run_title(run)} of {self.name} has no pod for node {self.node} yet"
         why = trouble(pod)
-        return f"pod {pod['metadata']['name']} has not begun" + (f": {why}" if why else "")
+        return f"pod {pod['metadata']['name']} has not started" + (f": {why}" if why else "")
 
     def _absent(self, job: Json, run: int) -> UserError:
         newest, nodes = _newest(job), sorted(self._pods(run))
         if run > newest:
-            return UserError(f"{self.name} has no attempt {run}: its newest run is {run_words(newest)}")
+            return UserError(f"{self.name} has no attempt {run}: its latest run is {run_title(newest)}")
         if nodes:
-            return UserError(f"{run_words(run)} has no node {self.node}: it has {', '.join(map(str, nodes))}")
+            return UserError(f"{run_title(run)} has no node {self.node}: it has {', '.join(map(str, nodes))}")
         gone = status_of(job).get("attempts") or job_has_ended(job)
-        why = "are gone, and their logs with them" if gone else "are not there yet; -f waits for them"
-        return UserError(f"the pods of {run_words(run)} {why}; `finetune status {self.name}` says how it stands")
+        why = "and their logs were deleted" if gone else "do not exist yet; -f waits for them"
+        return UserError(
+            f"the pods of {run_title(run)} {why}; `finetune status {self.name}` shows the state of the job"
+        )
 
 
 def _newest(job: Json) -> int:
-    """The newest attempt; 0, the preflight, before the first."""
+    """Return the number of the latest attempt, or 0 (the preflight) before the first."""
     number = status_of(job).get("attempt")
     return number if isinstance(number, int) else 0
 
 
 def _after(last: str, lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
-    """Time stamps and lines, without those up to `last`."""
+    """Yield timestamps and lines after the timestamp `last`."""
     for whole in lines:
         stamp, _, line = whole.partition(b" ")
         if stamp.decode("ascii", "replace") > last:
@@ -182,7 +184,7 @@ def _after(last: str, lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
 
 
 def _whole(stamp: str) -> str:
-    """The stamp in whole seconds, which is all that `sinceTime` takes."""
+    """Return the timestamp in whole seconds, the resolution of `sinceTime`."""
     return stamp.partition(".")[0] + "Z"
 
 
@@ -191,8 +193,8 @@ def _write(line: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def _note(words: str, before: str = "") -> str:
-    """Words that are not the log's, on standard error, unless they were the last ones."""
-    if words != before:
-        print(words, file=sys.stderr, flush=True)
-    return words
+def _note(message: str, previous: str = "") -> str:
+    """Print a message to standard error unless it equals the previous one, and return it."""
+    if message != previous:
+        print(message, file=sys.stderr, flush=True)
+    return message

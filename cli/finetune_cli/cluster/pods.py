@@ -1,4 +1,4 @@
-"""Which pod of a job's run has the log that is asked for."""
+"""Pods of a run of a job: selection by node, and state."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def log_path(pod: Json) -> str:
 
 
 def selector(job: str, run: int) -> Query:
-    """Of the pods of a run; run 0 is the preflight."""
+    """Return the label selector of the pods of a run. Run 0 is the preflight."""
     return {"labelSelector": f"{JOB_LABEL}={job},{RUN_LABEL}={run or PREFLIGHT}"}
 
 
-def run_words(run: int) -> str:
+def run_title(run: int) -> str:
     return f"attempt {run}" if run else "the preflight"
 
 
 def by_node(pods: list[Json]) -> dict[int, Json]:
-    """Return the newest pod of each node, by the number of the node. Node 0 has the driver.
+    """Return the latest pod of each node, by the index of the node. Node 0 has the driver.
 
     Workers that their engine does not number follow in the order of their creation.
     """
@@ -58,27 +58,27 @@ def _node_index(pod: Json) -> int:
 
 
 def has_started(pod: Json) -> bool:
-    """Whether its trainer runs or ran: before that there is no log."""
+    """Return whether the trainer container has started: before that there is no log."""
     return bool({"running", "terminated"} & _state(pod).keys())
 
 
 def has_ended(pod: Json) -> bool:
-    """Whether its log grows no more."""
+    """Return whether the log is complete."""
     return "terminated" in _state(pod) or (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
 
 
 def trouble(pod: Json) -> str:
-    """Why a pod has not begun; empty where nothing says."""
+    """Return why a pod has not started, or an empty string."""
     status = pod.get("status") or {}
     waiting = _state(pod).get("waiting")
-    unplaced = (item for item in status.get("conditions") or [] if item.get("type") == "PodScheduled")
-    for item in filter(None, (waiting, *unplaced, status)):
+    unscheduled = (item for item in status.get("conditions") or [] if item.get("type") == "PodScheduled")
+    for item in filter(None, (waiting, *unscheduled, status)):
         if item.get("reason") and item.get("status") != "True":
             return f"{item['reason']}: {item.get('message', '')}".removesuffix(": ")
     return ""
 
 
 def _state(pod: Json) -> Json:
-    """State of the trainer's container."""
+    """Return the state of the trainer container."""
     statuses = (pod.get("status") or {}).get("containerStatuses") or []
     return next((item.get("state") or {} for item in statuses if item.get("name") == CONTAINER), {})

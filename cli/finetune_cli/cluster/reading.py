@@ -1,4 +1,4 @@
-"""What a FineTuneJob says of itself, whatever operator wrote its status (pure)."""
+"""Read fields of a FineTuneJob, whose status any version of the operator may have written (pure functions)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HINTS = {
     "Admitted": "True",
     "Running": None,
 }
-"""Conditions whose message holds a job up, most telling first, and the status in which it doesn't."""
+"""Conditions to show as a hint, the most important first, and the status in which there is nothing to show."""
 
 
 def status_of(job: Json) -> Json:
@@ -32,29 +32,29 @@ def conditions_of(job: Json) -> list[Json]:
 
 
 def condition_of(job: Json, kind: str) -> Json:
-    """The condition of that type; empty where there is none."""
+    """Return the condition of that type, or an empty mapping."""
     return next((item for item in conditions_of(job) if item.get("type") == kind), {})
 
 
 def phase_of(job: Json) -> str:
-    """The operator's word, or what can be said without it."""
+    """Return the phase in the status, `Deleting`, or `Pending` if the status has no phase."""
     if "deletionTimestamp" in job["metadata"]:
         return "Deleting"
     return clean(str(status_of(job).get("phase") or "Pending"))
 
 
 def has_ended(job: Json) -> bool:
-    """Whether nothing more happens to it: it succeeded, or failed for good."""
+    """Return whether the job succeeded or failed permanently."""
     return any(condition_of(job, kind).get("status") == "True" for kind in ENDED)
 
 
 def is_moving(job: Json) -> bool:
-    """Whether it trains."""
+    """Return whether the job is training."""
     return phase_of(job) in _MOVING
 
 
 def is_seen(job: Json) -> bool:
-    """Whether the operator has seen the newest spec."""
+    """Return whether the operator has observed the current spec."""
     observed = status_of(job).get("observedGeneration")
     return observed is None or observed >= job["metadata"].get("generation", 1)
 
@@ -64,9 +64,9 @@ def wants_suspension(job: Json) -> bool:
 
 
 def hint_of(job: Json) -> str:
-    """What holds the job up or what became of it, in a line; empty where all goes well."""
+    """Return a line that explains why the job waits or how it ended, or an empty string."""
     if not status_of(job).get("conditions"):
-        return "no operator has looked at it yet"
+        return "no operator has processed this job yet"
     for kind, quiet in _HINTS.items():
         condition = condition_of(job, kind)
         if condition.get("message") and condition.get("status") != quiet:
@@ -75,31 +75,31 @@ def hint_of(job: Json) -> str:
 
 
 def progress_of(job: Json) -> Progress | None:
-    """The newest step; without an ETA where nothing moves."""
+    """Return the progress of the current stage; without an ETA if the job is not training."""
     status = status_of(job)
-    said = status.get("progress")
-    if not isinstance(said, dict) or not isinstance(said.get("step"), int) or not isinstance(said.get("total"), int):
+    found = status.get("progress")
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int) or not isinstance(found.get("total"), int):
         return None
     stages = status.get("stages") or []
-    index = said.get("stageIndex") or 0
+    index = found.get("stageIndex") or 0
     title = stages[index].get("name", "") if 0 <= index < len(stages) else ""
     return Progress(
         stage=index,
         stages=len(stages),
         title=clean(str(title)),
-        step=said["step"],
-        total=said["total"],
-        loss=said.get("loss"),
-        learning_rate=said.get("learningRate"),
-        tokens_per_second=said.get("tokensPerSecond"),
-        samples_per_second=said.get("samplesPerSecond"),
-        mfu=said.get("mfu"),
-        eta=said.get("etaSeconds") if is_moving(job) else None,
+        step=found["step"],
+        total=found["total"],
+        loss=found.get("loss"),
+        learning_rate=found.get("learningRate"),
+        tokens_per_second=found.get("tokensPerSecond"),
+        samples_per_second=found.get("samplesPerSecond"),
+        mfu=found.get("mfu"),
+        eta=found.get("etaSeconds") if is_moving(job) else None,
     )
 
 
-def moment(text: object) -> datetime | None:
-    """The time in an RFC 3339 text; None where it is none."""
+def parse_time(text: object) -> datetime | None:
+    """Parse an RFC 3339 time; return None if the text is not one."""
     try:
         found = datetime.fromisoformat(str(text).replace("Z", "+00:00"))
     except ValueError:
@@ -108,13 +108,13 @@ def moment(text: object) -> datetime | None:
 
 
 def seconds_between(start: object, end: object | None, now: datetime | None) -> float | None:
-    """Seconds from one RFC 3339 time to another, or to now; None where one of them isn't known."""
-    first, last = moment(start), moment(end) if end is not None else now
+    """Return the seconds from one RFC 3339 time to another, or to now; None if one of them is unknown."""
+    first, last = parse_time(start), parse_time(end) if end is not None else now
     return (last - first).total_seconds() if first and last else None
 
 
 def short_duration(seconds: float | None) -> str:
-    """As kubectl's tables have it: `45s`, `12m`, `3h20m`, `2d4h`; empty where it isn't known."""
+    """Return a duration in kubectl's format: `45s`, `12m`, `3h20m`, `2d4h`; empty if unknown."""
     if seconds is None:
         return ""
     whole = max(int(seconds), 0)

@@ -1,4 +1,4 @@
-"""`finetune status`: once, or live until the jobs have ended or Ctrl-C."""
+"""`finetune status`: print the status once, or update it until the job ends or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Json = dict[str, Any]
 Form = Literal["json", "yaml"]
 REFRESH_PER_SECOND = 2
 WIDE = 1000
-"""Columns where no terminal says: tables then wrap nothing."""
+"""Table width without a terminal, so that nothing is wrapped."""
 
 
 def show(jobs: Jobs, name: str | None, form: Form | None) -> None:
-    """Print one job, or all."""
+    """Print one job, or the list of jobs."""
     if form is not None:
         found = jobs.read(name) if name is not None else {"apiVersion": "v1", "kind": "List", "items": jobs.list()}
         print(dumped(found, form), end="")
@@ -44,7 +44,7 @@ def show(jobs: Jobs, name: str | None, form: Form | None) -> None:
 
 
 def dumped(found: Json, form: Form) -> str:
-    """An object as kubectl prints it: without `managedFields`."""
+    """Return an object as JSON or YAML, without `managedFields` (as kubectl does)."""
     items = found["items"] if found.get("kind") == "List" else [found]
     for item in items:
         item["metadata"].pop("managedFields", None)
@@ -56,7 +56,7 @@ def dumped(found: Json, form: Form) -> str:
 
 
 def watch_all(jobs: Jobs) -> None:
-    """The list, live on a terminal; elsewhere a line for each change. It never ends by itself."""
+    """Show the list of jobs: a live view on a terminal, else one line per change. Does not return."""
     console = console_for(sys.stdout)
     if _is_live(console):
         _live(console, jobs, None, lambda found, note: _list_with(jobs, found, note))
@@ -72,10 +72,10 @@ def watch_all(jobs: Jobs) -> None:
 
 
 def watch_one(jobs: Jobs, name: str) -> Json:
-    """One job until it has ended: live on a terminal, elsewhere a line for each change. Returns it as it ended.
+    """Show one job until it ends: a live view on a terminal, else one line per change. Return the ended job.
 
     Raises:
-        UserError: there is no such job, or it was deleted meanwhile.
+        UserError: the job does not exist, or was deleted.
     """
     jobs.read(name)
     console = console_for(sys.stdout)
@@ -87,11 +87,11 @@ def watch_one(jobs: Jobs, name: str) -> Json:
         shown = _tell(summary(job), shown)
         if has_ended(job):
             return job
-    raise AssertionError("a watch without a deadline ends by its job alone")
+    raise AssertionError("a watch without a deadline ends only with its job")
 
 
 def summary(job: Json) -> str:
-    """A job in a line: phase, stage, step, loss, rate, ETA, or what holds it up."""
+    """Return a job in one line: phase, stage, progress, and why it waits."""
     status, progress = status_of(job), progress_of(job)
     parts = [phase_of(job)]
     if status.get("stage"):
@@ -104,13 +104,13 @@ def summary(job: Json) -> str:
 
 
 def console_for(stream: Any) -> Console:
-    """The stream's console; where it is no terminal, tables are as wide as they need."""
+    """Return a console for the stream. Without a terminal, tables are not wrapped."""
     console = Console(file=stream, highlight=False)
     return console if console.is_terminal else Console(file=stream, highlight=False, width=WIDE, soft_wrap=True)
 
 
 def _print(console: Console, drawn: RenderableType) -> None:
-    """Print once; for a pipe, without the blanks that fill a table's lines up."""
+    """Print once. Without a terminal, strip trailing spaces from table lines."""
     if console.is_terminal:
         console.print(drawn)
         return
@@ -120,12 +120,12 @@ def _print(console: Console, drawn: RenderableType) -> None:
 
 
 def _is_live(console: Console) -> bool:
-    """Whether it can draw over what it drew."""
+    """Return whether the terminal supports live updates."""
     return console.is_terminal and not console.is_dumb_terminal
 
 
 def _live(console: Console, jobs: Jobs, name: str | None, drawn: Callable[[Objects, str], RenderableType]) -> Json:
-    """Draw the jobs again and again; returns the one of that name when it has ended."""
+    """Update the view until the job of that name ends, and return it."""
     lost = ""
 
     def note(message: str) -> None:
@@ -148,7 +148,7 @@ def _list_with(jobs: Jobs, found: Objects, note: str) -> RenderableType:
 
 
 def _present(jobs: Jobs, name: str | None, found: Objects) -> Objects:
-    """A copy of what was found; of a job that is watched alone there must be something."""
+    """Return a copy of the objects. Raise UserError if the named job is missing."""
     if name is not None and not found:
         raise jobs.missing(name)
     return dict(found)

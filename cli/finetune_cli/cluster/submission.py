@@ -1,4 +1,4 @@
-"""`submit`, `suspend` and `resume`: a job goes to the cluster, or is told to stop or go on."""
+"""`submit`, `suspend` and `resume`: create, update, suspend and resume a job on a cluster."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Json = dict[str, Any]
 
 
 def submit(job: FineTuneJob, target: Target, *, update: bool, dry_run: bool) -> None:
-    """Create the job, or with `update` change the one that exists; says what to do next.
+    """Create the job, or with `update` change an existing one. Print the result and the next commands.
 
     Raises:
-        UserError: the API server refuses it, one problem for each field; or it exists, and `update` is not set.
+        UserError: the API server rejects the job (one problem per field), or it exists and `update` is not set.
     """
     jobs = _jobs_for(job, target)
     name, existing = job.metadata.name, None
@@ -41,39 +41,41 @@ def submit(job: FineTuneJob, target: Target, *, update: bool, dry_run: bool) -> 
 
 
 def follow_to_the_end(job: FineTuneJob, target: Target) -> None:
-    """Show the job's status until it has ended; ends the command with exit code 1 if it failed."""
+    """Show the status of the job until it ends. Exit with code 1 if it fails."""
     try:
         ended = watch_one(_jobs_for(job, target), job.metadata.name)
     except KeyboardInterrupt:
-        print(f"{job.metadata.name} runs on; `finetune suspend {job.metadata.name}` stops it", file=sys.stderr)
+        print(f"{job.metadata.name} continues; `finetune suspend {job.metadata.name}` stops it", file=sys.stderr)
         raise typer.Exit(130) from None
     if condition_of(ended, "Succeeded").get("status") != "True":
         raise typer.Exit(int(ExitCode.FAILED))
 
 
 def set_suspension(jobs: Jobs, name: str, wanted: bool, flags: str) -> None:
-    """Suspend the job or let it go on.
+    """Suspend or resume the job.
 
     Args:
-        flags: options that lead back to the same cluster, for commands to run next.
+        flags: command-line options that select the same cluster, for the printed next command.
 
     Raises:
-        UserError: there is no such job, or it has ended.
+        UserError: the job does not exist, or has ended.
     """
     job = jobs.read(name)
     if has_ended(job):
-        raise UserError(f"job {name!r} is over ({phase_of(job)}): there is nothing to {'stop' if wanted else 'resume'}")
+        raise UserError(
+            f"job {name!r} has ended ({phase_of(job)}): it cannot be {'suspended' if wanted else 'resumed'}"
+        )
     if wants_suspension(job) is wanted:
-        print(f"{name}: nothing to do, it is {phase_of(job)}")
+        print(f"{name}: no change, it is {phase_of(job)}")
         return
     jobs.suspend(name, wanted)
     goal = "Suspended" if wanted else "Running"
-    words = "saves a checkpoint and stops" if wanted else "goes on from its last checkpoint"
-    print(f"{name} {words}\nnext: finetune wait {name} --for {goal}{flags}")
+    action = "saves a checkpoint and stops" if wanted else "continues from its last checkpoint"
+    print(f"{name} {action}\nnext: finetune wait {name} --for {goal}{flags}")
 
 
 def _jobs_for(job: FineTuneJob, target: Target) -> Jobs:
-    """The jobs of the namespace that the command line, the job or the context names, in that order."""
+    """Return the jobs of the namespace that the command line, the job or the context sets, in this order."""
     written = job.metadata.namespace
     if written is not None and target.namespace not in (None, written):
         raise UserError([Problem("metadata.namespace", f"is {written!r}, but --namespace is {target.namespace!r}")])
@@ -94,15 +96,15 @@ def _existing(jobs: Jobs, name: str) -> Json | None:
 def _taken(jobs: Jobs, name: str) -> UserError:
     phase = phase_of(jobs.read(name))
     return UserError(
-        f"job {name!r} is in namespace {jobs.namespace} already ({phase}): submit under another name "
-        f"(--set metadata.name=…), change its runPolicy (--update), or `finetune delete {name}` first"
+        f"job {name!r} already exists in namespace {jobs.namespace} ({phase}): use another name "
+        f"(--set metadata.name=...), change its runPolicy (--update), or run `finetune delete {name}` first"
     )
 
 
 def _say(made: Json, existing: Json | None, dry_run: bool, target: Target) -> None:
     name, namespace = made["metadata"]["name"], made["metadata"]["namespace"]
     if dry_run:
-        print(f"{name}: valid in namespace {namespace}; nothing was {'changed' if existing else 'made'}")
+        print(f"{name}: valid in namespace {namespace}; nothing was {'changed' if existing else 'created'}")
         return
     unchanged = existing is not None and existing["metadata"]["resourceVersion"] == made["metadata"]["resourceVersion"]
     done = "unchanged" if unchanged else "changed" if existing is not None else "created"

@@ -1,4 +1,4 @@
-"""`finetune wait`: until a job gets where it is wanted."""
+"""`finetune wait`: wait until a job reaches a state."""
 
 from __future__ import annotations
 
@@ -18,60 +18,60 @@ Json = dict[str, Any]
 DELETED = "Deleted"
 GOALS = ("Succeeded", "Failed", "Running", "Suspended", "Admitted", "Planned", "Validated", DELETED)
 _IMPLIED = {"Running": "Succeeded"}
-"""A job that got to the second has been at the first, seen there or not."""
+"""Goals that a later state implies: a job that succeeded has been running, even if this was not observed."""
 _NUMBER = r"\d+(?:\.\d+)?"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class WaitCode(IntEnum):
-    """Exit codes of `wait` beside those of `ExitCode`."""
+    """Exit codes of `wait` in addition to `ExitCode`."""
 
     TIMEOUT = 124
-    """As of `timeout(1)`."""
+    """The same as for `timeout(1)`."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a wait ended."""
+    """Result of a wait."""
 
     code: int
     message: str
 
 
 def goal_of(name: str) -> str:
-    """A goal by its name, in whatever case.
+    """Return the goal with this name, ignoring case.
 
     Raises:
-        UserError: it is none.
+        UserError: the name is not one of `GOALS`.
     """
     known = {goal.lower(): goal for goal in GOALS}
     if name.lower() not in known:
-        raise UserError([Problem("--for", f"{name!r} is nothing that a job gets to{did_you_mean(name, GOALS)}")])
+        raise UserError([Problem("--for", f"{name!r} is not a state of a job{did_you_mean(name, GOALS)}")])
     return known[name.lower()]
 
 
 def seconds_of(text: str) -> float:
-    """`90`, `90s`, `15m` or `1h30m` in seconds.
+    """Parse a duration such as `90`, `90s`, `15m` or `1h30m` to seconds.
 
     Raises:
-        UserError: it is no such time.
+        UserError: the text is not a duration.
     """
     if re.fullmatch(_NUMBER, text):
         return float(text)
     if not re.fullmatch(rf"({_NUMBER}[smhd])+", text):
-        raise UserError([Problem("--timeout", f"got {text!r}, expected a time such as 90s, 15m or 2h")])
+        raise UserError([Problem("--timeout", f"got {text!r}, expected a duration such as 90s, 15m or 2h")])
     return sum(float(number) * _UNITS[unit] for number, unit in re.findall(rf"({_NUMBER})([smhd])", text))
 
 
 def wait(jobs: Jobs, name: str, goal: str, timeout: float | None) -> Outcome:
-    """Wait until the job gets to the goal, can no longer get there, or the time is over.
+    """Wait until the job reaches the goal, can no longer reach it, or the timeout expires.
 
     Args:
         goal: one of `GOALS`.
-        timeout: seconds; None: as long as it takes.
+        timeout: timeout in seconds. None: no timeout.
 
     Raises:
-        UserError: there is no such job, now or later.
+        UserError: the job does not exist, or is deleted during the wait.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     if goal != DELETED:
@@ -79,17 +79,17 @@ def wait(jobs: Jobs, name: str, goal: str, timeout: float | None) -> Outcome:
     job: Json | None = None
     for found in jobs.changes(name, deadline):
         job = next(iter(found.values()), None)
-        outcome = judged(job, goal)
+        outcome = outcome_of(job, goal)
         if outcome is not None:
             if job is None and goal != DELETED:
                 raise UserError(f"job {name!r} was deleted")
             return Outcome(outcome.code, f"{name}: {outcome.message}")
-    stands = f"{phase_of(job)}. {hint_of(job)}".rstrip(". ") if job is not None else "not there"
-    return Outcome(WaitCode.TIMEOUT, f"{name}: not {goal} within {timeout:g} s; it is {stands}")
+    state = f"{phase_of(job)}. {hint_of(job)}".rstrip(". ") if job is not None else "not found"
+    return Outcome(WaitCode.TIMEOUT, f"{name}: not {goal} within {timeout:g} s; it is {state}")
 
 
-def judged(job: Json | None, goal: str) -> Outcome | None:
-    """Whether the wait is over with the job as it stands; None: not yet."""
+def outcome_of(job: Json | None, goal: str) -> Outcome | None:
+    """Return the result of the wait for this state of the job, or None if the wait continues."""
     if job is None:
         return Outcome(ExitCode.OK if goal == DELETED else ExitCode.USER_ERROR, "deleted")
     if goal == DELETED:

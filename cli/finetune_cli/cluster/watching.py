@@ -1,4 +1,4 @@
-"""Objects as they change: a list and then a watch, taken up again after whatever cuts it."""
+"""List and watch objects; reconnect after the connection is lost."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from finetune_cli.cluster.errors import GONE, ApiError, Unreachable
 Json = dict[str, Any]
 Objects = dict[tuple[str, str], Json]
 WATCH_SECONDS = 60
-"""How long one watch request lives: a connection that died in silence is noticed after this."""
+"""Duration of one watch request. A dead connection is detected after this time."""
 SLACK_SECONDS = 15
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 
 
 def no_note(_: str) -> None:
-    """Told that the connection is lost, and by the empty text that it is back."""
+    """Ignore messages about the connection."""
 
 
 def follow(
@@ -31,17 +31,17 @@ def follow(
     deadline: float | None = None,
     note: Callable[[str], None] = no_note,
 ) -> Iterator[Objects]:
-    """The objects of a listing by namespace and name, as they are and again after each change.
+    """Yield the listed objects by namespace and name, now and after each change.
 
     Args:
-        path: of the list.
+        path: path of the list.
         query: selectors.
-        deadline: when it ends, by `time.monotonic`. None: never.
-        note: told when the connection is lost, and (with "") when it is back.
+        deadline: end of the watch in `time.monotonic()` seconds. None: never.
+        note: called with a message when the connection is lost, and with "" when it is restored.
 
     Raises:
-        ApiError: the API server refuses for good, or refuses the first list.
-        Unreachable: it does not answer the first list.
+        ApiError: the API server rejects the request permanently, or rejects the first list.
+        Unreachable: the API server does not respond to the first list.
     """
     seen: Objects | None = None
     version: str | None = None
@@ -62,13 +62,13 @@ def follow(
                     yield seen
             continue
         except (ApiError, Unreachable) as error:
-            if seen is None or (isinstance(error, ApiError) and not error.passing):
+            if seen is None or (isinstance(error, ApiError) and not error.transient):
                 raise
             if isinstance(error, ApiError) and error.code == GONE:
                 version = None
             lost = error
         if deadline is None or time.monotonic() + pause < deadline:
-            note(f"connection lost ({lost}), trying again")
+            note(f"connection lost ({lost}), reconnecting")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 

@@ -1,7 +1,7 @@
-"""The stages of a job, a module for each family of them.
+"""Stages of a job, one module for each family of stages.
 
-A new stage is a spec in one of these modules and a member field of `Stage`. What the rest of the project asks of every
-spec: `trains` (does it take optimizer steps), `hands_on` (does the next stage start from its result) and `row_kind`.
+A new stage is a spec in one of these modules and a field of `Stage`. The spec declares the facts about the stage that
+other parts of the project need (`finetune_api.declaration`).
 """
 
 from finetune_api.stages.corpus import PretrainSpec, TokenizerSpec
@@ -9,7 +9,7 @@ from finetune_api.stages.evaluation import BASE, Database, EvaluateSpec, Gate
 from finetune_api.stages.experts import EsftSpec, GivenExperts, default_threshold
 from finetune_api.stages.policy import Judge, OnlineSpec, PromptSpec, Reward, RlhfSpec, Sampling
 from finetune_api.stages.preference import DpoSpec, PairSpec, PreferenceLoss, RewardSpec
-from finetune_api.stages.stage import DATA_FIELDS, STAGE_KINDS, AdapterSpec, Stage, StageSpec, TrainedSpec
+from finetune_api.stages.stage import DATA_FIELDS, STAGE_KINDS, Stage, StageSpec, TrainedSpec
 from finetune_api.stages.supervised import SftSpec, SupervisedSpec
 from finetune_api.stages.synthesis import (
     Decontaminate,
@@ -29,7 +29,6 @@ __all__ = [
     "BASE",
     "DATA_FIELDS",
     "STAGE_KINDS",
-    "AdapterSpec",
     "Database",
     "Decontaminate",
     "Dedup",

@@ -1,19 +1,13 @@
-"""Stages beside the chain: what they leave is no model."""
+"""Base class of stages that produce no model."""
 
 from __future__ import annotations
 
-from finetune_api.base import ApiModel
+from finetune_api.declaration import StageDeclaration
 
 
-class BesideSpec(ApiModel):
-    """A stage that takes no optimizer steps, and after which the next one starts from the model before."""
+class NonTrainingSpec(StageDeclaration):
+    """A stage without optimizer steps. The next stage starts from the same model."""
 
     @property
     def trains(self) -> bool:
-        """It takes no optimizer steps."""
-        return False
-
-    @property
-    def hands_on(self) -> bool:
-        """The next stage starts from the model before."""
         return False

@@ -1,24 +1,23 @@
-"""Stages that train a model on its own answers to prompts."""
+"""Stages that train a model on completions that it generates itself: `rlhf` and `online`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from finetune_api.base import ApiModel, Json, cel, exactly_one, expects, not_exactly_one, rules
-from finetune_api.data import Column, RowKind, StageName
+from finetune_api.data import Column, StageName
+from finetune_api.declaration import PaddingSide, RowKind
 from finetune_api.endpoint import Endpoint
 from finetune_api.model import Path
 from finetune_api.stages.preference import LOSS_RULES, PreferenceLoss
 from finetune_api.training import (
     QUANTIZED_LORA_RULE,
-    Lora,
+    AdapterSpec,
     PositiveInt,
-    Quantization,
-    TrainingSpec,
-    quantization_faults,
 )
 
 FunctionPath = Annotated[
@@ -31,70 +30,67 @@ FunctionPath = Annotated[
 ]
 Pattern = Annotated[str, Field(min_length=1, max_length=4096)]
 
-PROMPTS_STREAM = "prompts are not streamed: leave data.streaming false"
+PROMPTS_STREAM = "prompts cannot be streamed: set data.streaming: false"
 PROMPTS_RULE: Json = cel("!self.data.streaming", PROMPTS_STREAM)
-MAX_KL_FAULT = "maxKl needs beta > 0: without it there is no reference to measure from"
+MAX_KL_FAULT = "maxKl needs beta > 0: with beta 0 there is no reference model to measure the KL divergence from"
 REWARDS = ("stage", "model", "function", "exactMatch", "regex")
 
 
 class Sampling(ApiModel):
-    """How answers are drawn, under the names of transformers' `GenerationConfig`."""
+    """Sampling of completions, with the names of transformers' `GenerationConfig`."""
 
     max_new_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 256
-    """Most tokens of one answer."""
+    """Maximum number of tokens of a completion."""
     temperature: Annotated[float, Field(gt=0, le=100, json_schema_extra={"minimum": 0})] = 1.0
-    """Divides the logits."""
+    """Sampling temperature: the logits are divided by it."""
     top_p: Annotated[float, Field(gt=0, le=1, json_schema_extra={"minimum": 0})] | None = None
-    """Draw among the likeliest tokens that together have this probability. Default: all."""
+    """Sample only from the most likely tokens whose probabilities add up to this value. Default: all tokens."""
     top_k: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
-    """Draw among so many of the likeliest tokens. Default: all."""
+    """Sample only from this many of the most likely tokens. Default: all tokens."""
 
 
 class Reward(ApiModel):
-    """What an answer is worth: exactly one of `stage`, `model`, `function`, `exactMatch` and `regex`."""
+    """One reward of a completion. Set exactly one of `stage`, `model`, `function`, `exactMatch` and `regex`."""
 
     model_config = rules(exactly_one(*REWARDS))
 
     stage: StageName | None = None
     """Name of an earlier `reward` stage."""
     model: Path | None = None
-    """A reward model: a directory, a storage URI or a hub id."""
+    """A reward model: a directory, a storage URI or a Hub id."""
     function: FunctionPath | None = None
-    """A Python function with the signature of TRL's reward functions, `package.module:name`. On a cluster its module is
-    in the image."""
+    """A Python function with the signature of TRL's reward functions: `package.module:name`. On a cluster its module
+    must be in the image."""
     exact_match: Column | None = None
-    """Column with the right answer: 1 where the answer is the same, white space around both left out, else 0."""
+    """Column with the expected completion. The reward is 1 if the completion equals it, ignoring leading and trailing
+    whitespace, else 0."""
     regex: Pattern | None = None
-    """Python regular expression: 1 where it is found in the answer, else 0."""
+    """Python regular expression. The reward is 1 if the completion contains a match, else 0."""
     weight: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
-    """Factor in the sum of all rewards."""
+    """Weight of this reward in the sum of all rewards."""
 
     def faults(self) -> Iterator[str]:
         yield from not_exactly_one(self, *REWARDS)
 
 
-class PromptSpec(TrainingSpec):
-    """Training on a model's own answers to prompts; a row is a prompt."""
+class PromptSpec(AdapterSpec):
+    """Training on completions that the model generates. A row is a prompt."""
 
     model_config = rules(PROMPTS_RULE, QUANTIZED_LORA_RULE)
 
     max_prompt_length: PositiveInt | None = None
-    """Longest prompt in tokens. Default: what the model's context leaves beside an answer."""
+    """Maximum length of a prompt in tokens. Default: the context length of the model minus
+    `generation.maxNewTokens`."""
     overflow: Literal["auto", "error", "drop"] = "auto"
-    """What happens to a longer prompt: `error` refuses the job, `drop` leaves it out. `auto`: `drop` where
-    `maxPromptLength` is set, else `error`."""
+    """What to do with a longer prompt. `error`: refuse the job. `drop`: remove it. `auto`: `drop` if `maxPromptLength`
+    is set, else `error`."""
     generation: Sampling = Sampling()
-    """How answers are drawn."""
+    """Sampling of completions."""
     learning_rate: Annotated[float, Field(ge=0, le=10)] = 1e-6
     """Peak learning rate of AdamW."""
-    lora: Lora | None = None
-    """Train adapters. Default: train every weight."""
-    quantization: Quantization | None = None
-    """Quantize the base model under the adapters. Default: not quantized."""
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()
-        yield from quantization_faults(self.lora, self.quantization)
         if self.data.streaming:
             yield PROMPTS_STREAM
 
@@ -102,68 +98,126 @@ class PromptSpec(TrainingSpec):
     def row_kind(self) -> RowKind:
         return "prompt"
 
+    @property
+    def row_limit(self) -> int | None:
+        return self.max_prompt_length
+
+    @property
+    def row_overflow(self) -> str:
+        if self.overflow != "auto":
+            return self.overflow
+        return "error" if self.max_prompt_length is None else "drop"
+
+    @property
+    def answer_length(self) -> int:
+        return self.generation.max_new_tokens
+
+    @property
+    def generates(self) -> bool:
+        return True
+
+    @property
+    def token_loss(self) -> bool:
+        return False
+
+    @property
+    @abstractmethod
+    def answers_per_prompt(self) -> int:
+        """Answers drawn to each prompt."""
+
+    @property
+    @abstractmethod
+    def scorers(self) -> Mapping[str, Reward | Judge]:
+        """What scores the answers, by its place below the spec."""
+
     def reward_stages(self) -> Iterator[tuple[str, str]]:
-        """Each earlier stage whose reward model scores answers: its place below the spec, and its name."""
-        yield from ()
+        """Yield the field path, relative to the spec, and the name of each earlier `reward` stage that this stage
+        uses."""
+        for path, scorer in self.scorers.items():
+            if scorer.stage is not None:
+                yield f"{path}.stage", scorer.stage
 
 
 class RlhfSpec(PromptSpec):
-    """Reinforcement learning: answers that earn more than others to the same prompt become likelier."""
+    """Reinforcement learning from rewards with RLOO or GRPO."""
 
     model_config = rules(PROMPTS_RULE, QUANTIZED_LORA_RULE, cel("!has(self.maxKl) || self.beta > 0.0", MAX_KL_FAULT))
 
     algorithm: Literal["rloo", "grpo"] = "rloo"
-    """`rloo` (arXiv 2402.14740): the KL to the reference is taken off the reward, as in InstructGPT, and the baseline
-    is the mean of the prompt's other answers. `grpo` (arXiv 2402.03300): rewards are scaled by their spread per
-    prompt, and the KL is part of the loss."""
+    """`rloo` (arXiv 2402.14740): the KL divergence from the reference model is subtracted from the reward, as in
+    InstructGPT; the baseline is the mean reward of the other completions of the prompt. `grpo` (arXiv 2402.03300):
+    rewards are divided by their standard deviation per prompt; the KL divergence is a term of the loss."""
     rewards: Annotated[list[Reward], Field(min_length=1, max_length=16)]
-    """What an answer is worth: the weighted sum."""
+    """Rewards of a completion. The total reward is their weighted sum."""
     beta: Annotated[float, Field(ge=0, le=100)] = 0.05
-    """Weight of the KL to the reference, the model that the stage starts from; 0 does without a reference."""
+    """Coefficient of the KL divergence from the reference model, which is the model that the stage starts from. 0: no
+    reference model is loaded."""
     max_kl: Annotated[float, Field(gt=0, le=1e6, json_schema_extra={"minimum": 0})] | None = None
-    """Most KL to the reference, in nats per answer: the stage ends early with the last model within it. Default: no
-    bound."""
+    """Upper bound of the KL divergence from the reference model, in nats per completion. If a step exceeds it, the
+    stage ends with the last model within the bound. Default: no bound."""
     num_generations: Annotated[int, Field(ge=2, le=1024)] = 4
-    """Answers to each prompt of a step."""
+    """Completions per prompt."""
     num_iterations: Annotated[int, Field(ge=1, le=64)] = 1
-    """Optimizer steps on the answers to one batch of prompts."""
+    """Optimizer steps per batch of generated completions."""
     epsilon: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """How far the likelihood of an answer may move from where it was drawn before its gradient is clipped."""
+    """Clipping range of the probability ratio between the current policy and the one that generated the completion."""
     vllm: Literal["auto", "off"] = "auto"
-    """What generates the answers. `auto`: vLLM on GPUs, where it is installed and can take the model in training; the
-    plan says which and why, and another version of vLLM than the supported one is refused. `off`: transformers."""
+    """Library that generates the completions. `auto`: vLLM on GPUs, if it is installed and supports the model that is
+    trained; `finetune plan` shows the choice and the reason. An unsupported version of vLLM is refused. `off`:
+    transformers."""
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()
         if self.max_kl is not None and self.beta == 0:
             yield MAX_KL_FAULT
 
-    def reward_stages(self) -> Iterator[tuple[str, str]]:
-        for index, reward in enumerate(self.rewards):
-            if reward.stage is not None:
-                yield f"rewards[{index}].stage", reward.stage
+    @property
+    def sequences_per_row(self) -> int:
+        return self.num_generations
+
+    @property
+    def answers_per_prompt(self) -> int:
+        return self.num_generations
+
+    @property
+    def scorers(self) -> Mapping[str, Reward | Judge]:
+        return {f"rewards[{index}]": reward for index, reward in enumerate(self.rewards)}
+
+    @property
+    def holds_reference(self) -> bool:
+        return self.beta > 0 and self.lora is None
+
+    @property
+    def extra_forwards(self) -> int:
+        return 1 if self.beta > 0 else 0
+
+    @property
+    def padding_side(self) -> PaddingSide:
+        """TRL's policy trainers pad prompts on the left."""
+        return "left"
 
 
-CRITERIA_FAULT = "criteria goes with endpoint"
+CRITERIA_FAULT = "criteria needs endpoint"
 JUDGES = ("stage", "model", "function", "endpoint")
 
 
 class Judge(ApiModel):
-    """What says which answers are better: exactly one of `stage`, `model`, `function` and `endpoint`."""
+    """Judge that scores completions. Set exactly one of `stage`, `model`, `function` and `endpoint`."""
 
     model_config = rules(exactly_one(*JUDGES), cel("has(self.endpoint) || !has(self.criteria)", CRITERIA_FAULT))
 
     stage: StageName | None = None
     """Name of an earlier `reward` stage."""
     model: Path | None = None
-    """A reward model: a directory, a storage URI or a hub id."""
+    """A reward model: a directory, a storage URI or a Hub id."""
     function: FunctionPath | None = None
-    """A Python function with the signature of TRL's reward functions, `package.module:name`. On a cluster its module is
-    in the image."""
+    """A Python function with the signature of TRL's reward functions: `package.module:name`. On a cluster its module
+    must be in the image."""
     endpoint: Endpoint | None = None
-    """A chat model that rates all answers to a prompt in one request."""
+    """A chat model that rates all completions of a prompt in one request."""
     criteria: Annotated[str, Field(min_length=1, max_length=8192)] | None = None
-    """What makes an answer good, in words to the endpoint's model. Default: right, to the point, clear, harmless."""
+    """Criteria of a good completion, passed to the model of the endpoint. Default: correct, relevant, clear,
+    harmless."""
 
     def faults(self) -> Iterator[str]:
         yield from not_exactly_one(self, *JUDGES)
@@ -172,26 +226,49 @@ class Judge(ApiModel):
 
 
 class OnlineSpec(PromptSpec, PreferenceLoss):
-    """Rounds of preference tuning on the model's own answers: draw some to each prompt, let a judge rank them, train on
-    the best against the worst, begin again from the new model (arXiv 2312.16682)."""
+    """Rounds of DPO on completions that the model generates (iterative DPO, arXiv 2312.16682).
+
+    Each round samples completions for each prompt, lets a judge score them, and trains on the best against the worst.
+    The next round starts from the new model.
+    """
 
     model_config = rules(PROMPTS_RULE, QUANTIZED_LORA_RULE, *LOSS_RULES)
 
     judge: Judge
-    """What ranks the answers to a prompt. Prompts whose answers it ranks alike are left out of the round."""
+    """Judge that scores the completions of a prompt. Prompts whose completions all have the same score are skipped in
+    that round."""
     rounds: Annotated[int, Field(ge=1, le=1000)] = 3
-    """Rounds; `numTrainEpochs` is of each round's pairs, `maxSteps` of all rounds together."""
+    """Number of rounds. `numTrainEpochs` applies to the pairs of each round, `maxSteps` to all rounds together."""
     prompts_per_round: PositiveInt | None = None
-    """Prompts of a round; the next one goes on behind them. Default: all."""
+    """Prompts per round. The next round continues after them. Default: all."""
     num_generations: Annotated[int, Field(ge=2, le=1024)] = 4
-    """Answers to each prompt of a round."""
+    """Completions per prompt and round."""
     reference: Literal["start", "previous"] = "start"
-    """What `beta` pulls towards: the model that the stage starts from, or the one that the round starts from."""
+    """Reference model of the loss. `start`: the model that the stage starts from. `previous`: the model that the round
+    starts from."""
 
     def faults(self) -> Iterator[str]:
         yield from super().faults()
         yield from self.loss_faults()
 
-    def reward_stages(self) -> Iterator[tuple[str, str]]:
-        if self.judge.stage is not None:
-            yield "judge.stage", self.judge.stage
+    @property
+    def sequences_per_row(self) -> int:
+        """The best and the worst answer."""
+        return 2
+
+    @property
+    def answers_per_prompt(self) -> int:
+        return self.num_generations
+
+    @property
+    def scorers(self) -> Mapping[str, Reward | Judge]:
+        return {"judge": self.judge}
+
+    @property
+    def holds_reference(self) -> bool:
+        return self.reference == "start" and self.lora is None
+
+    @property
+    def extra_forwards(self) -> int:
+        """None while training: the reference's log-probabilities are part of each round's pairs."""
+        return 0

@@ -1,4 +1,4 @@
-"""Data of every stage: reading, checking, tokenising, packing, caching, streaming.
+"""Read, check, tokenize, pack, cache and stream the data of all stages.
 
 Names are imported on first use: `inspect` needs neither torch nor transformers, which take seconds to import.
 """

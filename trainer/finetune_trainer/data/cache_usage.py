@@ -1,7 +1,7 @@
-"""Which directories of the cache this process has used for a job's data, and which tables another process has named.
+"""Record which cache directories this process has used for a job's data, and which tables another process provides.
 
-A node that gets prepared data from another node does not read the sources again: the other node gives it the names of
-the directories, and `preparation.open_table` looks here first.
+A node that gets prepared data from another node does not read the sources again: the other node sends the names of the
+directories, and `preparation.open_table` looks them up here first.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Places:
     """Directories of the cache, by name."""
 
     tables: dict[str, str] = field(default_factory=dict)
-    """Directory below `rows` of each table, by `table_name`."""
+    """The directory below `rows` of each table, by `table_name`."""
     prepared: tuple[str, ...] = ()
     """Directories below `prepared`."""
 
     @property
     def paths(self) -> list[str]:
-        """Paths relative to the cache, each once."""
+        """Return the distinct paths relative to the cache."""
         rows = [f"{ROWS}/{name}" for name in self.tables.values()]
         return list(dict.fromkeys([*rows, *(f"{PREPARED}/{name}" for name in self.prepared)]))
 
@@ -36,7 +36,7 @@ _used = Places()
 
 
 def table_name(spec: DataSpec, kind: Kind) -> str:
-    """Return a name of the table that a data spec asks for, which needs no look at its sources."""
+    """Return a name for the table of a data spec, derived without reading its sources."""
     return hash_of(spec.to_json(), kind)
 
 
@@ -52,12 +52,12 @@ def note_prepared(directory: str) -> None:
 
 
 def named_table(spec: DataSpec, kind: Kind) -> str | None:
-    """Return the directory of a table that is known already, or None."""
+    """Return the directory of a table that another process has provided, or None."""
     return _named.get(table_name(spec, kind))
 
 
 def use_tables(tables: dict[str, str]) -> None:
-    """From now on open these tables without a look at their sources."""
+    """Open these tables from now on without reading their sources."""
     _named.update(tables)
 
 

@@ -1,4 +1,4 @@
-"""Conversations as tokens: rendered by the tokenizer's chat template, with the assistant's tokens known exactly."""
+"""Tokenize conversations with the tokenizer's chat template and mask all but the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune_trainer.data.assistant_spans import find_turns
 from finetune_trainer.data.messages import Message
 from finetune_trainer.data.reasoning import with_thought
 from finetune_trainer.data.template import ChatError, ChatTemplate, Span, Tools, template_of
-from finetune_trainer.data.template_messages import fitted
+from finetune_trainer.data.template_messages import adapt_messages
 
 UNENDED = "answers that no stop token ends: the model does not learn to stop after them"
 TOOLS_UNUSED = "`tools` that the chat template does not write"
@@ -27,32 +27,32 @@ class Rendered:
 
     text: str
     turns: tuple[tuple[int, Span], ...]
-    """For each of the assistant's turns its place among the messages and the characters that the model writes."""
+    """For each of the assistant's turns, the index of its message and the characters that the model writes."""
     notes: tuple[str, ...] = ()
-    """What the user has to know about the conversation."""
+    """Warnings about the conversation for the user."""
 
     def spans(self, messages: list[Message], first: int = 0) -> list[Span]:
-        """Return the characters that carry loss: the turns from message `first` on, but those with `train: false`."""
-        return [span for place, span in self.turns if place >= first and messages[place].get("train") is not False]
+        """Return the characters that carry loss: the turns from message `first` on, without `train: false`."""
+        return [span for index, span in self.turns if index >= first and messages[index].get("train") is not False]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens with the characters of the text that they begin at, and a 0/1 mask of the trained ones."""
+    """Token ids, the text position at which each begins, and a 0/1 mask of the trained tokens."""
 
     ids: list[int]
     starts: list[int]
     mask: list[int]
     notes: tuple[str, ...] = ()
     prompt: int = 0
-    """How many of the tokens are the prompt's, where prompt and answer are separate."""
+    """Number of tokens of the prompt, if prompt and answer are separate."""
 
 
 class ChatFormat:
     """A tokenizer with the chat template that training uses.
 
-    The template is the tokenizer's own where it marks assistant turns by `{% generation %}`, else TRL's training
-    twin of it, else the tokenizer's own; `turns.find_turns` says how the turns are found.
+    The template is the tokenizer's own if it marks assistant turns with `{% generation %}`, else TRL's training version
+    of it, else the tokenizer's own. `assistant_spans` finds the turns.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -61,21 +61,21 @@ class ChatFormat:
         self.marked = False
         if self.template is None:
             return
-        from trl.chat_template_utils import has_generation_markers  # takes seconds to import, for dialogues alone
+        from trl.chat_template_utils import has_generation_markers  # takes seconds to import
 
         if not has_generation_markers(self.template.source):
-            twin = _training_twin(tokenizer)
-            self.template = ChatTemplate(tokenizer, twin) if twin else self.template
+            training_template = _training_template(tokenizer)
+            self.template = ChatTemplate(tokenizer, training_template) if training_template else self.template
         self.marked = has_generation_markers(self.template.source)
 
     def render(self, messages: list[Message], tools: Tools = None) -> Rendered:
-        """Return a conversation's text, in which every assistant turn has its stop token where there is any.
+        """Return a conversation's text, in which every assistant turn has its stop token if there is one.
 
         Raises:
-            ChatError: the template refuses the conversation, or a turn can't be told from the rest of the text.
+            ChatError: the template refuses the conversation, or a turn can't be separated from the rest of the text.
         """
         template = self._template()
-        said = fitted(template, messages, tools)
+        said = adapt_messages(template, messages, tools)
         text, turns = find_turns(template, said, tools, self.marked)
         unused = [TOOLS_UNUSED] if tools and text == template.attempt(said) else []
         stopped = [template.stopped(text, turn.span) for turn in turns]
@@ -85,20 +85,20 @@ class ChatFormat:
             ends[-1] = ends[-1] or bool(stop)
             text, spans[-1] = _closed(text, spans[-1], stop)
             text, spans[-1] = with_thought(text, spans[-1], turns[-1].thought, said[-1])
-        places = [turn.message for turn in turns]
-        return Rendered(text, tuple(zip(places, spans, strict=True)), (*unused, *[UNENDED][: not all(ends)]))
+        indices = [turn.message for turn in turns]
+        return Rendered(text, tuple(zip(indices, spans, strict=True)), (*unused, *[UNENDED][: not all(ends)]))
 
     def prompt(self, messages: list[Message], tools: Tools = None) -> str:
-        """Return the text that a reply to `messages` starts from; '' where there are no messages.
+        """Return the prompt for a reply to `messages`; '' if there are no messages.
 
         Raises:
             ChatError: the template refuses the conversation.
         """
         template = self._template()
-        return template.text(fitted(template, messages, tools), tools, generation=True) if messages else ""
+        return template.text(adapt_messages(template, messages, tools), tools, generation=True) if messages else ""
 
     def conversation(self, messages: list[Message], tools: Tools = None) -> Encoded:
-        """Return a conversation's tokens, of which the assistant's carry loss.
+        """Return a conversation's tokens; the assistant's tokens carry loss.
 
         Raises:
             ChatError: see `render`.
@@ -107,32 +107,31 @@ class ChatFormat:
         return self.encode(rendered.text, rendered.spans(messages), rendered.notes)
 
     def reply(self, prompt: list[Message], answer: list[Message], tools: Tools = None) -> Encoded:
-        """Return the tokens of prompt and answer as one text, of which the answer's assistant turns carry loss.
+        """Return the tokens of prompt and answer as one text; the answer's assistant turns carry loss.
 
         Raises:
             ChatError: see `render`.
         """
         whole = [*prompt, *answer]
         rendered = self.render(whole, tools)
-        start = _start(rendered, self.prompt(prompt, tools), len(prompt))
+        start = _answer_start(rendered, self.prompt(prompt, tools), len(prompt))
         spans = [(max(begin, start), end) for begin, end in rendered.spans(whole, len(prompt))]
         return self.encode(rendered.text, spans, rendered.notes, start)
 
     def encode(self, text: str, spans: list[Span], notes: tuple[str, ...] = (), start: int = 0) -> Encoded:
-        """Return the tokens of a rendered text; a token is trained where it begins inside a span.
+        """Return the tokens of a rendered text; a token is trained if it begins inside a span.
 
         Args:
-            start: the character that the answer starts at.
+            start: the character at which the answer starts.
         """
         ids, starts = self._tokens(text, [begin for begin, _ in spans])
         return Encoded(ids, starts, mask_of(starts, spans), notes, bisect_left(starts, start))
 
     def _tokens(self, text: str, cuts: list[int]) -> tuple[list[int], list[int]]:
-        """Return tokens and the characters that they begin at.
+        """Return tokens and the character at which each begins.
 
-        What comes before and after a cut has its tokens apart, as a prompt at inference and the answer to it have:
-        white space around a cut would else become other tokens. A tokenizer that puts a blank before every text can't
-        do that.
+        The text before and after a cut is tokenized separately, as prompt and answer are at inference: otherwise white
+        space around a cut could become other tokens. A tokenizer that adds a space before every text is not cut.
         """
         ids, starts = list[int](), list[int]()
         for begin, end in pairwise([0, *(cuts if self._is_seamless else []), len(text)]):
@@ -143,7 +142,7 @@ class ChatFormat:
 
     @cached_property
     def _is_seamless(self) -> bool:
-        """Whether a text has the same tokens alone as after a line break."""
+        """Return whether a text has the same tokens alone as after a line break."""
         alone, after = (self.backend.encode(text, add_special_tokens=False).ids for text in ("a", "\na"))
         return after[-len(alone) :] == alone
 
@@ -154,7 +153,7 @@ class ChatFormat:
 
 
 def mask_of(starts: list[int], spans: list[Span]) -> list[int]:
-    """1 for each token that begins inside a span. Both lists ascend."""
+    """Return a mask with 1 for each token that begins inside a span. Both lists ascend."""
     mask = [0] * len(starts)
     token = 0
     for begin, end in spans:
@@ -167,29 +166,29 @@ def mask_of(starts: list[int], spans: list[Span]) -> list[int]:
 
 
 def _closed(text: str, span: Span, stop: str) -> tuple[str, Span]:
-    """Return a text whose last answer ends with a stop token, where `stop` is one that it lacks.
+    """Return the text with a stop token after its last answer; '' adds none.
 
-    Nothing of the template follows there but white space, which the model would not write before its stop token.
+    The template only writes white space there, which the model would not write before its stop token.
     """
     return (text[: span[1]] + stop, (span[0], span[1] + len(stop))) if stop else (text, span)
 
 
-def _start(rendered: Rendered, opening: str, first: int) -> int:
-    """Return the character that the answer starts at, whose messages are those from `first` on.
+def _answer_start(rendered: Rendered, opening: str, first: int) -> int:
+    """Return the character at which the answer starts, which consists of the messages from `first` on.
 
-    Without a prompt that is where the first assistant turn begins: a default system message is no answer.
+    Without a prompt the answer starts with the first assistant turn: a default system message is not an answer.
     """
     if opening and rendered.text.startswith(opening):
         return len(opening)
-    begin = next((span[0] for place, span in rendered.turns if place >= first), len(rendered.text))
+    begin = next((span[0] for index, span in rendered.turns if index >= first), len(rendered.text))
     return min(begin, len(commonprefix([rendered.text, opening]))) if opening else begin  # noqa: RUF071 (of texts)
 
 
-def _training_twin(tokenizer: PreTrainedTokenizerFast) -> str | None:
+def _training_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
     from trl.chat_template_utils import get_training_chat_template
 
     try:
-        twin: str | None = get_training_chat_template(tokenizer)
+        training_template: str | None = get_training_chat_template(tokenizer)
     except (ValueError, TypeError, jinja2.TemplateError):
         return None
-    return twin
+    return training_template

@@ -1,4 +1,4 @@
-"""A cheap look at a spec's data before anything is claimed: no tokenizer, and of large files only a sample."""
+"""Quick checks of a spec's data before a job takes resources: no tokenizer, and a sample of large files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_FAULTS = 3
 
 @dataclass
 class _Seen:
-    """What the rows looked at showed."""
+    """What the checked rows contain."""
 
     rows: int = 0
     usable: int = 0
@@ -39,13 +39,17 @@ class _Seen:
 
 
 def inspect(spec: DataSpec, kind: Kind, where: str, base_dir: Path, *, referenced: bool = False) -> list[Problem]:
-    """Every fault found in a spec's data; `where` is its path, such as `stages[1].sft.data`.
+    """Return every fault found in a spec's data.
 
-    Files up to 64 MiB in all per source are read to their end, of larger ones and of hub datasets the first 1000
-    rows. Never raises for what a user can mend.
+    Files of up to 64 MiB per source are read to their end; of larger ones and of hub datasets, the first 1000 rows are
+    read. Faults of the user are returned, not raised.
 
     Args:
-        referenced: each row must say what the answer to it is.
+        where: the spec's path, such as `stages[1].sft.data`.
+        referenced: whether each row must have an answer.
+
+    Raises:
+        LookupError: the kind of rows is unknown.
     """
     located, problems = locate(spec, where, base_dir)
     numbers = {id(source): index for index, source in enumerate(spec.sources)}
@@ -100,14 +104,14 @@ def _see(
         seen.first.setdefault(str(error), place)
         return
     seen.usable += 1
-    _see_form(example, kind, seen)
+    _see_form(example, seen)
 
 
-def _see_form(example: Example, kind: Kind, seen: _Seen) -> None:
-    if kind == "preference":
+def _see_form(example: Example, seen: _Seen) -> None:
+    if "chosen" in example:
         seen.pairs += 1
         seen.identical += example["chosen"] == example["rejected"]
-    if kind == "prompt":
+    if "columns" in example:
         seen.prompts.add(type(example["prompt"]))
 
 
@@ -163,7 +167,7 @@ def _name(located: Located) -> str:
 
 
 def column_problems(stage: PromptSpec, column: str, where: str, place: str, base_dir: Path) -> list[Problem]:
-    """What is wrong with a column that a stage's prompts must have, by their first rows.
+    """Return the faults of a column that a stage's prompts must have, by their first rows.
 
     Args:
         where: the field that names the column.
@@ -182,7 +186,7 @@ def column_problems(stage: PromptSpec, column: str, where: str, place: str, base
 
 
 def _columns(spec: DataSpec, where: str, base_dir: Path) -> dict[str, None] | None:
-    """The columns of the first prompts; None where none can be read, which `inspect` tells."""
+    """Return the columns of the first prompts; None where no row can be read, which `inspect` reports."""
     located, _ = locate(spec, where, base_dir)
     found: dict[str, None] | None = None
     for one in located:

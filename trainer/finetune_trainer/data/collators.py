@@ -55,9 +55,12 @@ class PackedCollator:
 
 @dataclass
 class PreferenceCollator:
-    """What TRL's `DataCollatorForPreference` gives (`input_ids`, `attention_mask`, `completion_mask` [2B, L], chosen
-    rows first, then rejected; `ref_*_logps` [B] passed on), but with masks of our own: in `completion_mask` the turns
-    of a user after the prompt are 0, where TRL counts every token after the prompt."""
+    """Make a batch of pairs as TRL's `DataCollatorForPreference` does, with prepared masks of the tokens with loss.
+
+    The batch has int64 `input_ids`, `attention_mask` and `completion_mask` [2B, L], the chosen answers first, and
+    `ref_*_logps` [B] where the rows have them. In `completion_mask`, user turns after the prompt are 0, while TRL
+    counts every token after the prompt.
+    """
 
     pad_token_id: int
 
@@ -76,8 +79,10 @@ class PreferenceCollator:
 
 @dataclass
 class RewardCollator:
-    """Pairs as whole texts for a reward model: int64 `input_ids` and `attention_mask` [2B, L], padded on the right,
-    chosen rows first, then rejected."""
+    """Make a batch of whole texts for a reward model: int64 `input_ids` and `attention_mask` [2B, L].
+
+    Texts are padded on the right; the chosen answers come first.
+    """
 
     pad_token_id: int
 

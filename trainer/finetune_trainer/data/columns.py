@@ -1,5 +1,4 @@
-"""Values of a row by the names of the standard columns: from the columns that the job names, from its templates, or
-recognised."""
+"""Map a row to the standard columns: by the job's column names, by its templates, or by recognizing the format."""
 
 from __future__ import annotations
 
@@ -7,24 +6,20 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.data import DataSpec, RowKind
+from finetune_api.data import DataSpec
+from finetune_api.declaration import RowKind
 from finetune_api.problems import did_you_mean, nearest
 from finetune_trainer.data.format_detection import decoded_chat, recognise, suggestion
 from finetune_trainer.data.json_values import EmptyRow, FormError, kind_name
 from finetune_trainer.data.messages import Message, read_messages
 from finetune_trainer.data.readers import Row
+from finetune_trainer.data.row_kinds import row_kind
 from finetune_trainer.data.tools import read_tools
 from finetune_trainer.data.transcripts import parse_transcript
 
-NEEDED: dict[RowKind, str] = {
-    "text": "`text`",
-    "sft": "`messages`, `prompt` and `completion`, or `text`",
-    "preference": "`chosen` and `rejected`",
-    "prompt": "`prompt`, `messages`, or `chosen` and `rejected`",
-}
 CHATS = ("messages", "prompt", "completion", "chosen", "rejected")
 FUNCTIONS = "functions"
-"""Where rows of OpenAI's older form have their tools."""
+"""Column of the tools in OpenAI's older format."""
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
@@ -37,36 +32,36 @@ class Fields:
     kind: RowKind
     values: Row
     texts: frozenset[str]
-    """Names of values that are texts of a chat's turns, because a template or a recognised form says so."""
+    """Names of values that are texts of a chat's turns, according to a template or a recognized format."""
     note: str = ""
-    """What was recognised, for people; empty where nothing was."""
+    """A description of the recognized format; empty if there is none."""
     column: str | None = None
-    """Column of the recognised conversation."""
+    """Column of the recognized conversation."""
 
     @property
     def system(self) -> str | None:
-        """The system message that stands before the row's conversation; None where there is none.
+        """Return the system message before the row's conversation, or None.
 
         Raises:
-            FormError: it is no string.
+            FormError: it is not a string.
         """
         value = self.values.get("system")
         if value is not None and not isinstance(value, str):
-            hint = "set `columns: {system: none}` if it is no system message"
+            hint = "set `columns: {system: none}` if it is not a system message"
             raise FormError(f"`{self.spec.columns.system}` is {kind_name(value)}, expected a string: {hint}")
         return value or None
 
     @property
     def is_chat(self) -> bool:
-        """Whether a system message, be it empty, says that the row's strings are turns of a chat."""
+        """Return whether the row's strings are turns of a chat, as a system message (even an empty one) implies."""
         return "system" in self.values
 
     @property
     def tools(self) -> list[dict[str, Any]]:
-        """The tools that the row offers; an empty list where it offers none.
+        """Return the schemas of the row's tools.
 
         Raises:
-            FormError: they are no schemas.
+            FormError: they are not schemas.
         """
         column = tools_column(self.row, self.spec)
         try:
@@ -88,10 +83,10 @@ class Fields:
         raise FormError(self.not_there(name))
 
     def turns(self, name: str, role: str) -> list[Message]:
-        """Return a value as messages: a string is one turn of `role`, or a transcript; one message is a list of one.
+        """Return a value as messages. A string is one turn of `role` or a transcript.
 
         Raises:
-            FormError: it is something else.
+            FormError: the value is no string, message or list of messages.
         """
         value = self.need(name)
         if isinstance(value, str) and self.spec.transcript is not None:
@@ -104,41 +99,42 @@ class Fields:
         return read_messages([value] if isinstance(value, dict) else value, name)
 
     def not_there(self, name: str) -> str:
-        """Return what to say of a row that has no column of this name."""
+        """Return the message for a row that lacks the column of this name."""
         column = getattr(self.spec.columns, name)
         near = nearest(column, self.row)
         hint = f": did you mean `{near}`?" if near else "."
-        there = ", ".join(f"`{key}`" for key in self.row) or "no columns"
+        columns = ", ".join(f"`{key}`" for key in self.row) or "no columns"
         line = suggestion(self.row, self.kind)
-        remedy = f": set `{line}`" if line else " (`columns` gives other names, `template` makes texts from columns)"
-        return f"no column `{column}`{hint} The row has {there}; this stage needs {NEEDED[self.kind]}{remedy}"
+        remedy = f": set `{line}`" if line else " (set `columns` to map names, or `template` to build texts)"
+        needed = row_kind(self.kind).needed
+        return f"no column `{column}`{hint} The row has {columns}; this stage needs {needed}{remedy}"
 
 
 def read_fields(row: Row, spec: DataSpec, kind: RowKind) -> Fields:
     """Return a row's values by standard name.
 
     Raises:
-        FormError: a template names a column that is not there, or a recognised form is not kept to.
-        EmptyRow: a row of a recognised form has no answer.
+        FormError: a template names a missing column, or a value in a recognized format is invalid.
+        EmptyRow: a row in a recognized format has no answer.
     """
-    given = {name: row[column] for name, column in spec.columns if row.get(column) is not None}
-    given |= {name: decoded_chat(given[name]) for name in CHATS if name in given}
+    values = {name: row[column] for name, column in spec.columns if row.get(column) is not None}
+    values |= {name: decoded_chat(values[name]) for name in CHATS if name in values}
     if spec.template is not None:
-        given.pop("system", None)
+        values.pop("system", None)
         templates = spec.template.model_dump(exclude_none=True)
-        given |= {name: fill(template, row) for name, template in templates.items()}
-        return Fields(row, spec, kind, given, frozenset(templates))
-    form = recognise(row, given, spec, kind)
+        values |= {name: fill(template, row) for name, template in templates.items()}
+        return Fields(row, spec, kind, values, frozenset(templates))
+    form = recognise(row, values, spec, kind)
     if form is None:
-        return Fields(row, spec, kind, given, frozenset())
-    return Fields(row, spec, kind, given | form.fields, frozenset(form.texts), form.note, form.column)
+        return Fields(row, spec, kind, values, frozenset())
+    return Fields(row, spec, kind, values | form.fields, frozenset(form.texts), form.note, form.column)
 
 
 def tools_column(row: Row, spec: DataSpec) -> str | None:
-    """Return the column with the row's tools; None where it has none, or where a template makes text of the column.
+    """Return the column with the row's tools; None if it has none, or if a template uses the column as text.
 
     Raises:
-        FormError: the job names a column that is not there, and one of a similar name is.
+        FormError: the job names a missing column, and the row has one with a similar name.
     """
     column = spec.columns.tools
     templates = spec.template.model_dump(exclude_none=True).values() if spec.template else ()
@@ -163,7 +159,7 @@ def template_columns(template: str) -> list[str]:
 
 
 def fill(template: str, row: Row) -> str:
-    """Return the template with a row's values; an absent value (null) is empty text.
+    """Return the template filled with a row's values; null becomes empty text.
 
     Raises:
         FormError: the row has no such column.
@@ -174,7 +170,7 @@ def fill(template: str, row: Row) -> str:
             return match.group(0)[0]
         name = match.group(1)
         if name not in row:
-            raise FormError(f"template names the column `{name}`, which is not there{did_you_mean(name, row)}")
+            raise FormError(f"template names the column `{name}`, which does not exist{did_you_mean(name, row)}")
         return "" if row[name] is None else str(row[name])
 
     return _FIELD.sub(value, template)

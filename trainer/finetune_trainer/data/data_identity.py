@@ -1,4 +1,4 @@
-"""What a stage trains on, in a few hashes, by which a resumed stage can tell whether it has the same rows again."""
+"""Hashes that identify the data of a stage, so that a resumed stage can check that it has the same rows."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DataKey:
-    """What a stage trains on. Equal `train` means equal training rows; the other fields tell why it differs."""
+    """The identity of a stage's data. Equal `train` means equal training rows; other fields explain a difference."""
 
     train: str
-    """Hash of the training rows' tokens; of a stream, of its sources and of how they become tokens."""
+    """Hash of the training rows' tokens; for a stream, hash of its sources and of the encoding settings."""
     eval: str | None
-    """Hash of the held-out rows' tokens; None where there are none."""
+    """Hash of the held-out rows' tokens; None if there are none."""
     rows: int | None
-    """Rows read to train on; None for a stream."""
+    """Number of training rows; None for a stream."""
     tokenizer: str
     template: str
     """Hash of the chat template."""
     encoding: str
-    """Hash of how rows become tokens: the kind of rows, lengths, packing."""
+    """Hash of the encoding settings: the kind of rows, lengths, packing."""
     version: int
-    """`keys.FORMAT_VERSION`: of our own preparation."""
+    """`cache_keys.FORMAT_VERSION`, the version of this package's preparation."""
 
 
 def changes(before: dict[str, Any], now: DataKey) -> list[str]:
-    """Return what differs in the training rows since a checkpoint was saved; empty if they are the same rows.
+    """Return the differences in training data since a checkpoint was saved; empty if the rows are the same.
 
     Args:
-        before: fields of the `DataKey` that the checkpoint has.
+        before: fields of the checkpoint's `DataKey`.
     """
     if before.get("train") == now.train:
         return []

@@ -1,7 +1,7 @@
-"""Rows of other tools that are read without settings, and the setting that reads the others.
+"""Recognize rows in the formats of other tools, and suggest settings for other rows.
 
-Recognition takes part only where the row has none of the columns that its stage reads by name, and where the job
-neither names these columns nor gives a template: what the job says comes first.
+A format is recognized only if the row has none of the columns that its stage reads by name, and the job neither names
+these columns nor sets a template: the job's settings have priority.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune_api.data import DataSpec, RowKind
+from finetune_api.data import DataSpec
+from finetune_api.declaration import RowKind
 from finetune_trainer.data.json_values import EmptyRow, FormError, kind_name, parse_json
 from finetune_trainer.data.messages import SPEAKERS
+from finetune_trainer.data.row_kinds import row_kind
 
 Row = dict[str, Any]
 Turns = list[dict[str, str]]
 ASKING = ("user", "system", "developer")
 CONVERSATIONS = ("conversations", "conversation")
 FORMS = {"text", "messages", "prompt", "completion"}
-"""Columns that hold what a row asks or says; `chosen` and `rejected` say no more than the answers."""
+"""Columns with a row's prompt or text; `chosen` and `rejected` may hold the answers alone."""
 QUESTIONS = ("instruction", "question", "query", "problem", "input", "prompt")
 CONTEXTS = ("context", "input", "passage")
 ANSWERS = ("output", "answer", "response", "completion", "solution", "target", "reply", "label")
@@ -28,7 +30,7 @@ TEXTS = ("content", "body", "article", "document", "raw_content", "passage")
 
 @dataclass(frozen=True)
 class Form:
-    """What a row means: values by the names of the standard columns, and which of them are texts of a chat's turns."""
+    """A recognized row: values by standard column, and the names of those that are texts of a chat's turns."""
 
     fields: Row
     texts: set[str] = field(default_factory=set)
@@ -37,32 +39,33 @@ class Form:
     """The column of the conversation."""
 
 
-def recognise(row: Row, given: Row, spec: DataSpec, kind: RowKind) -> Form | None:
-    """Return what a row of a known form means; None where the row is to be taken as it is.
+def recognise(row: Row, values: Row, spec: DataSpec, kind: RowKind) -> Form | None:
+    """Return the values of a row in a known format; None if the row is used unchanged.
 
     Args:
-        given: the row's values by the names of the standard columns.
+        values: the row's values by standard column.
 
     Raises:
-        FormError: the row has a known form, and a value in it has another.
+        FormError: the row has a known format, but a value in it is invalid.
     """
-    if kind == "text" or spec.template is not None or spec.columns.named & FORMS:
+    needs = row_kind(kind)
+    if needs.joined or spec.template is not None or spec.columns.named & FORMS:
         return None
-    if "chosen" in given and "rejected" in given and kind != "sft":
-        return None if "prompt" in given else _prompt_of_pair(row, given, spec)
-    if kind == "preference" or given.keys() & FORMS:
+    if "chosen" in values and "rejected" in values and needs.pairs != "no":
+        return None if "prompt" in values else _prompt_of_pair(row, values, spec)
+    if needs.pairs == "only" or values.keys() & FORMS:
         return None
-    return _sharegpt(row) or (None if spec.transcript else _alpaca(row, kind))
+    return _sharegpt(row) or (None if spec.transcript else _alpaca(row, needs.needs_answer))
 
 
-def _prompt_of_pair(row: Row, given: Row, spec: DataSpec) -> Form | None:
-    """The prompt of a pair whose answers alone are in `chosen` and `rejected`."""
+def _prompt_of_pair(row: Row, values: Row, spec: DataSpec) -> Form | None:
+    """Return the prompt of a pair whose `chosen` and `rejected` hold the answers alone."""
     column, chat = _conversation(row, "messages", *CONVERSATIONS)
-    if column is not None and _are_answers(given["chosen"]):
+    if column is not None and _are_answers(values["chosen"]):
         if _speaker(chat[-1]) == "assistant":
-            raise FormError(f"`{column}` ends with an answer, and `chosen` and `rejected` are others: leave it out")
+            raise FormError(f"`{column}` ends with an answer besides `chosen` and `rejected`: remove that answer")
         return Form({"prompt": chat}, note=f"the prompt's turns from column `{column}`", column=column)
-    if isinstance(row.get("instruction"), str) and isinstance(given["chosen"], str) and not spec.transcript:
+    if isinstance(row.get("instruction"), str) and isinstance(values["chosen"], str) and not spec.transcript:
         return _alpaca_pair(row)
     return None
 
@@ -75,12 +78,12 @@ def _sharegpt(row: Row) -> Form | None:
     return Form({"messages": chat}, note=f"{style} from column `{column}`", column=column)
 
 
-def _alpaca(row: Row, kind: RowKind) -> Form | None:
-    """`instruction`, `input` and `output`, with earlier turns in `history` as LLaMA-Factory has them."""
-    if "instruction" not in row or ("output" not in row and kind != "prompt"):
+def _alpaca(row: Row, needs_answer: bool) -> Form | None:
+    """Recognize `instruction`, `input` and `output`, with earlier turns in `history` as in LLaMA-Factory."""
+    if "instruction" not in row or ("output" not in row and needs_answer):
         return None
     prompt, answer = _instruction(row), _string(row.get("output"), "output")
-    if not answer and kind == "sft":
+    if not answer and needs_answer:
         raise EmptyRow("empty")
     note = f"Alpaca rows from columns {_listed(name for name in ('instruction', 'input', 'output') if name in row)}"
     turns = _history(row)
@@ -98,7 +101,7 @@ def _alpaca_pair(row: Row) -> Form:
 
 
 def _instruction(row: Row) -> str:
-    """Instruction and input as one user message, with a line end between them, as LLaMA-Factory has it."""
+    """Return instruction and input as one user message, joined by a line break as in LLaMA-Factory."""
     parts = [_string(row.get(name), name) for name in ("instruction", "input")]
     return "\n".join(part for part in parts if part)
 
@@ -119,13 +122,13 @@ def _string(value: Any, name: str) -> str:
 
 
 def _conversation(row: Row, *columns: str) -> tuple[str | None, list[Row]]:
-    """The first of the columns that holds a list of messages, and the list."""
+    """Return the first of the columns that holds a list of messages, and the list."""
     found = ((name, decoded_chat(row.get(name))) for name in columns)
     return next(((name, chat) for name, chat in found if _is_chat(chat)), (None, []))
 
 
 def decoded_chat(value: Any) -> Any:
-    """Return the list of messages that a table keeps as JSON; any other value as it is."""
+    """Return the list of messages in a JSON string; return any other value unchanged."""
     if not isinstance(value, str) or not value[:100].lstrip().startswith("["):
         return value
     try:
@@ -142,7 +145,7 @@ def _is_chat(value: Any) -> bool:
 
 
 def _are_answers(value: Any) -> bool:
-    """Whether a side of a pair is the answer alone: a text, a message, or messages of which the first is an answer."""
+    """Return whether one side of a pair is the answer alone: a text, or messages that begin with an answer."""
     first = value[0] if isinstance(value, list) and value else value
     return _speaker(first) not in ASKING if isinstance(first, dict) else isinstance(first, str)
 
@@ -158,19 +161,19 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def suggestion(row: Row, kind: RowKind) -> str | None:
-    """Return the line of settings that most likely reads a row whose columns have other names; None without a guess."""
-    strings = [name for name, value in row.items() if isinstance(value, str)]
-    if kind == "text":
+    """Return the settings line that most likely reads a row with unknown column names, or None."""
+    strings, needs = [name for name, value in row.items() if isinstance(value, str)], row_kind(kind)
+    if needs.joined:
         column = next((name for name in TEXTS if name in strings), strings[0] if len(strings) == 1 else None)
         return f"columns: {{text: {column}}}" if column else None
     chat = next((name for name, value in row.items() if _is_chat(decoded_chat(value))), None)
-    if chat is not None and kind != "preference":
+    if chat is not None and needs.pairs != "only":
         return f"columns: {{messages: {chat}}}"
     asked = next((name for name in QUESTIONS if name in strings), None)
-    if asked is None or kind == "prompt":
+    if asked is None or not needs.needs_answer:
         return f"columns: {{prompt: {asked}}}" if asked else None
     answer = next((name for name in ANSWERS if name in strings and name != asked), None)
-    return _template(row, asked, answer) if kind == "sft" and answer else None
+    return _template(row, asked, answer) if needs.pairs != "only" and answer else None
 
 
 def _template(row: Row, asked: str, answer: str) -> str:
@@ -180,9 +183,9 @@ def _template(row: Row, asked: str, answer: str) -> str:
 
 
 def forgotten_prompt(row: Row, chosen: Any, rejected: Any) -> str | None:
-    """Return the column that most likely asks what the sides of a pair answer, where they hold the answers alone.
+    """Return the column that is most likely the prompt of a pair whose sides hold the answers alone, or None.
 
-    Two texts hold more where they repeat what the column says.
+    Two texts that repeat the column's text already contain the prompt.
     """
     if not _are_answers(chosen) or not _are_answers(rejected):
         return None

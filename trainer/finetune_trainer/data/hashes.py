@@ -1,8 +1,7 @@
-"""Hashes of what a stage trains on.
+"""Hash the data that a stage trains on.
 
-The hash of prepared rows is of their tokens in order. Where the rows lie and what their files are called does not
-count, and neither does a file's format: it is the same data if the same tokens come of it. A stream is known by its
-sources, because it is not read ahead.
+Prepared rows are hashed by their tokens in order. Names, directories and formats of files do not matter: data is the
+same if it gives the same tokens. A stream is not read ahead, so it is hashed by its sources.
 """
 
 from __future__ import annotations
@@ -18,20 +17,28 @@ import numpy as np
 import pyarrow as pa
 
 from finetune_api.data import DataSpec
-from finetune_trainer.data.cache_keys import FORMAT_VERSION, hash_of, tokenizer_parts
+from finetune_trainer.data.cache_keys import (
+    FILES_FOUND_BY,
+    FORMAT_VERSION,
+    HUB_FIELDS,
+    hash_of,
+    reading_fields,
+    source_fields,
+    tokenizer_parts,
+)
 from finetune_trainer.data.encode import Encoding
 from finetune_trainer.data.readers import DataFile
 from finetune_trainer.data.shards import SHARDS
 from finetune_trainer.data.sources import Located
 
 BLOCK, BLOCKS = 64 << 10, 3
-"""Of a streamed file, so many blocks of so many bytes are hashed, spread over it."""
+"""Size in bytes and number of the blocks of a streamed file that are hashed, spread over the file."""
 HASHED_FILES = 64
-"""Of a stream of more files, so many are looked into; of all of them the sizes count."""
+"""Maximum number of a stream's files whose content is hashed; the sizes of all files are hashed."""
 
 
 def tokens_hash(directory: Path) -> str:
-    """Return the hash of all columns of prepared rows, in order, whatever Arrow batches they are written in."""
+    """Return the hash of all columns of prepared rows, in order, independent of their Arrow batches."""
     seen = blake2b(digest_size=16)
     for path in sorted(directory.glob(SHARDS)):
         table = pa.ipc.open_stream(pa.OSFile(str(path))).read_all().combine_chunks()
@@ -52,37 +59,31 @@ def _bytes(column: pa.ChunkedArray) -> Iterator[bytes]:
 
 
 def stream_hash(spec: DataSpec, located: list[Located], encoding: Encoding, packed: bool, tokenizer: Any) -> str:
-    """Return the hash of what decides about a stream's rows. A file's name does not, but the order of the files does.
+    """Return the hash of all settings and sources that determine a stream's rows.
 
-    Files are known by their sizes and by some of their blocks, so a change of the same length elsewhere goes unseen. A
-    hub dataset is known by the revision that the job gives.
+    Files are hashed by size and some blocks, in order, without their names; a change of the same length elsewhere is
+    not detected. A hub dataset is hashed by the job's revision.
     """
-    how = [_json(getattr(spec, name)) for name in ("columns", "template", "transcript")]
-    rows = [spec.shuffle, spec.seed, [_source(one) for one in located]]
-    return hash_of(FORMAT_VERSION, *how, *rows, vars(encoding), packed, tokenizer_parts(tokenizer))
-
-
-def _json(value: Any) -> Any:
-    return None if value is None else value.to_json()
+    sources = [_source(one) for one in located]
+    settings = [reading_fields(spec, excluded=set()), vars(encoding), packed, tokenizer_parts(tokenizer)]
+    return hash_of(FORMAT_VERSION, sources, *settings)
 
 
 def _source(located: Located) -> Any:
-    source = located.source
-    hub = [source.hub, source.subset, source.split, source.revision] if source.hub else None
-    joined = located.joined and [source.join and source.join.key, located.joined]
-    return [hub, source.inline, joined, _files(located.files)]
+    others = set() if located.source.hub else HUB_FIELDS
+    return [*source_fields(located, FILES_FOUND_BY | others), _files(located.files)]
 
 
 def _files(files: list[DataFile]) -> list[list[Any]]:
     """Return format and size of each file, and the hash of some blocks of at most `HASHED_FILES` of them."""
     every = max(1, -(-len(files) // HASHED_FILES))
-    return [[file.format, *_file(file, looked_into=number % every == 0)] for number, file in enumerate(files)]
+    return [[file.format, *_file(file, hash_content=number % every == 0)] for number, file in enumerate(files)]
 
 
-def _file(file: DataFile, looked_into: bool) -> list[Any]:
+def _file(file: DataFile, hash_content: bool) -> list[Any]:
     fs, path = fsspec.core.url_to_fs(file.url)
     size = int(fs.size(path))
-    if not looked_into:
+    if not hash_content:
         return [size]
     starts = sorted({max(0, (size - BLOCK) * number // (BLOCKS - 1)) for number in range(BLOCKS)})
     blocks = [fs.cat_file(path, start=start, end=min(start + BLOCK, size)) for start in starts]

@@ -1,7 +1,7 @@
-"""Rows of a JSON file that is not one object per line: an array, an object that holds one, objects over many lines.
+"""Read rows of a JSON file without one object per line: an array, an object with an array, objects over many lines.
 
-`json` reads a whole document at once. Here one value at a time is decoded from a growing buffer, so that an array takes
-the memory of its largest row. An object that holds the array under a key is read whole, up to `MAX_VALUE`.
+`json` reads a whole document at once. This module decodes one value at a time from a growing buffer, so that an array
+takes the memory of its largest row. An object that holds the array under a key is read whole, up to `MAX_VALUE`.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any, BinaryIO, Literal
 
 Layout = Literal["lines", "array", "values"]
 HEAD = 1 << 20
-"""Bytes that tell the layout."""
+"""Bytes at the start of a file from which the layout is determined."""
 MAX_VALUE = 512 << 20
-"""Characters of one row, or of an object that holds all rows."""
+"""Maximum characters of one row, or of an object that holds all rows."""
 _NEAR_END = 16
-"""Characters: an error this near the end of the buffer may be of a value that is there in part (`-Infin`, `\\u12`)."""
+"""Characters: an error this close to the end of the buffer may come from an incomplete value (`-Infin`, `\\u12`)."""
 _SPACE = " \t\r\n"
 BOM = "\ufeff"
 COLUMNS = {"text", "messages", "prompt", "completion", "chosen", "rejected", "instruction"}
-"""Keys that say that an object is a row."""
+"""Keys that identify an object as a row."""
 
 
 class JsonFault(ValueError):
-    """Text that is not JSON, or not in a layout that can be read; `row` counts from 1."""
+    """Text that is not JSON, or has an unknown layout; `row` counts from 1."""
 
     def __init__(self, row: int, reason: str) -> None:
         super().__init__(reason)
@@ -33,7 +33,7 @@ class JsonFault(ValueError):
 
 
 def layout_of(head: bytes) -> Layout:
-    """Return how a JSON file lays its rows out, by its first `HEAD` bytes: `lines` is one object per line."""
+    """Return a JSON file's layout from its first `HEAD` bytes; `lines` means one object per line."""
     text = head.removeprefix(codecs.BOM_UTF8).lstrip()
     if text.startswith(b"["):
         return "array"
@@ -53,9 +53,9 @@ def read_values(stream: BinaryIO, layout: Layout, offset: int, row: int) -> Iter
     """Yield the values of a file, each with the offset after it and its number, from 1.
 
     Args:
-        stream: at `offset`.
-        offset: 0, or what came with an earlier value.
-        row: the number that came with it.
+        stream: positioned at `offset`.
+        offset: 0, or the offset that came with an earlier value.
+        row: the number that came with that value.
 
     Raises:
         JsonFault: the text is not JSON; an array does not end, or text follows its end.
@@ -70,7 +70,7 @@ def read_values(stream: BinaryIO, layout: Layout, offset: int, row: int) -> Iter
 
 
 def _at_end(text: _Text, array: bool) -> bool:
-    """Pass over what separates values; whether no value follows."""
+    """Skip the separator between values; return whether no value follows."""
     text.skip(_SPACE + "," if array else _SPACE)
     if not array or text.peek() not in ("", "]"):
         return not text.peek()
@@ -84,9 +84,9 @@ def _at_end(text: _Text, array: bool) -> bool:
 
 
 def rows_within(value: Any) -> list[Any] | None:
-    """Return the rows that the only object of a file holds under one key; None where it is a row itself.
+    """Return the rows that a file's only object holds under one key; None if the object is a row itself.
 
-    It holds them where exactly one of its values is a list of objects that are no messages, and no key is a column's.
+    It holds rows if exactly one value is a list of objects that are not messages and no key is a standard column.
     """
     if not isinstance(value, dict) or value.keys() & COLUMNS:
         return None
@@ -96,14 +96,14 @@ def rows_within(value: Any) -> list[Any] | None:
 
 
 def _is_list(value: Any, chat: bool) -> bool:
-    """Whether it is a list of messages, or of other objects."""
+    """Return whether a value is a list of messages (`chat`) or a list of other objects."""
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
         return False
     return any({"role", "from"} & item.keys() for item in value) == chat
 
 
 class _Text:
-    """The text of a stream, decoded as far as it is needed."""
+    """The text of a stream, decoded on demand."""
 
     def __init__(self, stream: BinaryIO, offset: int, row: int) -> None:
         self.stream, self.offset, self.row = stream, offset, row
@@ -112,36 +112,36 @@ class _Text:
         self.buffer, self.at, self.ended = "", 0, False
 
     def peek(self) -> str:
-        """The next character; empty at the end."""
+        """Return the next character; '' at the end."""
         while self.at == len(self.buffer) and not self.ended:
             self._more()
         return self.buffer[self.at : self.at + 1]
 
     def skip(self, characters: str) -> None:
-        """Pass over the given characters."""
+        """Skip any of the characters."""
         while (next_one := self.peek()) and next_one in characters:
             self._advance(self.at + 1)
 
     def take(self, character: str) -> None:
-        """Pass over one character, which is the next one."""
+        """Skip one character, which must be the next one."""
         self._advance(self.at + len(character))
 
     def value(self) -> Any:
-        """The next value; the position is then after it."""
+        """Return the next value and move after it."""
         self.row += 1
         while True:
             try:
                 value, end = self.parse(self.buffer, self.at)
             except json.JSONDecodeError as error:
-                self._wait_or_fail(error)
+                self._read_more_or_fail(error)
             except RecursionError as error:
                 raise JsonFault(self.row, "malformed JSON: nested too deeply") from error
             else:
                 self._advance(end)
                 return value
 
-    def _wait_or_fail(self, error: json.JSONDecodeError) -> None:
-        """Read on where the value may be there in part only."""
+    def _read_more_or_fail(self, error: json.JSONDecodeError) -> None:
+        """Read more if the value may be incomplete, else raise."""
         partial = error.msg.startswith("Unterminated string") or error.pos >= len(self.buffer) - _NEAR_END
         if self.ended or not partial:
             raise JsonFault(self.row, f"malformed JSON: {error.msg}") from error
@@ -151,7 +151,7 @@ class _Text:
         self._more()
 
     def _more(self) -> None:
-        """Read as much as there is, so that a long value is parsed few times; what was passed is let go."""
+        """Double the buffer, so that a long value is parsed only a few times, and drop the text before `at`."""
         self.buffer, self.at = self.buffer[self.at :], 0
         block = self.stream.read(max(HEAD, len(self.buffer)))
         self.ended = not block

@@ -1,4 +1,4 @@
-"""JSON values of a row: their names in messages, the nulls that Arrow adds, and JSON that is given as a string."""
+"""Handle JSON values of rows: their names in messages, the nulls that Arrow adds, and JSON in strings."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import json
 from typing import Any
 
 SHOWN = 60
-"""Characters of a text that a message shows."""
+"""Maximum characters of a text in a message."""
 
 
 class FormError(ValueError):
-    """A row that does not have the form its stage needs; the message says why."""
+    """A row that does not have the format its stage needs; the message says why."""
 
 
 class EmptyRow(ValueError):
-    """A row in the right form that has nothing to train on, or a pair without a shared prompt: left out and counted."""
+    """A valid row that has nothing to train on, or a pair without a shared prompt: it is skipped and counted."""
 
 
 def kind_name(value: Any) -> str:
-    """Return what kind of JSON value it is, for a message: `a number`, `null`."""
+    """Return the kind of a JSON value for a message, such as `a number` or `null`."""
     names = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "a list"}
     names |= {dict: "a mapping", type(None): "null"}
     return names.get(type(value), f"a {type(value).__name__}")
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a nested value without the keys whose value is null; the items of lists stay.
+    """Return a nested value without keys whose value is null; null items of lists are kept.
 
-    Arrow (Parquet, `datasets`) gives every struct of a column the same keys and fills the absent ones with null. It is
-    the same rule as `trl.trainer.utils.remove_none_values`, which takes seconds to import.
+    Arrow (Parquet, `datasets`) gives every struct of a column the same keys and fills absent ones with null. This is
+    the rule of `trl.trainer.utils.remove_none_values`, which takes seconds to import.
     """
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
@@ -48,5 +48,5 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def short(text: str) -> str:
-    """Return the text, cut for a message."""
+    """Return the text, truncated for a message."""
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."

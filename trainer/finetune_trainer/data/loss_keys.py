@@ -1,4 +1,4 @@
-"""Keys of a message that say whether it is trained on, as several tools write them."""
+"""Read the keys with which several tools mark whether a message carries loss."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ _LOSS_WORDS |= {"mask", "masks", "masked", "masking"}
 
 
 @lru_cache(maxsize=1024)
-def bears_on_loss(key: str) -> bool:
-    """Return whether the key's name says something about the loss, such as `loss_scale`, `masked` or `trainDetail`."""
+def affects_loss(key: str) -> bool:
+    """Return whether a key's name refers to the loss, such as `loss_scale`, `masked` or `trainDetail`."""
     return any(word.lower() in _LOSS_WORDS for word in _WORDS.findall(key))
 
 
 def carries_loss(message: dict[str, Any], role: str, where: str) -> bool:
-    """Return False where the message's keys say that it is not to be trained on, else True.
+    """Return False if the message's keys exclude it from the loss, else True.
 
     Args:
-        role: the message's role in the normal form. Only an assistant's message can carry loss.
+        role: the message's normalized role. Only an assistant's message can carry loss.
 
     Raises:
-        FormError: a key is unknown, has another value than 0, 1, true or false, contradicts another one, or asks for
+        FormError: a key is unknown, has another value than 0, 1, true or false, contradicts another key, or requests
             loss on a message that is not an assistant's.
     """
-    said = {key: _flag(key, value, where) for key, value in message.items() if value is not None and bears_on_loss(key)}
-    if not said:
+    flags = {key: _flag(key, value, where) for key, value in message.items() if value is not None and affects_loss(key)}
+    if not flags:
         return True
-    if len(set(said.values())) > 1:
-        raise FormError(f"{where}: {' and '.join(f'`{key}`' for key in said)} contradict each other: keep one of them")
-    if role != "assistant" and any(said.values()):
-        key = next(iter(said))
+    if len(set(flags.values())) > 1:
+        raise FormError(f"{where}: {' and '.join(f'`{key}`' for key in flags)} contradict each other: keep one of them")
+    if role != "assistant" and any(flags.values()):
+        key = next(iter(flags))
         raise FormError(
             f"{where}.{key} is {message[key]!r}, but the message is of role {role!r} and only an assistant's messages "
             f"carry loss: set it to 0 or false, or remove it"
         )
-    return all(said.values())
+    return all(flags.values())
 
 
 def _flag(key: str, value: Any, where: str) -> bool:
     if key not in HONOURED:
-        raise FormError(f"{where}.{key} affects the loss and is not known: {REMEDY}, and remove or rename `{key}`")
+        raise FormError(f"{where}.{key} affects the loss and is not supported: {REMEDY}, and remove or rename `{key}`")
     if not isinstance(value, bool | int | float) or value not in (0, 1):
         shown = repr(value) if isinstance(value, str | int | float) else kind_name(value)
         raise FormError(f"{where}.{key} is {shown}, expected 0 or 1 (or false, true): {REMEDY}, and 1 on any other")

@@ -1,4 +1,4 @@
-"""Plain text as tokens: one begin-of-text and one end-of-text token, also where the text spells them itself."""
+"""Add one begin-of-text and one end-of-text token to plain text, unless the text already has them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ Ids = list[int]
 
 
 class PlainFrame:
-    """What goes before and after a plain text's own tokens.
+    """The special tokens before and after a plain text's own tokens.
 
-    A text begins with the begin-of-text token if the tokenizer puts one before texts by itself. It ends with the
-    end-of-text token (BERT's separator, where there is none), whether or not the tokenizer puts one there. A text that
-    has either token there already gets no second one.
+    A text begins with the begin-of-text token if the tokenizer adds one to texts itself. It always ends with the
+    end-of-text token (BERT's separator if there is none). A token that the text already has is not added again.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -22,14 +21,14 @@ class PlainFrame:
         self.end: Ids = [] if eos is None else [eos]
 
     def opened(self, ids: Ids) -> Ids:
-        """Return the tokens of a text that goes on, such as a prompt.
+        """Return the tokens of a text that will be continued, such as a prompt.
 
         Args:
-            ids: the text's tokens, made without special tokens.
+            ids: the text's tokens without special tokens.
         """
         return ids if ids[:1] == self.lead else self.lead + ids
 
     def whole(self, ids: Ids) -> Ids:
-        """Return the tokens of a text that ends."""
+        """Return the tokens of a complete text."""
         opened = self.opened(ids)
         return opened if ids and ids[-1:] == self.end else opened + self.end

@@ -1,4 +1,4 @@
-"""Preparation of a stage's data: tokenised once into a cache keyed by content, whoever asks for it first."""
+"""Preparation of a stage's data: tokenised once, into a cache that is keyed by content."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
-from finetune_api.stages import PretrainSpec, PromptSpec, SupervisedSpec, TrainedSpec
+from finetune_api.training import TrainingSpec
 from finetune_trainer.data.cache_keys import (
     FORMAT_VERSION,
     content_digest,
@@ -36,6 +36,7 @@ from finetune_trainer.data.encode import IDENTICAL, NOTHING, TOO_LONG, Encoding
 from finetune_trainer.data.hashes import stream_hash, tokens_hash
 from finetune_trainer.data.report import DataReport, Prepared, Stats
 from finetune_trainer.data.row_formats import Kind
+from finetune_trainer.data.row_kinds import row_kind
 from finetune_trainer.data.rows import RowStore, order_rows, store_rows
 from finetune_trainer.data.shards import read_shards
 from finetune_trainer.data.source_notes import notes_of, reading_notes
@@ -53,7 +54,7 @@ MAX_FAULTS = 5
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be prepared and how."""
+    """How a stage's data is prepared."""
 
     where: str
     encoding: Encoding
@@ -73,7 +74,7 @@ class Part:
 
 
 def prepare(
-    stage: TrainedSpec,
+    stage: TrainingSpec,
     tokenizer: PreTrainedTokenizerFast,
     context: int | None,
     where: str,
@@ -82,9 +83,10 @@ def prepare(
     num_proc: int,
     on_progress: Log | None = None,
 ) -> Prepared:
-    """Data of a stage, tokenised. `where` is the stage's path, such as `stages[1].sft`.
+    """Return a stage's data as tokens.
 
-    Columns, lists of int32 unless said otherwise:
+    The columns of each kind of rows are documented by `encode` in its module of `row_kinds`; all are lists of int32
+    unless noted:
 
     - pretrain: `input_ids`, each of exactly `blockSize` tokens
     - sft: `input_ids`, `labels` (-100 where there is no loss); packed also `seq_lengths`
@@ -93,8 +95,12 @@ def prepare(
 
     The result is the same bytes for any `num_proc`. With `streaming`, `train` is a `streaming.StreamedRows`.
 
+    Args:
+        context: the model's context in tokens, or None.
+        where: the stage's path, such as `stages[1].sft`.
+
     Raises:
-        UserError: the data can't be read or does not suit the stage; all faults that were found.
+        UserError: the data can't be read or does not fit the stage; it has all faults that were found.
     """
     log = on_progress or (lambda message: None)
     encoding, packed = encoding_of(stage, context, where)
@@ -119,40 +125,28 @@ def _key(plan: Plan, hashes: dict[str, str], rows: int | None) -> DataKey:
     return DataKey(hashes["train"], hashes.get("eval"), rows, *tokenizer_parts(plan.tokenizer), how, FORMAT_VERSION)
 
 
-def encoding_of(stage: TrainedSpec, context: int | None, where: str) -> tuple[Encoding, bool]:
-    """How the stage's rows become tokens, and whether they are packed.
+def encoding_of(stage: TrainingSpec, context: int | None, where: str) -> tuple[Encoding, bool]:
+    """Return how the stage's rows become tokens, and whether they are packed.
 
     Raises:
-        UserError: the length asked for is more than the model takes.
+        UserError: the stage's limit, with the answer that it generates, is more than the model's context.
     """
-    if isinstance(stage, PromptSpec):
-        return _prompt_encoding(stage, context, where), False
-    field, length = (
-        ("blockSize", stage.block_size) if isinstance(stage, PretrainSpec) else ("maxLength", stage.max_length)
-    )
-    if length is not None and context is not None and length > context:
-        message = f"got {length}, but the model's context is {context} tokens"
-        raise UserError([Problem(f"{where}.{field}", message)])
-    if isinstance(stage, PretrainSpec):
-        share = stage.mlm_probability if stage.objective == "masked" else 1.0
-        return Encoding("text", length, "split", share), False
-    overflow = stage.overflow if stage.overflow != "auto" else "error" if length is None else "truncate"
-    return Encoding(stage.row_kind, length or context, overflow), isinstance(stage, SupervisedSpec) and stage.packing
-
-
-def _prompt_encoding(stage: PromptSpec, context: int | None, where: str) -> Encoding:
-    answer, length = stage.generation.max_new_tokens, stage.max_prompt_length
+    limit, answer = stage.row_limit, stage.answer_length
     room = None if context is None else context - answer
-    if room is not None and room < (length or 1):
-        field = "generation.maxNewTokens" if length is None else "maxPromptLength"
-        what = f"{answer} tokens of an answer" if length is None else f"{length} and {answer} tokens of an answer"
-        message = f"got {what}, but the model's context is {context} tokens"
-        raise UserError([Problem(f"{where}.{field}", message)])
-    overflow = stage.overflow if stage.overflow != "auto" else "error" if length is None else "drop"
-    return Encoding(stage.row_kind, length or room, overflow)
+    if room is not None and room < (limit or (1 if answer else 0)):
+        raise UserError([_no_room(stage, context, where)])
+    return Encoding(stage.row_kind, limit or room, stage.row_overflow, stage.trained_share), stage.packs
 
 
-def _check_loader(stage: TrainedSpec, where: str) -> None:
+def _no_room(stage: TrainingSpec, context: int | None, where: str) -> Problem:
+    limit, answer = stage.row_limit, stage.answer_length
+    answered = f"{answer} tokens of an answer" if answer else ""
+    field = "generation.maxNewTokens" if limit is None else row_kind(stage.row_kind).limit_field
+    got = " and ".join(filter(None, ["" if limit is None else str(limit), answered]))
+    return Problem(f"{where}.{field}", f"got {got}, but the model's context is {context} tokens")
+
+
+def _check_loader(stage: TrainingSpec, where: str) -> None:
     if stage.data.streaming and stage.dataloader_num_workers:
         message = f"got {stage.dataloader_num_workers}, but streaming data is read by the worker itself: set it to 0"
         raise UserError([Problem(f"{where}.dataloaderNumWorkers", message)])
@@ -181,14 +175,14 @@ def open_table(spec: DataSpec, kind: Kind, where: str, cache_dir: Path, base_dir
     return store_rows(directory, located, spec, kind, where, log)
 
 
-def training_rows(stage: TrainedSpec, where: str, cache_dir: Path, base_dir: Path) -> list[int]:
+def training_rows(stage: TrainingSpec, where: str, cache_dir: Path, base_dir: Path) -> list[int]:
     """Return the rows of the stage's table that it trains on, in the order in which they are prepared."""
     parts = _parts(stage, where, cache_dir, base_dir, lambda line: None)
     return [int(row) for row in parts["train"].indices]
 
 
-def _parts(stage: TrainedSpec, where: str, cache_dir: Path, base_dir: Path, log: Log) -> dict[str, Part]:
-    """What is to be tokenised ahead: `train`, unless it is streamed, and `eval`, where there is any."""
+def _parts(stage: TrainingSpec, where: str, cache_dir: Path, base_dir: Path, log: Log) -> dict[str, Part]:
+    """Return the parts to tokenise ahead: `train`, unless it is streamed, and `eval` where rows are held out."""
     kind, parts = stage.row_kind, {}
     if not stage.data.streaming:
         table = open_table(stage.data, kind, f"{where}.data", cache_dir, base_dir, log)
@@ -204,7 +198,7 @@ def _parts(stage: TrainedSpec, where: str, cache_dir: Path, base_dir: Path, log:
 
 
 def _cached(plan: Plan, parts: dict[str, Part], cache: Path, started: float) -> Ready:
-    """The prepared parts, built by whoever asks first while all others wait."""
+    """Return the prepared parts. The first process builds them while the others wait for its lock."""
     drawn = {name: [part.store.directory.name, content_digest(part.indices)] for name, part in parts.items()}
     directory = cache / prepared_key(drawn, plan.encoding, plan.packed, tokenizer_key(plan.tokenizer))
     cache.mkdir(parents=True, exist_ok=True)
@@ -218,7 +212,7 @@ def _cached(plan: Plan, parts: dict[str, Part], cache: Path, started: float) -> 
 
 
 def _build(directory: Path, plan: Plan, parts: dict[str, Part], started: float) -> None:
-    """Prepare all parts in a directory beside the final one, then rename it: it is whole or not there."""
+    """Prepare all parts in a temporary directory, then rename it, so that the final one is complete or absent."""
     part = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
     part.mkdir(parents=True)
     try:
@@ -268,7 +262,7 @@ def stats_problems(stats: Stats, encoding: Encoding, where: str, data_where: str
 
 
 def _row_faults(stats: Stats, where: str) -> list[Problem]:
-    """One problem for each reason, of which the first row is named."""
+    """Return one problem for each reason, which names the first row."""
     reasons: dict[str, list[int]] = {}
     for row, reason in stats.faults:
         reasons.setdefault(reason, []).append(row)
@@ -280,20 +274,16 @@ def _row_faults(stats: Stats, where: str) -> list[Problem]:
 
 def _too_long(stats: Stats, encoding: Encoding, where: str) -> Problem:
     rows = ", ".join(f"row {row} ({length})" for row, length in stats.too_long[:SHOWN])
-    limit = encoding.limit
-    if encoding.kind == "prompt":
-        message = f"{len(stats.too_long)} of {stats.rows} prompts are longer than {limit} tokens; the longest has "
-        return Problem(f"{where}.maxPromptLength", f"{message}{stats.longest}: {rows}. Set overflow: drop")
+    kind = row_kind(encoding.kind)
     return Problem(
-        f"{where}.maxLength",
-        f"{len(stats.too_long)} of {stats.rows} examples are longer than {limit} tokens; the longest has "
-        f"{stats.longest}: {rows}. Set maxLength up to the model's context to cut them, or overflow: truncate, drop"
-        f"{' or split' if encoding.kind == 'sft' else ''}",
+        f"{where}.{kind.limit_field}",
+        f"{len(stats.too_long)} of {stats.rows} {kind.rows} are longer than {encoding.limit} tokens; the longest has "
+        f"{stats.longest}: {rows}. {kind.overflow_hint}",
     )
 
 
 def _nothing_left(stats: Stats, encoding: Encoding) -> str:
-    if encoding.kind == "text":
+    if row_kind(encoding.kind).joined:
         return f"{stats.dropped_tokens} tokens do not fill one block of {encoding.limit}: set a smaller blockSize"
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(stats.dropped.items()))
     was_cut = encoding.limit is not None and stats.longest > encoding.limit
@@ -303,7 +293,7 @@ def _nothing_left(stats: Stats, encoding: Encoding) -> str:
 
 def _report(plan: Plan, parts: dict[str, Part], counts: dict[str, Stats], seconds: float) -> DataReport:
     train, held = counts.get("train", Stats()), counts.get("eval", Stats())
-    blocks = plan.packed or plan.encoding.kind == "text"
+    blocks = plan.packed or row_kind(plan.encoding.kind).joined
     room = train.written * (plan.encoding.limit or 1)
     unread = parts["train"].store.dropped if "train" in parts else {}
     return DataReport(

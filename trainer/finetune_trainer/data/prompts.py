@@ -1,4 +1,4 @@
-"""A row as a question: what a model is asked, and what the data answers. Light: no tokenizer, no table."""
+"""Convert a row to a prompt with a reference answer. This module imports no slow libraries."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import re
 from typing import Any
 
 from finetune_trainer.data.messages import Message, answer_text, without_train
-from finetune_trainer.data.row_formats import Example, Kind
+from finetune_trainer.data.row_formats import Example
 
 PROMPT_WORDS = 32
 Prompt = dict[str, Any]
 
 
-def prompt_of(example: Example, kind: Kind) -> Prompt | None:
-    """A row as a prompt; None where nothing is left to answer.
+def prompt_of(example: Example) -> Prompt | None:
+    """Return a row of any kind as a prompt; None if there is nothing to answer.
 
-    It has `messages` (with `tools`, where the row has them) or `prompt` (plain text), and `reference`, what the row
-    goes on with.
+    The prompt has `messages` (with `tools`, if the row has them) or `prompt` (plain text), and `reference`, the row's
+    continuation.
     """
-    asked = _asked(example, kind)
-    if asked is None or "messages" not in asked or not example.get("tools"):
-        return asked
-    return {**asked, "tools": example["tools"]}
+    prompt = _without_tools(example)
+    if prompt is None or "messages" not in prompt or not example.get("tools"):
+        return prompt
+    return {**prompt, "tools": example["tools"]}
 
 
-def _asked(example: Example, kind: Kind) -> Prompt | None:
-    if kind == "prompt":
+def _without_tools(example: Example) -> Prompt | None:
+    if "columns" in example:
         name = "prompt" if isinstance(example["prompt"], str) else "messages"
         return {name: example["prompt"], "reference": example["columns"].get("reference")}
     if "text" in example:
@@ -34,7 +34,7 @@ def _asked(example: Example, kind: Kind) -> Prompt | None:
         return {"prompt": example["text"][:end], "reference": example["text"][end:]}
     if "messages" in example:
         return _last_turn(example["messages"])
-    answer = example["chosen" if kind == "preference" else "completion"]
+    answer = example["chosen" if "chosen" in example else "completion"]
     if isinstance(answer, str):
         return {"prompt": example["prompt"], "reference": answer}
     at = next((index for index, message in enumerate(answer) if _is_answer(message)), None)
@@ -44,7 +44,7 @@ def _asked(example: Example, kind: Kind) -> Prompt | None:
 
 
 def _last_turn(messages: list[Message]) -> Prompt | None:
-    """The last answer that carries loss, and all before it: one without loss is no model of an answer."""
+    """Return the messages before the last answer that carries loss, and that answer as reference."""
     last = max((index for index, message in enumerate(messages) if _is_answer(message)), default=0)
     return {"messages": without_train(messages[:last]), "reference": answer_text(messages[last])} if last else None
 
@@ -54,5 +54,5 @@ def _is_answer(message: Message) -> bool:
 
 
 def has_reference(example: Example) -> bool:
-    """Whether a row of dialogue says what the answer to it is; plain text does not."""
-    return "text" not in example and prompt_of(example, "sft") is not None
+    """Return whether a dialogue row has a reference answer; plain text has none."""
+    return "text" not in example and prompt_of(example) is not None

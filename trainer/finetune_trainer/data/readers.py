@@ -1,4 +1,4 @@
-"""Rows of one file, one at a time and in constant memory, each with the position that reading can go on from."""
+"""Read rows of one file one at a time in constant memory, each with a position from which reading can continue."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from finetune_trainer.errors import UserError
 Row = dict[str, Any]
 
 TEXT_PIECE = 64 * 1024
-"""Bytes: a longer text file is cut at line ends into documents of at most this size."""
+"""Maximum bytes of a document: a longer text file is cut at line ends."""
 PARQUET_BATCH = 256
 OTHER_SEPARATORS = ";\t|"
-"""What separates columns in files that are called csv and are not."""
+"""Column separators of files that are named csv but have no commas."""
 
 csv.field_size_limit(2**31 - 1)
 
 
 @dataclass(frozen=True)
 class Position:
-    """A place between two rows: `offset` in bytes of the unpacked file (parquet: in rows), `line` counted from 0."""
+    """A position between two rows: `offset` in bytes of the decompressed file (parquet: in rows), `line` from 0."""
 
     offset: int = 0
     line: int = 0
@@ -47,14 +47,14 @@ Rows = Iterator[tuple[Row, Position]]
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of known format; `url` is a local path or a URI that fsspec knows."""
+    """A file of known format; `url` is a local path or a URI that fsspec supports."""
 
     url: str
     format: str
 
 
 def open_binary(url: str) -> BinaryIO:
-    """The file's unpacked bytes; the ending (`.gz`, `.bz2`, `.xz`, `.zst`) says how it is packed.
+    """Open a file for reading; it is decompressed according to its suffix (`.gz`, `.bz2`, `.xz`, `.zst`).
 
     Raises:
         OSError: it can't be opened.
@@ -72,10 +72,12 @@ def open_binary(url: str) -> BinaryIO:
 
 
 def read_rows(file: DataFile, start: Position = START) -> Rows:
-    """Rows from `start` on, each with the position after it. A packed file is unpacked, not parsed, up to `start`.
+    """Yield rows from `start` on, each with the position after it.
+
+    A compressed file is decompressed up to `start`, but not parsed.
 
     Raises:
-        UserError: the file is malformed; the message has its name, the line and why.
+        UserError: the file is malformed; the message has its name, the line and the reason.
         OSError: it can't be read.
     """
     try:
@@ -94,12 +96,12 @@ def _lines(stream: BinaryIO, file: DataFile, start: Position) -> Iterator[tuple[
         yield _decode(raw, file, position.line), position
 
 
-def _skip(fresh: BinaryIO, offset: int) -> None:
-    """Move a stream just opened to an offset; zstd streams can't seek, so they are read up to it."""
-    if fresh.seekable():
-        fresh.seek(offset)
+def _skip(stream: BinaryIO, offset: int) -> None:
+    """Move a newly opened stream to an offset; zstd streams can't seek, so they are read up to it."""
+    if stream.seekable():
+        stream.seek(offset)
         return
-    while offset and (block := fresh.read(min(offset, 1 << 20))):
+    while offset and (block := stream.read(min(offset, 1 << 20))):
         offset -= len(block)
 
 
@@ -111,7 +113,7 @@ def _decode(raw: bytes, file: DataFile, line: int) -> str:
 
 
 def unit_of(file: DataFile) -> str:
-    """Return what a position counts in messages: `line` or `row`."""
+    """Return the unit of positions for messages: `line` or `row`."""
     return "row" if file.format == "parquet" or (file.format == "json" and _layout(file) != "lines") else "line"
 
 
@@ -138,9 +140,9 @@ def _read_values(file: DataFile, layout: Layout, start: Position) -> Rows:
 
 
 def _rows_of_object(file: DataFile, start: Position) -> Rows:
-    """Rows of a file that begins with an object: the rows that the only object holds, or one object after another.
+    """Yield the rows that a file's only object holds, or each object of the file.
 
-    Positions among the former have offset 0 and a count of rows.
+    Positions in the former case have offset 0 and a count of rows.
     """
     values = _read_values(file, "values", START)
     first, second = next(values, None), next(values, None)
@@ -190,7 +192,7 @@ def _check_header(header: list[str], file: DataFile) -> None:
     where = f"{file.url}, line 1"
     twice = [name for name, count in Counter(header).items() if count > 1]
     if twice:
-        raise UserError([Problem("", f"{where}: the column `{twice[0]}` is there more than once")])
+        raise UserError([Problem("", f"{where}: the column `{twice[0]}` appears more than once")])
     other = next((mark for mark in OTHER_SEPARATORS if len(header) == 1 and mark in header[0]), None)
     if other is not None:
         message = f"{where}: the header is one column, `{header[0]}`: expected commas between columns, not {other!r}"
@@ -198,7 +200,7 @@ def _check_header(header: list[str], file: DataFile) -> None:
 
 
 def _csv_records(file: DataFile, start: Position) -> Iterator[tuple[list[str], Position]]:
-    """Records, which may span lines, each with the position after its last line."""
+    """Yield records, which may span lines, each with the position after its last line."""
     reached = start
 
     def lines(stream: BinaryIO) -> Iterator[str]:
@@ -252,7 +254,7 @@ def _read_text(file: DataFile, start: Position) -> Rows:
 
 
 def _cut(chunk: bytes) -> int:
-    """Where to end a piece: after its last line end, else before a character that may be incomplete."""
+    """Return where to end a piece: after its last line end, else before a character that may be incomplete."""
     end = chunk.rfind(b"\n") + 1
     if end:
         return end

@@ -1,10 +1,10 @@
-"""Thoughts of reasoning models: what a prompt opens (`<think>`) is closed by the answer.
+"""Train the answers of reasoning models in the form that they have at inference.
 
-The prompt of such a template ends with an opened thought, so an answer at inference goes on inside of it. Where the
-template's text of a last answer does not begin with that, the answer is trained in the same form: its own thought,
-which some templates drop, or an empty one goes before it (as LLaMA-Factory does it), and what follows the opening
-carries loss. Some prompts end with an empty thought, open and closed: it goes before an answer without a thought and
-carries no loss. Earlier answers are trained as the template writes them, since a prompt shows them so.
+The prompt of such a template ends with an opened thought (`<think>`), so an answer at inference continues inside it. If
+the template's text of a last answer does not begin with that, the answer's own thought, which some templates drop, or
+an empty one is inserted before it (as in LLaMA-Factory), and the text after the opening carries loss. Some prompts end
+with an empty thought, opened and closed: it is inserted before an answer without a thought and carries no loss. Earlier
+answers are trained as the template writes them, since prompts show them in that form.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ class Thought:
     """A thought at the end of a prompt."""
 
     text: str
-    """The prompt's end, from what opens the thought on."""
+    """The end of the prompt, from the opening tag on."""
     opened: str
-    """What opens it, such as `<think>`."""
+    """The opening tag, such as `<think>`."""
     close: str
-    """What closes it, such as `</think>`."""
+    """The closing tag, such as `</think>`."""
 
     @property
     def is_closed(self) -> bool:
+        """Return whether the prompt closes the thought."""
         return self.close in self.text
 
 
 def thought_at_end(opening: str) -> Thought | None:
-    """Return the thought that a prompt ends with, or None.
+    """Return the thought at the end of a prompt, or None.
 
     Args:
-        opening: what the template adds to a conversation where a reply is to come.
+        opening: the text that the template adds for a reply.
     """
     found = _OPENED.search(opening)
     if found is None:
@@ -49,11 +50,11 @@ def thought_at_end(opening: str) -> Thought | None:
 
 
 def with_thought(text: str, span: Span, thought: Thought | None, message: Message) -> tuple[str, Span]:
-    """Return a text whose last answer begins as one at inference does, and the characters that follow the prompt.
+    """Return a text whose last answer begins as at inference, and the characters after the prompt.
 
     Args:
-        span: the answer's characters. But for white space, they end with the text.
-        thought: what a prompt for the answer ends with and the text does not have before it.
+        span: the answer's characters; only white space follows them.
+        thought: the thought at the end of a prompt for the answer, if the text lacks it.
     """
     begin, end = span
     body = text[begin:end]
@@ -64,28 +65,28 @@ def with_thought(text: str, span: Span, thought: Thought | None, message: Messag
         return text, span
     if own:  # only the white space after the opening differs
         inserted, body = thought.text, body.lstrip().removeprefix(thought.opened).lstrip()
-    elif thought.is_closed or thought.close in body:  # the latter: drawn from a model, inside of the thought
+    elif thought.is_closed or thought.close in body:  # the latter: a model generated it inside of the thought
         inserted = thought.text
     else:
-        inserted = f"{thought.text}{_said(message, thought)}\n{thought.close}\n\n"
+        inserted = f"{thought.text}{_reasoning_of(message, thought)}\n{thought.close}\n\n"
         body = body.lstrip("\n")
     whole = text[:begin] + inserted + body
     return whole + text[end:], (begin + len(thought.text), len(whole))
 
 
 def _with_dropped(text: str, span: Span, content: str) -> tuple[str, Span]:
-    """Return a text with the thought that its last answer's content begins with, where the template leaves it out."""
+    """Return a text with the thought at the beginning of its last answer's content, if the template drops it."""
     (begin, end), (thought, close, rest) = span, content.partition("</think>")
     body = text[begin:end]
     is_there = close in body or text[:begin].rstrip().endswith(close)
     if not close or is_there or not thought.lstrip().startswith("<think>"):
         return text, span
-    said = f"{thought.lstrip()}{close}{rest[: len(rest) - len(rest.lstrip())]}{body.lstrip()}"
-    return text[:begin] + said + text[end:], (begin, begin + len(said))
+    restored = f"{thought.lstrip()}{close}{rest[: len(rest) - len(rest.lstrip())]}{body.lstrip()}"
+    return text[:begin] + restored + text[end:], (begin, begin + len(restored))
 
 
-def _said(message: Message, thought: Thought) -> str:
-    """Return what a message thinks; '' where it does not."""
+def _reasoning_of(message: Message, thought: Thought) -> str:
+    """Return a message's reasoning, or ''."""
     content = str(message.get("content") or "")
     before = content.partition(thought.close)[0] if thought.close in content else message.get("reasoning_content")
     return str(before or "").replace(thought.opened, "", 1).strip("\n")

@@ -1,4 +1,4 @@
-"""What preparation did, in numbers that a report can show."""
+"""Counts of data preparation, for the job's report."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class DataReport:
-    """Counts are of the training part; `eval_rows` and `eval_tokens` are of the held-out part, as trained on."""
+    """Counts of the training part; `eval_rows` and `eval_tokens` count the prepared held-out part."""
 
     rows: int
-    """Rows of the table that are for training: for text, documents."""
+    """Training rows of the table; for text, documents."""
     kept: int
-    """Rows that have at least one token to learn after cutting and dropping (`split` counts each of its pieces)."""
+    """Rows with at least one trained token after truncation and dropping (`split` counts each piece)."""
     tokens: int
     """Tokens kept, prompts included."""
     trained_tokens: int
@@ -31,44 +31,46 @@ class DataReport:
     truncated_tokens: int
     """Tokens cut off from examples that were kept."""
     dropped: dict[str, int]
-    """Rows left out, by reason."""
+    """Dropped rows by reason."""
     dropped_tokens: int
-    """Tokens of rows left out; for text, the ends of shards that did not fill a block."""
+    """Tokens of dropped rows; for text, the ends of shards that did not fill a block."""
     longest: int
-    """Tokens of the longest example before cutting; of a pair, the longer side with its prompt."""
+    """Tokens of the longest example before truncation; for a pair, the longer side with its prompt."""
     packed_rows: int | None
-    """Rows after packing (text: blocks); None where nothing is packed."""
+    """Rows after packing (text: blocks); None if nothing is packed."""
     packing_efficiency: float | None
     """Share of the packed rows' length that holds tokens."""
     max_length: int | None
-    """The limit that was applied; None where the model has none."""
+    """The length limit; None if the model has none."""
     eval_rows: int
     eval_tokens: int
     bytes: int
-    """Bytes of the rows tokenised, as stored."""
+    """Stored bytes of the tokenized rows."""
     seconds: float
-    """Time that preparation took when it was done."""
+    """Time of the original preparation."""
     tokens_per_second: float
     cached: bool = False
-    """Whether an earlier preparation was found."""
+    """Whether an earlier preparation was reused."""
     streaming: bool = False
-    """Whether the data is read while training: counts are then zero."""
+    """Whether the data is read during training; counts are then zero."""
     forms: dict[str, int] = field(default_factory=dict)
-    """Rows of each form (`form.Form`); of a stream, of the rows that it begins with."""
+    """Number of rows of each form (`form.Form`); for a stream, of its first rows."""
     notes: dict[str, int] = field(default_factory=dict)
-    """What the user has to know about rows that train all the same, and of how many rows it holds."""
+    """Warnings about rows that are trained on, with the number of rows."""
 
     def to_json(self) -> Json:
+        """Return the fields as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Json) -> DataReport:
+        """Return the report from the values of `to_json`."""
         return cls(**values)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data as a trainer takes it. Columns are in `prepare`'s docstring."""
+    """Datasets for a trainer. `prepare` documents the columns."""
 
     train: Dataset | IterableDataset[Json]
     eval: Dataset | None
@@ -78,7 +80,7 @@ class Prepared:
 
 @dataclass
 class Stats:
-    """Counts of one task, added up in order of the tasks."""
+    """Counts of one task; they are added up in order of the tasks."""
 
     rows: int = 0
     kept: int = 0
@@ -93,23 +95,23 @@ class Stats:
     written: int = 0
     """Rows written, after packing."""
     too_long: list[tuple[int, int]] = field(default_factory=list)
-    """Row and length of examples over the limit, where that is an error."""
+    """Row and length of each example over the limit, if that is an error."""
     faults: list[tuple[int, str]] = field(default_factory=list)
-    """Row and reason, where a row can't be tokenised."""
+    """Row and reason of each row that can't be tokenized."""
     notes: Counter[str] = field(default_factory=Counter)
-    """Rows by what the user has to know about them."""
+    """Number of rows by warning."""
 
     def add(self, other: Stats) -> None:
-        """Add another's counts to these."""
+        """Add the counts of another task."""
         for name, value in vars(other).items():
             mine = getattr(self, name)
             setattr(self, name, max(mine, value) if name == "longest" else mine + value)
 
     def note(self, notes: Iterable[str]) -> None:
-        """Count what the user has to know about a row."""
+        """Count the warnings about a row."""
         self.notes.update(notes)
 
     def drop(self, reason: str, tokens: int) -> None:
-        """Count a row left out."""
+        """Count a dropped row."""
         self.dropped[reason] += 1
         self.dropped_tokens += tokens

@@ -1,4 +1,4 @@
-"""A spec's table on disk: normalised rows that any process reads at random without holding them in memory."""
+"""Store the normalized rows of a data spec on disk, for random access without holding them in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -26,10 +25,9 @@ MAX_FAULTS = 5
 
 
 class RowStore:
-    """JSON rows in one file, with the offsets of their ends; each read is one `pread`.
+    """JSON rows in one file and the offsets of their ends; each read is one `pread`.
 
-    A memory-mapped table would serve too, but its touched pages count as resident memory, and a shuffled pass
-    touches all of them.
+    A memory-mapped table is not used: its touched pages count as resident memory, and a shuffled pass touches them all.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -47,11 +45,11 @@ class RowStore:
 
     @property
     def bytes(self) -> int:
-        """Size of all rows."""
+        """Return the size of all rows in bytes."""
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def sizes(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Bytes of each of the rows."""
+        """Return the size in bytes of each of the rows."""
         starts = np.where(indices > 0, self.ends[indices - 1], 0)
         return self.ends[indices] - starts
 
@@ -64,10 +62,10 @@ class RowStore:
 def store_rows(
     directory: Path, located: list[Located], spec: DataSpec, kind: Kind, where: str, log: Callable[[str], None]
 ) -> RowStore:
-    """The table in `directory`, built once whoever asks for it first.
+    """Return the table in `directory`; the first process that needs it builds it.
 
     Raises:
-        UserError: rows that can't be read, joined or understood; the first five are named.
+        UserError: rows can't be read, joined or parsed; the first five are named.
     """
     with FileLock(f"{directory}.lock"):
         if not directory.is_dir():
@@ -77,13 +75,13 @@ def store_rows(
 
 
 def _build_once(directory: Path, located: list[Located], spec: DataSpec, kind: Kind, where: str) -> None:
-    part = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
-    part.mkdir(parents=True)
+    partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
+    partial.mkdir(parents=True)
     try:
-        _build(part, located, spec, kind, where)
-        os.rename(part, directory)
+        _build(partial, located, spec, kind, where)
+        os.rename(partial, directory)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _build(directory: Path, located: list[Located], spec: DataSpec, kind: Kind, where: str) -> None:
@@ -110,27 +108,27 @@ def _examples(
 ) -> Iterator[Example]:
     for index, one in enumerate(located):
         path = f"{where}.sources[{index}]"
-        for row, _, place in source_rows(one, index):
+        for row, _, location in source_rows(one, index):
             try:
                 yield normalise(join_row(row, one, path), spec, kind)
             except EmptyRow as reason:
                 dropped[str(reason)] += 1
             except FormError as error:
-                faults.append(Problem(path, f"{place}: {error}"))
+                faults.append(Problem(path, f"{location}: {error}"))
             except UserError as error:
-                faults += [Problem(problem.path, f"{place}: {problem.message}") for problem in error.problems]
+                faults += [Problem(problem.path, f"{location}: {problem.message}") for problem in error.problems]
             if len(faults) >= MAX_FAULTS:
                 return
 
 
 def order_rows(count: int, spec: DataSpec, where: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of the rows to train on and of those held out, in order.
+    """Return the indices of training rows and of held-out rows, in order.
 
-    The table is permuted by `seed` (where `shuffle`), cut to `limit`, and a share of it, at least one row, is drawn
-    for evaluation.
+    The table is permuted by `seed` (if `shuffle`) and cut to `limit`, and a share of it, at least one row, is drawn for
+    evaluation.
 
     Raises:
-        UserError: too few rows to hold any out.
+        UserError: there are too few rows to hold any out.
     """
     order = np.random.default_rng([spec.seed, 0]).permutation(count) if spec.shuffle else np.arange(count)
     order = order[: spec.limit].astype(np.int64)
@@ -145,15 +143,10 @@ def order_rows(count: int, spec: DataSpec, where: str) -> tuple[NDArray[np.int64
 
 
 def cut_tasks(sizes: NDArray[np.int64], max_bytes: int, max_rows: int) -> list[slice]:
-    """Runs of rows of about `max_bytes`, at most `max_rows` each: the units of parallel work."""
+    """Return slices of about `max_bytes` and at most `max_rows` rows: the units of parallel work."""
     if not len(sizes):
         return []
     by_bytes = (np.cumsum(sizes) - sizes) // max_bytes
     by_rows = np.arange(len(sizes)) // max_rows
     changes = np.flatnonzero(np.diff(by_bytes) | np.diff(by_rows)) + 1
     return [slice(start, stop) for start, stop in pairwise([0, *changes.tolist(), len(sizes)])]
-
-
-def json_digest(value: Any) -> bytes:
-    """Bytes that are equal for equal JSON values."""
-    return json.dumps(value, sort_keys=True, default=str).encode()

@@ -1,4 +1,4 @@
-"""Arrow files of prepared rows: written one per task, read together as one memory-mapped dataset."""
+"""Write prepared rows as Arrow files, one per task, and read them as one memory-mapped dataset."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from finetune_trainer.data.packing import pack
 
 BATCH_TOKENS = 1 << 18
 SHARDS = "[0-9]*.arrow"
-"""Our own files in a directory of shards, where `datasets` puts its caches too (`cache-….arrow`)."""
+"""Pattern of shards in their directory, where `datasets` writes its caches too (`cache-....arrow`)."""
 Columns = dict[str, Any]
 
 
 def write_shard(path: Path, rows: Iterable[Columns]) -> int:
-    """Write rows of int32 lists and texts as an Arrow stream, so many tokens at a time; nothing for no rows.
+    """Write rows of int32 lists and texts as an Arrow stream in batches of `BATCH_TOKENS`; no rows write no file.
 
     Returns:
         the number of rows.
@@ -37,7 +37,7 @@ def write_shard(path: Path, rows: Iterable[Columns]) -> int:
 
 
 def record_batch(rows: list[Columns]) -> pa.RecordBatch:
-    """Rows as Arrow columns of type list<int32>, and string for texts."""
+    """Return rows as Arrow columns of type list<int32>, and large_string for texts."""
     return pa.RecordBatch.from_pydict({name: _column([row[name] for row in rows]) for name in rows[0]})
 
 
@@ -64,13 +64,13 @@ def _batches(rows: Iterable[Columns]) -> Iterator[list[Columns]]:
 
 
 def read_shards(directory: Path) -> Dataset | None:
-    """All shards of a directory in order of name, as one dataset that stays on disk; None where there is none."""
+    """Return all shards of a directory, in order of name, as one memory-mapped dataset; None if there are none."""
     paths = sorted(directory.glob(SHARDS))
     return concatenate_datasets([Dataset.from_file(str(path)) for path in paths]) if paths else None
 
 
 def pack_shards(sources: list[Path], target: Path, capacity: int) -> int:
-    """Pack the examples of some shards into rows of at most `capacity` tokens, and write them as one shard."""
+    """Pack the examples of shards into rows of at most `capacity` tokens; write one shard and return its row count."""
     readable = [path for path in sources if path.exists()]
     if not readable:
         return 0

@@ -1,4 +1,4 @@
-"""What is read without settings that name it, said in one line per source, so that people see what their rows mean."""
+"""Describe the recognized format of each data source, for the job's log."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from finetune_trainer.data.sources import Located, join_row, locate, source_rows
 from finetune_trainer.errors import UserError
 
 ROWS = 20
-"""Rows of a source that are looked at."""
+"""Number of rows of a source that are inspected."""
 
 
 def reading_notes(spec: DataSpec, kind: Kind, where: str, base_dir: Path) -> list[str]:
     """Return lines such as "d.sources[0]: reads Alpaca rows from columns `instruction` and `output`".
 
-    Rows and files that can't be read have none: `checks.inspect` names them.
+    Rows and files that can't be read are skipped here: `checks.inspect` reports them.
 
     Args:
         where: the spec's path, such as `stages[1].sft.data`.
@@ -30,7 +30,7 @@ def notes_of(located: list[Located], spec: DataSpec, kind: Kind, where: str, str
     """Yield the lines of `reading_notes` for sources that have been located.
 
     Args:
-        streaming: a hub dataset is read over the network, else from its local copy.
+        streaming: whether a hub dataset is read over the network and not from its local copy.
     """
     numbers = {id(source): index for index, source in enumerate(spec.sources)}
     for one in located if kind != "text" else []:

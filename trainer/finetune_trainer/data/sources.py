@@ -1,4 +1,4 @@
-"""From the sources of a spec to files that exist, and from those to rows with their joins done."""
+"""Find the files of a spec's sources, read their rows, and join them with a second table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune_trainer.data.readers import START, DataFile, Position, Row, read_r
 from finetune_trainer.errors import Outage, UserError
 from finetune_trainer.hub import hub_access
 
-ENDINGS = {
+SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
@@ -26,28 +26,30 @@ ENDINGS = {
     ".txt": "text",
     ".text": "text",
 }
-PACKED = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in a spec's table: which source, which of its files, and where in that file."""
+    """A position in a spec's table: the source, its file, and the position in that file."""
 
     source: int = 0
     file: int = 0
     position: Position = START
 
     def to_json(self) -> list[int]:
+        """Return the cursor as JSON values."""
         return [self.source, self.file, self.position.offset, self.position.line]
 
     @classmethod
     def from_json(cls, values: list[int]) -> Cursor:
+        """Return the cursor from the values of `to_json`."""
         return cls(values[0], values[1], Position(values[2], values[3]))
 
 
 @dataclass(frozen=True)
 class Located:
-    """One source with its files found (`files` is empty for inline and hub rows) and its join table read."""
+    """One source with its files (empty for inline and hub rows) and its join table."""
 
     source: DataSource
     files: list[DataFile]
@@ -55,21 +57,21 @@ class Located:
 
 
 def resolve(path: str, base_dir: Path) -> str:
-    """An absolute path or URI: relative paths start from `base_dir`, else from the current directory."""
+    """Return an absolute path or URI; a relative path starts at `base_dir` or, if only that exists, at the cwd."""
     path = os.path.expanduser(mounted(path))
     if "://" in path or os.path.isabs(path):
         return path
     first = os.path.join(base_dir, path)
-    there = os.path.exists(first) or any(True for _ in Path(base_dir).glob(path)) if path else False
-    return os.path.abspath(first if there or not _here(path) else path)
+    exists = bool(path) and (os.path.exists(first) or any(True for _ in Path(base_dir).glob(path)))
+    return os.path.abspath(first if exists or not _exists_in_cwd(path) else path)
 
 
-def _here(path: str) -> bool:
+def _exists_in_cwd(path: str) -> bool:
     return os.path.exists(path) or any(True for _ in Path().glob(path))
 
 
 def locate(spec: DataSpec, where: str, base_dir: Path) -> tuple[list[Located], list[Problem]]:
-    """Every source's files, and what is wrong with them; a source with problems is left out."""
+    """Return every source with its files, and the problems; a source with problems is left out."""
     located: list[Located] = []
     problems: list[Problem] = []
     for index, source in enumerate(spec.sources):
@@ -81,7 +83,11 @@ def locate(spec: DataSpec, where: str, base_dir: Path) -> tuple[list[Located], l
 
 
 def locate_source(source: DataSource, where: str, base_dir: Path) -> Located:
-    """Raises UserError where files or the join table are missing or unreadable."""
+    """Return a source with its files.
+
+    Raises:
+        UserError: files or the join table are missing or unreadable.
+    """
     joined = read_join(source.join, f"{where}.join", base_dir) if source.join else None
     if source.inline is not None or source.hub is not None:
         return Located(source, [], joined)
@@ -90,17 +96,17 @@ def locate_source(source: DataSource, where: str, base_dir: Path) -> Located:
 
 
 def find_files(path: str, kind: str, format: str, where: str, base_dir: Path) -> list[DataFile]:
-    """Files named by a path, a glob, a directory or a URI, in order of name.
+    """Return the files of a path, a glob, a directory or a URI, in order of name.
 
     Raises:
-        UserError: none is there, or a file's format is unknown.
+        UserError: no file exists, or a file's format is unknown.
     """
     field = f"{where}.{kind}"
     url = resolve(path, base_dir)
     directory = kind == "directory" or (kind == "uri" and url.endswith("/"))
     try:
         found = _list(url, directory)
-    except Exception as error:  # every store has errors of its own
+    except Exception as error:  # each storage client raises errors of other types
         raise UserError([Problem(field, f"{path}: can't be reached: {error}")]) from error
     if not found:
         raise UserError([Problem(field, _missing(path, url, directory))])
@@ -119,7 +125,7 @@ def _list(url: str, directory: bool) -> list[str]:
 
 
 def _is_file(fs: Any, path: str) -> bool:
-    """As fsspec's `isfile`, which calls a store that can't be reached, or refuses, an absent file."""
+    """Return whether a file exists; unlike fsspec's `isfile`, raise if the store is unreachable or denies access."""
     try:
         return str(fs.info(path)["type"]) == "file"
     except FileNotFoundError:
@@ -142,26 +148,26 @@ def _shown(names: list[str]) -> list[str]:
 
 
 def format_of(name: str) -> str | None:
-    """The format by a file's ending, packing aside; None where it says nothing."""
+    """Return the format by a file's suffix, compression aside; None if the suffix is unknown."""
     stem, ending = os.path.splitext(name.lower())
-    if ending in PACKED:
+    if ending in COMPRESSED:
         ending = os.path.splitext(stem)[1]
-    return ENDINGS.get(ending)
+    return SUFFIXES.get(ending)
 
 
-def _is_called(name: str, format: str) -> bool:
-    """Whether a file's ending is one of the format's. Files of JSON lines are often called `.json`."""
+def _has_suffix_of(name: str, format: str) -> bool:
+    """Return whether a file has a suffix of the format. JSON Lines files are often named `.json`."""
     return format_of(name) == format or (format == "jsonl" and format_of(name) == "json")
 
 
 def _with_formats(found: list[str], format: str, directory: bool, where: str, field: str) -> list[DataFile]:
     if format != "auto":
-        matching = [name for name in found if _is_called(name, format)] if directory else found
+        matching = [name for name in found if _has_suffix_of(name, format)] if directory else found
         return [DataFile(name, format) for name in matching or found]
     known = [DataFile(name, ending) for name in found if (ending := format_of(name))]
     if not known or (not directory and len(known) < len(found)):
         odd = next(name for name in found if format_of(name) is None)
-        raise UserError([Problem(f"{where}.format", f"can't tell the format of {odd} by its ending: set format")])
+        raise UserError([Problem(f"{where}.format", f"the format of {odd} is unknown by its suffix: set format")])
     formats = sorted({file.format for file in known})
     if len(formats) > 1 and formats != ["json", "jsonl"]:
         raise UserError([Problem(field, f"holds files of several formats ({', '.join(formats)}): set format")])
@@ -169,10 +175,10 @@ def _with_formats(found: list[str], format: str, directory: bool, where: str, fi
 
 
 def read_join(join: Join, where: str, base_dir: Path) -> dict[str, Row]:
-    """The second table by its key, written as text.
+    """Return the rows of the join table by their key as text.
 
     Raises:
-        UserError: it is missing, has no such column, or a key is there twice.
+        UserError: the table is missing, lacks the key column, or has a key twice.
     """
     files = find_files(join.file, "file", join.format, where, base_dir)
     table: dict[str, Row] = {}
@@ -192,10 +198,10 @@ def read_join(join: Join, where: str, base_dir: Path) -> dict[str, Row]:
 
 
 def join_row(row: Row, located: Located, where: str) -> Row:
-    """The row with the second table's columns; a column of both keeps the row's own value.
+    """Return the row with the join table's columns; for a column of both, the row's value is kept.
 
     Raises:
-        UserError: the row has no key column, or the key is not in the second table.
+        UserError: the row has no key column, or the key is not in the join table.
     """
     join = located.source.join
     if join is None or located.joined is None:
@@ -211,9 +217,10 @@ def join_row(row: Row, located: Located, where: str) -> Row:
 def source_rows(
     located: Located, index: int, start: Cursor = Cursor(), streaming: bool = False
 ) -> Iterator[tuple[Row, Cursor, str]]:
-    """Rows of one source from `start` on, not yet joined: (row, cursor after it, where it stands, for messages).
+    """Yield rows of one source from `start` on, before the join: (row, cursor after it, its location for messages).
 
-    `streaming`: a hub dataset is read row by row over the network and not downloaded first.
+    Args:
+        streaming: whether a hub dataset is read row by row over the network, without a download.
     """
     if located.files:
         yield from _file_rows(located.files, index, start)
@@ -238,7 +245,7 @@ def hub_dataset(source: DataSource, streaming: bool) -> Any:
     """Return the hub dataset's split, through `datasets`.
 
     Raises:
-        UserError: it can't be had (no such dataset, no access, not in the cache that alone may be used).
+        UserError: it can't be loaded (no such dataset, no access, or offline mode and not in the cache).
         Outage: the hub does not answer.
     """
     from datasets import load_dataset
@@ -256,7 +263,7 @@ def hub_dataset(source: DataSource, streaming: bool) -> Any:
             )
     except (Outage, UserError):
         raise
-    except Exception as error:  # datasets raises many types, none of which a user can act on without the text
+    except Exception as error:  # datasets raises many types; only the text helps a user
         message = f"hub dataset {source.hub} can't be loaded: {type(error).__name__}: {error}"
         raise UserError([Problem("", message)]) from error
 

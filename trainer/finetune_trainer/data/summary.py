@@ -1,4 +1,4 @@
-"""A preparation's report in one line."""
+"""Summarize a data report in one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from finetune_trainer.progress.formatting import count, percent
 
 
 def data_line(report: DataReport) -> str:
-    """What will be trained on, and what was cut or left out, for people."""
+    """Return a line that says what is trained on, and what was truncated or dropped."""
     if report.streaming:
         return "data is read while training"
     parts = [f"{count(report.kept)} of {count(report.rows)} rows", f"{count(report.tokens)} tokens"]

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: conversations to text, and what the template writes before and after an answer."""
+"""Render conversations with a chat template, and find the tokens that it writes before and after an answer."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Span = tuple[int, int]
 Tools = list[dict[str, Any]] | None
 
 PROBE, OTHER_PROBE = "\ue000probe\ue000", "\ue001other\ue001"
-"""Texts that no conversation and no template contains: they show where a template writes a message's text."""
+"""Texts that no conversation or template contains, which show where a template writes a message's text."""
 _OTHER: Message = {"role": "user", "content": OTHER_PROBE}
 _INNER = re.compile("tool.?call|think", re.IGNORECASE)
-"""Special tokens that end a part of an answer, such as `<tool_call|>`, and not the answer."""
+"""Special tokens that end only a part of an answer, such as `<tool_call|>`."""
 _MARKER = re.compile(r"[<\[]\S+[>\]]")
 
 
@@ -62,7 +62,7 @@ class ChatTemplate:
             return None
 
     def marked(self, messages: list[Message], tools: Tools = None) -> tuple[str, list[Span]]:
-        """Return the text and the characters that are inside of `{% generation %}` blocks.
+        """Return the text and the spans of characters inside of `{% generation %}` blocks.
 
         Raises:
             ChatError: the template refuses the conversation.
@@ -87,32 +87,32 @@ class ChatTemplate:
         return texts[0], spans[0] if mask else []
 
     def _fields(self, messages: list[Message]) -> list[Message]:
-        """Return the messages as the template reads them: without our own key, with content as parts if it needs."""
+        """Return the messages as the template needs them: without `train`, and with content as parts if required."""
         kept = [{key: value for key, value in message.items() if key != "train"} for message in messages]
         return [_with_parts(message) for message in kept] if self.reads_parts else kept
 
     @cached_property
     def reads_parts(self) -> bool:
-        """Whether the template writes content only if it is a list of parts, as some of vision models do."""
-        self.__dict__["reads_parts"] = False  # what the first of the two renders below is made with
+        """Return whether the template requires content as a list of parts, as some vision models' templates do."""
+        self.__dict__["reads_parts"] = False  # used by the two renderings below
         asked = {"role": "user", "content": PROBE}
         plain, parts = self.attempt([asked]), self.attempt([_with_parts(asked)])
         return PROBE not in (plain or "") and PROBE in (parts or "")
 
     @cached_property
     def opening(self) -> str:
-        """What the template adds where a reply is to come, such as `<|im_start|>assistant`; often nothing."""
+        """Return the text that the template adds for a reply, such as `<|im_start|>assistant`; often ''."""
         asked = [{"role": "user", "content": PROBE}]
         without, asking = self.attempt(asked) or "", self.attempt(asked, generation=True) or ""
         return asking[len(commonprefix([without, asking])) :]  # noqa: RUF071 (of texts, not of paths)
 
     @cached_property
     def turn_end(self) -> list[str]:
-        """The tokens that the template writes after every answer, such as `<|im_end|>`.
+        """Return the tokens that the template writes after every answer, such as `<|im_end|>`.
 
-        Where an answer at the end has others than one before it (gpt-oss: `<|return|>`, `<|end|>`), they are those at
-        the end, with which generation stops. Where it has none, it is the marker of the message that comes next: some
-        families end an answer with that (GLM: `<|user|>`). Empty where no token follows an answer at all.
+        If the last answer ends with other tokens than an earlier one (gpt-oss: `<|return|>`, `<|end|>`), those of the
+        last answer are returned, since generation stops with them. If it has none, the marker of the next message is
+        returned: some families end an answer with it (GLM: `<|user|>`). Empty if no token follows an answer.
         """
         last, inner = self._run(self._answered()), self._run(self._answered(_OTHER))
         before, _, after = (self.attempt([_OTHER]) or "").partition(OTHER_PROBE)
@@ -122,10 +122,10 @@ class ChatTemplate:
 
     @cached_property
     def stops(self) -> list[str]:
-        """The tokens with which generation has to stop: those of `turn_end`, and a user's marker right after answers.
+        """Return the tokens at which generation must stop: `turn_end`, and a user marker directly after answers.
 
-        A few templates end an answer before another message by nothing but that, and the last one by another token.
-        Where text of the template comes before the first token, it is that token.
+        A few templates end an earlier answer only with the user marker, and the last one with another token. If the
+        template writes text before the first token, that token is returned.
         """
         if not self.turn_end:
             later = self._next.search(self._answered())
@@ -135,12 +135,12 @@ class ChatTemplate:
         return list(dict.fromkeys([*self.turn_end, *(inner if inner == marker else [])]))
 
     def _answered(self, *more: Message) -> str:
-        """Return the text that comes after an answer's."""
+        """Return the text after an answer's content."""
         asked, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}
         return (self.attempt([asked, answer, *more]) or "").partition(PROBE)[2]
 
     def _run(self, text: str) -> list[str]:
-        """Return the tokens that a text begins with, before any other text."""
+        """Return the tokens at the beginning of a text, up to the first other text."""
         found = list[str]()
         while match := self._next.match(text):
             found.append(match.group(1))
@@ -148,14 +148,14 @@ class ChatTemplate:
         return found
 
     def stops_at(self, text: str, end: int) -> bool:
-        """Whether the tokens that end every answer come at a place of a text, or after white space there."""
+        """Return whether the tokens of `turn_end` follow position `end` of a text, directly or after white space."""
         return bool(self.turn_end) and _sequence(self.turn_end).match(text, end) is not None
 
     def stopped(self, text: str, span: Span) -> tuple[Span, bool]:
         """Return an answer's characters with the stop token after it, and whether there is one.
 
-        The span is extended over a token that follows it at once or after white space: what the template writes there
-        is what the model has to write next, so it stops there.
+        The span is extended over a token that follows it directly or after white space: the model must learn to write
+        that token to stop.
         """
         begin = span[0]
         end = begin + len(self._body(text[begin : span[1]]))
@@ -170,7 +170,7 @@ class ChatTemplate:
         return ((begin, end), False) if found is None else ((begin, found.end()), True)
 
     def _body(self, said: str) -> str:
-        """Return an answer without what a template writes after its end: white space, or the next message's tokens."""
+        """Return an answer without trailing white space and without tokens of the next message."""
         whole, last = said.rstrip(), self.turn_end[-1:]
         at = whole.rfind(last[0]) if last else -1
         end = at + len(last[0]) if at >= 0 else len(whole)
@@ -187,8 +187,8 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
 def _markers(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
     """Return the tokens that a template may write around messages, and whether each is special.
 
-    A token that only begins texts is none. Tokens that are not special count if they look like markers: tokenizers
-    have line breaks, blanks and words of a domain as such tokens, too.
+    A token that only begins texts is excluded. Added tokens that are not special count only if they look like markers:
+    tokenizers also add line breaks, spaces and words of a domain.
     """
     added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
     added |= dict.fromkeys(tokenizer.all_special_tokens, True)

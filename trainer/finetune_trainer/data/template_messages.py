@@ -1,4 +1,4 @@
-"""Messages in the form that a chat template writes in full: families differ in how they read calls and thoughts."""
+"""Adapt messages to a chat template: families differ in how they read tool calls and reasoning."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _END = "</think>"
 
 
-def fitted(template: ChatTemplate, messages: list[Message], tools: Tools = None) -> list[Message]:
-    """Return the messages in the form in which the template writes all that they say.
+def adapt_messages(template: ChatTemplate, messages: list[Message], tools: Tools = None) -> list[Message]:
+    """Return the messages in the form in which the template writes their whole content.
 
-    - A stop token at an answer's end and a begin-of-text token at the start are left out: the template writes them.
-    - Arguments of tool calls are objects; where the template joins them to text (DeepSeek), they are JSON strings.
-    - Empty content beside tool calls is null where the template else leaves the calls out (DeepSeek-R1).
-    - A thought inside the content moves to `reasoning_content` where the template else writes two (Qwen3.8).
+    - A stop token at an answer's end and a begin-of-text token at the start are removed: the template writes them.
+    - Arguments of tool calls are objects, or JSON strings if the template concatenates them with text (DeepSeek).
+    - Empty content with tool calls becomes null if the template otherwise drops the calls (DeepSeek-R1).
+    - A thought in the content moves to `reasoning_content` if the template otherwise writes two (Qwen3.8).
 
     Raises:
-        ChatError: the template refuses the messages or leaves out tool calls or their results in every form.
+        ChatError: in every form, the template refuses the messages or drops tool calls or their results.
     """
-    said = _without_spelled(template, messages)
-    if any(_END in _content(message) for message in said):
-        said = _with_thoughts(template, said, tools)
-    if any(message.get("tool_calls") or message["role"] in TOOL_ROLES for message in said):
-        said = _with_calls(template, said, tools)
-    return said
+    adapted = _without_spelled(template, messages)
+    if any(_END in _content(message) for message in adapted):
+        adapted = _with_thoughts(template, adapted, tools)
+    if any(message.get("tool_calls") or message["role"] in TOOL_ROLES for message in adapted):
+        adapted = _with_calls(template, adapted, tools)
+    return adapted
 
 
-def traced(text: str, content: str) -> bool:
-    """Whether a text has the longest word of a content, or all of a content without words.
+def is_written_in(text: str, content: str) -> bool:
+    """Return whether a text has the longest word of a content, or the whole content if it has no words.
 
-    Templates strip, escape or indent contents, so that a content as a whole need not be in the text.
+    Templates strip, escape or indent contents, so the text may not contain a content as a whole.
     """
     return max(_WORD.findall(content), key=len, default=content.strip()) in text
 
@@ -62,15 +62,15 @@ def _without_end(message: Message, ends: tuple[str, ...]) -> Message:
 
 
 def _with_thoughts(template: ChatTemplate, messages: list[Message], tools: Tools) -> list[Message]:
-    moved = [_moved(message) for message in messages]
+    moved = [_with_reasoning_moved(message) for message in messages]
     plain, other = template.attempt(messages, tools), template.attempt(moved, tools)
     if plain is None or other is None or other.count(_END) >= plain.count(_END):
         return messages
     thoughts = [message["reasoning_content"] for message in moved if "reasoning_content" in message]
-    return moved if all(traced(other, thought) for thought in thoughts) else messages
+    return moved if all(is_written_in(other, thought) for thought in thoughts) else messages
 
 
-def _moved(message: Message) -> Message:
+def _with_reasoning_moved(message: Message) -> Message:
     found = _THOUGHT.fullmatch(_content(message)) if message["role"] == "assistant" else None
     if found is None or message.get("reasoning_content"):
         return message
@@ -78,7 +78,8 @@ def _moved(message: Message) -> Message:
 
 
 def _with_calls(template: ChatTemplate, messages: list[Message], tools: Tools) -> list[Message]:
-    forms: list[list[Callable[[Message], Message]]] = [[], [_null], [_strings], [_null, _strings]]
+    forms: list[list[Callable[[Message], Message]]] = [[], [_null_content], [_string_arguments]]
+    forms.append([_null_content, _string_arguments])
     refused: ChatError | None = None
     lost: str | None = None
     for form in forms:
@@ -90,7 +91,7 @@ def _with_calls(template: ChatTemplate, messages: list[Message], tools: Tools) -
         except ChatError as error:
             refused = refused or error
             continue
-        without = template.attempt(shaped) if tools else None  # names stand in the list of tools, too
+        without = template.attempt(shaped) if tools else None  # the list of tools has the names, too
         missing = _missing(text if without is None else without, messages)
         if missing is None:
             return shaped
@@ -98,11 +99,11 @@ def _with_calls(template: ChatTemplate, messages: list[Message], tools: Tools) -
     raise refused if refused is not None and lost is None else ChatError(str(lost))
 
 
-def _null(message: Message) -> Message:
+def _null_content(message: Message) -> Message:
     return {**message, "content": None} if message.get("tool_calls") and not message.get("content") else message
 
 
-def _strings(message: Message) -> Message:
+def _string_arguments(message: Message) -> Message:
     calls = message.get("tool_calls")
     return {**message, "tool_calls": [_as_string(call) for call in calls]} if calls else message
 
@@ -115,7 +116,7 @@ def _as_string(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _missing(text: str, messages: list[Message]) -> str | None:
-    """Return why a text does not say what the messages say, or None where it does."""
+    """Return why a text lacks content of the messages, or None."""
     for message in messages:
         for call in message.get("tool_calls") or []:
             function = call.get("function", call)
@@ -123,7 +124,7 @@ def _missing(text: str, messages: list[Message]) -> str | None:
                 return "the chat template does not write tool calls: use a tokenizer whose template does"
             if _is_garbled(text, function.get("arguments")):
                 return "the chat template writes the arguments of tool calls neither from objects nor from JSON"
-        if message["role"] in TOOL_ROLES and not traced(text, _content(message)):
+        if message["role"] in TOOL_ROLES and not is_written_in(text, _content(message)):
             return "the chat template does not write the results of tools: use a tokenizer whose template does"
     return None
 
@@ -133,7 +134,7 @@ def _has_keys(text: str, arguments: Any) -> bool:
 
 
 def _is_garbled(text: str, arguments: Any) -> bool:
-    """Whether arguments are in the text as Python writes them, or as JSON that was encoded a second time."""
+    """Return whether the text has the arguments as a Python repr or as JSON that was encoded twice."""
     if not isinstance(arguments, dict) or not arguments:
         return False
     once = json.dumps(arguments, ensure_ascii=False)

@@ -1,5 +1,7 @@
-"""Tokenisation of a row store in tasks: their number and content depend on the data alone, so that the output is the
-same bytes whatever the number of processes."""
+"""Tokenize a row store in parallel tasks.
+
+Number and content of the tasks depend only on the data, so the output is identical for any number of processes.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +19,23 @@ from transformers import PreTrainedTokenizerFast
 from finetune_trainer.data.encode import Encoder, Encoding
 from finetune_trainer.data.report import Stats
 from finetune_trainer.data.row_formats import Example
+from finetune_trainer.data.row_kinds import row_kind
 from finetune_trainer.data.rows import RowStore, cut_tasks
 from finetune_trainer.data.shards import SHARDS, pack_shards, write_shard
 from finetune_trainer.form import form_of
 
 TEXT_TASK, ROW_TASK = 16 << 20, 2 << 20
-"""Bytes of rows per task; text tasks are longer, since each drops the part of its last block."""
+"""Bytes of rows per task; text tasks are larger, since each drops its incomplete last block."""
 MAX_TASK_ROWS = 100_000
 PACK_GROUP = 16
-"""Tasks whose examples are packed together."""
+"""Number of tasks whose examples are packed together."""
 
-_here: Work | None = None
+_work: Work | None = None
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every task needs; inherited by forked processes, never pickled."""
+    """The input of all tasks; forked processes inherit it, and it is never pickled."""
 
     store: RowStore
     indices: NDArray[np.int64]
@@ -50,9 +53,9 @@ def tokenise(
     num_proc: int,
     log: Callable[[str], None],
 ) -> Stats:
-    """Tokenise rows of the store, in order of `indices`, into shards in `directory`."""
+    """Tokenize rows of the store, in order of `indices`, into shards in `directory`; return the counts."""
     directory.mkdir(parents=True)
-    size = max(TEXT_TASK, 256 * (encoding.limit or 0)) if encoding.kind == "text" else ROW_TASK
+    size = max(TEXT_TASK, 256 * (encoding.limit or 0)) if row_kind(encoding.kind).joined else ROW_TASK
     tasks = cut_tasks(store.sizes(indices), size, MAX_TASK_ROWS)
     work = Work(store, indices, tasks, Encoder(tokenizer, encoding), directory)
     total = Stats()
@@ -73,17 +76,17 @@ def _run(work: Work, num_proc: int) -> Iterator[Stats]:
 
 
 def _begin_process(work: Work) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process; its threads don't survive a fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process; threads don't survive a fork
     _begin(work)
 
 
 def _begin(work: Work) -> None:
-    global _here
-    _here = work
+    global _work
+    _work = work
 
 
 def _task(number: int) -> Stats:
-    work = _here
+    work = _work
     assert work is not None
     stats = Stats()
     picked = work.indices[work.tasks[number]].tolist()
@@ -93,17 +96,18 @@ def _task(number: int) -> Stats:
 
 
 def _counted(example: Example, work: Work, stats: Stats) -> Example:
-    """Count the row's form; returns the row."""
+    """Count the row's form; return the row."""
     stats.forms[form_of(example, work.encoder.chat.template is not None)] += 1
     return example
 
 
 def shard(directory: Path, number: int) -> Path:
+    """Return the path of a task's shard."""
     return directory / f"{number:06d}.arrow"
 
 
 def pack_all(source: Path, target: Path, capacity: int) -> int:
-    """Pack every shard of `source` into `target`, a fixed number of shards at a time. Returns the rows written."""
+    """Pack every shard of `source` into `target`, a fixed number of shards at a time; return the number of rows."""
     target.mkdir(parents=True)
     paths = sorted(source.glob(SHARDS))
     groups = [paths[at : at + PACK_GROUP] for at in range(0, len(paths), PACK_GROUP)]

@@ -1,9 +1,9 @@
-"""Tools of a conversation in one form: the calls of a message, and the schemas of what can be called.
+"""Normalize the tool calls of a message and the schemas of tools.
 
-A call is `{"type": "function", "function": {"name": str, "arguments": dict}}`, with the `id` that the row gives. A
-schema is `{"type": "function", "function": {"name": str, "description": str, "parameters": dict}}`. Both are OpenAI's
-forms and what chat templates read (https://huggingface.co/docs/transformers/chat_extras), but for the arguments: OpenAI
-writes them as a JSON string, and templates call `tojson` on them, which would encode a string a second time.
+A call is `{"type": "function", "function": {"name": str, "arguments": dict}}`, with the row's `id`. A schema is
+`{"type": "function", "function": {"name": str, "description": str, "parameters": dict}}`. These are OpenAI's formats,
+which chat templates read (https://huggingface.co/docs/transformers/chat_extras), except for the arguments: OpenAI has
+them as a JSON string, but templates call `tojson` on them, which would encode a string a second time.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ SCHEMA = "expected `{type: function, function: {name, description, parameters}}`
 
 
 def read_calls(message: Json, where: str) -> list[Json]:
-    """Return the calls in a message's `tool_calls` or, as OpenAI had it before, `function_call`; none is an empty list.
+    """Return the calls in a message's `tool_calls` or, in OpenAI's older format, `function_call`.
 
     Raises:
-        FormError: they are not in a known form, or their arguments are not an object.
+        FormError: they have an unknown format, or their arguments are not an object.
     """
     name = "tool_calls" if message.get("tool_calls") else "function_call"
     return parse_calls(message.get(name), f"{where}.{name}")
@@ -31,7 +31,7 @@ def parse_calls(value: Any, where: str) -> list[Json]:
     """Return the calls in a value: one call or a list of calls, as mappings or as JSON strings.
 
     Raises:
-        FormError: as `read_calls`.
+        FormError: see `read_calls`.
     """
     value = _decoded(value, where)
     if not value:
@@ -54,7 +54,7 @@ def _call(value: Any, where: str) -> Json:
 
 
 def _arguments(value: Any, where: str) -> Json:
-    """The arguments as an object. A string may hold a string, where they were encoded twice."""
+    """Return the arguments as an object. A string may hold a string if they were encoded twice."""
     value = _decoded(_decoded(value, where), where) if isinstance(value, str) else without_nulls(value)
     if value is None:
         return {}
@@ -64,14 +64,14 @@ def _arguments(value: Any, where: str) -> Json:
 
 
 def read_tools(value: Any, where: str) -> list[Json]:
-    """Return the schemas of the tools that a row offers; none is an empty list.
+    """Return the schemas of a row's tools.
 
     Args:
         value: a list of schemas or one schema, each a mapping or a JSON string, or the JSON string of any of these. A
             bare function `{name, description, parameters}` is wrapped.
 
     Raises:
-        FormError: it has another form.
+        FormError: the value has an unknown format.
     """
     value = _decoded(value, where)
     if not value:
@@ -95,7 +95,7 @@ def _schema(value: Any, where: str) -> Json:
 
 
 def _parsed_parameters(function: Json, where: str) -> Json:
-    """The function with its `parameters` as a JSON schema, which columns of tables keep as a string."""
+    """Return the function with its `parameters` as a JSON schema, which tables may store as a string."""
     if isinstance(function.get("parameters"), str):
         parameters = _mapping(function["parameters"], f"{where}.parameters", SCHEMA)
         return {**function, "parameters": parameters}
@@ -103,7 +103,7 @@ def _parsed_parameters(function: Json, where: str) -> Json:
 
 
 def _mapping(value: Any, where: str, expected: str) -> Json:
-    """A mapping as it is but for the nulls that Arrow adds, or the one that a JSON string holds."""
+    """Return a mapping, parsed if it is a JSON string, without the nulls that Arrow adds."""
     value = parse_json(value, where) if isinstance(value, str) else without_nulls(value)
     if not isinstance(value, dict):
         raise FormError(f"{where} is {kind_name(value)}: {expected}")
@@ -111,7 +111,7 @@ def _mapping(value: Any, where: str, expected: str) -> Json:
 
 
 def _decoded(value: Any, where: str) -> Any:
-    """The value of a JSON string, None of an empty one; any other value as it is."""
+    """Return the value of a JSON string (None for an empty one), or any other value unchanged."""
     if not isinstance(value, str):
         return value
     return parse_json(value, where) if value.strip() else None

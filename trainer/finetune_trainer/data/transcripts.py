@@ -1,4 +1,4 @@
-"""Dialogues that are kept in one string."""
+"""Parse dialogues that are stored in one string."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def parse_transcript(text: str, transcript: Transcript) -> list[Message]:
     """Return the turns of a dialogue in one string; white space around a turn is not part of it.
 
     Raises:
-        FormError: it holds no marker, or text comes before the first one.
+        FormError: the text has no marker, or other text before the first one.
     """
     markers = {transcript.user: "user", transcript.assistant: "assistant"}
     pieces = re.split(

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune_api.data import DataSpec
 from finetune_api.job import FineTuneJob
-from finetune_api.stages import PretrainSpec, RewardSpec, RlhfSpec, Stage
+from finetune_api.stages import Stage
 
 _RDMA = re.compile(r"rdma|infiniband|\bhca\b|/(?:ib|roce)\b|/efa\b", re.IGNORECASE)
 """Matches extended resources of RDMA device plugins: `rdma/hca`, `nvidia.com/hostdev_rdma`, AWS' `efa`."""
@@ -59,7 +59,7 @@ def job_needs(job: FineTuneJob, gpus_here: int) -> Needs:
         quantized=_first(stages, lambda stage: getattr(stage.spec, "quantization", None) is not None),
         attention=job.spec.model.attn_implementation,
         dtype=job.spec.model.dtype,
-        vllm=_first(stages, lambda stage: isinstance(stage.spec, RlhfSpec) and stage.spec.vllm == "auto"),
+        vllm=_first(stages, lambda stage: stage.rlhf is not None and stage.rlhf.vllm == "auto"),
         hub=_hub(job),
         rdma=any(_RDMA.search(name) for name in _extended_resources(resources.pod_template)),
         memory=resources.memory_per_node,
@@ -69,8 +69,7 @@ def job_needs(job: FineTuneJob, gpus_here: int) -> Needs:
 def _is_compiled(stage: Stage) -> bool:
     """Whether a stage uses TRL's language-model losses or log-probabilities, which are Triton kernels on CUDA."""
     spec = stage.spec
-    masked = isinstance(spec, PretrainSpec) and spec.objective == "masked"
-    return spec.trains and not masked and not isinstance(spec, RewardSpec)
+    return spec.trains and spec.task == "causal"
 
 
 def _first(stages: list[Stage], matches: Callable[[Stage], bool]) -> str:

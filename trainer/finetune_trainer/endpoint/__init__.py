@@ -1,1 +1,1 @@
-"""Answers from an OpenAI-compatible server: asked politely, paid for once, accounted for."""
+"""Requests to an OpenAI-compatible server: rate-limited, sent once each, with token counts and cost."""

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server, asked with patience."""
+"""A client of an OpenAI-compatible server with rate limits and retries."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from finetune_api.endpoint import Endpoint
 from finetune_api.problems import Problem
 from finetune_api.redact import MARK, redact
 from finetune_trainer.endpoint.chat import BadBody, ChatAnswer, ChatRequest, read_answer
-from finetune_trainer.endpoint.rate_limit import Pace
+from finetune_trainer.endpoint.rate_limit import RateLimit
 from finetune_trainer.endpoint.request_body import Dialect
 from finetune_trainer.errors import UserError
 from finetune_trainer.heartbeat import record_progress
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-"""Seconds between two tries: the first pause and the longest, each about twice the one before."""
+FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0
+"""Initial and maximum backoff in seconds; it doubles with each retry."""
 OUTAGE_SECONDS = 600.0
-"""How long a server may answer nobody at all before the run fails."""
-LARGEST_BODY = 64 << 20
+"""Maximum time without any answer from the server before the run fails."""
+MAX_BODY = 64 << 20
 SHOWN = 300
-_WAITS = (429,)
-_PASSES = (408, 409, 425, *range(500, 600))
-_WRONG = (401, 402, 403, 404, 405)
-_NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached")
+_RATE_LIMITED = (429,)
+_TRANSIENT = (408, 409, 425, *range(500, 600))
+_FATAL = (401, 402, 403, 404, 405)
+_NO_QUOTA = ("insufficient_quota", "billing_hard_limit_reached")
 
 
 class NoAnswer(Exception):
-    """The server has no answer to this request, and goes on to answer others."""
+    """The server does not answer this request, but may answer others."""
 
 
-class _Passing(Exception):
-    """A failure that says nothing about the next try."""
+class _Transient(Exception):
+    """A failure after which the request is sent again; `counts` is whether it uses up one of `maxRetries`."""
 
     def __init__(self, message: str, wait: float | None = None, counts: bool = True) -> None:
         super().__init__(message)
@@ -59,11 +59,11 @@ class _Passing(Exception):
 class ChatClient:
     """The client of one endpoint; an asynchronous context manager, for one event loop.
 
-    What may pass is tried again: status 408, 409, 425, 429 and 5xx, timeouts, lost connections, bodies that are no
-    chat completion. An `Idempotency-Key` lets a server that knows it charge one request once.
+    Transient failures are retried: status 408, 409, 425, 429 and 5xx, timeouts, lost connections, bodies that are not
+    chat completions. A server that supports `Idempotency-Key` charges a repeated request once.
 
     Args:
-        where: the endpoint's place in the job, for messages.
+        where: the endpoint's path in the job, for messages.
 
     Raises:
         UserError: the variable of the API key is not set.
@@ -72,11 +72,11 @@ class ChatClient:
     def __init__(self, endpoint: Endpoint, where: str, outage: float = OUTAGE_SECONDS) -> None:
         self.endpoint, self.where, self._outage = endpoint, where, outage
         self._key = _api_key(endpoint, where)
-        self._dialect, self._pace = Dialect(endpoint), Pace(endpoint)
+        self._dialect, self._rate_limit = Dialect(endpoint), RateLimit(endpoint)
         self._session: ClientSession | None = None
-        self._heard = 0.0
+        self._last_answer = 0.0
         self.retries = 0
-        """Requests sent again so far."""
+        """Number of retries so far."""
 
     async def __aenter__(self) -> Self:
         headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
@@ -86,7 +86,7 @@ class ChatClient:
             timeout=ClientTimeout(total=self.endpoint.timeout_seconds),
             trust_env=True,
         )
-        self._heard = _now()
+        self._last_answer = _now()
         return self
 
     async def __aexit__(
@@ -96,42 +96,42 @@ class ChatClient:
             await self._session.close()
 
     async def complete(self, request: ChatRequest) -> ChatAnswer:
-        """The answer to one request, however often it must be sent.
+        """Return the answer to one request, with retries.
 
         Raises:
             NoAnswer: the server refuses this request, or `maxRetries` are used up.
-            UserError: the server refuses every request: a wrong key, address or model, or no money left.
-            ConnectionError: the server has answered nobody for ten minutes.
+            UserError: the server refuses every request: a wrong key, address or model, or an exhausted quota.
+            ConnectionError: the server has not answered any request for ten minutes.
         """
-        patience = _Patience(self.endpoint.max_retries)
+        policy = _RetryPolicy(self.endpoint.max_retries)
         retrying = AsyncRetrying(
-            retry=retry_if_exception_type(_Passing),
-            wait=patience.wait,
-            stop=patience.stop,
+            retry=retry_if_exception_type(_Transient),
+            wait=policy.wait,
+            stop=policy.stop,
             before_sleep=self._before_retry,
             reraise=True,
         )
         try:
             answer: ChatAnswer = await retrying(self._once, request)
-        except _Passing as error:
-            raise NoAnswer(f"no answer after {patience.failures} tries: {error}") from error
+        except _Transient as error:
+            raise NoAnswer(f"no answer after {policy.failures} tries: {error}") from error
         return answer
 
     async def models(self, tries: int = 1) -> list[str]:
-        """The names of the models that the server has; empty where it doesn't tell.
+        """Return the names of the server's models; empty if it does not list them.
 
         Raises:
-            UserError: it can't be reached, however often it is tried, or refuses the key.
+            UserError: the server can't be reached in `tries` requests, or refuses the key.
         """
         retrying = AsyncRetrying(
-            retry=retry_if_exception_type(_Passing),
-            wait=wait_exponential_jitter(initial=FIRST_PAUSE, max=LONGEST_PAUSE, jitter=FIRST_PAUSE),
+            retry=retry_if_exception_type(_Transient),
+            wait=wait_exponential_jitter(initial=FIRST_PAUSE, max=MAX_PAUSE, jitter=FIRST_PAUSE),
             stop=stop_after_attempt(tries),
             reraise=True,
         )
         try:
             names: list[str] = await retrying(self._models)
-        except _Passing as error:
+        except _Transient as error:
             message = f"{self._base} can't be reached: {error}"
             raise UserError([Problem(f"{self.where}.baseUrl", message)]) from error
         return names
@@ -144,11 +144,11 @@ class ChatClient:
                 if response.status in (401, 402, 403):
                     raise self._fatal(response, body.decode("utf-8", "replace"))
         except (ClientError, OSError, TimeoutError, BadBody) as error:
-            raise _Passing(_words(error)) from error
+            raise _Transient(_describe(error)) from error
         return _names(body) if response.status == 200 else []
 
     async def _once(self, request: ChatRequest) -> ChatAnswer:
-        async with self._pace.turn(request.prompt_tokens + request.generation.max_new_tokens):
+        async with self._rate_limit.turn(request.prompt_tokens + request.generation.max_new_tokens):
             return await self._send(request)
 
     async def _send(self, request: ChatRequest) -> ChatAnswer:
@@ -164,28 +164,28 @@ class ChatClient:
                     raise self._failure(response, body.decode("utf-8", "replace"), sent)
                 answer = read_answer(body)
         except (ClientError, OSError, TimeoutError, BadBody) as error:
-            raise _Passing(_words(error)) from error
-        self._heard = _now()
+            raise _Transient(_describe(error)) from error
+        self._last_answer = _now()
         record_progress()
         return answer
 
     def _failure(self, response: ClientResponse, text: str, sent: dict[str, Any]) -> Exception:
         status = response.status
-        said = f"status {status}: {self._clean(text)}"
-        if status in _WAITS and not any(mark in text for mark in _NO_MONEY):
-            self._heard = _now()
+        message = f"status {status}: {self._clean(text)}"
+        if status in _RATE_LIMITED and not any(mark in text for mark in _NO_QUOTA):
+            self._last_answer = _now()
             wait = retry_after(response.headers)
             if wait is not None:
-                self._pace.hold(wait)
-            return _Passing(said, wait, counts=False)
-        if status in _PASSES:
-            return _Passing(said, retry_after(response.headers))
-        if status in _WRONG or status in _WAITS or 300 <= status < 400:
+                self._rate_limit.hold(wait)
+            return _Transient(message, wait, counts=False)
+        if status in _TRANSIENT:
+            return _Transient(message, retry_after(response.headers))
+        if status in _FATAL or status in _RATE_LIMITED or 300 <= status < 400:
             return self._fatal(response, text)
-        self._heard = _now()
+        self._last_answer = _now()
         if status in (400, 422) and self._dialect.learn(sent, text):
-            return _Passing(said, wait=0.0, counts=False)
-        return NoAnswer(f"the server refuses the request, {said}")
+            return _Transient(message, wait=0.0, counts=False)
+        return NoAnswer(f"the server refuses the request, {message}")
 
     def _fatal(self, response: ClientResponse, text: str) -> UserError:
         endpoint, status = self.endpoint, response.status
@@ -203,13 +203,13 @@ class ChatClient:
     def _before_retry(self, state: RetryCallState) -> None:
         self.retries += 1
         error = state.outcome.exception() if state.outcome else None
-        log.debug("%s: %s; tried again", self.where, error)
-        if _now() - self._heard > self._outage:
+        log.debug("%s: %s; retrying", self.where, error)
+        if _now() - self._last_answer > self._outage:
             minutes = f"{self._outage / 60:.0f} minutes"
-            raise ConnectionError(f"{self.where}: {self._base} has answered nobody for {minutes}; last: {error}")
+            raise ConnectionError(f"{self.where}: {self._base} has not answered for {minutes}; last error: {error}")
 
     def _clean(self, text: str) -> str:
-        """A server's words in one short line, without the key: some servers repeat it."""
+        """Return a server's message in one short line, without the API key, which some servers repeat."""
         known = text if not self._key else text.replace(self._key, MARK)
         return " ".join(redact(known).split())[:SHOWN] or "(no text)"
 
@@ -218,24 +218,24 @@ class ChatClient:
         return self.endpoint.base_url.rstrip("/")
 
 
-class _Patience:
-    """How long to wait before a request is sent again, and when to give it up."""
+class _RetryPolicy:
+    """The backoff and the maximum number of retries of one request."""
 
-    def __init__(self, most: int) -> None:
-        self.most, self.failures = most, 0
-        self._pause = wait_exponential_jitter(initial=FIRST_PAUSE, max=LONGEST_PAUSE, jitter=FIRST_PAUSE)
+    def __init__(self, max_retries: int) -> None:
+        self.max_retries, self.failures = max_retries, 0
+        self._pause = wait_exponential_jitter(initial=FIRST_PAUSE, max=MAX_PAUSE, jitter=FIRST_PAUSE)
 
     def stop(self, state: RetryCallState) -> bool:
         self.failures += _error(state).counts
-        return self.failures > self.most
+        return self.failures > self.max_retries
 
     def wait(self, state: RetryCallState) -> float:
-        asked = _error(state).wait
-        return self._pause(state) if asked is None else asked
+        retry_after = _error(state).wait
+        return self._pause(state) if retry_after is None else retry_after
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait as a response's `Retry-After` says, in seconds or as a date; None where it says nothing."""
+    """Return the seconds to wait by a response's `Retry-After`, which has seconds or a date; None if there is none."""
     value = headers.get("Retry-After", "").strip()
     if not value:
         return None
@@ -251,9 +251,9 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return max((until - datetime.now(UTC)).total_seconds(), 0.0)
 
 
-def _error(state: RetryCallState) -> _Passing:
+def _error(state: RetryCallState) -> _Transient:
     error = state.outcome.exception() if state.outcome else None
-    assert isinstance(error, _Passing)
+    assert isinstance(error, _Transient)
     return error
 
 
@@ -262,13 +262,13 @@ def _api_key(endpoint: Endpoint, where: str) -> str | None:
         return None
     key = os.environ.get(endpoint.api_key_env, "").strip()
     if not key:
-        message = f"the environment variable {endpoint.api_key_env} is not set: it holds the API key"
+        message = f"the environment variable {endpoint.api_key_env}, which must hold the API key, is not set"
         raise UserError([Problem(f"{where}.apiKeyEnv", message)])
     return key
 
 
 async def _body(response: ClientResponse) -> bytes:
-    """The whole body, of a bounded size.
+    """Return the whole body, up to a maximum size.
 
     Raises:
         BadBody: it is larger.
@@ -276,8 +276,8 @@ async def _body(response: ClientResponse) -> bytes:
     parts, size = [], 0
     async for part in response.content.iter_any():
         size += len(part)
-        if size > LARGEST_BODY:
-            raise BadBody(f"a body of more than {LARGEST_BODY} bytes")
+        if size > MAX_BODY:
+            raise BadBody(f"a body of more than {MAX_BODY} bytes")
         parts.append(part)
     return b"".join(parts)
 
@@ -290,7 +290,7 @@ def _names(body: bytes) -> list[str]:
         return []
 
 
-def _words(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
     return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""What answers cost."""
+"""Compute the cost of answers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class Cost:
-    """Tokens of some answers, and their price where the endpoint's prices are known."""
+    """The tokens of answers, and their price if the endpoint's prices are known."""
 
     answers: int
     prompt_tokens: int
     completion_tokens: int
     uncounted: int = 0
-    """Answers whose tokens the server did not tell."""
+    """Answers for which the server sent no token counts."""
     price: float | None = None
 
 
 def cost_of(answers: Iterable[ChatAnswer], endpoint: Endpoint | None) -> Cost:
-    """The cost of answers; without an endpoint they have no price."""
+    """Return the cost of answers; without an endpoint they have no price."""
     counted, prompt, completion, uncounted = 0, 0, 0, 0
     for answer in answers:
         counted += 1
@@ -35,7 +35,7 @@ def cost_of(answers: Iterable[ChatAnswer], endpoint: Endpoint | None) -> Cost:
 
 
 def price(prompt_tokens: int, completion_tokens: int, endpoint: Endpoint | None) -> float | None:
-    """The price of so many tokens; None where the endpoint names no price."""
+    """Return the price of tokens; None if the endpoint has no prices."""
     if endpoint is None or (endpoint.prompt_price is None and endpoint.completion_price is None):
         return None
     total = prompt_tokens * (endpoint.prompt_price or 0.0) + completion_tokens * (endpoint.completion_price or 0.0)

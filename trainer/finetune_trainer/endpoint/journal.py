@@ -1,4 +1,4 @@
-"""Every answer that was paid for, on disk before it is used: no run, killed wherever, pays for one twice."""
+"""Write every paid answer to disk before it is used, so that no request is paid for twice after a crash."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from finetune_trainer.endpoint.chat import ChatAnswer
 from finetune_trainer.storage.filesystem import Storage
 
 PART_BYTES = 4 << 20
-"""A part that has grown to this size is closed, so that a remote store gets little again and again."""
+"""Size at which a part is closed, which limits how much is uploaded repeatedly to a remote store."""
 PUSH_SECONDS = 2.0
-"""How often a part that grows is sent to a remote store."""
+"""Interval at which the growing part is uploaded to a remote store."""
 
 
 class Journal:
     """An append-only log of answers by the key of their request, in parts below one directory of storage.
 
-    A run never goes on in a part that it has not begun itself: what a kill left half-written stays at its end, and is
-    not read. Where storage is remote, parts are written on this machine first and sent as they grow.
+    A run never appends to a part of an earlier run: an incomplete last line after a crash is ignored. If storage is
+    remote, parts are written on this machine first and uploaded as they grow.
 
     Args:
         directory: in storage, such as `stages/00-synthesize/journal`.
-        writer: a number of this process's own among those that write here at once.
-        scratch: a directory on this machine, where storage is elsewhere.
+        writer: a number that is unique among the processes that write at the same time.
+        scratch: a directory on this machine, used if storage is remote.
 
     Raises:
-        OSError: from every method, where a file can't be read or written.
+        OSError: from every method, if a file can't be read or written.
     """
 
     def __init__(self, storage: Storage, directory: str, scratch: Path, writer: int = 0) -> None:
@@ -39,17 +39,17 @@ class Journal:
         self._local.mkdir(parents=True, exist_ok=True)
         self.answers: dict[str, ChatAnswer] = dict(self._read())
         self.found = len(self.answers)
-        """Answers that earlier attempts paid for."""
+        """Number of answers from earlier attempts."""
         self._number = max(self._numbers(), default=-1)
         self._file: int | None = None
         self._size = self._written = self._synced = 0
         self._pushed = (-1, 0)
-        self._thread, self._turn = threading.Lock(), asyncio.Lock()
+        self._file_lock, self._sync_lock = threading.Lock(), asyncio.Lock()
 
     def record(self, key: str, answer: ChatAnswer) -> None:
-        """Write an answer; a kill of this process loses it no more. `sync` makes it outlive the machine's."""
+        """Write an answer, so that it survives a crash of this process. `sync` makes it survive one of the machine."""
         line = json.dumps({"key": key} | answer.to_json(), ensure_ascii=False).encode() + b"\n"
-        with self._thread:
+        with self._file_lock:
             if self._file is None or self._size >= PART_BYTES:
                 self._begin_part()
             assert self._file is not None
@@ -59,8 +59,8 @@ class Journal:
         self.answers[key] = answer
 
     def sync(self) -> None:
-        """Bring to the disk what is written, and to a remote store what it does not have yet."""
-        with self._thread:
+        """Flush all answers to disk, and upload new ones to a remote store."""
+        with self._file_lock:
             written = self._written
             if self._file is not None:
                 os.fsync(self._file)
@@ -68,17 +68,17 @@ class Journal:
         self.push()
 
     async def synced(self) -> None:
-        """Return once all that is recorded by now is on the disk; callers at the same time share one `fsync`."""
+        """Wait until all recorded answers are on disk; concurrent callers share one `fsync`."""
         wanted = self._written
-        async with self._turn:
+        async with self._sync_lock:
             if self._synced < wanted:
                 await asyncio.to_thread(self._sync_file)
 
     def push(self) -> None:
-        """Send the part that grows to a remote store."""
+        """Upload the growing part to a remote store."""
         if self._storage.is_local or self._file is None:
             return
-        with self._thread:
+        with self._file_lock:
             mark, name = (self._number, self._size), self._name(self._number)
             content = (self._local / name).read_bytes() if mark != self._pushed else b""
         if content:
@@ -86,20 +86,20 @@ class Journal:
             self._pushed = mark
 
     async def keep_pushing(self) -> None:
-        """Send what grows every few seconds, until cancelled."""
+        """Upload the growing part periodically, until cancelled."""
         while not self._storage.is_local:
             await asyncio.sleep(PUSH_SECONDS)
             await asyncio.to_thread(self.push)
 
     def close(self) -> None:
-        """Sync, and write no more."""
+        """Sync and close the file."""
         self.sync()
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
     def _sync_file(self) -> None:
-        with self._thread:
+        with self._file_lock:
             written, file = self._written, self._file
             if file is not None:
                 os.fsync(file)
@@ -135,7 +135,7 @@ class Journal:
 
 
 def _entries(content: bytes) -> Iterator[tuple[str, ChatAnswer]]:
-    """The whole lines of a part."""
+    """Yield the entries in the complete lines of a part."""
     for line in content.splitlines(keepends=True):
         if not line.endswith(b"\n"):
             return

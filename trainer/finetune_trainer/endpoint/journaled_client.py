@@ -1,4 +1,4 @@
-"""Answers, each paid for once: from the journal, else from the server."""
+"""A client that reads answers from the journal if possible, and else from the server."""
 
 from __future__ import annotations
 
@@ -10,39 +10,41 @@ from finetune_trainer.endpoint.journal import Journal
 
 
 class JournaledClient:
-    """A client whose answers are in a journal before anybody sees them."""
+    """A client that writes each answer to a journal before it returns it."""
 
     def __init__(self, client: ChatClient, journal: Journal) -> None:
         self._client, self._journal = client, journal
-        self._under_way: dict[str, asyncio.Task[ChatAnswer]] = {}
+        self._pending: dict[str, asyncio.Task[ChatAnswer]] = {}
 
     async def ask(self, request: ChatRequest) -> ChatAnswer:
-        """The answer to a request; the same request asked twice at once is sent once.
+        """Return the answer to a request; concurrent equal requests are sent once.
 
         Raises:
-            NoAnswer, UserError, ConnectionError: as `ChatClient.complete`.
+            NoAnswer: see `ChatClient.complete`.
+            UserError: see `ChatClient.complete`.
+            ConnectionError: see `ChatClient.complete`.
         """
         key = request.key(self._client.endpoint.model)
         known = self._journal.answers.get(key)
         if known is not None:
             return known
-        task = self._under_way.get(key)
+        task = self._pending.get(key)
         if task is None:
-            task = self._under_way[key] = asyncio.create_task(self._pay(key, request))
-            task.add_done_callback(lambda _: self._under_way.pop(key, None))
+            task = self._pending[key] = asyncio.create_task(self._send(key, request))
+            task.add_done_callback(lambda _: self._pending.pop(key, None))
         return await asyncio.shield(task)
 
     async def settle(self, seconds: float) -> None:
-        """Wait so long for what is under way, for it may be paid for already; then give it up."""
-        tasks = list(self._under_way.values())
+        """Wait up to `seconds` for pending requests, which may already be paid for, and then cancel them."""
+        tasks = list(self._pending.values())
         if not tasks:
             return
-        _, pending = await asyncio.wait(tasks, timeout=seconds)
-        for task in pending:
+        _, unfinished = await asyncio.wait(tasks, timeout=seconds)
+        for task in unfinished:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _pay(self, key: str, request: ChatRequest) -> ChatAnswer:
+    async def _send(self, key: str, request: ChatRequest) -> ChatAnswer:
         answer = await self._client.complete(request)
         self._journal.record(key, answer)
         await self._journal.synced()

@@ -1,4 +1,4 @@
-"""The body of a request, in the dialect that a server turns out to speak."""
+"""Build request bodies with the fields that a server supports."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from finetune_api.endpoint import Endpoint
 from finetune_trainer.endpoint.chat import ChatRequest
 
 _SPARE = ("response_format", "seed", "top_k", "repetition_penalty", "top_p", "temperature", "stop")
-"""What a request can do without, where a server refuses it."""
+"""Optional fields, which are omitted if a server refuses them."""
 _LENGTH = ("max_tokens", "max_completion_tokens")
 
 
 class Dialect:
-    """What fields a server takes, learnt from what it refuses: OpenAI-compatible servers differ."""
+    """The fields that a server supports, learned from its refusals: OpenAI-compatible servers differ."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
@@ -21,7 +21,7 @@ class Dialect:
         self.refused: set[str] = set() if endpoint.response_format != "text" else {"response_format"}
 
     def body(self, request: ChatRequest) -> dict[str, Any]:
-        """The JSON body of a request."""
+        """Return the JSON body of a request."""
         own = request.generation
         fields: dict[str, Any] = {
             "temperature": (own.temperature or 1.0) if own.do_sample else 0.0,
@@ -40,14 +40,14 @@ class Dialect:
             **self.endpoint.extra_body,
         }
 
-    def learn(self, sent: dict[str, Any], complaint: str) -> bool:
-        """Whether a refusal (status 400 or 422) names a field that can be left out or has another name."""
-        if self.length in sent and self.length == _LENGTH[0] and _LENGTH[1] in complaint:
+    def learn(self, sent: dict[str, Any], refusal: str) -> bool:
+        """Learn from a refusal (status 400 or 422); return whether a field can be omitted or renamed for a retry."""
+        if self.length in sent and self.length == _LENGTH[0] and _LENGTH[1] in refusal:
             self.length = _LENGTH[1]
             return True
-        if _LENGTH[1] in complaint and self.length == _LENGTH[1] and self.length not in sent:
-            return True  # another request has just learnt it
-        named = [name for name in _SPARE if name in sent and name in complaint and name not in self.endpoint.extra_body]
+        if _LENGTH[1] in refusal and self.length == _LENGTH[1] and self.length not in sent:
+            return True  # another request has already learned it
+        named = [name for name in _SPARE if name in sent and name in refusal and name not in self.endpoint.extra_body]
         if self.endpoint.response_format == "jsonObject":
             named = [name for name in named if name != "response_format"]
         self.refused |= set(named[:1])

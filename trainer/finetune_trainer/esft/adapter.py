@@ -1,7 +1,7 @@
-"""Trained experts as files: an adapter that holds them and nothing else, and its exact way back into a model.
+"""Save trained experts as an expert adapter, and load such an adapter into a model.
 
-A directory holds `expert_adapter.safetensors` (hub names, one tensor per expert and projection) and
-`expert_config.json` (the chosen experts, and `base_model_name_or_path`).
+An adapter directory holds `expert_adapter.safetensors` (hub names, one tensor per expert and projection) and
+`expert_config.json` (the selected experts, and `base_model_name_or_path`). Saving and loading are exact inverses.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ from finetune_trainer.layout import EXPERT_CONFIG
 
 
 def trained_tensors(model: PreTrainedModel, config: ExpertConfig, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
-    """All trained tensors of a split model by hub name, on the CPU; every worker calls it (ZeRO-3 gathers).
+    """Return all trained tensors of a split model by hub name, on the CPU.
+
+    This is a collective under ZeRO-3: every worker calls it.
 
     Args:
-        keep: False on the workers that only take part in the gathering; they get nothing.
+        keep: False on workers that only take part in the gathering; they get an empty dict.
     """
     names = HubNames(model)
     found: dict[str, Tensor] = {}
@@ -43,7 +45,7 @@ def trained_tensors(model: PreTrainedModel, config: ExpertConfig, dtype: torch.d
         with gathered(experts.tuned_parameters()):
             if keep:
                 for row, expert in enumerate(experts.tuned_ids):
-                    rows = {name: _part(experts, name, row, dtype) for name in layer.stacks}
+                    rows = {name: _tuned_row(experts, name, row, dtype) for name in layer.stacks}
                     found |= names.from_rows(layer.index, expert, rows)
     for name, parameter in _whole_parameters(model, config):
         with gathered([parameter]):
@@ -56,7 +58,7 @@ def write_adapter(directory: Path, tensors: dict[str, Tensor], config: ExpertCon
     """Write an adapter.
 
     Args:
-        base: directory or hub id of the model it belongs to.
+        base: directory or hub id of its base model.
     """
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
@@ -64,9 +66,9 @@ def write_adapter(directory: Path, tensors: dict[str, Tensor], config: ExpertCon
 
 
 def apply_adapter(model: PreTrainedModel, directory: str | Path) -> None:
-    """Overwrite a whole model's experts (and what else was trained) with an adapter's, in the model's dtype.
+    """Overwrite a model's experts and other trained weights with an adapter's, in the model's dtype.
 
-    A model that ZeRO-3 has divided is written layer by layer; every worker calls this.
+    Under ZeRO-3 the model is written layer by layer, and every worker calls this.
 
     Raises:
         UserError: the adapter does not fit the model.
@@ -82,7 +84,7 @@ def apply_adapter(model: PreTrainedModel, directory: str | Path) -> None:
 
 
 def apply_tensors(model: PreTrainedModel, config: ExpertConfig, tensors: Any) -> None:
-    """As `apply_adapter`, from tensors by hub name.
+    """Overwrite trained weights with tensors by hub name, as `apply_adapter` does.
 
     Raises:
         KeyError: a tensor is missing.
@@ -101,7 +103,7 @@ def apply_tensors(model: PreTrainedModel, config: ExpertConfig, tensors: Any) ->
 
 
 class _Tensors(dict[str, Tensor]):
-    """Tensors of a file, read one at a time."""
+    """The tensors of a file, read one at a time."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.names = file, set(file.keys())
@@ -113,14 +115,14 @@ class _Tensors(dict[str, Tensor]):
         return tensor
 
 
-def _part(experts: SplitExperts, stack: str, row: int, dtype: torch.dtype) -> Tensor:
+def _tuned_row(experts: SplitExperts, stack: str, row: int, dtype: torch.dtype) -> Tensor:
     tuned = experts.part(stack, TUNED)
     assert tuned is not None
     return tuned.detach()[row].to("cpu", dtype)
 
 
 def _whole_parameters(model: PreTrainedModel, config: ExpertConfig) -> Iterator[tuple[str, nn.Parameter]]:
-    """Trained parameters that are no expert rows."""
+    """Yield trained parameters that are not rows of experts."""
     trained = trained_names(model, config)
     for name, parameter in model.named_parameters():
         if name in trained and not name.endswith("_tuned"):
@@ -128,7 +130,7 @@ def _whole_parameters(model: PreTrainedModel, config: ExpertConfig) -> Iterator[
 
 
 def _hub_name(names: HubNames, name: str) -> str:
-    """A parameter's name on the hub where it is only renamed there, else the one in the model."""
+    """Return a parameter's name on the hub if it is only renamed there, else its name in the model."""
     probe = torch.zeros(names.model.get_parameter(name).shape, dtype=torch.bool, device="meta")
     renamed = revert_weight_conversion(names.model, {name: probe})
     same = len(renamed) == 1 and next(iter(renamed.values())).shape == probe.shape
@@ -137,7 +139,7 @@ def _hub_name(names: HubNames, name: str) -> str:
 
 @contextmanager
 def _writing(parameters: list[nn.Parameter], enabled: bool) -> Iterator[None]:
-    """Weights are whole inside, and what the first worker wrote counts."""
+    """Gather weights inside a `with` block; the values that rank 0 wrote are distributed afterwards."""
     divided = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not divided or not enabled:
         yield

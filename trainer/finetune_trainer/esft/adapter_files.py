@@ -1,4 +1,4 @@
-"""What the files of an expert adapter say without their tensors. Light to import: whoever finds a model asks it."""
+"""Read an expert adapter's configuration. This module imports no slow libraries, since every model lookup uses it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ BASE = "base_model_name_or_path"
 
 
 def is_expert_adapter(directory: str | Path | None) -> bool:
-    """Whether a directory holds trained experts and not a whole model."""
+    """Return whether a directory holds an expert adapter and not a whole model."""
     return directory is not None and Path(directory, ADAPTER_WEIGHTS).is_file()
 
 
 def read_adapter_config(directory: str | Path) -> ExpertConfig:
-    """What an adapter trained.
+    """Return the experts and other modules that an adapter's stage trained.
 
     Raises:
-        UserError: its `expert_config.json` is missing or broken.
+        UserError: its `expert_config.json` is missing or invalid.
     """
     path = Path(directory, EXPERT_CONFIG)
     try:
@@ -33,10 +33,10 @@ def read_adapter_config(directory: str | Path) -> ExpertConfig:
 
 
 def adapter_base(directory: str | Path) -> str:
-    """The model that an adapter belongs to, as recorded.
+    """Return the base model that an adapter's configuration names.
 
     Raises:
-        UserError: none is recorded.
+        UserError: it names none.
     """
     base = read_adapter_config(directory).notes.get(BASE)
     if not isinstance(base, str) or not base:

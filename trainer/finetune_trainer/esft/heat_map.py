@@ -1,4 +1,4 @@
-"""A picture of expert scores: layers by experts, before training and after it, the trained experts marked."""
+"""Draw a heat map of expert scores by layer and expert, before and after training, with trained experts marked."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _CELL = 0.16
 
 
 def draw(report: Report, score: str) -> bytes:
-    """A PNG of the scores in a load report (`esft.load_report`), with a second panel where it has `after`.
+    """Return a PNG of the scores in a load report (`esft.load_report`), with a second panel if it has `after`.
 
     Args:
-        score: `token` or `gate`: which scores are shown.
+        score: the scores to show, `token` or `gate`.
     """
     panels = [("before", report), *([("after", report["after"])] if "after" in report else [])]
     tables = [(name, _table(part[f"{score}_scores"])) for name, part in panels]
@@ -53,7 +53,7 @@ def _label(axes: Axes, report: Report, title: str, score: str) -> None:
 
 
 def _table(scores: dict[str, dict[str, float]]) -> NDArray[np.float64]:
-    """Scores [layers, experts]; experts that a layer lacks are 0."""
+    """Return scores [layers, experts]; experts that a layer lacks are 0."""
     rows = [scores[layer] for layer in sorted(scores, key=int)]
     table = np.zeros((len(rows), max(map(len, rows))))
     for number, row in enumerate(rows):

@@ -1,9 +1,9 @@
-"""Expert weights under the names that they have on the hub, one expert at a time.
+"""Convert expert weights to and from their names on the hub, one expert at a time.
 
-transformers stacks a checkpoint's per-expert tensors as it loads them and takes the stacks apart as it saves. Its own
-reverse conversion, run once per layer on positions in place of weights, tells which element of an expert's rows goes
-where; so any family's names and layouts are known here, and saving and loading are exact inverses. Families that are
-stacked on the hub too (gpt-oss, Granite) get the stack's name in the model with the expert's number put in.
+transformers stacks a checkpoint's per-expert tensors when it loads them and splits the stacks when it saves. To find
+where each element of an expert's rows goes, its own reverse conversion runs once per layer on positions instead of
+weights. This works for any family's names and layouts, and makes saving and loading exact inverses. For families that
+are stacked on the hub too (gpt-oss, Granite), the name is the stack's name in the model with the expert's id inserted.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Rows = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor on the hub of one expert."""
+    """One tensor of an expert on the hub."""
 
     name: str
-    """With `{}` for the expert's id."""
+    """Its name, with `{}` for the expert's id."""
     positions: Tensor | slice
-    """Its elements' places in the expert's rows, flattened and joined."""
+    """Positions of its elements in the expert's rows, flattened and joined."""
     shape: torch.Size
 
 
@@ -39,50 +39,51 @@ class HubNames:
     """The names of a model's experts on the hub.
 
     Args:
-        model: whose shape is built anew on the meta device.
+        model: a model of the same structure is built on the meta device.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         with torch.device("meta"):
-            # A model of no checkpoint, so that the names are the family's own, whatever names a checkpoint came with.
+            # A model without a checkpoint, so that the names are the family's and not those of a checkpoint.
             self.model = type(model)(deepcopy(model.config))
         self.layers = {layer.index: layer for layer in expert_layers(self.model)}
         self._entries: dict[int, list[Entry]] = {}
 
     def from_rows(self, layer: int, expert: int, rows: Rows) -> dict[str, Tensor]:
-        """One expert's tensors by hub name."""
+        """Return one expert's tensors by hub name."""
         flat = torch.cat([rows[name].reshape(-1) for name in self.layers[layer].stacks])
         return {
             entry.name.format(expert): flat[entry.positions].reshape(entry.shape).contiguous()
-            for entry in self._of(layer)
+            for entry in self._entries_of(layer)
         }
 
     def to_rows(self, layer: int, expert: int, tensors: dict[str, Tensor]) -> Rows:
-        """The inverse of `from_rows`.
+        """Return one expert's rows from its tensors by hub name; the inverse of `from_rows`.
 
         Raises:
             KeyError: a tensor is missing.
         """
         shapes = {name: self._row_shape(layer, name) for name in self.layers[layer].stacks}
-        found = {entry.name: tensors[entry.name.format(expert)] for entry in self._of(layer)}
+        found = {entry.name: tensors[entry.name.format(expert)] for entry in self._entries_of(layer)}
         dtype = next(iter(found.values())).dtype
         flat = torch.empty(sum(shape.numel() for shape in shapes.values()), dtype=dtype)
-        for entry in self._of(layer):
+        for entry in self._entries_of(layer):
             flat[entry.positions] = found[entry.name].reshape(-1)
-        parts = flat.split([shape.numel() for shape in shapes.values()])
+        parts = torch.split(flat, [shape.numel() for shape in shapes.values()])
         return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
-    def _of(self, layer: int) -> list[Entry]:
+    def _entries_of(self, layer: int) -> list[Entry]:
         if layer not in self._entries:
             self._entries[layer] = _entries(self.model, self.layers[layer])
         return self._entries[layer]
 
     def _row_shape(self, layer: int, stack: str) -> torch.Size:
-        return getattr(self.layers[layer].experts, stack).shape[1:]
+        shape: torch.Size = getattr(self.layers[layer].experts, stack).shape
+        return shape[1:]
 
 
 def _entries(model: PreTrainedModel, layer: ExpertLayer) -> list[Entry]:
-    """Where an expert's elements go, found by taking apart a stack of one expert whose values are positions."""
+    """Return an expert's tensors on the hub, found by converting a stack of one expert whose values are positions."""
     start, stacks = 0, {}
     for name in layer.stacks:
         shape = getattr(layer.experts, name).shape[1:]
@@ -90,9 +91,10 @@ def _entries(model: PreTrainedModel, layer: ExpertLayer) -> list[Entry]:
         start += shape.numel()
     apart = revert_weight_conversion(model, dict(stacks))
     if all(_FIRST in name for name in apart):
-        return [_entry(name.replace(_FIRST, _ANY), place, place.shape) for name, place in apart.items()]
+        return [_entry(name.replace(_FIRST, _ANY), tensor, tensor.shape) for name, tensor in apart.items()]
     return [
-        _entry(f"{layer.name}.{{}}.{name.rpartition('.')[2]}", place, place.shape[1:]) for name, place in stacks.items()
+        _entry(f"{layer.name}.{{}}.{name.rpartition('.')[2]}", tensor, tensor.shape[1:])
+        for name, tensor in stacks.items()
     ]
 
 

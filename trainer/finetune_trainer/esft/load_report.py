@@ -1,4 +1,4 @@
-"""How evenly experts are used, and what a run's report shows of it."""
+"""Measure how evenly experts are used, for metrics and a run's report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune_trainer.esft.selection import ExpertConfig
 
 
 def entropy(shares: Sequence[float]) -> float:
-    """Entropy of a layer's load over that of even load: 1 where every expert gets the same, 0 where one gets all."""
+    """Return the normalized entropy of a layer's load: 1 for an even load, 0 if one expert gets everything."""
     total = sum(shares)
     if total <= 0 or len(shares) < 2:
         return 1.0
@@ -20,19 +20,19 @@ def entropy(shares: Sequence[float]) -> float:
 
 
 def peak(shares: Sequence[float]) -> float:
-    """The busiest expert's load over the mean load: 1 where load is even."""
+    """Return the maximum load over the mean load: 1 for an even load."""
     total = sum(shares)
     return max(shares) * len(shares) / total if total > 0 else 1.0
 
 
 def balance(loads: Mapping[int, Sequence[float]]) -> dict[str, Any]:
-    """Entropy by layer and its mean."""
+    """Return the entropy by layer and its mean."""
     layers = {str(layer): entropy(shares) for layer, shares in loads.items()}
     return {"layers": layers, "mean": sum(layers.values()) / max(len(layers), 1)}
 
 
 def load_metrics(loads: Mapping[int, Sequence[float]]) -> dict[str, float]:
-    """For the metrics log: mean entropy, the highest peak, and the share of experts without load."""
+    """Return metrics of the load: mean entropy, the highest peak, and the share of experts without load."""
     if not loads:
         return {}
     unused = sum(share == 0 for shares in loads.values() for share in shares)
@@ -44,6 +44,6 @@ def load_metrics(loads: Mapping[int, Sequence[float]]) -> dict[str, float]:
 
 
 def load_report(scores: ExpertScores, config: ExpertConfig) -> dict[str, Any]:
-    """Scores, the chosen experts and the balance, as JSON values."""
+    """Return scores, selected experts and balance as JSON values."""
     selected = {str(layer): list(ids) for layer, ids in config.experts.items()}
     return scores.to_json() | {"selected": selected, "balance": balance(scores.token)}

@@ -1,4 +1,4 @@
-"""Watching routers at work: which experts they choose, and with what weight. For scores and for load statistics."""
+"""Count which experts routers choose, and with what weights, for scores and load statistics."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from finetune_api.problems import Problem
 from finetune_trainer.errors import UserError
 from finetune_trainer.esft.families import routers
 
-# Families whose routers know no weight but the softmax over the chosen experts.
+# Families whose routers only compute a softmax over the chosen experts.
 _SOFTMAX_OVER_TOP_K = ("gpt_oss", "granitemoe", "openai_privacy_filter")
 
 
 @dataclass
 class LayerCounts:
-    """What one layer's router did so far, on the model's device."""
+    """Counts of one layer's router, on the model's device."""
 
     counts: Tensor
-    """int64 [E]: times an expert was in the top K."""
+    """int64 [E]: how often each expert was in the top K."""
     gates: Tensor
     """float64 [E]: sums of raw routing weights."""
     tokens: Tensor
-    """int64 []: tokens seen."""
+    """int64 []: number of tokens."""
 
     def as_tensor(self) -> Tensor:
-        """float64 [3, E]: counts, gates, and the tokens in every place: whole numbers stay exact below 2^53."""
+        """Return float64 [3, E]: counts, gates, and the number of tokens in each column; integers are exact to 2^53."""
         return torch.stack([self.counts.double(), self.gates, self.tokens.double().expand(len(self.counts))])
 
 
 class RoutingCounter:
-    """Counts while it is entered, or between `attach` and `detach`; padding by the model's attention mask is left out.
+    """A counter of routing, as a context manager or between `attach` and `detach`. Padded tokens are not counted.
 
     Args:
-        model: a transformers model, or PEFT's wrapper around one.
-        gates: sum up routing weights too; that costs a softmax per layer.
-        training: count in training mode alone.
+        model: a transformers model, or a PEFT model around one.
+        gates: whether to sum routing weights too, which costs a softmax per layer.
+        training: whether to count in training mode only.
     """
 
     def __init__(self, model: Any, *, gates: bool = False, training: bool = False) -> None:
@@ -52,23 +52,23 @@ class RoutingCounter:
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> Self:
-        """Begin to count."""
+        """Register the hooks that count."""
         base = self.model.base_model
-        # Before the hooks that take the mask away (`model.right_padding`, `model.document_masks`).
-        self._handles.append(base.register_forward_pre_hook(self._see_mask, with_kwargs=True, prepend=True))
+        # Before the hooks that remove the mask (`model.right_padding`, `model.document_masks`).
+        self._handles.append(base.register_forward_pre_hook(self._record_mask, with_kwargs=True, prepend=True))
         for index, router in routers(self.model).items():
             hook = _RouterHook(self, index, self.model.config.model_type)
             self._handles.append(router.register_forward_hook(hook))
         return self
 
     def detach(self) -> None:
-        """Count no more."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def take_counts(self) -> dict[int, Tensor]:
-        """Counts [E] by layer since the last call."""
+        """Return the counts [E] by layer since the last call."""
         taken = {index: layer.counts for index, layer in self.layers.items()}
         self.layers = {}
         return taken
@@ -79,7 +79,7 @@ class RoutingCounter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.detach()
 
-    def _see_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _record_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
         self._mask = mask.reshape(-1).bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
@@ -88,7 +88,7 @@ class RoutingCounter:
 
         Args:
             chosen: [tokens, K] expert ids.
-            weights: [tokens, K] raw routing weights; None where they are not asked for.
+            weights: [tokens, K] raw routing weights, or None if they are not counted.
         """
         keep = self._mask if self._mask is not None and len(self._mask) == len(chosen) else slice(None)
         kept = chosen[keep]
@@ -109,24 +109,24 @@ class _RouterHook:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.counter.training and not module.training:
             return
-        logits, weights, chosen = _read(output, self.family)
+        logits, weights, chosen = _parse_output(output, self.family)
         raw = raw_weights(logits, weights, chosen, self.family) if self.counter.gates else None
         self.counter.add(self.index, logits.shape[-1], chosen, raw)
 
 
 def raw_weights(logits: Tensor, weights: Tensor, chosen: Tensor, family: str) -> Tensor:
-    """Routing weights of the chosen experts before renormalisation and scaling, float64 [tokens, K].
+    """Return the chosen experts' routing weights before renormalization and scaling, float64 [tokens, K].
 
-    A router's weights are its affinities, the softmax or the sigmoid of the logits, divided by their sum over the top K
-    (Mixtral, Qwen3-MoE, DeepSeek-V3) and scaled, or as they are. So they are proportional to one of the two, which
-    tells what the affinities are. Where they are proportional to neither, or the family forms them over the chosen
-    experts alone (gpt-oss), the router's weights are the raw ones.
+    A router's weights are its affinities (the softmax or the sigmoid of the logits), unchanged, or divided by their sum
+    over the top K (Mixtral, Qwen3-MoE, DeepSeek-V3) and scaled. Their ratio to softmax and sigmoid therefore shows
+    which one the affinities are. If they are proportional to neither, or the family computes them over the chosen
+    experts alone (gpt-oss), the router's weights are returned.
     """
     if family.startswith(_SOFTMAX_OVER_TOP_K) or logits.shape[0] != chosen.shape[0]:
         return weights.double()
     affinities = [scores.gather(-1, chosen) for scores in (logits.double().softmax(-1), logits.double().sigmoid())]
     ratios = [weights.double() / affinity.clamp(min=1e-30) for affinity in affinities]
-    # One ratio for all tokens tells more than one ratio per token, which is trivial for K = 1.
+    # One ratio for all tokens is stronger evidence than one per token, which is trivial for K = 1.
     for by_token in (False, True):
         for affinity, ratio in zip(affinities, ratios, strict=True):
             if _is_constant(ratio if by_token else ratio.reshape(1, -1)):
@@ -135,15 +135,15 @@ def raw_weights(logits: Tensor, weights: Tensor, chosen: Tensor, family: str) ->
 
 
 def _is_constant(ratios: Tensor) -> bool:
-    """Whether the values of each row are the same, but for rounding to bfloat16."""
+    """Return whether the values of each row are equal up to rounding to bfloat16."""
     if not ratios.numel():
         return True
     spread = (ratios.amax(-1) - ratios.amin(-1)) / ratios.mean(-1).clamp(min=1e-30)
     return bool((spread < 0.05).all())
 
 
-def _read(output: Any, family: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [tokens, E], weights and ids [tokens, K] of a router's output."""
+def _parse_output(output: Any, family: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits [tokens, E], weights and ids [tokens, K] from a router's output."""
     parts = output[:3] if isinstance(output, tuple) else ()
     if len(parts) == 3 and all(isinstance(part, Tensor) and part.ndim == 2 for part in parts):
         logits, weights, chosen = parts

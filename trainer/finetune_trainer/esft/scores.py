@@ -1,4 +1,4 @@
-"""How much a task's data uses each expert: token and gate scores of ESFT (arXiv 2407.01906, section 3.2)."""
+"""Measure how much a task's data uses each expert: token and gate scores of ESFT (arXiv 2407.01906, section 3.2)."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ExpertScores:
-    """Scores by layer, one per expert, rounded; every row of `token` sums to 1 but for that."""
+    """Rounded scores by layer, one per expert; before rounding, each row of `token` sums to 1."""
 
     token: Mapping[int, list[float]]
-    """Share of the layer's routed tokens: (times the expert is in the top K) / (K · tokens)."""
+    """Share of the layer's routed tokens: (times the expert is in the top K) / (K * tokens)."""
     gate: Mapping[int, list[float]]
-    """Mean over the tokens of the expert's raw routing weight, 0 where it is not in the top K."""
+    """Mean over the tokens of the expert's raw routing weight, which is 0 where it is not in the top K."""
     tokens: int
-    """Tokens they were measured on, padding left out."""
+    """Number of measured tokens, without padding."""
 
     def of(self, score: str) -> Mapping[int, list[float]]:
-        """The `token` or the `gate` scores."""
+        """Return the `token` or the `gate` scores."""
         return self.token if score == "token" else self.gate
 
     def to_json(self) -> dict[str, Any]:
-        """In the form of the reference code's `summary.json`."""
+        """Return the scores in the format of the reference code's `summary.json`."""
         kinds = {"token_scores": self.token, "gate_scores": self.gate}
         return {name: {str(layer): _by_name(row) for layer, row in rows.items()} for name, rows in kinds.items()} | {
             "tokens": self.tokens
@@ -41,16 +41,16 @@ class ExpertScores:
 
 
 def measure_scores(model: PreTrainedModel, batches: Iterable[Batch]) -> ExpertScores:
-    """Run the model over this worker's batches and pool the counts of all workers, so that each gets the same scores.
+    """Run the model over this worker's batches and sum the counts of all workers, so that each gets the same scores.
 
     Prompt tokens count, padding does not.
 
     Args:
-        model: in any mode; it is left in the mode it was in. A ZeRO-3 model must gather its weights by itself.
+        model: in any mode, which is restored. A ZeRO-3 model must gather its own weights.
         batches: `input_ids` and `attention_mask`, each [B, T].
     """
     was_training = model.training
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     device = next(model.parameters()).device
     try:
         with RoutingCounter(model, gates=True) as counter, torch.no_grad():
@@ -63,17 +63,17 @@ def measure_scores(model: PreTrainedModel, batches: Iterable[Batch]) -> ExpertSc
 
 
 def _scores(counter: RoutingCounter) -> ExpertScores:
-    pooled = {layer: _pooled(counts.as_tensor()) for layer, counts in counter.layers.items()}
+    summed = {layer: _summed(counts.as_tensor()) for layer, counts in counter.layers.items()}
     token, gate, tokens = {}, {}, 0
-    for layer, (counts, gates, seen) in pooled.items():
+    for layer, (counts, gates, seen) in summed.items():
         tokens = int(seen[0])
         token[layer] = _rounded(counts / counts.sum().clamp(min=1))
         gate[layer] = _rounded(gates / max(tokens, 1))
     return ExpertScores(token, gate, tokens)
 
 
-def _pooled(values: Tensor) -> Tensor:
-    """The sum over the workers; counts are whole numbers, so it is exact below 2^53 in any order."""
+def _summed(values: Tensor) -> Tensor:
+    """Return the sum over the workers; counts are integers, so it is exact up to 2^53 in any order."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values.cpu()

@@ -1,12 +1,12 @@
-"""Experts in split storage: the rows to train and the frozen rows of each stack of weights as Parameters of their own.
+"""Split stacked expert weights: the trained rows and the frozen rows of each stack become separate Parameters.
 
-Every row is held once, so the optimizer, the gradients, DDP and ZeRO see the trained rows and nothing else, and weight
-decay can't move a frozen row. What is computed stays the same to the bit: `eager` runs the family's own forward on a
-view of the rows in their old order; every other implementation runs the library's grouped matrix product on the two
-parts and sums up in the library's order.
+Each row is stored once, so the optimizer, the gradients, DDP and ZeRO only handle the trained rows, and weight decay
+can't change a frozen row. Results are bit-identical: `eager` runs the family's own forward on a view of the rows in
+their old order; every other implementation runs the library's grouped matrix product on the two parts and sums in the
+library's order.
 
-Rejected: masking gradients (optimizer state of all rows, and weight decay moves the masked ones), PEFT's
-`target_parameters` (all experts), parametrizations (a copy of the whole layer in each forward pass).
+Alternatives that were rejected: masked gradients (optimizer state for all rows, and weight decay changes the masked
+ones), PEFT's `target_parameters` (all experts), parametrizations (a copy of the whole layer in each forward pass).
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ _ALIGNMENT = 64
 class SplitExperts(nn.Module):
     """A family's experts, split in place: a mixin in front of the family's own class.
 
-    `<stack>_frozen` [E-k, …] and `<stack>_tuned` [k, …] replace each stack [E, …]; a part without rows is not there.
+    `<stack>_frozen` [E-k, ...] and `<stack>_tuned` [k, ...] replace each stack [E, ...]; a part without rows is absent.
     """
 
     tuned_ids: tuple[int, ...]
     """Ids of the trained experts, in the order of their rows."""
     frozen_ids: tuple[int, ...]
     place: Tensor
-    """Buffer [E]: an expert's row among the frozen rows followed by the tuned ones."""
+    """Buffer [E]: each expert's index among the frozen rows followed by the tuned rows."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As the family's: [tokens, H], ids and weights [tokens, K] to [tokens, H]."""
+        """Return [tokens, H] from hidden states [tokens, H], ids and weights [tokens, K], as the family does."""
         if self.config._experts_implementation == "eager":  # type: ignore[union-attr]
             return _eager(self, hidden_states, top_k_index, top_k_weights)
         return _grouped(self, hidden_states, top_k_index, top_k_weights)
 
     def part(self, stack: str, part: str) -> nn.Parameter | None:
-        """The frozen or the tuned rows of a stack; None where there are none."""
+        """Return the frozen or the tuned rows of a stack; None if there are none."""
         return getattr(self, f"{stack}_{part}", None)
 
     def rows(self, stack: str, part: str) -> Tensor | None:
-        """The rows to compute with: trained ones may be float32 copies of weights that compute in half precision."""
+        """Return the rows in the dtype of computation: trained rows may be float32 in a half-precision model."""
         rows = self.part(stack, part)
         return None if rows is None else rows.to(self._dtype(stack))
 
     def tuned_parameters(self) -> list[nn.Parameter]:
-        """All trained rows."""
+        """Return all trained rows."""
         found = (self.part(stack, TUNED) for stack in stack_names(self))
         return [rows for rows in found if rows is not None]
 
@@ -72,9 +72,9 @@ class SplitExperts(nn.Module):
 
 
 def split_experts(model: PreTrainedModel, config: ExpertConfig) -> list[ExpertLayer]:
-    """Split the experts of every layer that has some to train, in place; returns those layers.
+    """Split the experts of every layer that has experts to train, in place; return those layers.
 
-    A ZeRO-3 model is split one layer at a time, gathered and divided again; every worker calls this.
+    A ZeRO-3 model is gathered, split and divided again layer by layer; every worker calls this.
     """
     layers = [layer for layer in expert_layers(model) if config.experts.get(layer.index)]
     for layer in layers:
@@ -83,7 +83,11 @@ def split_experts(model: PreTrainedModel, config: ExpertConfig) -> list[ExpertLa
 
 
 def split_layer(experts: nn.Module, ids: Sequence[int]) -> None:
-    """Split one layer's experts in place. `ids` are the experts to train; their order is the order of their rows."""
+    """Split one layer's experts in place.
+
+    Args:
+        ids: the experts to train, in the order of their rows.
+    """
     frozen = [expert for expert in range(int(experts.num_experts)) if expert not in set(ids)]  # type: ignore[arg-type]
     stacks = {name: getattr(experts, name) for name in stack_names(experts)}
     divided = is_divided(stacks.values())
@@ -93,29 +97,30 @@ def split_layer(experts: nn.Module, ids: Sequence[int]) -> None:
         delattr(experts, name)
         for part, rows in parts.items():
             if len(rows):
-                rows = _aligned_like(rows, stack)
+                rows = _align_like(rows, stack)
                 experts.register_parameter(f"{name}_{part}", nn.Parameter(rows, requires_grad=part == TUNED))
         if divided:
             partition(experts)
     order = torch.tensor([*frozen, *ids])
     device = next(experts.parameters()).device
-    experts.__class__ = _split_class(type(experts))
+    experts.__class__ = _split_class(type(experts))  # type: ignore[arg-type]  # mypy denies that classes are hashable
     assert isinstance(experts, SplitExperts)
     experts.tuned_ids, experts.frozen_ids = tuple(ids), tuple(frozen)
     experts.register_buffer("place", order.argsort().to(device), persistent=False)
 
 
-def _aligned_like(rows: Tensor, stack: Tensor) -> Tensor:
-    """The rows at an address that stands to 64 bytes as the stack's does, on a CPU.
+def _align_like(rows: Tensor, stack: Tensor) -> Tensor:
+    """Return the rows at an address with the same offset to 64-byte alignment as the stack's, on a CPU.
 
-    The last bit of a CPU's product with a single row depends on it, and weights mapped from a file have any address.
+    The last bit of a product with a single row on a CPU depends on the alignment, and weights that are mapped from a
+    file can have any.
     """
     if rows.device.type != "cpu" or not stack.numel():
         return rows
     size = rows.element_size()
-    room = torch.empty(rows.numel() + _ALIGNMENT // size, dtype=rows.dtype)
-    shift = (stack.data_ptr() - room.data_ptr()) % _ALIGNMENT // size
-    return room[shift : shift + rows.numel()].view_as(rows).copy_(rows)
+    memory = torch.empty(rows.numel() + _ALIGNMENT // size, dtype=rows.dtype)
+    shift = (stack.data_ptr() - memory.data_ptr()) % _ALIGNMENT // size
+    return memory[shift : shift + rows.numel()].view_as(rows).copy_(rows)
 
 
 @cache
@@ -124,17 +129,17 @@ def _split_class(family: type[nn.Module]) -> type[nn.Module]:
 
 
 def _eager(experts: SplitExperts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """The family's own loop over the experts, on views of the rows."""
-    family = type(experts).__mro__[2]
+    """Run the family's own loop over the experts on views of the rows."""
+    family: Any = type(experts).__mro__[2]
     views = {name: _RowView(experts, name) for name in stack_names(experts)}
-    output: Tensor = inspect.unwrap(family.forward)(_Facade(experts, views), hidden, index, weights)
+    output: Tensor = inspect.unwrap(family.forward)(_ExpertsProxy(experts, views), hidden, index, weights)
     if any(view.used_tuned for view in views.values()):
         return output
-    return _touch(output, experts)
+    return _with_zero_gradient(output, experts)
 
 
 class _RowView:
-    """Rows of a stack by expert id, wherever they are kept."""
+    """The rows of a stack by expert id, whether frozen or tuned."""
 
     def __init__(self, experts: SplitExperts, stack: str) -> None:
         self.tuned = set(experts.tuned_ids)
@@ -152,8 +157,8 @@ class _RowView:
         return self._rows[row]
 
 
-class _Facade:
-    """The experts as their family's forward knows them: stacks by their names, and all else as it is."""
+class _ExpertsProxy:
+    """A proxy for the experts module whose stacks are row views, for the family's own forward."""
 
     def __init__(self, experts: SplitExperts, stacks: dict[str, _RowView]) -> None:
         self._experts, self._stacks = experts, stacks
@@ -163,10 +168,10 @@ class _Facade:
 
 
 def _grouped(experts: SplitExperts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """transformers' `grouped_mm_experts_forward` on two parts: frozen rows first, then tuned ones."""
+    """Compute transformers' `grouped_mm_experts_forward` on two parts: frozen rows first, then tuned ones."""
     tokens, top_k = index.shape
-    # Sorted as the library does it, then whole experts moved: within an expert its unstable sort's order stays, on
-    # which the last bit of a matrix product may depend.
+    # Sort as the library does, then move whole experts: within an expert this keeps the order of the library's unstable
+    # sort, on which the last bit of a matrix product may depend.
     ids, by_id = torch.sort(index.reshape(-1))
     place, moved = torch.sort(experts.place[ids], stable=True)
     order = by_id[moved]
@@ -179,7 +184,7 @@ def _grouped(experts: SplitExperts, hidden: Tensor, index: Tensor, weights: Tens
         _Part(FROZEN, slice(None, first), place[:first], ends[:frozen]),
         _Part(TUNED, slice(first, None), place[first:] - frozen, ends[frozen:] - first),
     ]
-    parts = [part for part in parts if len(part.place)]
+    parts = [part for part in parts if len(part.row)]
     up, down = (name for name in stack_names(experts) if not name.endswith("_bias"))
     middle = _activate(experts, [_linear(experts, up, part, inputs[part.rows]) for part in parts], moved)
     output = torch.cat([_linear(experts, down, part, one) for part, one in zip(parts, middle, strict=True)])
@@ -188,9 +193,9 @@ def _grouped(experts: SplitExperts, hidden: Tensor, index: Tensor, weights: Tens
     weighted = output * weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    # Reshape and sum, as the library does it: index_add_ is not deterministic on CUDA.
+    # Reshape and sum, as the library does: index_add_ is not deterministic on CUDA.
     total = weighted[back].view(tokens, top_k, hidden.size(-1)).sum(dim=1).to(hidden.dtype)
-    return total if parts[-1].name == TUNED else _touch(total, experts)
+    return total if parts[-1].name == TUNED else _with_zero_gradient(total, experts)
 
 
 @dataclass(frozen=True)
@@ -199,30 +204,30 @@ class _Part:
 
     name: str
     rows: slice
-    """Where they are among all inputs."""
-    place: Tensor
-    """The row of each input's expert in its part."""
+    """Their range among all inputs."""
+    row: Tensor
+    """The row of each input's expert in this part."""
     ends: Tensor
-    """Where each expert's inputs end."""
+    """The end of each expert's inputs."""
 
 
 def _linear(experts: SplitExperts, stack: str, part: _Part, inputs: Tensor) -> Tensor:
-    """One part's product of inputs [S, in] with their experts' rows of a stack."""
+    """Return one part's product of inputs [S, in] with their experts' rows of a stack."""
     weight, bias = experts.rows(stack, part.name), None
     assert weight is not None
     if experts.has_bias:
         biases = experts.rows(f"{stack}_bias", part.name)
         assert biases is not None
-        bias = biases[part.place]
+        bias = biases[part.row]
     result: Tensor = _grouped_linear(inputs, weight, part.ends, bias=bias, is_transposed=bool(experts.is_transposed))
     return result
 
 
 def _activate(experts: SplitExperts, parts: list[Tensor], moved: Tensor) -> Sequence[Tensor]:
-    """The gate, or the activation alone, on each part [S, …].
+    """Apply the gate, or the activation if there is none, to each part [S, ...].
 
-    On a CPU on all inputs at once, in the library's order: torch computes the ends of a tensor without vector
-    instructions, so there the last bit depends on an element's place.
+    On a CPU it is applied to all inputs at once in the library's order: torch computes the end of a tensor without
+    vector instructions, so the last bit depends on an element's position.
     """
     apply: Any = experts._apply_gate if experts.has_gate else experts.act_fn
     if parts[0].device.type != "cpu":
@@ -230,19 +235,19 @@ def _activate(experts: SplitExperts, parts: list[Tensor], moved: Tensor) -> Sequ
     library = torch.empty_like(moved)
     library[moved] = torch.arange(len(moved))
     joined = apply(torch.cat(parts)[library])[moved]
-    return joined.split([len(part) for part in parts])
+    return torch.split(joined, [len(part) for part in parts])
 
 
-def _touch(output: Tensor, experts: SplitExperts) -> Tensor:
-    """Tie the trained rows to an output that did not need them."""
-    touched: Tensor = _ZeroGradient.apply(output, *experts.tuned_parameters())
+def _with_zero_gradient(output: Tensor, experts: SplitExperts) -> Tensor:
+    """Return the output with a zero gradient for the trained rows, on which it does not depend."""
+    touched: Tensor = _ZeroGradient.apply(output, *experts.tuned_parameters())  # type: ignore[no-untyped-call]
     return touched
 
 
 class _ZeroGradient(torch.autograd.Function):
-    """The input as it is, with a gradient of zero for weights that it does not depend on.
+    """The identity function, with a zero gradient for weights that the input does not depend on.
 
-    Trained experts that got no tokens would have no gradient at all, and workers would wait for each other in different
+    Without it, trained experts that got no tokens would have no gradient, and workers would block in different
     collectives.
     """
 

@@ -1,4 +1,4 @@
-"""Which weights ESFT trains: the chosen experts' rows and, where asked for, shared experts and all else."""
+"""Choose the weights that ESFT trains: the selected experts' rows and, if configured, shared experts and the rest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHARED = re.compile(r"(^|\.)layers\.\d+\.(\w+\.)*shared_")
 
 
 def prepare(model: PreTrainedModel, config: ExpertConfig) -> list[ExpertLayer]:
-    """Split the experts and leave a gradient to what is trained alone; returns the layers with trained experts."""
+    """Split the experts and require gradients for trained weights only; return the layers with trained experts."""
     layers = split_experts(model, config)
     trained = trained_names(model, config)
     for name, parameter in model.named_parameters():
@@ -27,7 +27,7 @@ def prepare(model: PreTrainedModel, config: ExpertConfig) -> list[ExpertLayer]:
 
 
 def trained_names(model: PreTrainedModel, config: ExpertConfig) -> set[str]:
-    """Full names of the trained parameters of a split model; what is frozen as the model loads stays out."""
+    """Return the full names of a split model's trained parameters; parts that loading has frozen stay frozen."""
     layers = expert_layers(model)
     routed = {f"{layer.name}.{name}" for layer in layers for name, _ in layer.experts.named_parameters(recurse=False)}
     shared = shared_names(model)
@@ -40,32 +40,32 @@ def trained_names(model: PreTrainedModel, config: ExpertConfig) -> set[str]:
 
 
 def shared_names(model: PreTrainedModel) -> set[str]:
-    """Full names of the shared experts' parameters, which stand beside the routed ones or beside their block."""
+    """Return the full names of the shared experts' parameters, which are next to the routed ones or to their block."""
     return {name for name, _ in model.named_parameters() if _SHARED.search(name)}
 
 
 def trained_whole(model: PreTrainedModel, config: ExpertConfig) -> int:
-    """Trained weights that are no routed experts'."""
+    """Return the number of trained weights outside of routed experts."""
     return sum(model.get_parameter(name).numel() for name in trained_names(model, config) if not name.endswith(_TUNED))
 
 
 def require_input_gradients(model: PreTrainedModel, layers: list[ExpertLayer]) -> None:
-    """Give the first trained block's input a gradient.
+    """Make the first trained block's input require a gradient.
 
-    ZeRO-3 takes weights back as gradients flow through a module's inputs; where all below is frozen none do, and it
-    fails with "the size of tensor a (0) must match" (DeepSpeed#5524).
+    ZeRO-3 gathers weights in the backward pass through hooks on gradients of a module's inputs. If all earlier layers
+    are frozen there are no such gradients, and it fails with "the size of tensor a (0) must match" (DeepSpeed#5524).
     """
     if layers and is_divided(model.parameters()):
         layers[0].block.register_forward_pre_hook(_with_gradient)
 
 
 def tuned_modules(model: PreTrainedModel) -> list[tuple[ExpertLayer, SplitExperts]]:
-    """The split layers of a model."""
+    """Return the split layers of a model with their experts."""
     return [(layer, layer.experts) for layer in expert_layers(model) if isinstance(layer.experts, SplitExperts)]
 
 
 def expert_size(layer: ExpertLayer) -> int:
-    """Weights of one routed expert."""
+    """Return the number of weights of one routed expert."""
     return sum(getattr(layer.experts, name)[0].numel() for name in stack_names(layer.experts))
 
 

@@ -1,6 +1,6 @@
-"""Weights that DeepSpeed's ZeRO-3 has divided among the workers: whole for a moment, or divided anew.
+"""Gather weights that DeepSpeed's ZeRO-3 has divided among the workers, and divide them again.
 
-Everything here is a no-op for weights that are not divided, and a collective for those that are.
+Each function does nothing for weights that are not divided, and is a collective for those that are.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch.utils.hooks import RemovableHandle
 
 
 def is_divided(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether ZeRO-3 holds the parameters."""
+    """Return whether ZeRO-3 has divided any of the parameters."""
     return any(hasattr(parameter, "ds_id") for parameter in parameters)
 
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """The parameters are whole inside, to be read."""
+    """Gather the parameters inside a `with` block, for reading."""
     divided = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not divided:
         yield
@@ -31,20 +31,20 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def partition(module: nn.Module) -> None:
-    """Divide a module's own parameters that are not yet divided; each worker holds them whole before."""
+    """Divide a module's parameters that are not yet divided; each worker must hold them whole."""
     import deepspeed
     from transformers.integrations.deepspeed import deepspeed_config
 
-    deepspeed.zero.Init(module=module, config_dict_or_path=deepspeed_config())
+    deepspeed.zero.Init(module=module, config_dict_or_path=deepspeed_config())  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def undivided_loading() -> Iterator[None]:
-    """Inside, a model loads whole on the worker that asks for it, also while a ZeRO-3 stage is set up."""
+    """Load models whole inside a `with` block, even while a ZeRO-3 stage is set up."""
     from transformers.integrations import deepspeed as integration
 
     divided = integration._hf_deepspeed_config_weak_ref
-    integration.unset_hf_deepspeed_config()
+    integration.unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -53,9 +53,9 @@ def undivided_loading() -> Iterator[None]:
 
 @contextmanager
 def gathering(model: nn.Module) -> Iterator[None]:
-    """Inside, each module of a model gathers its own weights for its forward pass, without gradients.
+    """Make each module gather its own weights for its forward pass inside a `with` block, without gradients.
 
-    DeepSpeed's engine does that with hooks of its own, but only once it exists, which is after the optimizer does.
+    DeepSpeed's engine has hooks for this, but the engine is created only after the optimizer.
     """
     handles: list[RemovableHandle] = []
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""The models that an evaluation measures: the one that the stages before have made, and those beside it."""
+"""The models that an evaluation measures: the result of the preceding stages, and the models to compare it with."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def evaluated(run: RunConfig, index: int) -> str:
 def open_model(contender: Contender, context: StageContext, spec: EvaluateSpec) -> Any:
     """The whole model on this worker's device, in the precision that the job computes in, in evaluation mode.
 
-    An adapter stays one beside its base: a quantized base takes no sum.
+    An adapter is not merged, because it cannot be merged into a quantized base.
     """
     source, job = contender.source, context.run.job.spec
     accelerator = context.placement.accelerator

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, where the package is installed."""
+"""Run tasks of lm-evaluation-harness. They need the package lm-eval."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_trainer.model.source import local_path
 
 
 def task_problems(spec: EvaluateSpec, where: str, base_dir: str) -> list[Problem]:
-    """Why the tasks can't be run here: no package, no such directory of tasks, or no such task."""
+    """Return why the tasks cannot run: the package, the directory of tasks or a task is missing."""
     if not spec.tasks:
         return []
     if find_spec("lm_eval") is None:
@@ -29,7 +29,7 @@ def task_problems(spec: EvaluateSpec, where: str, base_dir: str) -> list[Problem
 
 
 def run_tasks(model: Any, tokenizer: Any, spec: EvaluateSpec, names: Sequence[str], base_dir: str) -> dict[str, float]:
-    """The tasks' metrics, each under `task.metric`, such as `hellaswag.acc_norm`."""
+    """Run the tasks and return their metrics by name, such as `hellaswag.acc_norm`."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -52,7 +52,7 @@ def _manager(spec: EvaluateSpec, base_dir: str) -> Any:
 
 
 def task_metrics(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The harness's results (`{"hellaswag": {"acc,none": 0.3, "acc_stderr,none": …}}`) under our names.
+    """The harness's results (`{"hellaswag": {"acc,none": 0.3, "acc_stderr,none": ...}}`) by metric name.
 
     A filter other than `none` is part of the name: `gsm8k.exact_match.strict-match`.
     """

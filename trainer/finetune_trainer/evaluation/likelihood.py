@@ -1,4 +1,4 @@
-"""How likely a model finds what rows say."""
+"""Compute the negative log-likelihood of rows under a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune_trainer.plan.inference import MOST_TOKENS
 
 
 def likelihoods(model: Any, rows: Sequence[EvalRow], pad: int) -> list[tuple[float, int]]:
-    """For each row the negative log-likelihood in nats of its tokens that count, and their number.
+    """Return the negative log-likelihood in nats of the labeled tokens of each row, and their number.
 
     Log-probabilities are float32, sums are exact.
     """
@@ -40,7 +40,7 @@ def _groups(pieces: list[tuple[int, Piece]]) -> Iterator[list[tuple[int, Piece]]
 
 
 def _losses(model: Any, pieces: list[Piece], pad: int) -> list[list[float]]:
-    """The loss of each token that counts, by piece."""
+    """Return the loss of each labeled token by piece."""
     longest = max(len(piece.ids) for piece in pieces)
     ids = torch.tensor([piece.ids + [pad] * (longest - len(piece.ids)) for piece in pieces])
     labels = torch.tensor([piece.labels + [IGNORED] * (longest - len(piece.labels)) for piece in pieces])

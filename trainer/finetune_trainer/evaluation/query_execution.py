@@ -1,4 +1,4 @@
-"""Queries that a model wrote, held against the reference's by what they return."""
+"""Compare the results of generated queries with those of the reference queries."""
 
 from __future__ import annotations
 
@@ -51,13 +51,14 @@ def open_database(database: Database, where: str, base_dir: Path, cache_dir: Pat
 
 
 def query_in(answer: str) -> str:
-    """The query in a model's answer: what is in its first fenced block, or all of it."""
+    """Return the query in an answer: its first fenced code block, or the complete answer."""
     fenced = _FENCE.search(answer)
     return (fenced.group(1) if fenced else answer).strip()
 
 
 def execution(database: Sandbox, answer: str, reference: str) -> tuple[float, str]:
-    """1 where the answer's query returns what the reference's does, else 0; and why the answer's failed."""
+    """Return 1 if the query of the answer returns the same result as the reference, else 0, and why the query
+    failed."""
     query = query_in(reference)
     try:
         expected = returned(database, query)
@@ -73,7 +74,7 @@ def returned(database: Sandbox, query: str) -> Rows:
     """All rows of a query.
 
     Raises:
-        QueryFailed: it is wrong, does more than read, takes too long or returns too much.
+        QueryFailed: the query is invalid, not read-only, exceeds the timeout or returns too many rows.
     """
     result = database.run(query, MOST_ROWS)
     if result.more:
@@ -82,10 +83,9 @@ def returned(database: Sandbox, query: str) -> Rows:
 
 
 def same(reference: str, expected: Rows, got: Rows) -> bool:
-    """Whether two results are the same: in order where the reference has an `ORDER BY` of its own (not in a subquery),
-    else in any order.
+    """Return whether two results are equal: in order if the reference has a top-level `ORDER BY`, else in any order.
 
-    Names of columns don't matter, their order does; floats are compared to six significant digits.
+    Column names are ignored, but not their order. Floats are compared to six significant digits.
     """
     left, right = [_comparable(row) for row in expected], [_comparable(row) for row in got]
     if _is_ordered(reference):
@@ -104,7 +104,7 @@ def _path(database: Database, field: str, base_dir: Path, cache_dir: Path) -> Pa
 
 
 def _made(database: Database, statements: str, cache_dir: Path) -> Path:
-    """The database of these statements: whole, or not there."""
+    """Create the database from the statements atomically and return it."""
     key = hashlib.sha256(f"{database.engine}\n{statements}".encode()).hexdigest()[:32]
     path = cache_dir / "databases" / key
     path.parent.mkdir(parents=True, exist_ok=True)

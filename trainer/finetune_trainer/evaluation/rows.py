@@ -125,7 +125,7 @@ class _Reader:
         if not ids:
             raise ValueError("its prompt is empty")
         kept = ids if self.room is None else ids[-self.room :]
-        reference = str((prompt_of(example, "sft") or {})["reference"]).strip()
+        reference = str((prompt_of(example) or {})["reference"]).strip()
         return EvalRow(number, pieces, tuple(kept), _shown(example), reference, len(kept) < len(ids), form)
 
     def _pieces(self, example: Example) -> tuple[Piece, ...]:
@@ -142,7 +142,7 @@ class _Reader:
 
 
 def _shown(example: Example) -> Any:
-    asked = prompt_of(example, "sft") or {}
+    asked = prompt_of(example) or {}
     return asked.get("messages") or asked.get("prompt") or ""
 
 

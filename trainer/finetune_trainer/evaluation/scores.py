@@ -8,8 +8,9 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU, CHRF
+from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]  # it has no types
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
 
 from finetune_api.stages import EvaluateSpec
 from finetune_trainer.evaluation.query_execution import execution

@@ -22,7 +22,7 @@ def without_cudnn_attention() -> Iterator[None]:
 
     Nothing changes where the user has set `VARIABLE`.
     """
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]  # torch has no type for it
     if VARIABLE in os.environ or not enabled:
         yield
         return

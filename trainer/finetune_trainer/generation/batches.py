@@ -1,4 +1,4 @@
-"""Answers to a batch of prompts by any causal model at hand: saved or in training, adapted, divided among workers."""
+"""Generate completions for a batch of prompts, with a loaded model or one in training, with adapters, or sharded."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from finetune_trainer.model.router_logits import no_router_logits
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer."""
+    """One completion."""
 
     text: str
-    """Without special tokens, and without the stop text that ended it."""
+    """The text, without special tokens and without the stop string that ended it."""
     tokens: list[int]
-    """As generated: the token that ended the answer is the last one."""
+    """The generated token ids, including the stop token."""
     prompt: list[int]
-    """The prompt's tokens."""
+    """The token ids of the prompt."""
     finished: bool
-    """Whether it ended by itself and was not cut where an answer is longest."""
+    """Whether the completion ended with a stop token or stop string, before the maximum length."""
 
 
 def generate_batch(
@@ -80,7 +80,7 @@ def generate_batch(
 
 
 def context_of(model: Any) -> int | None:
-    """Most tokens the model takes at once, or None where its configuration does not say."""
+    """Return the context length of the model, or None if its configuration does not set it."""
     value = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return value if isinstance(value, int) and value > 0 else None
 
@@ -94,7 +94,7 @@ def _generate(
     seed: int,
     extra: dict[str, Any],
 ) -> torch.Tensor:
-    """Prompt and answer ids, shape (rows, longest prompt + longest answer)."""
+    """Return the ids of prompts and completions, shape (rows, longest prompt + longest completion)."""
     config = _config(model, tokenizer, options, longest=max(map(len, rows)))
     batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
     processors = LogitsProcessorList([Beats()])
@@ -159,7 +159,7 @@ def _completion(
 
 
 def _until_stop(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: Sequence[str]) -> list[int]:
-    """The fewest tokens whose text has a stop text."""
+    """Return the smallest number of tokens whose text contains a stop string."""
     low, high = 1, len(tokens)
     while low < high:
         middle = (low + high) // 2
@@ -169,7 +169,7 @@ def _until_stop(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: Seq
 
 
 class Beats(LogitsProcessor):
-    """Changes no scores: each token is progress."""
+    """A logits processor that reports progress at each token and does not change the scores."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         record_progress()

@@ -1,4 +1,4 @@
-"""Which directory is meant: a model, an adapter, or a job whose last result is wanted."""
+"""Find the directory to load: a model, an adapter, or the last result of a job."""
 
 from __future__ import annotations
 

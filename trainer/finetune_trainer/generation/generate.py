@@ -1,4 +1,4 @@
-"""Answers to prompts: all at once in batches, or one as a stream of text."""
+"""Generate answers to prompts, in batches or as a stream of text."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def generate(
 def stream(
     loaded: Loaded, prompt: Prompt, options: GenerationOptions | None = None, *, raw: bool | None = None
 ) -> Iterator[str]:
-    """Pieces of one answer as they come; with beam search, which knows its answer only at the end, one piece.
+    """Yield the pieces of one answer as they are generated; with beam search, the complete answer as one piece.
 
     Closing the iterator stops the model after the token it is at. Errors are `generate`'s, raised at the first piece.
     """
@@ -63,13 +63,13 @@ def stream(
 
 
 class _Stop(StoppingCriteria):
-    """Ends generation once an event is set."""
+    """A stopping criterion that ends generation when an event is set."""
 
     def __init__(self, event: threading.Event) -> None:
         self.event = event
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """One boolean per row, shape (batch,)."""
+        """Return one boolean per row, shape (batch,)."""
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
@@ -81,7 +81,7 @@ def _streamed(loaded: Loaded, encoded: list[list[int]], options: GenerationOptio
 
     def work() -> None:
         try:
-            extra = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([_Stop(stop)])}
+            extra: dict[str, Any] = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([_Stop(stop)])}
             generate_batch(loaded.model, tokenizer, encoded, options, _seed(options), **extra)
         except BaseException as error:
             failures.append(error)
@@ -101,7 +101,7 @@ def _streamed(loaded: Loaded, encoded: list[list[int]], options: GenerationOptio
 def _answers(
     loaded: Loaded, encoded: list[list[int]], options: GenerationOptions, seed: int, first: int = 0
 ) -> list[str]:
-    """Answers to one batch, the first of which is prompt number `first`."""
+    """Generate the answers to one batch. `first` is the index of its first prompt."""
     keys = range(first, first + len(encoded))
     found = generate_batch(loaded.model, loaded.tokenizer, encoded, options, seed, keys=keys)
     return [completion.text for completion in found]

@@ -1,4 +1,4 @@
-"""Load a result: a whole model or an adapter on its base, with its tokenizer."""
+"""Load a result with its tokenizer: a complete model, or an adapter and its base."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ Kind = Literal["causal", "masked"]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to answer, in evaluation mode, on its device."""
+    """A loaded model, in evaluation mode, on its device."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
-    """Has a padding token."""
+    """The tokenizer. It has a padding token."""
     kind: Kind
-    """`causal` continues text, `masked` fills masks."""
+    """`causal` or `masked` language model."""
     form: Form | None = None
-    """How it was trained; None where that is not known, as of models that are no result of a job."""
+    """Format of the training data; None if it is not known, as for models that are not the result of a job."""
 
     @property
     def asks_plainly(self) -> bool:
-        """Whether texts are asked as they stand although the tokenizer has a chat template."""
+        """Whether prompts are used without the chat template although the tokenizer has one."""
         return form_is_plain(self.form) and has_template(self.tokenizer)
 
 
@@ -65,13 +65,13 @@ def load(result_dir: str, device: str = "auto", dequantize_in: str | None = None
     Raises:
         UserError: there is no loadable model at `result_dir`, or no such device.
     """
-    place = _device(device)
+    target = _device(device)
     directory = find_result(result_dir)
     try:
-        loaded = _read(directory, dequantize_in, place)
+        loaded = _read(directory, dequantize_in, target)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{directory} can't be loaded: {str(error).strip().splitlines()[0]}") from error
-    on_device(loaded.model, place).eval()
+    on_device(loaded.model, target).eval()
     return loaded
 
 

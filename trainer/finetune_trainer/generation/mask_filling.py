@@ -1,4 +1,4 @@
-"""What a masked language model puts in place of its mask token."""
+"""Predict the masked tokens of a text with a masked language model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Prediction:
 
 
 def fill(loaded: Loaded, text: str, top_k: int = 5) -> list[list[Prediction]]:
-    """For each mask token in `text`, in order, its `top_k` likeliest tokens, the likeliest first.
+    """Return the `top_k` most likely tokens for each mask token in `text`, the most likely first.
 
     Raises:
         UserError: the model is no masked language model, or `text` has no mask token.

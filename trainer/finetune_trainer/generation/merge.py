@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -72,7 +73,8 @@ def _whole(directory: Path, out: Path, plain: str) -> PreTrainedTokenizerBase:
     loaded = load(str(directory), device="cpu", dequantize_in=plain)
     model = loaded.model
     if isinstance(model, PeftModel):
-        model = merge_in_memory(model, model.get_base_model().config.dtype or torch.float32)
+        config: Any = model.get_base_model().config
+        model = merge_in_memory(model, config.dtype or torch.float32)
     model.config.get_text_config().use_cache = True
     model.save_pretrained(out, max_shard_size=SHARD_SIZE)
     return loaded.tokenizer

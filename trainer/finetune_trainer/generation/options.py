@@ -44,11 +44,12 @@ class GenerationOptions:
     system: str | None = None
     """System message put before each conversation that has none."""
     stop: tuple[str, ...] = ()
-    """Texts that end an answer, beside the end of text and of a turn; they are no part of it."""
+    """Strings that end an answer, in addition to the end-of-text and end-of-turn tokens. The answer does not include
+    them."""
 
     @classmethod
     def of(cls, generation: Generation) -> Self:
-        """The options that a job asks for."""
+        """Return the options of a job."""
         values = generation.model_dump()
         return cls(**values | {"stop": tuple(generation.stop)})
 
@@ -58,11 +59,11 @@ class GenerationOptions:
             raise UserError(problems)
 
     def config(self, *, stop_ids: list[int], pad_id: int, max_new_tokens: int) -> GenerationConfig:
-        """transformers' form of the options; every field a model might set otherwise is written out.
+        """Return the options as GenerationConfig, with an explicit value for every field that a model may override.
 
-        Sampling is `generation.sampling`'s: to transformers all decoding is greedy or by beams.
+        `generation.sampling` does the sampling: for transformers, decoding is always greedy or beam search.
         """
-        return GenerationConfig(
+        return GenerationConfig(  # type: ignore[no-untyped-call]  # transformers has no types for it
             max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=1.0,

@@ -1,4 +1,4 @@
-"""From prompts to token ids: the chat template where there is one, the bare text where there is none."""
+"""Encode prompts as token ids, with the chat template if the tokenizer has one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune_api.problems import Problem
 from finetune_trainer.data.plain_text import PlainFrame
 from finetune_trainer.data.row_formats import Message
 from finetune_trainer.data.template import ChatError, ChatTemplate, Tools, template_of
-from finetune_trainer.data.template_messages import fitted
+from finetune_trainer.data.template_messages import adapt_messages
 from finetune_trainer.errors import UserError
 from finetune_trainer.form import Form
 
@@ -57,17 +57,17 @@ def encode(
 
 
 def form_is_plain(form: Form | None) -> bool:
-    """Whether a model that was trained in this form is asked without the chat template."""
+    """Return whether prompts of a model trained on this format are used without the chat template."""
     return form in ("prompt-completion", "text")
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer knows how to write a conversation."""
+    """Return whether the tokenizer has a chat template."""
     return bool(tokenizer.chat_template)
 
 
 def conversation(prompt: Prompt, system: str | None) -> Conversation:
-    """The prompt as messages, the system message first where the prompt has none."""
+    """Return the prompt as messages, with the system message added if the prompt has none."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system and messages[0]["role"] != "system":
         return [{"role": "system", "content": system}, *messages]
@@ -88,7 +88,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, model_stops: int | list[int] | 
 
 def _chat_text(template: ChatTemplate, messages: Conversation, tools: Tools, at: int) -> str:
     try:
-        return template.text(fitted(template, messages, tools), tools, generation=True)
+        return template.text(adapt_messages(template, messages, tools), tools, generation=True)
     except ChatError as error:
         raise UserError([Problem(f"prompts[{at}]", str(error))]) from error
 

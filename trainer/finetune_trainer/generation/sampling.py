@@ -1,4 +1,4 @@
-"""Sampling whose every draw is a row's own: the same whatever shares its batch, and on every device."""
+"""Sampling with separate random numbers for each row: independent of the batch and the device."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from finetune_trainer.generation.options import GenerationOptions
 
 
 def draws(seed: int, rows: Sequence[tuple[int, int]], steps: int) -> torch.Tensor:
-    """Uniform numbers from 0 to below 1, shape (rows, steps), each row's by the seed and the row's two numbers."""
+    """Return uniform random numbers in [0, 1), shape (rows, steps), seeded by the seed and the two keys of each row."""
     return torch.from_numpy(np.stack([np.random.default_rng([seed, *row]).random(steps) for row in rows]))
 
 
 class SeededSampling(LogitsProcessor):
-    """Leaves of each row the one token that its number draws, so that greedy decoding takes it.
+    """A logits processor that keeps one sampled token per row, so that greedy decoding selects it.
 
-    A token is drawn by inverting the distribution function, which needs one number a token: transformers' own
-    sampling takes as many from one global stream as the whole batch has, so its answers change with the batch.
+    A token is sampled by inverting the cumulative distribution, which needs one random number per token. Sampling in
+    transformers draws from one global generator for the whole batch, so its completions depend on the batch.
     """
 
     def __init__(self, options: GenerationOptions, numbers: torch.Tensor) -> None:
@@ -40,7 +40,7 @@ class SeededSampling(LogitsProcessor):
             self.warpers.append(TopPLogitsWarper(options.top_p))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores of shape (rows, vocabulary): 0 for the drawn token and -inf for all others."""
+        """Return scores of shape (rows, vocabulary): 0 for the sampled token and -inf for all others."""
         warped = self.warpers(input_ids, scores)
         reached = warped.softmax(-1, dtype=torch.float64).cumsum(-1)
         number = self.numbers[:, self.step, None].to(scores.device)

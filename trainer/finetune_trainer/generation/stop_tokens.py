@@ -41,10 +41,10 @@ def write_stops(directory: Path, tokenizer: PreTrainedTokenizerBase, settings: S
 def unstopped(base: str, revision: str | None, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the stop tokens of a saved adapter that its base does not stop at.
 
-    transformers takes the generation config of the base, and not the one beside the adapter.
+    transformers uses the generation config of the base, not that of the adapter.
     """
     try:
-        own: Any = GenerationConfig.from_pretrained(base, revision=revision)
+        own: Any = GenerationConfig.from_pretrained(base, revision=revision or "main")
     except OSError:  # without the file, transformers reads the model's configuration
         own = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False).get_text_config()
     wanted = GenerationConfig.from_pretrained(adapter).eos_token_id

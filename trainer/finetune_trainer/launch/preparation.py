@@ -1,4 +1,4 @@
-"""Before anything trains: every stage's data tokenised, and its memory and steps planned."""
+"""Preparation before training: tokenises every stage's data, and plans memory and steps."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import EvaluateSpec, PretrainSpec
+from finetune_api.stages import EvaluateSpec
 from finetune_api.training import TrainingSpec
 from finetune_trainer.data import DataReport, Prepared, prepare
+from finetune_trainer.data.row_kinds import row_kind
 from finetune_trainer.data.summary import data_line
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.evaluation.rows import eval_rows
@@ -29,10 +30,10 @@ from finetune_trainer.storage.filesystem import Storage
 
 
 class Preparation:
-    """Tokenises all data up front, so that a fault in the last stage's is told before the first one trains.
+    """Tokenises all data ahead, so that faults in any stage's data are reported before the first stage trains.
 
     Args:
-        log: is told a line at a time what happens.
+        log: receives a line of text for each event.
 
     Raises:
         UserError: there is no tokenizer or no model.
@@ -47,7 +48,7 @@ class Preparation:
         self.config = load_config(source, self.tokenizer)
 
     def run_all(self, todo: list[StageLayout], stop: threading.Event) -> JobPlan:
-        """Prepare the stages' data; returns the plan of all trained stages.
+        """Prepare the stages' data and return the plan of all trained stages.
 
         Raises:
             UserError: every fault in every stage's data.
@@ -67,13 +68,14 @@ class Preparation:
         return self._plan(sizes)
 
     def _can_be_prepared(self, layout: StageLayout) -> bool:
-        """Whether the stage reads data that is there; what a stage has yet to make is prepared by the workers."""
-        spec = self.run.job.spec.stages[layout.index].spec
+        """Whether the stage reads data that exists. Data of an unfinished stage is prepared by the workers."""
+        stage = self.run.job.spec.stages[layout.index]
         waits = any(not self.storage.exists(other.done) for other in waits_for(self.run, layout.index))
-        return isinstance(spec, (TrainingSpec, EvaluateSpec)) and not waits
+        reads = stage.evaluate is not None or isinstance(stage.spec, TrainingSpec)
+        return reads and not waits
 
     def prepare(self, index: int) -> DataSize | None:
-        """Prepare one stage's data; returns its size, or None where it is not known.
+        """Prepare one stage's data and return its size, or None where it is not known.
 
         Raises:
             UserError: every fault in it.
@@ -112,12 +114,12 @@ class Preparation:
     def _form_note(self, spec: TrainingSpec, report: DataReport) -> str | None:
         """Return what to know of a stage that does not train in chats though the tokenizer has a chat template."""
         form = main_form(report.forms)
-        if isinstance(spec, PretrainSpec) or form in (None, "chat") or not self.tokenizer.chat_template:
+        if row_kind(spec.row_kind).joined or form in (None, "chat") or not self.tokenizer.chat_template:
             return None
         return f"the rows are {FORMS[form]}: the chat template is not used, and `finetune chat` asks without it, too"
 
     def _rows(self, spec: EvaluateSpec, index: int) -> DataSize | None:
-        """The rows of an evaluation, read as its workers will."""
+        """Return the size of an evaluation's rows, read as its workers read them."""
         if spec.data is None:
             return None
         where, places = place(self.run, index), directories(self.run)
@@ -131,7 +133,7 @@ class Preparation:
 
 
 def data_size(report: DataReport | None) -> DataSize | None:
-    """What a plan needs to know of prepared data; None where nothing is known."""
+    """Return the size of prepared data for a plan; None where it is not known."""
     if report is None or report.streaming:
         return None
     return DataSize(report.packed_rows or report.kept, report.tokens, report.longest)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import OnlineSpec
 from finetune_trainer.data.data_identity import DataKey, changes
 from finetune_trainer.errors import UserError
 from finetune_trainer.stage_graph import place
@@ -48,7 +47,7 @@ def compare_data(run: RunConfig, index: int, checkpoint: Manifest, now: DataKey)
     if not found:
         return Comparison(False, notes)
     what = f"{' and '.join(found)} than at step {checkpoint.step}, from which this stage resumes"
-    if field not in renamed_data(run) or isinstance(run.job.spec.stages[index].spec, OnlineSpec):
+    if field not in renamed_data(run) or run.job.spec.stages[index].online is not None:
         raise UserError([Problem(field, f"{what}: {_remedy(run, index, field)}")])
     return Comparison(True, [*notes, f"{what}: training continues with them, because --set names {field}"])
 
@@ -60,7 +59,7 @@ def _other_eval(checkpoint: Manifest) -> str:
 def _remedy(run: RunConfig, index: int, field: str) -> str:
     spec = run.job.spec.stages[index].spec
     restore = "restore the data, or start over with --fresh"
-    if isinstance(spec, OnlineSpec):
+    if run.job.spec.stages[index].online is not None:
         return f"{restore}; the completions of finished rounds belong to the earlier prompts"
     assert spec.data is not None, "a stage without data has no rows that could differ"
     return f"{restore}; to continue with other rows, name the data, such as --set {field}.{_example(spec.data)}"

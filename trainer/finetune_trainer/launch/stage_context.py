@@ -1,7 +1,8 @@
-"""All that a stage's trainer is built from, on one worker."""
+"""The context of a stage on one worker, from which its trainer is built."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from finetune_api.problems import Problem
@@ -12,11 +13,10 @@ from finetune_trainer.data import Prepared, prepare
 from finetune_trainer.errors import UserError
 from finetune_trainer.launch.sharing.node_files import NodeFiles
 from finetune_trainer.model.config import context_length, load_config, load_tokenizer
-from finetune_trainer.model.reward_score import pad_apart
+from finetune_trainer.model.reward_score import set_distinct_pad_token
 from finetune_trainer.model.source import stage_source
-from finetune_trainer.model.task import task_of
 from finetune_trainer.plan.steps import rows_per_step
-from finetune_trainer.stage_graph import directories, layouts, place, scratch, spec_of, waits_for
+from finetune_trainer.stage_graph import layouts, place, scratch, spec_of, waits_for
 from finetune_trainer.storage.filesystem import Storage
 from finetune_trainer.training.collectives import Collectives
 from finetune_trainer.training.context import Placement, StageContext
@@ -31,7 +31,7 @@ def stage_context(
     storage: Storage,
     files: NodeFiles | None = None,
 ) -> StageContext:
-    """Return all that a stage's trainer is built from, its data prepared or found prepared.
+    """Return the context of a stage; its data is prepared, or found in the cache.
 
     Args:
         files: of the nodes, where the stage runs in a worker group.
@@ -43,8 +43,8 @@ def stage_context(
     tokenizer = load_tokenizer(source)
     config = load_config(source, tokenizer)
     data = _prepared(run, index, spec, tokenizer, context_length(config), threads, files)
-    if task_of(spec) == "reward":  # after the data, whose place in the cache depends on the tokenizer's tokens
-        pad_apart(tokenizer, config.get_text_config().vocab_size)
+    if spec.task == "reward":  # after the data, whose cache key depends on the tokenizer's tokens
+        set_distinct_pad_token(tokenizer, config.get_text_config().vocab_size)
     output = storage.local(layout.checkpoints) or scratch(run, index)
     rows = work.rows_per_step or _rows_per_step(spec, placement.world_size)
     shards = work.shards or placement.world_size
@@ -65,12 +65,20 @@ def _prepared(
     threads: int,
     files: NodeFiles,
 ) -> Prepared | None:
-    """Return the stage's data, found prepared or, where another stage made it, prepared now by the first worker."""
+    """Return the stage's data from the cache; data that another stage made is prepared by the first worker."""
     if not isinstance(spec, TrainingSpec):
         return None
 
     def work() -> Prepared:
-        return prepare(spec, tokenizer, context, where=place(run, index), num_proc=threads, **directories(run))
+        return prepare(
+            spec,
+            tokenizer,
+            context,
+            where=place(run, index),
+            cache_dir=Path(run.cache_dir),
+            base_dir=Path(run.base_dir),
+            num_proc=threads,
+        )
 
     made_in_this_run = any(True for _ in waits_for(run, index))
     return files.prepare_once(work) if made_in_this_run else work()

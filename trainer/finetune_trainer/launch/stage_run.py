@@ -28,7 +28,6 @@ from finetune_trainer.launch.stage_resume import StageResume
 from finetune_trainer.launch.work_order import WorkOrder
 from finetune_trainer.model.composite import frozen_note
 from finetune_trainer.model.load_notes import loading_notes
-from finetune_trainer.model.task import task_of
 from finetune_trainer.progress.channel import Event, StageBegun, StageDone, TransportFound, Waiting, WorkerChannel
 from finetune_trainer.progress.heartbeats import HeartbeatThread, first_heartbeat
 from finetune_trainer.progress.metrics_log import MetricsLog
@@ -192,7 +191,7 @@ class StageRun:
         """Log how loading changes the saved model from which the stage starts."""
         context = self.context
         if self.first:
-            for note in loading_notes(context.source, context.job_model, task_of(context.spec)):
+            for note in loading_notes(context.source, context.job_model, context.spec.task):
                 self._log(note)
 
     def _load(self, resumed: ResumePoint | None) -> Any:
@@ -277,6 +276,6 @@ def _placement(accelerator: bool) -> Placement:
 def _prompts(context: StageContext) -> list[dict[str, Any]]:
     """Return prompts for samples during training; none for masked models and reward models."""
     spec = context.spec
-    if task_of(spec) != "causal":
+    if spec.task != "causal":
         return []
     return eval_prompts(spec, Path(context.run.base_dir), Path(context.run.cache_dir), SAMPLE_PROMPTS)

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import TokenizerSpec
 from finetune_trainer.data import corpus_texts
 from finetune_trainer.layout import StageLayout
 from finetune_trainer.model.config import build_config, context_length
@@ -21,8 +20,8 @@ from finetune_trainer.storage.filesystem import Storage
 def run_tokenizer_stage(run: RunConfig, storage: Storage, layout: StageLayout, reporter: Reporter) -> dict[str, float]:
     """Train the tokenizer, evaluate it on held-out text, save it, and return the metrics of the stage."""
     started = time.monotonic()
-    spec = run.job.spec.stages[layout.index].spec
-    assert isinstance(spec, TokenizerSpec) and run.job.spec.model.config is not None
+    spec = run.job.spec.stages[layout.index].tokenizer
+    assert spec is not None and run.job.spec.model.config is not None
     train, held_out, size = corpus_texts(spec.data, f"{place(run, layout.index)}.data", **directories(run))
     reporter.log(f"{layout.title}: {size / 1e6:.1f} MB of text, vocabulary of {spec.vocab_size}")
     context = context_length(build_config(run.job.spec.model.config, None))

@@ -1,4 +1,4 @@
-"""Adapters (PEFT) put on their base models, with every weight that they should have."""
+"""Attach PEFT adapters to their base models and check that no weight is missing."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _SAVED = f".modules_to_save.{NAME}."
 def attach_adapter(
     model: PreTrainedModel, directory: str | Path, *, trainable: bool = False, float32: bool = True
 ) -> PeftModel:
-    """Put an adapter on its base, as `PeftModel.from_pretrained` does.
+    """Attach an adapter to its base model as `PeftModel.from_pretrained` does, and refuse an incomplete one.
 
-    PEFT only warns of weights that the file lacks, which then stay as they are initialised (the adapter does nothing),
-    and of those that it holds under other names it says nothing.
+    PEFT only warns about weights that the file lacks, which then keep their initial values (the adapter has no
+    effect), and does not report weights with unexpected names.
 
     Args:
-        float32: whether an adapter in half precision becomes float32, as PEFT has it by default.
+        float32: whether an adapter in half precision is converted to float32, as PEFT does by default.
 
     Raises:
-        UserError: the file is not there, lacks a weight, or holds one that the model has no place for.
+        UserError: the file does not exist, lacks a weight, or holds one that the model does not have.
     """
     path = Path(directory, ADAPTER_WEIGHTS)
     if not path.is_file():
@@ -41,18 +41,20 @@ def attach_adapter(
     config = PeftConfig.from_pretrained(str(directory))
     config.inference_mode = not trainable
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    adapted: PeftModel = kind(model, config, NAME, autocast_adapter_dtype=float32)
-    _refuse(path, "lacks", _unsaved(adapted, path))
+    adapter_model: PeftModel = kind(model, config, NAME, autocast_adapter_dtype=float32)
+    _require_none(path, "lacks", _missing_from_file(adapter_model, path))
     try:
-        result = adapted.load_adapter(str(directory), NAME, is_trainable=trainable, autocast_adapter_dtype=float32)
+        result = adapter_model.load_adapter(
+            str(directory), NAME, is_trainable=trainable, autocast_adapter_dtype=float32
+        )
     except RuntimeError as error:  # shapes
         raise UserError(f"{path} does not fit its base model: {' '.join(str(error).split())[:500]}") from error
-    _refuse(path, "lacks", list(result.missing_keys) if config.peft_type == PeftType.LORA else [])
-    # Of embeddings that are trained in full and got more rows, PEFT 0.21 saves a second copy under such names.
+    _require_none(path, "lacks", list(result.missing_keys) if config.peft_type == PeftType.LORA else [])
+    # PEFT 0.21 saves a second copy, with such a name, of embeddings that were resized and trained in full.
     foreign = [name for name in result.unexpected_keys if not name.endswith(".modules_to_save.weight")]
-    _refuse(path, "does not fit the base model, which has no place for", foreign)
-    factor_adapters(adapted)
-    return adapted
+    _require_none(path, "does not fit the base model, which has no place for", foreign)
+    factor_adapters(adapter_model)
+    return adapter_model
 
 
 def merge_in_memory(
@@ -68,7 +70,7 @@ def merge_in_memory(
     Raises:
         ValueError: a merged weight is not finite.
     """
-    merged: Any = adapted.float()  # type: ignore[no-untyped-call]  # transformers has no types here
+    merged: Any = adapted.float()
     merged = merged.merge_and_unload(safe_merge=True)
     for name, weight in chain(merged.named_parameters(), merged.named_buffers()):
         if weight.is_floating_point():
@@ -77,15 +79,15 @@ def merge_in_memory(
     return model
 
 
-def _unsaved(adapted: Any, path: Path) -> list[str]:
+def _missing_from_file(adapter_model: Any, path: Path) -> list[str]:
     """Return the weights of modules that were trained in full (`modules_to_save`) and are not in the file."""
-    expected = [name for name in adapted.state_dict() if _SAVED in name]
+    expected = [name for name in adapter_model.state_dict() if _SAVED in name]
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
     return [name for name in expected if name.replace(_SAVED, ".") not in names]
 
 
-def _refuse(path: Path, what: str, names: list[str]) -> None:
+def _require_none(path: Path, what: str, names: list[str]) -> None:
     if names:
         shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
         raise UserError(f"{path} {what} {len(names)} of the adapter's weights: {shown}")

@@ -1,8 +1,8 @@
-"""Whether the tensors of a checkpoint are those of the model that is to be loaded.
+"""Check that a checkpoint holds exactly the tensors of the model that it is loaded into.
 
-transformers fills weights that a checkpoint lacks with random numbers, leaves out tensors that it has no place for, and
-only warns. Here the checkpoint is loaded on the meta device first, from its files' headers alone: transformers applies
-its own renaming, fusing (experts) and tying, so that its report is the one that loading the values would give.
+transformers initializes missing weights with random numbers, drops unexpected tensors, and only warns. This module
+first loads the checkpoint on the meta device from the headers of its files: transformers applies its own renaming,
+fusing (experts) and tying, so its report equals the one for loading the values.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from finetune_trainer.model.weights import TensorFile, saved_tensors, weight_fil
 Tensors = Mapping[str, torch.Tensor]
 
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
-"""What torch.compile, FSDP, activation checkpointing and DeepSpeed put into the names, before any part of them."""
+"""Parts that torch.compile, FSDP, activation checkpointing and DeepSpeed insert anywhere into names of tensors."""
 PREFIXES = (*WRAPPERS, "module.", "base_model.model.", "model.", "language_model.")
-"""What wrappers put in front of all names: DataParallel's `module.`, PEFT's, and a trainer's own `model.`."""
+"""Prefixes that wrappers add to all names: DataParallel's `module.`, PEFT's, and the `model.` of some trainers."""
 
-_LISTED = 5
+_MAX_SHOWN = 5
 _OTHER_HEADS = re.compile(
     r"(^|\.)(score|classifier|classification_head|v_head|value_head|qa_outputs|seq_relationship|pooler|nsp_cls"
     r"|discriminator_predictions)\."
@@ -40,56 +40,57 @@ _CAUSAL_MASKS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|causal_ma
 
 @dataclass(frozen=True)
 class Match:
-    """How a checkpoint's tensors match a model's."""
+    """The result of comparing a checkpoint's tensors with a model's."""
 
     architecture: str
     missing: tuple[str, ...] = ()
     """Weights of the model that the checkpoint lacks."""
     unexpected: tuple[str, ...] = ()
-    """Tensors of the checkpoint that the model has no place for."""
+    """Tensors of the checkpoint that the model does not have."""
     mismatched: tuple[str, ...] = ()
-    """Weights of another shape, each with both shapes."""
+    """Weights whose shapes differ, each with both shapes."""
     key_mapping: dict[str, str] = field(default_factory=dict)
-    """`from_pretrained`'s argument of that name: patterns in the checkpoint's names with their replacements."""
+    """The argument `key_mapping` of `from_pretrained`: patterns in the checkpoint's names and their replacements."""
     removed: tuple[str, ...] = ()
-    """What the key mapping removes from the names, such as `_orig_mod.`."""
+    """Parts that the key mapping removes from names, such as `_orig_mod.`."""
     new: tuple[str, ...] = ()
-    """Weights of a new head, which the checkpoint need not have."""
+    """Weights of a new head, which the checkpoint may lack."""
     unused: tuple[str, ...] = ()
-    """Tensors of another head, which the model does not have."""
+    """Tensors of a head that the model does not have."""
 
     @property
     def faults(self) -> int:
+        """Return the number of tensors that do not match."""
         return len(self.missing) + len(self.unexpected) + len(self.mismatched)
 
     def problems(self) -> Iterator[str]:
-        """Yield one message for each way in which the checkpoint does not fit, with the first five names."""
+        """Yield one message per kind of mismatch, with the first five names."""
         if self.missing:
             yield (
-                f"the checkpoint lacks {_listed(self.missing)} of {self.architecture}, which would start from random "
-                f"numbers: save the model again with all its weights{_tied_hint(self.missing)}"
+                f"the checkpoint lacks {_summarize(self.missing)} of {self.architecture}, which would start from "
+                f"random numbers: save the model again with all its weights{_tying_hint(self.missing)}"
             )
         if self.unexpected:
             yield (
-                f"the checkpoint holds {_listed(self.unexpected)} that {self.architecture} has no place for: check "
+                f"the checkpoint holds {_summarize(self.unexpected)} that {self.architecture} has no place for: check "
                 "model_type and the sizes in its config.json against the weights"
             )
         if self.mismatched:
-            yield f"the checkpoint and its config.json differ in the shape of {_listed(self.mismatched)}"
+            yield f"the checkpoint and its config.json differ in the shape of {_summarize(self.mismatched)}"
 
     def summary(self) -> str:
         """Return the problems in one line."""
         return "; ".join(self.problems())
 
     def notes(self) -> Iterator[str]:
-        """Yield what is done about names and heads, for the job's log."""
+        """Yield a line for the job's log for each change of names and heads."""
         if self.removed:
             names = " and ".join(f"`{part}`" for part in self.removed)
             yield f"the checkpoint's names contain {names}, left by a wrapper: removed while loading"
         if self.new:
-            yield f"{_listed(self.new)} of {self.architecture} are new: the checkpoint has no such head"
+            yield f"{_summarize(self.new)} of {self.architecture} are new: the checkpoint has no such head"
         if self.unused:
-            yield f"{_listed(self.unused)} of another head in the checkpoint are not used"
+            yield f"{_summarize(self.unused)} of another head in the checkpoint are not used"
 
 
 _matches: dict[Hashable, Match] = {}
@@ -98,10 +99,10 @@ _matches: dict[Hashable, Match] = {}
 def match_checkpoint(
     name: str, config: PretrainedConfig, auto: Any, revision: str | None = None, new_head: bool = False
 ) -> Match:
-    """As `match_tensors`, of the weight files of a directory or a hub id; read once per process.
+    """Match the weight files of a directory or a hub id as `match_tensors` does; the result is cached in the process.
 
     Raises:
-        OSError: it has no safetensors files.
+        OSError: there are no safetensors files.
         SafetensorError: a file is damaged.
     """
     files = tuple(weight_files(name, revision, getattr(config, "transformers_weights", None)))
@@ -113,12 +114,14 @@ def match_checkpoint(
 
 
 def match_tensors(tensors: Tensors, config: PretrainedConfig, auto: Any, *, new_head: bool = False) -> Match:
-    """Match a checkpoint's tensors with the model of a configuration, names as they are or without known prefixes.
+    """Match a checkpoint's tensors with the model of a configuration.
+
+    Names are tried as they are, then without the parts that known wrappers add.
 
     Args:
-        tensors: by the names in the checkpoint, on the meta device.
-        auto: transformers' class that loads it, such as `AutoModelForCausalLM`.
-        new_head: whether the checkpoint may lack the head, as for a reward model that is to be trained.
+        tensors: on the meta device, by their names in the checkpoint.
+        auto: transformers' auto class that loads the model, such as `AutoModelForCausalLM`.
+        new_head: whether the checkpoint may lack the head, as for a reward model before training.
 
     Raises:
         ValueError: `auto` has no model of this family.
@@ -132,15 +135,14 @@ def match_tensors(tensors: Tensors, config: PretrainedConfig, auto: Any, *, new_
     return best
 
 
-def loaded_on_meta(
+def model_on_meta(
     files: Mapping[str, TensorFile], config: PretrainedConfig, auto: Any, match: Match, dtype: Any
 ) -> PreTrainedModel:
-    """Return the model that a checkpoint loads as, without values: with its precisions, and with the conversions by
-    which `save_pretrained` writes it.
+    """Return a checkpoint's model on the meta device, with its dtypes and the conversions that `save_pretrained` uses.
 
     Args:
         files: the checkpoint's tensors by name.
-        dtype: as `from_pretrained` takes it.
+        dtype: the argument `dtype` of `from_pretrained`.
     """
     tensors = {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in files.items()}
     model, _ = _load_on_meta(_architecture(config, auto), config, tensors, match.key_mapping, dtype=dtype)
@@ -148,24 +150,25 @@ def loaded_on_meta(
     return model
 
 
-def own_name(name: str, removed: tuple[str, ...]) -> str:
-    """Return a tensor's name without what a match removes from the names of its checkpoint."""
+def name_in_model(name: str, removed: tuple[str, ...]) -> str:
+    """Return a tensor's name without the parts in `removed`."""
     wrappers = tuple(part for part in removed if part in WRAPPERS)
     return _without(name, wrappers).removeprefix(_prefix(removed))
 
 
 def without_mapping(model: PreTrainedModel, match: Match) -> None:
-    """Make a model that was loaded with a key mapping save its weights under the names that it has itself.
+    """Make a model that was loaded with a key mapping save its weights under the model's own names.
 
-    transformers keeps the mapping to write back the names that it read.
+    transformers keeps the mapping so that it can restore the names in the checkpoint.
     """
     ours = set(match.key_mapping)
     conversions = getattr(model, "_weight_conversions", None) or []
-    model._weight_conversions = [one for one in conversions if not ours & set(one.source_patterns)]  # type: ignore[attr-defined]
+    kept = [one for one in conversions if not ours & set(one.source_patterns)]
+    model._weight_conversions = kept  # type: ignore[assignment]  # nn.Module declares tensors and modules alone
 
 
 def _candidates(tensors: Tensors) -> Iterator[tuple[str, ...]]:
-    """Yield what may be removed from the names: wrappers wherever they are, then one more prefix of all names."""
+    """Yield sets of parts to remove from names: the wrappers' parts, then one more common prefix each time."""
     removed = tuple(part for part in WRAPPERS if any(part in name for name in tensors))
     names = [_without(name, removed) for name in tensors]
     if removed:
@@ -183,7 +186,7 @@ def _without(name: str, parts: tuple[str, ...]) -> str:
 
 
 def _key_mapping(tensors: Tensors, removed: tuple[str, ...]) -> dict[str, str]:
-    """transformers replaces the first match of a pattern alone, so each further one takes a pattern of its own."""
+    """Return patterns that remove the parts. transformers replaces one match per pattern: each repeat needs its own."""
     mapping: dict[str, str] = {}
     for part in removed:
         if part in WRAPPERS:
@@ -194,7 +197,7 @@ def _key_mapping(tensors: Tensors, removed: tuple[str, ...]) -> dict[str, str]:
 
 
 def _prefix(removed: tuple[str, ...]) -> str:
-    """Return what is removed from the beginning of each name."""
+    """Return the prefix that is removed from each name."""
     return "".join(part for part in removed if part not in WRAPPERS)
 
 
@@ -203,7 +206,7 @@ def _match(tensors: Tensors, config: PretrainedConfig, auto: Any, new_head: bool
     architecture = _architecture(config, auto)
     try:
         model, info = _load_on_meta(architecture, config, tensors, mapping)
-    except RuntimeError:  # tensors that transformers joins into one weight do not fit together
+    except RuntimeError:  # the shapes of tensors that transformers joins into one weight differ
         return _match_by_saved_names(tensors, config, architecture, removed)
     base = model.base_model_prefix
     missing, new = _split(info["missing_keys"], lambda name: new_head and _is_head(name, base))
@@ -223,8 +226,8 @@ def _architecture(config: PretrainedConfig, auto: Any) -> type[PreTrainedModel]:
 def _load_on_meta(
     architecture: Any, config: PretrainedConfig, tensors: Tensors, mapping: dict[str, str], **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    with undivided_loading(), _unreported():
-        return architecture.from_pretrained(
+    with undivided_loading(), _silent_loading():
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = architecture.from_pretrained(
             None,
             config=config,
             state_dict=dict(tensors),
@@ -235,47 +238,48 @@ def _load_on_meta(
             trust_remote_code=False,
             **options,
         )
+    return loaded
 
 
 @contextmanager
-def _unreported() -> Iterator[None]:
-    """Inside, transformers logs no table of the names and draws no progress bar."""
+def _silent_loading() -> Iterator[None]:
+    """Keep transformers from logging its table of mismatches and from drawing a progress bar."""
     logger, bars = logging.getLogger("transformers.modeling_utils"), is_progress_bar_enabled()
     logger.disabled, before = True, logger.disabled
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logger.disabled = before
         if bars:
-            enable_progress_bar()
+            enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _match_by_saved_names(
     tensors: Tensors, config: PretrainedConfig, architecture: Any, removed: tuple[str, ...]
 ) -> Match:
-    """Match with the names that the model would be saved under, one tensor for each expert."""
+    """Match with the names that `save_pretrained` writes, where each expert has tensors of its own."""
     with torch.device("meta"), undivided_loading():
         model = architecture(config)
     expected = set(revert_weight_conversion(model, model.state_dict()))
-    names = {own_name(name, removed) for name in tensors}
+    names = {name_in_model(name, removed) for name in tensors}
     missing, unexpected = tuple(sorted(expected - names)), tuple(sorted(names - expected))
     shapes = () if missing or unexpected else ("weights that are joined into one, such as an expert's",)
     return Match(architecture.__name__, missing, unexpected, shapes)
 
 
 def _is_head(name: str, base: str) -> bool:
-    """Whether a weight is outside of the model's body."""
+    """Return whether a weight is outside of the model's backbone."""
     return not name.startswith(f"{base}.") or ".pooler." in name
 
 
 def _split(names: Iterable[str], chosen: Callable[[str], bool]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names that are not chosen and those that are, sorted."""
+    """Return the names for which `chosen` is false and those for which it is true, both sorted."""
     ordered = sorted(names, key=dot_natural_key)
     return tuple(one for one in ordered if not chosen(one)), tuple(one for one in ordered if chosen(one))
 
 
-def _tied_hint(missing: tuple[str, ...]) -> str:
+def _tying_hint(missing: tuple[str, ...]) -> str:
     head = all(name.endswith(("lm_head.weight", "embed_out.weight")) for name in missing)
     return ", or set tie_word_embeddings: true in its config.json if its head is its embedding" if head else ""
 
@@ -284,7 +288,7 @@ def _shape(shape: Any) -> str:
     return str(list(shape))
 
 
-def _listed(names: tuple[str, ...]) -> str:
-    """`1 weight (lm_head.weight)`, `7 weights (a, b, c, d, e, ...)`."""
-    shown = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+def _summarize(names: tuple[str, ...]) -> str:
+    """Return such as `1 weight (lm_head.weight)` or `7 weights (a, b, c, d, e, ...)`."""
+    shown = ", ".join(names[:_MAX_SHOWN]) + (", ..." if len(names) > _MAX_SHOWN else "")
     return f"{len(names)} weight{'s' if len(names) > 1 else ''} ({shown})"

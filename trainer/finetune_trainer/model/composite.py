@@ -1,8 +1,8 @@
-"""Composite models (a language model with encoders of images, video or sound) that are trained on text alone.
+"""Load composite models (a language model with image, video or audio encoders) for training on text alone.
 
-The language model trains. Every other part (vision tower, projector, audio encoder) is frozen when the model loads, so
-that it has no gradients and no optimizer states and adapters stay out of it. `training.write_back` writes it into the
-result as the checkpoint has it.
+Only the language model trains. Every other part (vision tower, projector, audio encoder) is frozen when the model
+loads, so it has no gradients, optimizer states or adapters. `model.composite_result` copies these parts from the
+base's checkpoint into the result.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ _SHOWN = 4
 _TEXT_AND_AXES = 4
 """Rows of positions: the text's, then time, height and width."""
 _HEADS = ("score",)
-"""Heads of models that score texts, which `get_output_embeddings` does not return."""
+"""Heads of reward models, which `get_output_embeddings` does not return."""
 
 
 class AutoLanguageModel:
-    """transformers' auto class for models that continue text.
+    """An auto class for causal language models, composite ones included.
 
-    It builds and loads a composite model whole, with all but its language model frozen. `AutoModelForCausalLM` knows
-    only some composite families, and of others (Qwen3.5) it loads the language model alone, so that a saved result
-    lacks the vision tower.
+    It builds and loads a composite model whole, with all but its language model frozen. `AutoModelForCausalLM` supports
+    only some composite families, and for others (Qwen3.5) loads the language model alone, so that a saved result
+    would lack the vision tower.
     """
 
     _scores = False
@@ -57,18 +57,18 @@ class AutoLanguageModel:
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-        """As transformers' `from_config`, which never runs code of the model's own.
+        """Build a model as transformers' `from_config` does, without custom code of the model.
 
         Raises:
             UserError: a composite family that can't be used with text alone.
         """
         assert not trust_remote_code
         model: PreTrainedModel = cls._class_for(config).from_config(config, trust_remote_code=False, **options)
-        return for_text(model)
+        return freeze_other_modalities(model)
 
     @classmethod
     def from_pretrained(cls, name: str, trust_remote_code: bool = False, **options: Any) -> Any:
-        """As transformers' `from_pretrained`, also with `output_loading_info`; it never runs code of the model's own.
+        """Load a model as transformers' `from_pretrained` does, without custom code of the model.
 
         Raises:
             UserError: a composite family that can't be used with text alone.
@@ -78,7 +78,7 @@ class AutoLanguageModel:
             name, revision=options.get("revision"), trust_remote_code=False
         )
         loaded = cls._class_for(config).from_pretrained(name, trust_remote_code=False, **options)
-        for_text(loaded[0] if isinstance(loaded, tuple) else loaded)
+        freeze_other_modalities(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     @classmethod
@@ -92,29 +92,29 @@ class AutoLanguageModel:
 
 
 class AutoScoringModel(AutoLanguageModel):
-    """As `AutoLanguageModel`, for models that score texts."""
+    """An auto class for reward models, composite ones included."""
 
     _scores = True
     _plain = AutoModelForSequenceClassification
     _composite = AutoModelForSequenceClassification
 
 
-def for_text(model: PreTrainedModel) -> PreTrainedModel:
-    """Freeze the parts of a composite model that text does not pass through; returns the same model."""
+def freeze_other_modalities(model: PreTrainedModel) -> PreTrainedModel:
+    """Freeze the parts of a composite model that text does not pass through; return the same model."""
     if is_composite(model.config):
         inside = language_names(model)
         for name, parameter in model.named_parameters():
             if not inside(name):
                 parameter.requires_grad_(False)
-        _take_text_inputs(model)
-        _name_experts(model.config.get_text_config())
+        _add_text_inputs(model)
+        _alias_num_experts(model.config.get_text_config())
     return model
 
 
 def language_names(model: PreTrainedModel) -> Names:
-    """A predicate: whether a module or parameter of that full name belongs to the language model or its head.
+    """Return a predicate: whether a module or parameter, by full name, belongs to the language model or its head.
 
-    It is true for every name of a model that is not composite.
+    The predicate is true for every name in a model that is not composite.
     """
     if not is_composite(model.config):
         return lambda name: True
@@ -125,32 +125,36 @@ def language_names(model: PreTrainedModel) -> Names:
     other = _other_modalities(model.config)
 
     def inside(name: str) -> bool:
-        return any(_within(name, root) for root in roots) and not (other and other.search(name))
+        return any(_is_below(name, root) for root in roots) and not (other and other.search(name))
 
     return inside
 
 
 def frozen_roots(model: PreTrainedModel) -> list[str]:
-    """The topmost modules of a composite model that are frozen as a whole, by full name; none in other models."""
+    """Return the full names of a composite model's topmost modules that are frozen as a whole; [] for other models."""
     inside = language_names(model)
     roots: list[str] = []
     for name, module in model.named_modules():
         owned = [parameter for parameter, _ in module.named_parameters(prefix=name)]
-        if owned and not any(map(inside, owned)) and not any(_within(name, root) for root in roots):
+        if owned and not any(map(inside, owned)) and not any(_is_below(name, root) for root in roots):
             roots.append(name)
     return roots
 
 
 def frozen_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
-    """Parameters of the frozen parts."""
+    """Return the parameters of a composite model's frozen parts."""
     inside = language_names(model)
     return [parameter for name, parameter in model.named_parameters() if not inside(name)]
 
 
 def frozen_note(model: Any) -> str | None:
-    """Return one line on what training leaves alone of a composite model, adapted or not; None for other models."""
+    """Return a log line that names a composite model's frozen parts; None for other models.
+
+    Args:
+        model: a transformers model, or a PEFT model around one.
+    """
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # ZeRO-3 leaves empty tensors in place of the weights it has divided.
+    # Under ZeRO-3 a divided weight is an empty tensor.
     count = sum(getattr(weight, "ds_numel", None) or weight.numel() for weight in frozen_parameters(whole))
     if not count:
         return None
@@ -161,9 +165,9 @@ def frozen_note(model: Any) -> str | None:
 
 
 def shrink_frozen(model: PreTrainedModel, precision: Precision) -> None:
-    """Hold frozen parts in the precision that the stage computes in: only trained weights need float32 copies.
+    """Convert frozen parts to the dtype that the stage computes in: only trained weights need to be float32.
 
-    A model that ZeRO-3 has divided, or that has no such copies, is left as it is.
+    Nothing happens where weights are loaded in that dtype, which includes ZeRO.
     """
     if precision.weights == precision.compute:
         return
@@ -172,7 +176,7 @@ def shrink_frozen(model: PreTrainedModel, precision: Precision) -> None:
 
 
 def composite_skips(config: PretrainedConfig, auto: Any) -> list[str] | None:
-    """Modules of a composite model that are not quantized: its frozen parts and its head; None for other models.
+    """Return a composite model's modules that are not quantized, its frozen parts and its head; None for other models.
 
     Args:
         auto: the auto class that loads the model.
@@ -181,19 +185,19 @@ def composite_skips(config: PretrainedConfig, auto: Any) -> list[str] | None:
         return None
     with torch.device("meta"):
         model = auto.from_config(deepcopy(config), trust_remote_code=False)
-    kept: list[str] = get_keys_to_not_convert(model)  # type: ignore[no-untyped-call]
+    kept: list[str] = get_keys_to_not_convert(model)
     return sorted({*kept, *frozen_roots(model)})
 
 
-def _name_experts(config: PretrainedConfig) -> None:
-    """Let TRL's balance loss find the number of experts under the name that it looks for (GLM-4.5V has another)."""
+def _alias_num_experts(config: PretrainedConfig) -> None:
+    """Make `num_experts`, which TRL's balance loss reads, an alias where a family has another name (GLM-4.5V)."""
     names = type(config).attribute_map
     if "num_local_experts" in names and not hasattr(config, "num_experts"):
         type(config).attribute_map = names | {"num_experts": names["num_local_experts"]}
 
 
-def _take_text_inputs(model: PreTrainedModel) -> None:
-    """Give the model what it asks for beside the tokens, where batches of text have it in another form or not at all.
+def _add_text_inputs(model: PreTrainedModel) -> None:
+    """Add a hook that supplies inputs that the family needs and that text batches lack or have in another shape.
 
     The hook is on the inner model, which both the family's own forward pass and TRL's fused loss call.
     """
@@ -205,8 +209,8 @@ def _take_text_inputs(model: PreTrainedModel) -> None:
 def _text_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     config: Any = module.config
     positions, ids = kwargs.get("position_ids"), kwargs.get("input_ids")
-    packed = positions is not None and positions.ndim == 2 and kwargs.get("attention_mask") is None
-    if packed and config.model_type in POSITION_ROWS:
+    unmasked = positions is not None and kwargs.get("attention_mask") is None
+    if positions is not None and unmasked and positions.ndim == 2 and config.model_type in POSITION_ROWS:
         kwargs["position_ids"] = positions[None].expand(_TEXT_AND_AXES, -1, -1)
     if ids is not None and config.model_type in NEEDS_TOKEN_TYPES and kwargs.get("mm_token_type_ids") is None:
         kwargs["mm_token_type_ids"] = torch.zeros_like(ids)
@@ -214,13 +218,13 @@ def _text_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _other_modalities(config: PretrainedConfig) -> re.Pattern[str] | None:
-    """Names within the decoder that belong to other parts."""
+    """Return a pattern of names inside the decoder that belong to other modalities."""
     pattern = INSIDE_DECODER.get(config.model_type)
-    if config.model_type == "mllama":  # whole layers attend to images alone, and text skips them
+    if config.model_type == "mllama":  # its cross-attention layers attend to images alone, and text skips them
         layers = "|".join(map(str, config.get_text_config().cross_attention_layers))
         pattern = rf"\.layers\.({layers})(\.|$)"
     return None if pattern is None else re.compile(pattern)
 
 
-def _within(name: str, root: str) -> bool:
+def _is_below(name: str, root: str) -> bool:
     return not root or name == root or name.startswith(f"{root}.")

@@ -1,7 +1,7 @@
-"""What is known about the composite families of transformers 5.23 when they are trained on text alone.
+"""Facts about the composite families of transformers 5.23 for training on text alone.
 
-A composite family joins a language model with encoders of images, video or sound in one model with one nested
-configuration. `tests/composite` builds a tiny model of every family in `TRAINED` and checks each fact here; a family
+A composite family joins a language model with image, video or audio encoders in one model with one nested
+configuration. `tests/composite` builds a tiny model of every family in `TRAINED` and checks each fact here. A family
 that is neither in `TRAINED` nor in `REFUSED` has not been checked and is refused.
 """
 
@@ -28,8 +28,8 @@ TRAINED = frozenset(
         "qwen3_vl_moe", "smolvlm", "video_llama_3", "video_llava", "vipllava", "voxtral",
     }
 )  # fmt: skip
-"""Families whose language model trains on text, and whose other parts are written back unchanged (Mistral 4 has none,
-but only the auto class of composite models knows it)."""
+"""Families whose language model trains on text and whose other parts are saved unchanged. Mistral 4 has no other
+parts, but only the auto class of composite models supports it."""
 
 _NEEDS_INPUT = "its model computes nothing without {}"
 _UNSCALED = "its composite model in transformers leaves out the scale of the logits that the training loss applies"
@@ -74,7 +74,7 @@ INSIDE_DECODER = {
     "ernie4_5_vl_moe": r"(^|\.)vision_moe(\.|$)",
     "phi4_multimodal": r"(^|\.)embed_tokens_extend(\.|$)",
 }
-"""Modules that belong to other parts although they lie within the decoder, as regular expressions."""
+"""Modules inside the decoder that belong to other modalities, as regular expressions."""
 
 POSITION_ROWS = frozenset(
     {
@@ -82,20 +82,20 @@ POSITION_ROWS = frozenset(
         "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl",
     }
 )  # fmt: skip
-"""Families with multimodal rotary positions that see the documents of a packed row only in a row of text positions
-before the ones of the axes, [1 + axes, B, L]; from positions [B, L] they infer none, and packed documents leak."""
+"""Families with multimodal rotary positions that need positions [1 + axes, B, L], whose first row counts text tokens,
+to separate packed documents. With positions [B, L], tokens would attend to other documents."""
 
 NEEDS_TOKEN_TYPES = frozenset({"molmo2"})
-"""Families that ask for `mm_token_type_ids` [B, L] while they train: 0 for text."""
+"""Families that require `mm_token_type_ids` [B, L] in training: 0 for text."""
 
 _KNOWN = "a family that has been, such as gemma3, llava_next, mistral3, qwen2_5_vl or qwen3_vl"
 
 
 def is_composite(config: PretrainedConfig) -> bool:
-    """Whether a configuration describes a language model with encoders of other modalities.
+    """Return whether a configuration describes a language model with encoders of other modalities.
 
     A checkpoint of a composite family's causal class (`architectures: [Qwen3_5ForCausalLM]`) holds the language model
-    alone and is an ordinary causal model.
+    alone and counts as a causal model.
     """
     family = config.model_type
     composite, causal = (
@@ -108,10 +108,10 @@ def is_composite(config: PretrainedConfig) -> bool:
 
 
 def refusal(config: PretrainedConfig, scores: bool = False) -> str | None:
-    """Why a composite model can't be used here; None where it can.
+    """Return why a composite model can't be used here, or None.
 
     Args:
-        scores: the model is to score texts (a `reward` stage).
+        scores: whether the model scores texts (a `reward` stage).
     """
     family = config.model_type
     what = f"{family} is a composite model ({', '.join(_parts_of(config)) or 'of several parts'})"

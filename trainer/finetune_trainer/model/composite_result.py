@@ -1,7 +1,7 @@
-"""A composite model's result: the trained language model, and every other part to the bit as the base has it.
+"""Save a composite model: the trained language model, and every other part bit-identical to the base's.
 
-A stage may hold the other parts in another precision than the base's checkpoint (a bfloat16 job on a float32
-checkpoint, a checkpoint of mixed precision), so the result's tensors of these parts are copied from the base's files.
+A stage may hold the other parts in another dtype than the base's checkpoint (a bfloat16 job on a float32 checkpoint, or
+a checkpoint of mixed precision), so their tensors are copied from the base's files.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from finetune_trainer.model.saved_model import MODEL_CONFIG, root_of
 _PATTERN = "*.safetensors"
 
 
-def in_base(
+def merge_into_base(
     base: str, revision: str | None, trained: PreTrainedModel, state: Mapping[str, Tensor], auto: Any, **options: Any
 ) -> PreTrainedModel:
-    """Return the base on the CPU with the trained language model in it, under the names of the base's checkpoint.
+    """Return the base on the CPU with the trained language model, under the names of the base's checkpoint.
 
-    A model that ZeRO-3 divided as it loaded does not know which names its checkpoint came with.
+    A model that was loaded under ZeRO-3 does not keep the names of its checkpoint.
 
     Args:
-        base: directory or hub id; below an adapter, the whole model counts.
-        trained: has the result's vocabulary size and generation config; all else of the configuration is the base's.
-        state: trained tensors by their names in the model; those of frozen parts are ignored.
+        base: directory or hub id; for an adapter, the whole model below it is loaded.
+        trained: the model that supplies the vocabulary size and the generation configuration.
+        state: trained tensors by their names in the model; tensors of frozen parts are ignored.
         auto: the auto class that loads the model.
         options: for `from_pretrained`.
     """
@@ -54,10 +54,10 @@ def in_base(
             **options,
         )
     inside = language_names(model)
-    places = model.state_dict(keep_vars=True)
+    weights = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
         if inside(name):
-            places[name].data = tensor
+            weights[name].data = tensor
     model.config.get_text_config().vocab_size = trained.config.get_text_config().vocab_size
     if model.can_generate():
         model.generation_config = trained.generation_config
@@ -65,11 +65,11 @@ def in_base(
 
 
 def complete_result(directory: Path, base: str | None, revision: str | None, auto: Any) -> None:
-    """Give a composite model's result its frozen parts and its processor; nothing is done for other models.
+    """Add the frozen parts and the processor to a composite model's result; do nothing for other models.
 
     Args:
-        directory: holds a saved model, or an adapter, which gets the processor alone.
-        base: what the stage started from: a directory or hub id; an adapter's base is looked up.
+        directory: holds a saved model, or an adapter, to which only the processor is added.
+        base: the model that the stage started from, a directory or hub id; an adapter's base is looked up.
         auto: the auto class that loads the model.
     """
     if base is None:
@@ -86,27 +86,24 @@ def complete_result(directory: Path, base: str | None, revision: str | None, aut
 
 
 def _restore_frozen(directory: Path, base: str, revision: str | None, auto: Any) -> set[str]:
-    """Overwrite the frozen parts' tensors with the base's, where they differ in precision or value.
-
-    Returns the names of the frozen parts' tensors in the files.
-    """
+    """Overwrite the frozen parts' tensors with the base's where dtype or value differ; return their names."""
     with undivided_loading():
         names = _frozen_in_files(auto.from_pretrained(str(directory), device_map="meta", trust_remote_code=False))
-    files = _files(base, revision)
+    files = _tensor_files(base, revision)
     for path in sorted(directory.glob(_PATTERN)):
         tensors = load_file(path)
-        kept = {name: _read(files[name], name) for name in names & tensors.keys() & files.keys()}
-        changed = {name: tensor for name, tensor in kept.items() if not _same(tensor, tensors[name])}
+        kept = {name: _read_tensor(files[name], name) for name in names & tensors.keys() & files.keys()}
+        changed = {name: tensor for name, tensor in kept.items() if not _is_identical(tensor, tensors[name])}
         if changed:
             save_file(tensors | changed, path, metadata={"format": "pt"})
     return names
 
 
 def _frozen_in_files(model: PreTrainedModel) -> set[str]:
-    """Return the names that the frozen parts' tensors have in the model's files.
+    """Return the names of the frozen parts' tensors in the model's files.
 
-    transformers may split, join and rename tensors as it saves (stacked experts). A narrow precision marks the frozen
-    ones on their way; a tensor that is joined with one of the language model gets the wide one.
+    transformers may split, join and rename tensors when it saves (stacked experts). float32 marks the frozen tensors
+    through that conversion; joined with a float64 tensor of the language model, the result is float64.
     """
     inside = language_names(model)
     probes = {
@@ -117,7 +114,7 @@ def _frozen_in_files(model: PreTrainedModel) -> set[str]:
 
 
 def _write_dtype(directory: Path, frozen: set[str]) -> None:
-    """Name the wider precision of the two parts in the configuration, so that `dtype="auto"` rounds neither of them."""
+    """Write the wider dtype of trained and frozen parts to the configuration: `dtype="auto"` then rounds neither."""
     sizes: dict[bool, Counter[torch.dtype]] = {True: Counter(), False: Counter()}
     for path in directory.glob(_PATTERN):
         for name, tensor in load_file(path).items():
@@ -134,37 +131,38 @@ def _write_dtype(directory: Path, frozen: set[str]) -> None:
 
 
 def _config(name: str, revision: str | None) -> PretrainedConfig:
-    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    config: PretrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    return config
 
 
-def _files(name: str, revision: str | None) -> dict[str, str]:
-    """The file of each tensor of a saved model."""
-    index = _resolved(name, SAFE_WEIGHTS_INDEX_NAME, revision)
+def _tensor_files(name: str, revision: str | None) -> dict[str, str]:
+    """Return the path of each tensor's file, by the tensor's name."""
+    index = _find(name, SAFE_WEIGHTS_INDEX_NAME, revision)
     parts = sorted(set(json.loads(Path(index).read_text())["weight_map"].values())) if index else [SAFE_WEIGHTS_NAME]
     found: dict[str, str] = {}
     for part in parts:
-        path = _resolved(name, part, revision)
+        path = _find(name, part, revision)
         assert path is not None, f"{name} has been loaded from {part}"
         with safe_open(path, framework="pt") as file:
             found |= dict.fromkeys(file.keys(), path)
     return found
 
 
-def _resolved(name: str, file: str, revision: str | None) -> str | None:
+def _find(name: str, file: str, revision: str | None) -> str | None:
     path: str | None = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
     return path
 
 
-def _read(path: str, name: str) -> Tensor:
+def _read_tensor(path: str, name: str) -> Tensor:
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _is_identical(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(_bits(one), _bits(other))
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """A tensor as bytes, in which NaN equals itself and 0.0 differs from -0.0."""
+    """Return a tensor's bytes, so that NaN equals itself and 0.0 differs from -0.0."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,11 +1,11 @@
-"""Tokenizers and configurations, read the same way by every stage. Weights, with their slow imports, are in `load`."""
+"""Read tokenizers and model configurations. Weights, which need slow imports, are in `model.load`."""
 
 from __future__ import annotations
 
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
@@ -26,27 +26,28 @@ def load_tokenizer(source: ModelSource, where: str = "model") -> PreTrainedToken
     """Return the stage's tokenizer, with a padding token.
 
     Args:
-        where: the field that names the model, for messages.
+        where: the field that names the model, for error messages.
 
     Raises:
-        UserError: there is none, or it can't be read.
+        UserError: the stage has no tokenizer, or it can't be read.
         Outage: the hub does not answer.
     """
     if not source.tokenizer:
         raise UserError([Problem("model.tokenizer", "the model has no tokenizer: set it, or add a tokenizer stage")])
-    revision = source.revision if source.tokenizer == source.name else None  # it is the model's, not another one's
-    tokenizer = _tokenizer(source.tokenizer, where, revision)
-    if len(tokenizer) == len(tokenizer.all_special_ids):  # what transformers makes of a directory without its files
+    revision = source.revision if source.tokenizer == source.name else None  # the revision is the model's
+    tokenizer = _read_tokenizer(source.tokenizer, where, revision)
+    if len(tokenizer) == len(tokenizer.all_special_ids):  # transformers returns this where the files are missing
         raise UserError([Problem(where, f"no tokenizer at {source.tokenizer!r}: set model.tokenizer")])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _tokenizer(name: str, where: str, revision: str | None) -> PreTrainedTokenizerFast:
+def _read_tokenizer(name: str, where: str, revision: str | None) -> PreTrainedTokenizerFast:
     try:
         with hub_access(name, where, revision):
-            return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+            return cast(PreTrainedTokenizerFast, tokenizer)
     except (OSError, ValueError) as error:
         reason = custom_code_fault(name, TOKENIZER_FILE, revision) or custom_code_fault(name, CONFIG_FILE, revision)
         message = f"no tokenizer at {name!r}: {reason or _first_line(error)}"
@@ -57,7 +58,7 @@ def load_config(source: ModelSource, tokenizer: PreTrainedTokenizerFast | None) 
     """Return the configuration of the stage's model.
 
     Raises:
-        UserError: unknown family or field, or nothing readable at the given place.
+        UserError: the family or a field is unknown, or the configuration can't be read.
         Outage: the hub does not answer.
     """
     if source.config is not None:
@@ -70,19 +71,20 @@ def read_config(name: str, revision: str | None = None, where: str = "model") ->
     """Return the configuration of a saved model, a directory or a hub id.
 
     Raises:
-        UserError: there is none, it can't be read, or it needs code of its own.
+        UserError: there is none, it can't be read, or it needs custom code.
         Outage: the hub does not answer.
     """
     try:
         with hub_access(name, where, revision):
-            return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+            config: PretrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+            return config
     except (OSError, ValueError, StrictDataclassError) as error:
         reason = custom_code_fault(name, CONFIG_FILE, revision) or _first_line(error)
         raise UserError([Problem(where, f"no model at {name!r}: {reason}")]) from error
 
 
 def build_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None) -> PretrainedConfig:
-    """A configuration from a job's `model.config`, the vocabulary's size and special ids taken from the tokenizer.
+    """Return the configuration of a job's `model.config`; vocabulary size and special ids come from the tokenizer.
 
     Raises:
         UserError: `model_type` or a field is unknown, or the vocabulary is smaller than the tokenizer's.
@@ -94,7 +96,8 @@ def build_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast | No
         problem = f"unknown model_type {family!r}{hint}" if family else "model_type is required, such as `qwen3`"
         raise UserError([Problem("model.config", problem)])
     if is_composite(CONFIG_MAPPING[family]()):
-        message = f"{family} joins a language model with other encoders: build the language model alone{_part(family)}"
+        hint = _language_model_hint(family)
+        message = f"{family} joins a language model with other encoders: build the language model alone{hint}"
         raise UserError([Problem("model.config.model_type", message)])
     unknown = _unknown_fields(family, values)
     if unknown:
@@ -108,19 +111,19 @@ def build_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast | No
     if tokenizer is not None and config.vocab_size < (needed := needed_rows(tokenizer)):
         message = f"{config.vocab_size} is less than the {needed} that the tokenizer's ids need"
         raise UserError([Problem("model.config.vocab_size", message)])
-    _check_heads(config)
+    _require_divisible_heads(config)
     return config
 
 
-def _part(family: str) -> str:
-    """The name of a composite family's language model, as a hint; empty where it is no family of its own."""
+def _language_model_hint(family: str) -> str:
+    """Return a hint with the family of a composite model's language model; '' if it is not a separate family."""
     text = CONFIG_MAPPING[family].sub_configs.get("text_config")
     name = getattr(text, "model_type", None)
     return f", such as {name}" if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else ""
 
 
-def _check_heads(config: PretrainedConfig) -> None:
-    """What transformers finds out no earlier than in the first forward pass."""
+def _require_divisible_heads(config: PretrainedConfig) -> None:
+    """Check what transformers would only report in the first forward pass."""
     heads, shared = (getattr(config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
     if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
         message = f"{heads} attention heads can't share {shared}: expected a divisor of {heads}"
@@ -128,7 +131,7 @@ def _check_heads(config: PretrainedConfig) -> None:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Most tokens the model takes at once, or None where its configuration does not say."""
+    """Return the model's maximum number of tokens, or None where its configuration does not state it."""
     value = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(value) if isinstance(value, int) and value > 0 else None
 
@@ -156,10 +159,7 @@ def _unknown_fields(family: str, values: dict[str, Any]) -> list[Problem]:
 
 
 def _undeclared_fields(family: str) -> set[str]:
-    """Fields that a family's code reads where they are set though its configuration declares none of the name.
-
-    Published models rely on them: Qwen3-MoE's `head_dim`.
-    """
+    """Return fields that a family's code reads without declaring them. Published models use them: `head_dim`."""
     code = CONFIG_MAPPING[family].__module__.replace(".configuration_", ".modeling_")
     spec = find_spec(code)
     if spec is None or spec.origin is None:

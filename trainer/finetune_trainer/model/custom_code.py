@@ -1,6 +1,6 @@
-"""Models and tokenizers that bring code of their own (`auto_map`), which is never run.
+"""Explain why models and tokenizers with custom Python code (`auto_map`) are refused: that code is never run.
 
-Every call of the libraries passes `trust_remote_code=False`: without it transformers asks on standard input.
+Every library call passes `trust_remote_code=False`; without it transformers would ask on standard input.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer_config.json"
 
 
 def custom_code_fault(name: str, file: str, revision: str | None = None) -> str | None:
-    """Return that a model's `config.json` or a tokenizer's configuration names code of its own, or None.
+    """Return a message if a model's `config.json` or a tokenizer's configuration names custom code, or None.
 
-    Called once transformers has refused to read it, so the architecture is known to be none of its own.
+    Call this after transformers has refused to read the file: transformers then has no class for it.
     """
     auto_map = _read(name, file, revision).get("auto_map")
     if not auto_map:
         return None
-    named = ", ".join(f"{auto}: {_text(target)}" for auto, target in _pairs(auto_map))
+    named = ", ".join(f"{auto}: {_target_names(target)}" for auto, target in _pairs(auto_map))
     what = "an architecture" if file == CONFIG_FILE else "a tokenizer class (such as PreTrainedTokenizerFast)"
     return (
         f"its {file} names Python code of its own (auto_map: {named}), which is never run: convert it to {what} that "
-        "transformers has, or choose a version that was converted"
+        "transformers supports, or choose a converted version"
     )
 
 
@@ -40,9 +40,9 @@ def _read(name: str, file: str, revision: str | None) -> dict[str, Any]:
 
 
 def _pairs(auto_map: Any) -> list[tuple[str, Any]]:
-    """Old tokenizers have a list in place of a mapping."""
+    """Return (auto class, target) pairs; old tokenizers have a list and no mapping."""
     return list(auto_map.items()) if isinstance(auto_map, dict) else [("AutoTokenizer", auto_map)]
 
 
-def _text(target: Any) -> str:
+def _target_names(target: Any) -> str:
     return " or ".join(str(one) for one in target if one) if isinstance(target, (list, tuple)) else str(target)

@@ -1,10 +1,10 @@
-"""Attention within each document of a packed row, under the name `sdpa`, without a mask of the whole batch.
+"""Compute `sdpa` attention within each document of a packed row, without a mask of the whole batch.
 
-transformers separates packed documents under `sdpa` by a mask [B, 1, L, L]. With a mask, torch has no flash kernel, and
-its other kernels keep the mask as a floating-point bias for the backward pass, once per layer. The function here gets
-the documents' bounds in the mask's place (`as_mask`) and makes what flash attention makes of `cu_seqlens`: one call of
-torch's variable-length kernel on a GPU (`torch.nn.attention.varlen`), else one causal call for each document. All
-other calls go on to transformers' own function.
+transformers separates packed documents under `sdpa` with a mask [B, 1, L, L]. With a mask, torch can't use its flash
+kernel, and its other kernels keep the mask as a floating-point bias for the backward pass, once per layer. `attend`
+takes the documents' bounds in the mask's argument (`as_mask`), as flash attention takes `cu_seqlens`: it calls torch's
+variable-length kernel on a GPU (`torch.nn.attention.varlen`), else causal attention once per document. All other calls
+are passed to transformers' own function.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")
-"""Arguments of attention functions that neither torch's kernels nor this function know."""
+UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
+"""Arguments of attention functions that neither torch's kernels nor `attend` support."""
 CHUNKED, SLIDING = "chunked_attention", "sliding_attention"
 KERNEL_CAPABILITY = (8, 0)
-"""Least compute capability of GPUs for torch's variable-length kernel, which is FlashAttention-2."""
+"""Minimum compute capability of a GPU for torch's variable-length kernel, which is FlashAttention-2."""
 KERNEL_HEAD = 256
 """Largest head size of that kernel."""
 
 
 def register() -> None:
-    """Let models with `sdpa` attention call `attend`, for the whole process."""
+    """Register `attend` as the `sdpa` attention of all models in this process."""
     ALL_ATTENTION_FUNCTIONS.register("sdpa", attend)
 
 
 def as_mask(bounds: Tensor) -> Tensor:
-    """Return bounds in the form in which `attend` finds them: transformers passes on 4-dimensional masks as they are.
+    """Return bounds in the shape of a 4-dimensional mask, which transformers passes to `attend` unchanged.
 
     Args:
-        bounds: int32 [documents + 1], where documents start and end in the batch's only row. They are best on the CPU,
-            so that no layer waits for the device.
+        bounds: int32 [documents + 1], where documents start and end in the batch's only row. Keep them on the CPU, so
+            that no layer waits for the device.
     """
     return bounds[None, None, None]
 
@@ -58,32 +58,32 @@ def attend(
         query: [B, heads, L, width]; B is 1 where the mask holds bounds.
         key: [B, key heads, L, width].
         value: [B, key heads, L, value width].
-        attention_mask: a mask of transformers, or bounds as `as_mask` makes them.
-        kwargs: `sliding_window` is honoured within documents.
+        attention_mask: a mask of transformers, or bounds from `as_mask`.
+        kwargs: `sliding_window` applies within documents.
 
     Returns:
         the output [B, L, heads, value width], and None for the weights.
 
     Raises:
-        NotImplementedError: a layer that is packed needs what this function does not know.
+        NotImplementedError: a layer passes bounds and an unsupported argument.
     """
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
-    _require_known(module, is_causal, kwargs)
+    _require_supported(module, is_causal, kwargs)
     window = _window(module, kwargs)
     query, key, value = _autocast(query, key, value)
     if _has_kernel(query, value, dropout):
-        return _by_kernel(query, key, value, attention_mask.flatten(), scaling, window), None
+        return _attend_by_kernel(query, key, value, attention_mask.flatten(), scaling, window), None
     lengths = attention_mask.flatten().diff().tolist()
     # Unlike slices, `split` has one backward for all documents.
-    documents = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    parts = [_alone(module, document, dropout, scaling, window) for document in documents]
+    documents = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
+    parts = [_attend_document(module, document, dropout, scaling, window) for document in documents]
     return torch.cat(parts, dim=1), None
 
 
-def _alone(
+def _attend_document(
     module: nn.Module, document: tuple[Tensor, ...], dropout: float, scaling: float | None, window: int | None
 ) -> Tensor:
     """Return the output [1, length, heads, width] of one document's queries, keys and values."""
@@ -93,8 +93,8 @@ def _alone(
     return sdpa_attention_forward(module, query, key, value, band, dropout, scaling, is_causal=True)[0]
 
 
-def _require_known(module: nn.Module, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
-    unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
+def _require_supported(module: nn.Module, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
+    unknown = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
     if unknown:
         raise NotImplementedError(f"{type(module).__name__} passes {', '.join(unknown)} to its attention")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
@@ -102,9 +102,9 @@ def _require_known(module: nn.Module, is_causal: bool | None, kwargs: dict[str, 
 
 
 def _window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
-    """Return the tokens that each token of a document sees at most, itself included; None where it sees all before.
+    """Return how many tokens each token attends to at most, itself included; None for all tokens before it.
 
-    Under `sdpa` transformers puts the window into the mask. A family that has one and does not pass it on is refused.
+    Under `sdpa` transformers puts the window into the mask. Families that have a window and do not pass it are refused.
     """
     window: int | None = kwargs.get("sliding_window")
     kind = attention_kind(module)
@@ -114,7 +114,7 @@ def _window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
 
 
 def attention_kind(module: nn.Module) -> str | None:
-    """Return the kind of a layer's attention as configurations name it, such as `sliding_attention`, if one does."""
+    """Return the kind of a layer's attention by its configuration, such as `sliding_attention`, or None."""
     config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
     kinds = getattr(config, "layer_types", None)
     if kinds and index is not None and index < len(kinds):
@@ -125,7 +125,7 @@ def attention_kind(module: nn.Module) -> str | None:
 
 
 def _autocast(*states: Tensor) -> list[Tensor]:
-    """Return the states in the dtype that torch's own attention would cast them to under autocast."""
+    """Return the states in the dtype to which autocast would cast them for torch's own attention."""
     device = states[0].device.type
     if not torch.is_autocast_enabled(device):
         return list(states)
@@ -133,7 +133,7 @@ def _autocast(*states: Tensor) -> list[Tensor]:
 
 
 def _has_kernel(query: Tensor, value: Tensor, dropout: float) -> bool:
-    """Return whether torch has its variable-length kernel for these states."""
+    """Return whether torch's variable-length kernel supports these states."""
     width = query.shape[-1]
     fits = width == value.shape[-1] and width % 8 == 0 and width <= KERNEL_HEAD
     half = query.dtype in (torch.float16, torch.bfloat16)
@@ -142,20 +142,20 @@ def _has_kernel(query: Tensor, value: Tensor, dropout: float) -> bool:
     return torch.cuda.get_device_capability(query.device) >= KERNEL_CAPABILITY
 
 
-def _by_kernel(
+def _attend_by_kernel(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
     """Return the output [1, L, heads, width] of torch's variable-length kernel."""
     starts, longest = bounds.to(query.device, non_blocking=True), int(bounds.diff().max())
-    rows = (states[0].transpose(0, 1) for states in (query, key, value))
-    before = -1 if window is None else window - 1
-    out = varlen_attn(*rows, starts, starts, longest, longest, scale=scaling, window_size=(before, 0), enable_gqa=True)
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    span = (-1 if window is None else window - 1, 0)
+    out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=span, enable_gqa=True)
     assert isinstance(out, Tensor)
     return out[None]
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """Return a mask [1, 1, length, length], true where a token sees another one: itself and `window` - 1 before it."""
-    places = torch.arange(length, device=device)
-    back = places[:, None] - places
-    return ((back >= 0) & (back < window))[None, None]
+    """Return a mask [1, 1, length, length]: each token attends to itself and to the `window` - 1 tokens before it."""
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions
+    return ((distance >= 0) & (distance < window))[None, None]

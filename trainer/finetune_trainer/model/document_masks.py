@@ -1,4 +1,4 @@
-"""Ways to keep the documents of packed rows apart in a model."""
+"""Keep the attention of a model within each document of packed rows."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Keywords = dict[str, Any]
 
 
 class Form(StrEnum):
-    """How packed rows are given to a decoder, besides positions that start again at 0 with each document."""
+    """The form in which a decoder gets the bounds of documents. Positions always restart at 0 with each document."""
 
     POSITIONS = "positions"
-    """Without a mask of the padding: transformers makes attention masks from the positions."""
+    """No padding mask: transformers makes attention masks from the positions."""
     MASKS = "positions and masks"
-    """With attention masks made from the positions, for families whose own code makes none from them (gpt_oss and
-    others in transformers 5.23)."""
+    """Attention masks made from the positions, for families whose own code does not make them (gpt_oss and others in
+    transformers 5.23)."""
     BOUNDS = "bounds"
-    """As one row with the documents' bounds (`document_rows.OneRow`)."""
+    """One row with the documents' bounds (`document_rows.OneRow`)."""
 
 
 def forms(model: Any) -> tuple[Form, ...]:
-    """Return all forms in the order in which a model should be tried with them: those without masks first."""
+    """Return all forms in the order in which to try them with a model: those without masks first."""
     decoder = decoder_of(model)
     if takes_bounds(decoder, decoder.config._attn_implementation):
         return Form.BOUNDS, Form.POSITIONS, Form.MASKS
@@ -39,29 +39,26 @@ def forms(model: Any) -> tuple[Form, ...]:
 
 
 class Hooks:
-    """What `separate_documents` has registered."""
+    """Forward hooks that can be removed together."""
 
     def __init__(self, *handles: RemovableHandle) -> None:
         self._handles = handles
 
     def remove(self) -> None:
+        """Remove the hooks from their modules."""
         for handle in self._handles:
             handle.remove()
 
 
 def separate_documents(model: Any, form: Form) -> Hooks:
-    """Let a model take packed rows together with a mask of their padding.
+    """Register hooks that let a model take packed rows together with a padding mask.
 
-    The auxiliary loss of a mixture of experts and the counts of tokens need the mask [B, L] of the padding. But where a
-    decoder gets it, transformers no longer reads the documents off `position_ids`
-    (`masking_utils.find_packed_sequence_indices`). The hook that is registered here takes the mask away between the
-    two; in a packed row the padding is a document of its own.
+    The auxiliary loss of a mixture of experts and the token counts need the padding mask [B, L]. But with that mask, a
+    decoder of transformers ignores the documents in `position_ids` (`masking_utils.find_packed_sequence_indices`). The
+    hook removes the mask in front of the decoder; in a packed row the padding is a separate document.
 
     Args:
         model: a transformers model, or a PEFT model around one.
-
-    Returns:
-        what removes the hooks.
     """
     decoder = decoder_of(model)
     rows = OneRow(decoder) if form == Form.BOUNDS else None
@@ -71,7 +68,7 @@ def separate_documents(model: Any, form: Form) -> Hooks:
 
 @contextmanager
 def documents_separated(model: Any, form: Form) -> Iterator[None]:
-    """Apply `separate_documents` for the time of a `with` block."""
+    """Apply `separate_documents` inside a `with` block."""
     hooks = separate_documents(model, form)
     try:
         yield
@@ -80,7 +77,7 @@ def documents_separated(model: Any, form: Form) -> Iterator[None]:
 
 
 def decoder_of(model: Any) -> Any:
-    """Return the decoder of a transformers model, or of a PEFT model around one; of an encoder, its backbone."""
+    """Return the decoder of a transformers model, or of a PEFT model around one; an encoder's backbone."""
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = whole.get_decoder()
     # The head of masked models (modernbert) may have the name `decoder`.
@@ -88,7 +85,7 @@ def decoder_of(model: Any) -> Any:
 
 
 def is_generating(kwargs: Keywords) -> bool:
-    """Return whether a call is one of `generate`, whose left-padded prompts are no packed rows."""
+    """Return whether `generate` makes this call: its left-padded prompts are not packed rows."""
     return kwargs.get("past_key_values") is not None or bool(kwargs.get("use_cache"))
 
 
@@ -96,7 +93,7 @@ def _without_padding_mask(
     form: Form, rows: OneRow | None, decoder: nn.Module, args: Any, kwargs: Keywords
 ) -> tuple[Any, Keywords]:
     if rows is not None:
-        rows.forget()
+        rows.reset()
     padding, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if not isinstance(padding, Tensor) or padding.ndim != 2 or positions is None or is_generating(kwargs):
         return args, kwargs
@@ -106,7 +103,7 @@ def _without_padding_mask(
 
 
 def _between_documents(decoder: Any, positions: Tensor) -> Any:
-    """Return what the decoder's family makes of positions: one mask, or one for each kind of layer."""
+    """Return the attention masks that the decoder's family makes from positions: one, or one per kind of layer."""
     # The masks depend on the embeddings' shape, dtype and device alone.
     embeddings = torch.empty((*positions.shape, 0), dtype=decoder.dtype, device=positions.device)
     return create_masks_for_generate(decoder.config, embeddings, None, None, positions)

@@ -1,9 +1,9 @@
-"""Packed batches as one row: what reaches a decoder's attention and its recurrent kernels.
+"""Pass packed batches to a decoder as one row with the bounds of the documents.
 
-Kernels that take the bounds of documents want one row: transformers calls flash attention with documents apart only
-where the batch has one row or the bounds are given (`modeling_flash_attention_utils._is_packed_sequence`, transformers
-5.23), and causal-conv1d and flash-linear-attention know bounds for one row alone. Outside of the decoder, the loss, the
-router's auxiliary loss and the counts of tokens see the batch as it was collated.
+Kernels that take bounds of documents require one row: transformers separates documents for flash attention only where
+the batch has one row or bounds are passed (`modeling_flash_attention_utils._is_packed_sequence`, transformers 5.23),
+and causal-conv1d and flash-linear-attention support bounds for one row only. Outside of the decoder, the loss, the
+router's auxiliary loss and the token counts get the batch as it was collated.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Keywords = dict[str, Any]
 
 
 def takes_bounds(decoder: Any, attention: str) -> bool:
-    """Return whether a decoder's attention is expected to keep documents apart by their bounds, without a mask.
+    """Return whether a decoder's attention should separate documents by their bounds, without a mask.
 
-    These are families for which transformers has flash attention, and so pass all that it needs: the window, the
-    scale, the dropout. Attention in chunks is a mask in any case.
+    These are the families that support flash attention in transformers and therefore pass window, scale and dropout.
+    Chunked attention always needs a mask.
 
     Args:
         decoder: a transformers model, which may be on the meta device.
@@ -37,47 +37,48 @@ def takes_bounds(decoder: Any, attention: str) -> bool:
 
 
 class OneRow:
-    """Hooks around a decoder's forward pass that lay a packed batch's rows end to end, and its outputs back in rows.
+    """Hooks that join a packed batch's rows in front of a decoder, and split its outputs into rows again.
 
-    The decoder gets [1, B * L] in place of [B, L], positions that start again at 0 with each document, and the
-    documents' bounds: int32 `cu_seq_lens_q` and `cu_seq_lens_k` [documents + 1], the ints `max_length_q` and
-    `max_length_k`, and int32 `seq_idx` [1, B * L], the number of each token's document. These are the names of
-    transformers' `FlashAttentionKwargs`. Under `sdpa` the bounds take the attention mask's place. Padding is a
-    document of its own.
+    The decoder gets [1, B * L] and not [B, L], positions that restart at 0 with each document, and the documents'
+    bounds: int32 `cu_seq_lens_q` and `cu_seq_lens_k` [documents + 1], the ints `max_length_q` and `max_length_k`, and
+    int32 `seq_idx` [1, B * L], the number of each token's document. These are the names of transformers'
+    `FlashAttentionKwargs`. Under `sdpa` the bounds replace the attention mask. Padding is a separate document.
     """
 
     def __init__(self, decoder: Any) -> None:
         self._decoder = decoder
         self._shape: tuple[int, int] | None = None
         parameters = inspect.signature(decoder.forward).parameters.values()
-        self._named = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
+        self._accepts_kwargs = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
         register()
 
-    def forget(self) -> None:
-        """Forget the batch before, whose forward pass may have failed."""
+    def reset(self) -> None:
+        """Discard the state of the previous batch, whose forward pass may have failed."""
         self._shape = None
 
     def lay_out(self, args: Any, kwargs: Keywords) -> tuple[Any, Keywords]:
-        """Return a packed batch's arguments as those of one row."""
+        """Return the arguments of a packed batch as the arguments of one row."""
         positions = kwargs["position_ids"]
         text = positions[0] if positions.ndim == 3 else positions
         rows, length = self._shape = tuple(text.shape)
         flat = {name: _as_one_row(value, rows, length) for name, value in kwargs.items()}
         flat["position_ids"] = positions.reshape(*positions.shape[:-2], 1, -1)
-        bounds, numbers = _bounds(text.flatten())
+        bounds, document_ids = _bounds(text.flatten())
         flat["attention_mask"] = as_mask(bounds.cpu()) if self._decoder.config._attn_implementation == "sdpa" else None
-        return tuple(_as_one_row(value, rows, length) for value in args), flat | self._kernel_arguments(bounds, numbers)
+        return tuple(_as_one_row(value, rows, length) for value in args), flat | self._kernel_arguments(
+            bounds, document_ids
+        )
 
     def put_back(self, decoder: nn.Module, args: Any, output: Any) -> Any:
-        """Return the outputs in the batch's rows; a forward hook, which does nothing after other batches."""
+        """Split the outputs into the batch's rows; a forward hook, which leaves other batches unchanged."""
         shape, self._shape = self._shape, None
         return output if shape is None or shape[0] == 1 else _in_rows(output, *shape)
 
-    def _kernel_arguments(self, bounds: Tensor, numbers: Tensor) -> Keywords:
-        if not self._named:
+    def _kernel_arguments(self, bounds: Tensor, document_ids: Tensor) -> Keywords:
+        if not self._accepts_kwargs:
             return {}
         longest = int(bounds.diff().max())
-        ends = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "seq_idx": numbers}
+        ends = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "seq_idx": document_ids}
         return ends | {"max_length_q": longest, "max_length_k": longest}
 
 
@@ -100,7 +101,7 @@ def _as_one_row(value: Any, rows: int, length: int) -> Any:
 
 
 def _in_rows(output: Any, rows: int, length: int) -> Any:
-    """Return an output, or each tensor in a tuple or a model's output, as [B, L, ...] where it is [1, B * L, ...]."""
+    """Reshape an output, or each tensor of a tuple or a ModelOutput, from [1, B * L, ...] to [B, L, ...]."""
     if isinstance(output, Tensor):
         flat = output.shape[:2] == (1, rows * length)
         return output.reshape(rows, length, *output.shape[2:]) if flat else output

@@ -1,4 +1,4 @@
-"""A rehearsal of what saving a model writes besides its weights, so that it does not fail at the first checkpoint."""
+"""Save a model's files besides its weights to a temporary directory, to find errors before the first checkpoint."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ def _fault(save: Callable[[Path], object]) -> str | None:
     with tempfile.TemporaryDirectory(prefix="finetune-") as directory:
         try:
             save(Path(directory, "saved"))
-        except Exception as error:  # each family and tokenizer has checks of its own
+        except Exception as error:  # families and tokenizers raise errors of many types
             return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return None

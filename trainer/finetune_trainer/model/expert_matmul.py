@@ -1,13 +1,13 @@
-"""Products of tokens with stacked expert weights, in the right number format and without copies of whole stacks.
+"""Multiply tokens with stacked expert weights in autocast's dtype and without copies of whole stacks.
 
-transformers computes the experts of a mixture by `torch.nn.functional.grouped_mm`. Two things make it slow or large in
-training, and are changed here:
+transformers computes the experts of a mixture with `torch.nn.functional.grouped_mm`. This module changes two
+properties that cost time or memory in training:
 
 - `grouped_mm` ignores autocast. With float32 weights it computes in float32, which on a GPU is a loop over the experts
-  (torch 2.13 has fast kernels for bfloat16 alone). `GROUPED` casts the stacks as autocast casts a linear layer.
+  (torch 2.13 has fast kernels for bfloat16 only). `GROUPED` casts the stacks as autocast casts a linear layer.
 - PEFT 0.21 adds LoRA to a stack `W` by computing `W + scaling * B @ A` in each forward pass, twice, and autograd keeps
-  the sum for the backward pass: 58 GB for the 48 layers of Qwen3-30B-A3B. `factor_adapters` makes it multiply by `W`,
-  `A` and `B` one after the other, as LoRA does on linear layers (Hu et al., arXiv 2106.09685, section 4.1).
+  the sum for the backward pass: 58 GB for the 48 layers of Qwen3-30B-A3B. `factor_adapters` makes PEFT multiply by `W`,
+  `A` and `B` separately, as LoRA does on linear layers (Hu et al., arXiv 2106.09685, section 4.1).
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ if TYPE_CHECKING:
     from peft.tuners.lora.layer import ParamWrapper
 
 LIBRARY = "grouped_mm"
-"""transformers' name of the grouped product, its default."""
+"""The experts implementation of transformers that uses the grouped product; its default."""
 GROUPED = "grouped_mm_autocast"
-"""Our name of the grouped product that follows autocast."""
+"""The experts implementation of this module: the grouped product, which follows autocast."""
 RANK_UNIT = 8
-"""Ranks are padded to a multiple of it: CUDA's grouped product wants rows of a multiple of 16 bytes."""
+"""Ranks are padded to a multiple of this: CUDA's grouped product requires rows of a multiple of 16 bytes."""
 
 
 def compute_by_autocast(model: PreTrainedModel) -> None:
-    """Make a model's experts follow autocast where transformers computes them by its grouped product.
+    """Make a model's experts follow autocast where transformers computes them with its grouped product.
 
-    Families whose experts have a shape of their own stay as they are; their products are torch's, which follow
-    autocast.
+    Families that do not stack their experts are not changed: they use torch's products, which follow autocast.
     """
     if any(is_grouped(module) for module in model.modules()):
         model.set_experts_implementation(GROUPED)
@@ -53,7 +52,7 @@ def is_grouped(experts: nn.Module) -> bool:
 
 
 def _experts_in_autocast(experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """transformers' `grouped_mm_experts_forward`, its float32 stacks in autocast's format where autocast is on.
+    """Compute transformers' `grouped_mm_experts_forward`, with float32 stacks cast to autocast's dtype if it is on.
 
     Args:
         hidden: [tokens, hidden].
@@ -67,7 +66,7 @@ def _experts_in_autocast(experts: nn.Module, hidden: Tensor, index: Tensor, weig
     own = {name: stack for name, stack in experts.named_parameters(recurse=False) if stack.ndim == 3}
     factored = {name: value for name, value in vars(experts).items() if isinstance(value, FactoredStack)}
     wide = {name: stack.to(dtype) for name, stack in (own | factored).items() if stack.dtype == torch.float32}
-    with _standing_in(experts, wide):
+    with _attributes_replaced(experts, wide):
         return grouped_mm_experts_forward(experts, hidden, index, weights)
 
 
@@ -75,8 +74,8 @@ ALL_EXPERTS_FUNCTIONS.register(GROUPED, _experts_in_autocast)
 
 
 @contextmanager
-def _standing_in(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, attributes of a module have these values; parameters of the same names are hidden."""
+def _attributes_replaced(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
+    """Replace attributes of a module inside a `with` block; parameters of the same names are hidden."""
     attributes = vars(module)
     before = {name: attributes[name] for name in values if name in attributes}
     attributes.update(values)
@@ -89,9 +88,9 @@ def _standing_in(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]
 
 
 class FactoredStack:
-    """A stack `W + scaling * left @ right` [experts, in, out] that a grouped product takes by its factors.
+    """A stack `W + scaling * left @ right` [experts, in, out] that a grouped product multiplies by its factors.
 
-    Every other use gets the sum as a tensor.
+    Every other operation gets the sum as a tensor.
 
     Args:
         left: [experts, in, rank].
@@ -103,12 +102,12 @@ class FactoredStack:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number format of the stack."""
+        """Return the dtype of the stack."""
         return self.stack.dtype
 
     @property
     def device(self) -> torch.device:
-        """Device of the stack."""
+        """Return the device of the stack."""
         return self.stack.device
 
     def transpose(self, first: int, second: int) -> FactoredStack | Tensor:
@@ -119,7 +118,7 @@ class FactoredStack:
         return FactoredStack(self.stack.transpose(-2, -1), left, right, self.scaling)
 
     def to(self, dtype: torch.dtype) -> FactoredStack:
-        """Return the stack in another number format."""
+        """Return the stack in another dtype."""
         return FactoredStack(self.stack.to(dtype), self.left.to(dtype), self.right.to(dtype), self.scaling)
 
     def whole(self) -> Tensor:
@@ -146,13 +145,13 @@ class FactoredStack:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = {name: value for name, value in (kwargs or {}).items() if value is not None}
-        if func in _grouped_products() and set(given) == {"offs"} and isinstance(args[1], cls):
-            return args[1].product(func, args[0], given["offs"])
-        return func(*map(_plain, args), **{name: _plain(value) for name, value in given.items()})
+        options = {name: value for name, value in (kwargs or {}).items() if value is not None}
+        if func in _grouped_products() and set(options) == {"offs"} and isinstance(args[1], cls):
+            return args[1].product(func, args[0], options["offs"])
+        return func(*map(_as_tensor, args), **{name: _as_tensor(value) for name, value in options.items()})
 
 
-def _plain(value: Any) -> Any:
+def _as_tensor(value: Any) -> Any:
     return value.whole() if isinstance(value, FactoredStack) else value
 
 
@@ -162,11 +161,11 @@ def _grouped_products() -> tuple[Callable[..., Any], ...]:
 
 
 def factor_adapters(model: nn.Module) -> None:
-    """Make LoRA on stacked experts computed by its factors, in place, where the experts are grouped products.
+    """Compute LoRA on stacked experts by its factors where the experts use grouped products; changes `model` in place.
 
-    What is computed is PEFT's `W + scaling * B @ A` but for rounding.
+    The result equals PEFT's `W + scaling * B @ A` except for rounding.
     """
-    if "peft" not in sys.modules:  # its import takes seconds, and a model with adapters has it behind it
+    if "peft" not in sys.modules:  # its import takes seconds, and a model with adapters has imported it
         return
     from peft.tuners.lora.layer import ParamWrapper
 
@@ -180,7 +179,7 @@ def _factored_wrapper() -> type[ParamWrapper]:
     from peft.tuners.lora.layer import ParamWrapper
 
     class FactoredWrapper(ParamWrapper):
-        """PEFT's LoRA on one stack of weights, by its factors."""
+        """PEFT's LoRA on one stack of weights, computed by its factors."""
 
         @contextmanager
         def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
@@ -189,27 +188,27 @@ def _factored_wrapper() -> type[ParamWrapper]:
                 with super()._activate_lora(active_adapters):
                     yield
                 return
-            with _standing_in(experts, {self.parameter_name: _factors(self, names[0])}):
+            with _attributes_replaced(experts, {self.parameter_name: _factors(self, names[0])}):
                 yield
 
     return FactoredWrapper
 
 
 def _factors(wrapper: ParamWrapper, adapter: str) -> FactoredStack:
-    """Return the wrapped stack with an adapter, its factors laid out as CUDA's grouped product wants them."""
+    """Return the wrapped stack with an adapter, with factors in the layout that CUDA's grouped product requires."""
     left, right, scaling = wrapper.get_delta_factors(adapter)  # type: ignore[no-untyped-call]
     missing = padded_rank(left.shape[-1]) - left.shape[-1]
     if missing:
         left, right = nn.functional.pad(left, (0, missing)), nn.functional.pad(right, (0, 0, 0, missing))
     stack = wrapper.get_param()  # type: ignore[no-untyped-call]
-    return FactoredStack(stack, _dense(left), _dense(right), float(scaling))
+    return FactoredStack(stack, _contiguous(left), _contiguous(right), float(scaling))
 
 
 def padded_rank(rank: int) -> int:
-    """Return the rank that an adapter on a stack is computed with."""
+    """Return the padded rank with which an adapter on a stack is computed."""
     return -(-rank // RANK_UNIT) * RANK_UNIT
 
 
-def _dense(factor: Tensor) -> Tensor:
-    """Return a factor whose matrices are dense by rows or by columns."""
+def _contiguous(factor: Tensor) -> Tensor:
+    """Return the factor with matrices that are contiguous by rows or by columns."""
     return factor if 1 in factor.stride()[-2:] else factor.contiguous()

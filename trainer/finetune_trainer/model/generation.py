@@ -1,7 +1,7 @@
-"""A model's generation configuration, repaired where transformers would refuse to save it.
+"""Read a model's generation configuration and repair it where transformers would refuse to save it.
 
-transformers reads a configuration that contradicts itself with a warning, and raises when it is to be saved after any
-change. A trainer changes it (the padding token), so without a repair the first checkpoint fails.
+transformers only warns when it reads contradictory fields, but raises when it saves the configuration after a change.
+A trainer changes it (the padding token), so without a repair the first checkpoint fails.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ SAMPLING: dict[str, Any] = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
-"""Fields that count while sampling alone, each with the value that changes nothing."""
+"""Fields that only affect sampling, each with its neutral value."""
 BEAMS: dict[str, Any] = {"early_stopping": False, "length_penalty": 1.0}
-"""Fields that count with several beams alone, likewise."""
+"""Fields that only affect beam search, each with its neutral value."""
 
 
 def read_generation_config(name: str, config: PretrainedConfig, revision: str | None = None) -> GenerationConfig:
-    """Return the generation configuration that a saved model loads with: its own, or the one in its `config.json`.
+    """Return a saved model's generation configuration: its own file's, or the one derived from its `config.json`.
 
     Raises:
         UserError: a field has a value that transformers refuses.
@@ -42,10 +42,10 @@ def read_generation_config(name: str, config: PretrainedConfig, revision: str | 
 
 
 def repair_generation(config: GenerationConfig) -> list[str]:
-    """Set what has one obvious right value; returns what was changed, for the job's log.
+    """Repair contradictory fields in place; return a line for the job's log for each change.
 
-    Sampling fields without `do_sample` mean that answers are sampled, unless the temperature is 0. Fields that have no
-    effect beside the others, such as a temperature beside `do_sample: false`, are removed.
+    If sampling fields are set without `do_sample`, it becomes true unless the temperature is 0. Fields without effect,
+    such as a temperature with `do_sample: false`, are removed.
     """
     notes = _repair_sampling(config)
     if config.num_beams in (None, 1):
@@ -53,7 +53,7 @@ def repair_generation(config: GenerationConfig) -> list[str]:
     if config.pad_token_id is not None and config.pad_token_id < 0:
         notes += _unset(config, {"pad_token_id": None}, "as no token has this id")
     if config.use_cache is False:
-        notes += _unset(config, {"cache_implementation": None, "cache_config": None}, "beside use_cache: false")
+        notes += _unset(config, {"cache_implementation": None, "cache_config": None}, "with use_cache: false")
     if config.return_dict_in_generate is not True:
         flags = dict.fromkeys(config.extra_output_flags, False)
         notes += _unset(config, flags, "without return_dict_in_generate")
@@ -61,7 +61,7 @@ def repair_generation(config: GenerationConfig) -> list[str]:
 
 
 def generation_fault(config: GenerationConfig) -> str | None:
-    """Return why transformers would refuse to save a configuration that was changed, or None."""
+    """Return why transformers would refuse to save a configuration after a change, or None."""
     try:
         config.validate(strict=True)
     except (ValueError, TypeError) as error:
@@ -70,31 +70,31 @@ def generation_fault(config: GenerationConfig) -> str | None:
 
 
 def _repair_sampling(config: GenerationConfig) -> list[str]:
-    given = _given(config, SAMPLING)
-    if not given or config.do_sample is True:
+    effective = _effective_fields(config, SAMPLING)
+    if not effective or config.do_sample is True:
         return []
     if config.do_sample is None and config.temperature != 0:
         config.do_sample = True
-        return [f"generation_config.json: do_sample is set to true, as {_listed(given)} is set for sampling"]
-    why = "as a temperature of 0 is greedy" if config.temperature == 0 else "beside do_sample: false"
-    return _unset(config, SAMPLING, why)
+        return [f"generation_config.json: do_sample is set to true, as {_listed(effective)} is set for sampling"]
+    reason = "as a temperature of 0 is greedy" if config.temperature == 0 else "with do_sample: false"
+    return _unset(config, SAMPLING, reason)
 
 
-def _unset(config: GenerationConfig, fields: dict[str, Any], why: str) -> list[str]:
-    given = _given(config, fields)
-    for name in given:
+def _unset(config: GenerationConfig, fields: dict[str, Any], reason: str) -> list[str]:
+    effective = _effective_fields(config, fields)
+    for name in effective:
         setattr(config, name, None)
-    return [f"generation_config.json: {_listed(given)} is removed: it has no effect {why}"] if given else []
+    return [f"generation_config.json: {_listed(effective)} is removed: it has no effect {reason}"] if effective else []
 
 
-def _given(config: GenerationConfig, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that are set to more than their neutral value."""
+def _effective_fields(config: GenerationConfig, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that are set to another value than the neutral one."""
     values = {name: getattr(config, name, None) for name in fields}
     return {name: value for name, value in values.items() if value is not None and value != fields[name]}
 
 
-def _listed(given: dict[str, Any]) -> str:
-    return ", ".join(f"{name}: {value}" for name, value in given.items())
+def _listed(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in fields.items())
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What is changed of a saved model as it loads, for the job's log."""
+"""Describe for the job's log how loading changes a saved model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune_trainer.model.checkpoint_matching import match_checkpoint
 from finetune_trainer.model.config import load_config
 from finetune_trainer.model.generation import read_generation_config, repair_generation
 from finetune_trainer.model.load import JobModel
-from finetune_trainer.model.prequantized import method_of
+from finetune_trainer.model.prequantized import quantization_method
 from finetune_trainer.model.saved_model import root_of
 from finetune_trainer.model.source import ModelSource
 from finetune_trainer.model.task import Task, as_reward, auto_class
@@ -20,12 +20,12 @@ from finetune_trainer.model.vocabulary import added_rows
 def loading_notes(source: ModelSource, job: JobModel, task: Task) -> Iterator[str]:
     """Yield a line for each change: names, heads, precision, embeddings, generation configuration, custom code.
 
-    The model has been found loadable before.
+    Call this after the preflight checks have accepted the model.
     """
     if source.name is None:
         return
     name, config = root_of(source.name), load_config(source, job.tokenizer)
-    method = method_of(config)
+    method = quantization_method(config)
     if method is None:
         yield from _weights(name, config, source.revision, task)
     elif job.spec.dequantize:
@@ -36,7 +36,7 @@ def loading_notes(source: ModelSource, job: JobModel, task: Task) -> Iterator[st
     if task == "causal":
         yield from repair_generation(read_generation_config(name, config, source.revision))
     if getattr(config, "auto_map", None):
-        yield f"code of its own (auto_map) is not run: transformers' {config.model_type} is used"
+        yield f"its custom code (auto_map) is not run: transformers' {config.model_type} is used"
 
 
 def _weights(name: str, config: PretrainedConfig, revision: str | None, task: Task) -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""A job's `lora` as PEFT's configuration, its names resolved and checked against the model.
+"""Convert a job's `lora` to PEFT's configuration; resolve its module names and check them against the model.
 
-PEFT is imported where it is needed: it takes longer to import than all else that a driver uses.
+PEFT is imported inside functions: its import takes longer than all other imports of a driver.
 """
 
 from __future__ import annotations
@@ -31,40 +31,39 @@ _ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate|wg)(\.|$)")
 
 @dataclass(frozen=True)
 class Targets:
-    """What of a model an adapter can be put on, by full name."""
+    """The modules and parameters of a model that can have an adapter, by full name."""
 
     linears: tuple[str, ...]
-    """Linear layers of the language model but the output head and routers."""
+    """Linear layers of the language model, without the output head and routers."""
     experts: tuple[str, ...]
-    """Stacked expert weights: Parameters `[experts, …, …]`, not modules."""
+    """Stacked expert weights: Parameters [experts, ..., ...], not modules."""
     embeddings: tuple[str, ...]
     head: str | None
-    """The output head; a reward model's score."""
+    """The output head; for a reward model, its score head."""
     tied: str | None = None
-    """The embedding whose weights the output head has too."""
+    """The embedding that shares its weights with the output head."""
     frozen: tuple[str, ...] = ()
-    """Modules of a composite model's other parts (vision tower, projector), which take no adapter."""
+    """Modules of a composite model's other parts (vision tower, projector), which can't have adapters."""
 
 
 def lora_config(spec: Lora, model: PreTrainedModel, path: str = "lora") -> LoraConfig:
-    """PEFT's configuration of an adapter on `model`, which may be on the meta device or quantized.
+    """Return PEFT's configuration of an adapter on `model`, which may be on the meta device or quantized.
 
-    `all-linear` is every linear layer and every stack of expert weights, without the output head and the routers
-    (PEFT's own `all-linear` adapts Qwen3-MoE's routers too).
+    `all-linear` means every linear layer and every stack of expert weights, without the output head and the routers
+    (PEFT's own `all-linear` includes Qwen3-MoE's routers). A reward model's head is trained in full.
 
     Args:
-        path: where the job has this spec, such as `stages[1].sft.lora`; it heads every problem.
+        path: the spec's path in the job, such as `stages[1].sft.lora`, for error messages.
 
     Raises:
-        UserError: a name that nothing goes by, or what PEFT can't do: dropout or DoRA on stacked expert weights,
-            an adapter on the output head (TRL's loss reads the head's weight directly). A reward model's head is
-            trained in full.
+        UserError: a name matches no module, or PEFT does not support the combination: dropout or DoRA on stacked
+            expert weights, or an adapter on the output head (TRL's loss reads the head's weight directly).
     """
     targets = find_targets(model)
     from peft import LoraConfig
 
     modules, parameters, problems = _resolve(spec, model, targets, path)
-    kept, of_saved = _saved(spec, model, targets, path)
+    kept, of_saved = _modules_to_save(spec, model, targets, path)
     problems += _expert_problems(spec, parameters, path) + of_saved
     if problems:
         raise UserError(problems)
@@ -85,7 +84,7 @@ def lora_config(spec: Lora, model: PreTrainedModel, path: str = "lora") -> LoraC
 
 
 def find_targets(model: PreTrainedModel) -> Targets:
-    """The layers of a model that an adapter can be put on."""
+    """Return the layers of a model that can have an adapter."""
     inside = language_names(model)
     named = {name: module for name, module in model.named_modules() if inside(name)}
     output = score_head(model) or model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -109,17 +108,17 @@ def find_targets(model: PreTrainedModel) -> Targets:
 
 
 def _shape(weight: nn.Parameter) -> tuple[int, ...]:
-    """Return a weight's shape, also where ZeRO-3 has divided it: what a worker holds is flat then."""
+    """Return a weight's shape. Under ZeRO-3 a worker's part is flat, and `ds_shape` has the whole weight's shape."""
     return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Return whether the input embeddings are the output head's weights, by the model's configuration."""
+    """Return whether the configuration ties the input embeddings to the output head."""
     return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
 
 
 def is_moe(model: PreTrainedModel) -> bool:
-    """Whether a model has experts, by its configuration."""
+    """Return whether a model's configuration has experts."""
     config = model.config.get_text_config()
     return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
@@ -127,37 +126,37 @@ def is_moe(model: PreTrainedModel) -> bool:
 def _resolve(
     spec: Lora, model: PreTrainedModel, targets: Targets, path: str
 ) -> tuple[set[str], set[str], list[Problem]]:
-    """Names for PEFT's `target_modules` and `target_parameters`, and what is wrong with the given ones."""
+    """Return names for PEFT's `target_modules` and `target_parameters`, and the problems found."""
     modules: set[str] = set()
     parameters: set[str] = set()
     problems: list[Problem] = []
     rewritten = _rewritten_by_peft(model)
     usable = [name for name in targets.linears if _leaf(name) not in rewritten]
-    for given in spec.target_modules:
-        if given == ALL_LINEAR:
-            modules |= _short(usable, model)
-            parameters |= _stacks([name for name in targets.experts if not name.endswith("_bias")], targets)
+    for requested in spec.target_modules:
+        if requested == ALL_LINEAR:
+            modules |= _shorten(usable, model)
+            parameters |= _stack_names([name for name in targets.experts if not name.endswith("_bias")], targets)
             continue
-        stacked = [name for name in targets.experts if _goes_by(name, given)]
-        layers = _of_language(given, [*usable, *targets.embeddings], targets)
-        parameters |= _stacks(stacked, targets)
+        stacked = [name for name in targets.experts if _matches(name, requested)]
+        layers = _language_model_names(requested, [*usable, *targets.embeddings], targets)
+        parameters |= _stack_names(stacked, targets)
         modules |= layers
-        if any(_goes_by(name, given) for name in targets.embeddings if name == targets.tied):
-            problems.append(Problem(f"{path}.targetModules", _TIED.format(given)))
+        if any(_matches(name, requested) for name in targets.embeddings if name == targets.tied):
+            problems.append(Problem(f"{path}.targetModules", _TIED.format(requested)))
         if not stacked and not layers:
-            problems.append(Problem(f"{path}.targetModules", _no_match(given, usable, targets)))
+            problems.append(Problem(f"{path}.targetModules", _no_match(requested, usable, targets)))
     return modules, parameters, problems
 
 
-def _no_match(given: str, usable: list[str], targets: Targets) -> str:
-    if targets.head is not None and _goes_by(targets.head, given):
-        return f"{given!r} is the output head, which takes no adapter: put it in modulesToSave to train it in full"
+def _no_match(requested: str, usable: list[str], targets: Targets) -> str:
+    if targets.head is not None and _matches(targets.head, requested):
+        return f"{requested!r} is the output head, which takes no adapter: put it in modulesToSave to train it in full"
     valid = {_leaf(name) for name in (*usable, *targets.experts, *targets.embeddings)} | {ALL_LINEAR}
-    return _no_module(given, targets, valid)
+    return _no_module(requested, targets, valid)
 
 
 def _expert_problems(spec: Lora, parameters: set[str], path: str) -> list[Problem]:
-    """What PEFT's ParamWrapper refuses for stacked expert weights."""
+    """Return problems for what PEFT's ParamWrapper does not support on stacked expert weights."""
     if not parameters:
         return []
     what = f"does not work on the experts' stacked weights ({', '.join(sorted(parameters))})"
@@ -170,48 +169,50 @@ def _expert_problems(spec: Lora, parameters: set[str], path: str) -> list[Proble
     return problems
 
 
-def _saved(spec: Lora, model: PreTrainedModel, targets: Targets, path: str) -> tuple[list[str], list[Problem]]:
-    """Names for PEFT's `modules_to_save`, and what is wrong with the given ones."""
+def _modules_to_save(
+    spec: Lora, model: PreTrainedModel, targets: Targets, path: str
+) -> tuple[list[str], list[Problem]]:
+    """Return names for PEFT's `modules_to_save`, and the problems found."""
     inside = language_names(model)
     names = [name for name, _ in model.named_modules() if name and inside(name)]
     leaves = {_leaf(name) for name in names if not _leaf(name).isdigit()}
     saved: list[str] = []
     problems = []
-    for given in spec.modules_to_save or []:
-        found = _of_language(given, names, targets)
+    for requested in spec.modules_to_save or []:
+        found = _language_model_names(requested, names, targets)
         saved += sorted(found)
         if not found:
-            problems.append(Problem(f"{path}.modulesToSave", _no_module(given, targets, leaves)))
+            problems.append(Problem(f"{path}.modulesToSave", _no_module(requested, targets, leaves)))
     return saved, problems
 
 
-def _no_module(given: str, targets: Targets, valid: set[str]) -> str:
-    if found := _frozen_match(given, targets):
-        return f"{given!r} is only in {found}, which is frozen: name modules of the language model"
-    return f"no module of the model goes by {given!r}{did_you_mean(given, valid)}"
+def _no_module(requested: str, targets: Targets, valid: set[str]) -> str:
+    if found := _frozen_match(requested, targets):
+        return f"{requested!r} is only in {found}, which is frozen: name modules of the language model"
+    return f"no module of the model goes by {requested!r}{did_you_mean(requested, valid)}"
 
 
-def _of_language(given: str, names: list[str], targets: Targets) -> set[str]:
-    """What PEFT is to look for: the given name where it means none of the frozen modules, else the full names."""
-    found = {name for name in names if _goes_by(name, given)}
-    ambiguous = any(name.endswith(given) for name in targets.frozen)  # PEFT compares endings of modules to save
-    return found if ambiguous or not found else {given}
+def _language_model_names(requested: str, names: list[str], targets: Targets) -> set[str]:
+    """Return names that PEFT finds in the language model alone: the requested one if unambiguous, else full names."""
+    found = {name for name in names if _matches(name, requested)}
+    ambiguous = any(name.endswith(requested) for name in targets.frozen)  # PEFT compares endings of modules to save
+    return found if ambiguous or not found else {requested}
 
 
-def _stacks(names: list[str], targets: Targets) -> set[str]:
-    """Stacked expert weights by their last part, or in full where a frozen part has experts too."""
+def _stack_names(names: list[str], targets: Targets) -> set[str]:
+    """Return the last parts of stacked expert weights' names, or full names where a frozen part has experts too."""
     ambiguous = any(".experts" in f".{name}" for name in targets.frozen)
     return set(names) if ambiguous else {_leaf(name) for name in names}
 
 
-def _frozen_match(given: str, targets: Targets) -> str | None:
-    """The frozen module that goes by the given name, without its last part; None where there is none."""
-    found = next((name for name in targets.frozen if _goes_by(name, given)), None)
+def _frozen_match(requested: str, targets: Targets) -> str | None:
+    """Return the parent of a frozen module that matches the requested name, or None."""
+    found = next((name for name in targets.frozen if _matches(name, requested)), None)
     return found and (found.rpartition(".")[0] or found)
 
 
 def _needs_tying(spec: Lora, model: PreTrainedModel, modules: set[str]) -> bool:
-    """Tied embeddings that are trained must stay tied; PEFT warns where this is set without need."""
+    """Return whether tied embeddings are trained and must stay tied; PEFT warns if this is set needlessly."""
     from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
     touched = {_leaf(name) for name in (*modules, *(spec.modules_to_save or []))}
@@ -219,26 +220,26 @@ def _needs_tying(spec: Lora, model: PreTrainedModel, modules: set[str]) -> bool:
 
 
 def _rewritten_by_peft(model: PreTrainedModel) -> frozenset[str]:
-    """Names that PEFT, in families whose experts transformers 5 stacked, takes for an expert's or the router's.
+    """Return names that PEFT always treats as an expert's or the router's in families with stacked experts.
 
-    There a linear layer of that name (a shared expert's, a dense first layer's) can't be told apart, and gets no
-    adapter.
+    PEFT can't distinguish other linear layers with these names (a shared expert's, a dense first layer's), so they get
+    no adapter.
     """
     from peft.utils import transformers_weight_conversion as conversion
 
-    family = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type, "")  # type: ignore[attr-defined]
+    family = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type, "")
     return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(family, {}))
 
 
-def _short(names: list[str], model: PreTrainedModel) -> set[str]:
-    """Last parts of the names, where they mean these modules and no others; else the names in full."""
+def _shorten(names: list[str], model: PreTrainedModel) -> set[str]:
+    """Return each name's last part where it matches these modules alone, else the full name."""
     chosen = set(names)
     other_leaves = {_leaf(name) for name, _ in model.named_modules() if name not in chosen}
     return {_leaf(name) if _leaf(name) not in other_leaves else name for name in names}
 
 
-def _goes_by(name: str, given: str) -> bool:
-    return name == given or name.endswith(f".{given}")
+def _matches(name: str, requested: str) -> bool:
+    return name == requested or name.endswith(f".{requested}")
 
 
 def _leaf(name: str) -> str:

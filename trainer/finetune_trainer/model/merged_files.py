@@ -1,6 +1,6 @@
-"""A saved model merged with what an adapter changes, written one file after the other.
+"""Merge an adapter into a saved model and write the result one file at a time.
 
-Memory: the tensors of one file of the result, and one weight in float32, whatever the model's size.
+Memory use is the tensors of one file of the result and one weight in float32, independent of the model's size.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _PATTERN = "model{suffix}.safetensors"
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A merge that can be done tensor by tensor."""
+    """A merge that is possible tensor by tensor."""
 
     base: SavedBase
     written: Tensors
     """Tensors of the result, on the meta device."""
     changes: Changes = field(default_factory=Changes)
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Weights that one conversion writes, by group, where the adapter changes any of them."""
+    """The weights of each group, where the adapter changes any of them. One conversion writes one group."""
     group_of: Mapping[str, str] = field(default_factory=dict)
-    """The group that a tensor of the result comes from."""
+    """The group of each tensor of the result."""
 
     def write(self, directory: Path, shard_size: str | int = SHARD_SIZE) -> None:
         """Write the result's weights, configuration and generation configuration, as `save_pretrained` does.
@@ -48,11 +48,11 @@ class MergePlan:
         """
         directory.mkdir(parents=True, exist_ok=True)
         split = split_torch_state_dict_into_shards(self.written, filename_pattern=_PATTERN, max_shard_size=shard_size)
-        values, room = _Values(self), _Room(self.written, split.filename_to_tensors.values())
+        values, buffer = _MergedValues(self), _FileBuffer(self.written, split.filename_to_tensors.values())
         for file, names in split.filename_to_tensors.items():
-            tensors = room.tensors(names)
-            for name, place in tensors.items():
-                place.copy_(values.take(name))
+            tensors = buffer.tensors(names)
+            for name, target in tensors.items():
+                target.copy_(values.take(name))
             save_file(tensors, directory / file, metadata={"format": "pt"})
         if split.is_sharded:
             count = {"total_parameters": self.base.model.num_parameters()}
@@ -71,10 +71,10 @@ class MergePlan:
 
 
 def plan_merge(base: SavedBase, adapter: str | Path | None = None) -> MergePlan | None:
-    """Return how a base is merged with an adapter tensor by tensor, or None where that is not possible.
+    """Return the plan for merging a base with an adapter tensor by tensor, or None where that is not possible.
 
-    It is not where a tensor of the result is in no file of the base (other names, other shapes), or where the adapter's
-    change of a weight can't be told from the weight's own files (see `adapter_changes`).
+    It is impossible where no file of the base has a tensor of the result (other names, other shapes), or where the
+    change of a weight can't be computed for that weight alone (see `adapter_changes`).
 
     Raises:
         UserError: the adapter lacks weights or does not fit the model.
@@ -83,13 +83,13 @@ def plan_merge(base: SavedBase, adapter: str | Path | None = None) -> MergePlan 
     if adapter is None:
         return None if base.lacking(written) else MergePlan(base, written)
     changes = adapter_changes(deepcopy(base.model), adapter)
-    brought = None if changes is None else _with_brought(base, changes)
-    if changes is None or brought is None:
+    updated_base = None if changes is None else _with_base_weights(base, changes)
+    if changes is None or updated_base is None:
         return None
-    base = brought
+    base = updated_base
     groups = _groups(base, changes)
     group_of: dict[str, str] = {}
-    given: set[str] = set()
+    provided: set[str] = set()
     for group, weights in groups.items():
         kinds = {_kind(changes, weight) for weight in weights}
         outputs = base.reverted({weight: _shape_of(base, changes, weight) for weight in weights})
@@ -97,15 +97,17 @@ def plan_merge(base: SavedBase, adapter: str | Path | None = None) -> MergePlan 
         if ("whole" in kinds and len(kinds) > 1) or ("scaled" in kinds and converted):
             return None
         group_of |= dict.fromkeys(outputs, group)
-        given |= set(outputs) if kinds == {"whole"} else set()
-    if base.lacking(written, given):
+        provided |= set(outputs) if kinds == {"whole"} else set()
+    if base.lacking(written, provided):
         return None
     return MergePlan(base, written, changes, groups, group_of)
 
 
-def _with_brought(base: SavedBase, changes: Changes) -> SavedBase | None:
-    """Return the base with the weights of its own that an adapter brings; None where a conversion takes more than one
-    of the base's weights."""
+def _with_base_weights(base: SavedBase, changes: Changes) -> SavedBase | None:
+    """Return the base with its own weights that an adapter's file holds.
+
+    None where a conversion joins such a weight with another one.
+    """
     groups = base.groups(base.model.state_dict())
     alone = {name: one for name, one in changes.base.items() if list(groups.values()).count(groups[name]) == 1}
     written = base.written
@@ -134,10 +136,10 @@ def _shape_of(base: SavedBase, changes: Changes, weight: str) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
-class _Room:
-    """Memory for the tensors of one file, used for each file again.
+class _FileBuffer:
+    """Memory for the tensors of one file, reused for each file.
 
-    Where each tensor was allocated by itself, the allocator would keep what the sums in float32 leave between them.
+    With separate allocations, the float32 sums between them would fragment the allocator's memory.
     """
 
     def __init__(self, written: Tensors, files: Iterable[list[str]]) -> None:
@@ -146,7 +148,7 @@ class _Room:
         self.memory = torch.empty(max(sizes, default=0), dtype=torch.uint8)
 
     def tensors(self, names: list[str]) -> Tensors:
-        """Return tensors without values for one file's names, which do not overlap."""
+        """Return uninitialized tensors, which do not overlap, for the names in one file."""
         found, start = {}, 0
         for name in names:
             one = self.written[name]
@@ -155,18 +157,19 @@ class _Room:
         return found
 
     def _size(self, name: str) -> int:
-        """Return a tensor's bytes, such that the next one is aligned."""
+        """Return a tensor's size in bytes, padded so that the next tensor is aligned."""
         return -(-self.written[name].nbytes // _ALIGNED) * _ALIGNED
 
 
-class _Values:
-    """The result's tensors, one at a time; what a conversion makes of one weight is kept until all of it is taken."""
+class _MergedValues:
+    """The result's tensors, one at a time. The other outputs of a conversion are kept until they are taken."""
 
     def __init__(self, plan: MergePlan) -> None:
         self.plan, self.reader = plan, Reader()
         self.pending: dict[str, Tensor] = {}
 
     def take(self, name: str) -> Tensor:
+        """Return a tensor of the result; call this once per name."""
         plan, dtype = self.plan, self.plan.written[name].dtype
         group = plan.group_of.get(name)
         if group is None:
@@ -175,19 +178,19 @@ class _Values:
             merged = plan.changes.scaled[plan.groups[group][0]](self._float(name))
         else:
             if name not in self.pending:
-                self.pending |= self._changed(group)
+                self.pending |= self._group_changes(group)
             merged = self.pending.pop(name)
             if plan.groups[group][0] not in plan.changes.whole:
                 merged = self._float(name).add_(merged)
-        return _finite(name, merged.to(dtype))
+        return _require_finite(name, merged.to(dtype))
 
     def _float(self, name: str) -> Tensor:
-        """Return the base's value in float32, rounded to the result's precision before, as it loads."""
+        """Return the base's value in float32, after rounding it to the result's dtype, as loading does."""
         value = self.plan.base.value(name, self.plan.written[name].dtype, self.reader)
         return value.float()
 
-    def _changed(self, group: str) -> Tensors:
-        """Return a group's sums, or its weights where they were trained in full, by the names of the result."""
+    def _group_changes(self, group: str) -> Tensors:
+        """Return a group's updates, or its weights where they were trained in full, by the result's names."""
         base, changes = self.plan.base, self.plan.changes
         values = {}
         for weight in self.plan.groups[group]:
@@ -201,8 +204,8 @@ class _Values:
         return {name: one for name, one in found.items() if name in self.plan.written}
 
 
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    """Return the tensor.
+def _require_finite(name: str, tensor: Tensor) -> Tensor:
+    """Return the tensor if it is finite.
 
     Raises:
         UserError: it holds NaN or an infinity.
@@ -210,7 +213,7 @@ def _finite(name: str, tensor: Tensor) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise UserError(
             f"the merged weight {name} is not finite in {str(tensor.dtype).removeprefix('torch.')}: training has "
-            "diverged or left the range of that precision; lower the learning rate, or set lora.merge to false and "
+            "diverged or left the range of that dtype; lower the learning rate, or set lora.merge to false and "
             "look at the adapter"
         )
     return tensor

@@ -1,4 +1,4 @@
-"""Which number formats a stage loads, computes and saves in."""
+"""Choose the dtypes in which a stage loads, computes and saves a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class Precision:
-    """`weights` as loaded, `compute` in forward and backward, `result` as saved."""
+    """The dtypes of loaded weights, of the forward and backward pass, and of the saved result."""
 
     weights: torch.dtype
     compute: torch.dtype
@@ -26,15 +26,15 @@ class Precision:
 
     @property
     def autocast(self) -> dict[str, bool]:
-        """transformers' `bf16` and `fp16` switches."""
+        """Return the fields `bf16` and `fp16` of transformers' TrainingArguments."""
         return {"bf16": self.compute == torch.bfloat16, "fp16": self.compute == torch.float16}
 
 
 def model_dtype(dtype: Dtype, accelerator: bool) -> torch.dtype:
-    """Return the dtype that a job's `model.dtype` means on this machine.
+    """Return the torch dtype for a job's `model.dtype` on this machine.
 
-    `auto` is bfloat16 where the GPU computes in it, else float32. A T4 or V100 only emulates bfloat16, at a fraction of
-    its speed; `dtype: float16` trains there with loss scaling.
+    `auto` is bfloat16 where the GPU supports it natively, else float32. A T4 or V100 only emulates bfloat16, much
+    slower; `dtype: float16` trains there with loss scaling.
     """
     if dtype != "auto":
         return _DTYPES[dtype]
@@ -42,21 +42,21 @@ def model_dtype(dtype: Dtype, accelerator: bool) -> torch.dtype:
 
 
 def precision(dtype: torch.dtype, *, trains_base: bool, zero: int) -> Precision:
-    """Formats for a stage.
+    """Return the dtypes of a stage.
 
-    What AdamW trains is float32, or has a float32 copy: half precision loses small updates. A full fine-tune loads its
-    weights so and computes under autocast; what is trained on a frozen base follows by `train_in_float32`. DeepSpeed
-    keeps such copies itself, divided among the workers.
+    Weights that AdamW trains are float32, or have a float32 copy: half precision loses small updates. A full fine-tune
+    loads float32 weights and computes under autocast; `train_in_float32` converts weights that are trained on a frozen
+    base. DeepSpeed keeps float32 copies itself, divided among the workers.
     """
     keeps_master = trains_base and zero == 0
     return Precision(torch.float32 if keeps_master else dtype, dtype, dtype)
 
 
 def autocast_mixed(model: nn.Module) -> AbstractContextManager[Any]:
-    """Compute in half precision where a model has weights in it and in float32; nothing for other models.
+    """Return an autocast context for a model with both half-precision and float32 weights; else an empty context.
 
-    Training does so by accelerate, which wraps the forward pass of PEFT's model and not that of the model inside, which
-    generates: a float32 layer fails there on what a half-precision one gives it.
+    In training, accelerate wraps the forward pass of PEFT's model. Generation calls the model inside, where without
+    autocast a float32 layer fails on half-precision inputs.
     """
     formats = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
     half = next((dtype for dtype in formats if dtype in (torch.bfloat16, torch.float16)), None)
@@ -66,10 +66,10 @@ def autocast_mixed(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 def train_in_float32(model: nn.Module) -> None:
-    """Make every trained weight of a model float32; frozen ones stay as they are.
+    """Convert every trained weight of a model to float32; frozen weights keep their dtype.
 
-    PEFT does so for adapters but not for `modules_to_save` (a reward model's head is one). A bfloat16 weight of 0.02
-    has steps of 1e-4: updates of 1e-5 vanish.
+    PEFT does so for adapters but not for `modules_to_save`, such as a reward model's head. Near 0.02, bfloat16 values
+    are 1e-4 apart: updates of 1e-5 vanish.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -77,7 +77,7 @@ def train_in_float32(model: nn.Module) -> None:
 
 
 def round_weights(path: Path, dtype: torch.dtype) -> None:
-    """Rewrite a safetensors file with its floating-point tensors in that format."""
+    """Rewrite a safetensors file with its floating-point tensors in the given dtype."""
     weights = load_file(path)
     rounded = {name: one.to(dtype) if one.is_floating_point() else one for name, one in weights.items()}
     save_file(rounded, path, metadata={"format": "pt"})

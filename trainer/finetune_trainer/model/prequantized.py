@@ -1,7 +1,7 @@
-"""Saved models whose weights are quantized already (`quantization_config` in their config.json).
+"""Handle saved models whose weights are already quantized (`quantization_config` in their config.json).
 
-Such weights serve inference. They are not trained: optimizers, merging and other quantizations need plain numbers.
-Where transformers can dequantize them, a plain copy is made once on each machine and takes their place.
+Such weights can only be used for inference: optimizers, merging and other quantizations need plain tensors. Where
+transformers can dequantize them, a job can train a dequantized copy, which is made once per machine.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:
     return dict(found.to_dict())
 
 
-def method_of(config: PretrainedConfig) -> str | None:
-    """Return how a saved model's weights are quantized, such as `bitsandbytes 4-bit` or `mxfp4`, or None."""
+def quantization_method(config: PretrainedConfig) -> str | None:
+    """Return the quantization of a saved model, such as `bitsandbytes 4-bit` or `mxfp4`, or None."""
     found = quantization_of(config)
     if found is None:
         return None
@@ -45,29 +45,33 @@ def method_of(config: PretrainedConfig) -> str | None:
 
 
 def training_fault(config: PretrainedConfig, dequantize: bool) -> str | None:
-    """Return why a saved model can't be trained, merged or quantized anew for its quantized weights, or None."""
-    method = method_of(config)
+    """Return why quantized weights keep a saved model from being trained, merged or requantized, or None."""
+    method = quantization_method(config)
     if method is None:
         return None
     original = "name the model that it was quantized from"
-    can = _can_dequantize(config)
+    supported = _can_dequantize(config)
     if dequantize:
-        return None if can is True else f"transformers can't dequantize its {method} weights{_why(can)}: {original}"
-    remedy = f"set model.dequantize: true to train a dequantized copy, or {original}" if can is True else original
+        return (
+            None
+            if supported is True
+            else f"transformers can't dequantize its {method} weights{_explanation(supported)}: {original}"
+        )
+    remedy = f"set model.dequantize: true to train a dequantized copy, or {original}" if supported is True else original
     return f"its weights are quantized ({method}) and can't be trained: {remedy}"
 
 
 def environment_fault(config: PretrainedConfig) -> str | None:
-    """Return why a saved model's quantized weights can't be loaded: a missing package or an unknown method; or None.
+    """Return why a saved model's quantized weights can't be loaded (a missing package, an unknown method), or None.
 
-    What a machine without the right accelerator can't do is not known before one is there.
+    A missing accelerator is not reported: another machine may load the model.
     """
     try:
         quantizer = _quantizer(config)
         with suppress(RuntimeError, ValueError, TypeError):
-            quantizer.validate_environment(device_map=None, weights_only=True)
+            quantizer.validate_environment(device_map=None, weights_only=True)  # type: ignore[no-untyped-call]
     except (ImportError, ValueError, TypeError) as error:
-        return f"its weights are quantized ({method_of(config)}) and can't be loaded: {_reason(error)}"
+        return f"its weights are quantized ({quantization_method(config)}) and can't be loaded: {_reason(error)}"
     return None
 
 
@@ -80,15 +84,15 @@ def dequantized(name: str, directory: Path, revision: str | None = None) -> str:
     config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     if fault := training_fault(config, dequantize=True):
         raise UserError(f"{name}: {fault}")
-    place = directory / _key(name, config, revision)
+    path = directory / _key(name, config, revision)
     directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{place}.lock"):
-        if not place.is_dir():
-            part = place.with_name(f".{place.name}")
-            shutil.rmtree(part, ignore_errors=True)
-            _load_plain(name, config, revision).save_pretrained(part, max_shard_size=SHARD_SIZE)
-            part.rename(place)
-    return str(place)
+    with FileLock(f"{path}.lock"):
+        if not path.is_dir():
+            partial = path.with_name(f".{path.name}")
+            shutil.rmtree(partial, ignore_errors=True)
+            _load_plain(name, config, revision).save_pretrained(partial, max_shard_size=SHARD_SIZE)
+            partial.rename(path)
+    return str(path)
 
 
 def _load_plain(name: str, config: PretrainedConfig, revision: str | None) -> PreTrainedModel:
@@ -105,11 +109,12 @@ def _load_plain(name: str, config: PretrainedConfig, revision: str | None) -> Pr
             trust_remote_code=False,
             output_loading_info=True,
         )
-    lacking = sorted(info["missing_keys"])
-    if lacking:
-        raise UserError(f"{name}: the checkpoint lacks {len(lacking)} weights: {', '.join(lacking[:5])}")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(f"{name}: the checkpoint lacks {len(missing)} weights: {', '.join(missing[:5])}")
     plain: PreTrainedModel = model if at_loading else model.dequantize()
-    plain._weight_conversions = None  # saved under the family's own names, without the quantizer's conversions
+    # Without the quantizer's conversions, the copy is saved under the family's own names.
+    plain._weight_conversions = None  # type: ignore[assignment]  # nn.Module declares tensors and modules alone
     return plain
 
 
@@ -119,7 +124,10 @@ def _saved_class(config: PretrainedConfig) -> Any:
 
 
 def _quantizer(config: PretrainedConfig) -> HfQuantizer:
-    return AutoHfQuantizer.from_config(quantization_of(config), pre_quantized=True)
+    settings = quantization_of(config)
+    assert settings is not None
+    quantizer: HfQuantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+    return quantizer
 
 
 def _can_dequantize(config: PretrainedConfig) -> bool | Exception:
@@ -128,12 +136,12 @@ def _can_dequantize(config: PretrainedConfig) -> bool | Exception:
         quantizer = _quantizer(config)
     except (ImportError, ValueError, TypeError) as error:
         return error
-    own = type(quantizer)._dequantize is not HfQuantizer._dequantize
-    return own or "dequantize" in quantizer.get_load_operations()
+    overridden = type(quantizer)._dequantize is not HfQuantizer._dequantize
+    return overridden or "dequantize" in quantizer.get_load_operations()
 
 
-def _why(can: bool | Exception) -> str:
-    return f" ({_reason(can)})" if isinstance(can, Exception) else ""
+def _explanation(supported: bool | Exception) -> str:
+    return f" ({_reason(supported)})" if isinstance(supported, Exception) else ""
 
 
 def _reason(error: Exception) -> str:
@@ -143,7 +151,7 @@ def _reason(error: Exception) -> str:
 
 
 def _key(name: str, config: PretrainedConfig, revision: str | None) -> str:
-    """Return another key for each set of weights that ever lies at a place."""
+    """Return a key that changes with the weight files: their paths, sizes and modification times."""
     files = weight_files(name, revision, getattr(config, "transformers_weights", None))
     found = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:32]

@@ -1,7 +1,7 @@
-"""Files that a composite model's processor is loaded from, beside the tokenizer's: they go with the model.
+"""Copy the files of a composite model's processor into a result.
 
-A processor is what `AutoProcessor` loads: the tokenizer with an image processor, a video processor or a feature
-extractor. Training on text uses none of them, and a result without them can't be given an image again.
+`AutoProcessor` loads a processor: the tokenizer with an image processor, a video processor or a feature extractor.
+Training on text needs none of these files, but without them the result can't process images.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ _TEMPLATES = (CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)
 
 
 def copy_processor(name: str, revision: str | None, directory: Path) -> None:
-    """Copy the processor's files of a model into `directory`, which keeps what it has.
+    """Copy a model's processor files into `directory`, without overwriting files.
 
-    The chat template is copied where the tokenizer has written none: it is the processor's too, and the one that the
-    stage has trained with.
+    The chat template is copied only if the tokenizer has not saved one: that one was used in training.
 
     Args:
-        name: a directory or a hub id, whose files come from the cache.
+        name: a directory, or a hub id whose files are read from the cache.
     """
     has_template = any((directory / file).exists() for file in _TEMPLATES)
     for file in (*_SETTINGS, *(() if has_template else _TEMPLATES)):
@@ -43,7 +42,7 @@ def copy_processor(name: str, revision: str | None, directory: Path) -> None:
 
 
 def _find(name: str, file: str, revision: str | None) -> str | None:
-    return cached_file(  # type: ignore[no-any-return]
+    return cached_file(
         name,
         file,
         revision=revision,

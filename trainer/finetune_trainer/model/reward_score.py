@@ -1,9 +1,9 @@
-"""Where a reward model's score is read: at the last token of a text, its end token included.
+"""Read a reward model's score at the last token of a text, the end-of-text token included.
 
 transformers reads it at the last token that is not `config.pad_token_id`. Where texts end with that token (many
-tokenizers pad with their end token) this is the token before, and the end token's position is never trained. So here
-the attention mask says which token is the last one, and a result gets a padding token that no text has: plain
-transformers then reads the same position.
+tokenizers use their EOS token as padding), this is the token before, and the EOS position is never trained. So here the
+attention mask defines the last token, and a result gets a padding token that no text contains: plain transformers then
+reads the same position.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from finetune_trainer.model.task import SCORE, score_head
 
 PAD = "<|pad|>"
 _SPARE = ("pad", "reserved", "unused", "extra_id", "placeholder", "dummy")
-"""Parts of the names of special tokens that no text has, the best first."""
+"""Parts of the names of special tokens that texts do not contain, in order of preference."""
 _PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-_EXOTIC = "\u0378\U0001f9a9\ua66e\x01"
-"""What a tokenizer that falls back on bytes has no unknown token in."""
+_RARE_TEXT = "\u0378\U0001f9a9\ua66e\x01"
+"""Text that a tokenizer with byte fallback encodes without unknown tokens."""
 _PASSED_ON = ("position_ids", "inputs_embeds", "use_cache")
 
 
 def read_at_last_token(model: PreTrainedModel) -> None:
-    """Make a model read its score by the attention mask, whatever token it is padded with, and on whichever side.
+    """Make a model read its score at the last token of the attention mask, for any padding token and side.
 
-    Nothing for families that read it elsewhere (BERT: at the first token).
+    Do nothing for families that read it elsewhere (BERT: at the first token).
     """
     if score_head(model) is None or model.base_model is model:
         return
-    model.forward = MethodType(functools.wraps(type(model).forward)(_score), model)  # type: ignore[method-assign]
+    model.forward = MethodType(functools.wraps(type(model).forward)(_score), model)
 
 
 def _score(
     model: PreTrainedModel, input_ids: Any = None, attention_mask: Any = None, **more: Any
 ) -> SequenceClassifierOutputWithPast:
-    """Scores [B, 1]: the head on the hidden state of each row's last token that the mask keeps."""
+    """Return scores [B, 1]: the head's output at each row's last token in the mask."""
     options = {name: more[name] for name in _PASSED_ON if more.get(name) is not None}
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
     rows = torch.arange(len(hidden), device=hidden.device)
@@ -51,12 +51,13 @@ def _score(
     return SequenceClassifierOutputWithPast(logits=getattr(model, SCORE)(hidden[rows, last.to(rows.device)]))
 
 
-def pad_apart(tokenizer: PreTrainedTokenizerFast, rows: int) -> None:
-    """Give a tokenizer a padding token that no text has, if there is one: an existing special token, or a new one where
-    the model has a row of its embeddings to spare.
+def set_distinct_pad_token(tokenizer: PreTrainedTokenizerFast, rows: int) -> None:
+    """Set a padding token that no text contains, if possible.
+
+    It is an existing special token, or a new one where the embeddings have an unused row.
 
     Args:
-        rows: of the model's embeddings.
+        rows: number of rows of the model's embeddings.
     """
     if score_pad(tokenizer) is not None:
         return
@@ -68,21 +69,21 @@ def pad_apart(tokenizer: PreTrainedTokenizerFast, rows: int) -> None:
 
 
 def score_pad(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The padding token's id for a reward model's configuration; None where texts have that token.
+    """Return the padding token's id for a reward model's configuration; None where texts contain that token.
 
     Without one, transformers scores one text at a time, at its last token, and refuses batches.
     """
     pad = tokenizer.pad_token_id
-    return None if pad is None or int(pad) in written_ids(tokenizer) else int(pad)
+    return None if pad is None or int(pad) in special_ids_in_texts(tokenizer) else int(pad)
 
 
 def set_score_pad(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Set a reward model's padding token to `score_pad`: plain transformers then reads the score at the last token."""
+    """Set `pad_token_id` to `score_pad`, so that plain transformers reads the score at the last token."""
     config.get_text_config().pad_token_id = score_pad(tokenizer)
 
 
-def written_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """Ids of the special tokens that texts are written with: begin and end of text, and those of the chat template."""
+def special_ids_in_texts(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Return the ids of special tokens that texts contain: begin and end of text, and the chat template's tokens."""
     named = {getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "sep", "cls", "mask")}
     text = ""
     if tokenizer.chat_template:
@@ -91,7 +92,7 @@ def written_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
 
 
 def _spare_tokens(tokenizer: PreTrainedTokenizerFast, rows: int) -> Iterator[str]:
-    written = written_ids(tokenizer)
+    written = special_ids_in_texts(tokenizer)
     special = {
         number: token.content
         for number, token in tokenizer.added_tokens_decoder.items()
@@ -100,5 +101,5 @@ def _spare_tokens(tokenizer: PreTrainedTokenizerFast, rows: int) -> Iterator[str
     for part in _SPARE:
         yield from (name for name in special.values() if part in name.lower())
     unknown = tokenizer.unk_token_id
-    if unknown in special and unknown not in tokenizer(_EXOTIC, add_special_tokens=False)["input_ids"]:
+    if unknown in special and unknown not in tokenizer(_RARE_TEXT, add_special_tokens=False)["input_ids"]:
         yield special[unknown]

@@ -1,9 +1,9 @@
-"""Batches of a causal model that are padded on the right: their attention needs no mask.
+"""Remove the attention mask of right-padded batches in causal models.
 
-A causal model's output at a token depends on the tokens up to it, so padding behind a row's last token changes none of
-the row's outputs; at the padding itself labels are ignored. This holds for attention, for convolutions and recurrences,
-and for positions that a family counts in the mask. With a mask, transformers makes one of [B, 1, L, L] for `sdpa`: no
-flash kernel takes it, and torch keeps it as a bias for each layer.
+A causal model's output at a token depends only on the tokens up to it, so padding after a row's last token changes none
+of the row's outputs, and labels at the padding are ignored. This holds for attention, for convolutions and recurrences,
+and for positions that a family computes from the mask. With a mask, transformers makes a mask [B, 1, L, L] for `sdpa`,
+which flash kernels do not support and which torch keeps as a bias for each layer.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ Keywords = dict[str, Any]
 
 
 def drop_right_padding(model: Any) -> Hooks | None:
-    """Let a model's backbone compute without the attention mask where a batch is padded on the right alone.
+    """Register hooks that remove the attention mask in front of the backbone if a batch is only padded on the right.
 
-    The mask is taken away in front of the backbone: the auxiliary loss of a mixture of experts, the place of a reward
-    model's score and the counts of tokens still see it.
+    Code outside of the backbone still gets the mask: the auxiliary loss of a mixture of experts, the reward model's
+    head, and token counts.
 
     Args:
         model: a transformers model, or a PEFT model around one.
 
     Returns:
-        what removes the hooks; None for a model that is not causal, which keeps its masks.
+        the hooks, or None for a model that is not causal, which keeps its masks.
     """
     if not is_causal(model):
         return None
@@ -39,9 +39,9 @@ def drop_right_padding(model: Any) -> Hooks | None:
 
 
 def is_causal(model: Any) -> bool:
-    """Return whether each attention of a model's decoder says that it is causal, by the attribute `is_causal`.
+    """Return whether all attention modules of a model's decoder have `is_causal` set.
 
-    transformers decides by it what to do without a mask. A model without any such attention is not known to be causal.
+    transformers uses this attribute if there is no mask. A model without any such module is not known to be causal.
     """
     decoder = decoder_of(model)
     flags = [module.is_causal for module in decoder.modules() if isinstance(getattr(module, "is_causal", None), bool)]
@@ -49,7 +49,7 @@ def is_causal(model: Any) -> bool:
 
 
 def is_right_padded(mask: Tensor) -> bool:
-    """Return whether no row of a mask [B, L] of 0 and 1 has padding in front of a token."""
+    """Return whether no row of a mask [B, L] of 0 and 1 has padding before a token."""
     return bool((mask[:, 1:] <= mask[:, :-1]).all())
 
 

@@ -1,10 +1,9 @@
-"""Router logits of mixtures of experts: which calls of a model return them.
+"""Control which forward passes of a mixture of experts return router logits.
 
 A model whose configuration sets `output_router_logits` computes its load-balancing loss in every forward pass, from
-the router logits of the tokens at hand and the attention mask of all tokens. With a cache those differ in number:
-generation of a padded batch fails at the first cached token ("The size of tensor a (2) must match the size of tensor b
-(14)"). TRL's trainers set the switch in the configuration, and pass it to each forward pass of training as well, which
-is enough.
+the router logits of the new tokens and the attention mask of all tokens. With a cache their lengths differ: generation
+of a padded batch fails at the first cached token ("The size of tensor a (2) must match the size of tensor b (14)").
+TRL's trainers set the field in the configuration and also pass it to each training forward pass, which is sufficient.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from typing import Any
 FIELD = "output_router_logits"
 
 
-def fit_for_balance_loss(model: Any) -> None:
-    """Fit a model's configuration to TRL's balance loss, for good.
+def prepare_balance_loss(model: Any) -> None:
+    """Change a model's configuration for TRL's balance loss.
 
     Router logits are switched off, so that the saved model generates in padded batches. `num_experts`, which TRL reads,
-    becomes another name of `num_local_experts` in families that have only the latter (GraniteMoE, PhiMoE), as
-    transformers itself names it in Mixtral.
+    becomes an alias of `num_local_experts` in families that have only the latter (GraniteMoE, PhiMoE), as in
+    transformers' Mixtral.
     """
     for config in _configs(model):
         setattr(config, FIELD, False)
@@ -32,7 +31,7 @@ def fit_for_balance_loss(model: Any) -> None:
 
 @contextmanager
 def no_router_logits(model: Any) -> Iterator[None]:
-    """Inside, a forward pass returns no router logits unless it is called with `output_router_logits=True`.
+    """Switch router logits off inside a `with` block, except for calls with `output_router_logits=True`.
 
     Args:
         model: a model of transformers, or a wrapper of PEFT, DDP or DeepSpeed around one.
@@ -48,9 +47,9 @@ def no_router_logits(model: Any) -> Iterator[None]:
 
 
 def _configs(model: Any) -> list[Any]:
-    """The configurations that a model's forward pass may read the switch from: its own, and its text model's.
+    """Return the configurations from which a forward pass may read the field: the model's and its text model's.
 
-    DDP's and DeepSpeed's wrappers hold the model as `module`; DeepSpeed's `config` is its own.
+    DDP's and DeepSpeed's wrappers hold the model as `module`; DeepSpeed's `config` is another kind of object.
     """
     while not hasattr(getattr(model, "config", None), "get_text_config"):
         model = model.module

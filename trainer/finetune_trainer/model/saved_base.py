@@ -1,4 +1,4 @@
-"""A saved model as its files hold it: the names and shapes of its tensors, and their values one tensor at a time.
+"""Read the tensors of a saved model one at a time, under their names in its files.
 
 The model itself is on the meta device, so that a merge needs the memory of one file of the result and not of the model.
 """
@@ -24,11 +24,11 @@ from finetune_trainer.model.weights import TensorFile, tensor_files
 
 Tensors = dict[str, Tensor]
 _MAPPED = 1 << 20
-"""Bytes that are read from a file before it is mapped anew: pages of a mapped file count as the process's memory."""
+"""Bytes read before a file is mapped again: pages of a mapped file count as memory of the process."""
 
 
 class Reader:
-    """Read tensors of safetensors files one at a time, and keep no more than `_MAPPED` bytes of a file in memory."""
+    """A reader of single tensors in safetensors files that limits how much of a file stays mapped in memory."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
@@ -53,11 +53,11 @@ class SavedBase:
     """
 
     model: PreTrainedModel
-    """On the meta device, but for embeddings that got more rows."""
+    """On the meta device, except for resized embeddings."""
     files: Mapping[str, TensorFile]
-    """Where a tensor of the result is in the base's files."""
+    """The location of each tensor in the base's files."""
     held: Mapping[str, Tensor] = field(default_factory=dict)
-    """Values that stand in no file: embeddings that got more rows, experts that an ESFT stage trained."""
+    """Values that replace those in the files: resized embeddings, and weights from an adapter's file."""
 
     @cached_property
     def written(self) -> Tensors:
@@ -67,13 +67,13 @@ class SavedBase:
         state = remove_tied_weights_from_state_dict(_on_meta(state), self.model)
         return _on_meta(revert_weight_conversion(self.model, state))
 
-    def lacking(self, written: Mapping[str, Tensor], given: Iterable[str] = ()) -> list[str]:
-        """Return the tensors of the result whose values are nowhere to be read.
+    def lacking(self, written: Mapping[str, Tensor], provided: Iterable[str] = ()) -> list[str]:
+        """Return the names of the result's tensors whose values are not available.
 
         Args:
-            given: names of tensors that an adapter brings whole.
+            provided: names of tensors that an adapter replaces.
         """
-        known = {*given, *self.held}
+        known = {*provided, *self.held}
         return [name for name, one in written.items() if name not in known and not self._is_in_files(name, one)]
 
     def value(self, name: str, dtype: torch.dtype, reader: Reader) -> Tensor:
@@ -83,7 +83,7 @@ class SavedBase:
         return reader.read(self.files[name], dtype)
 
     def overlaid(self, adapter: Path) -> SavedBase | None:
-        """Return the base with the tensors of an expert adapter in place; None where they have other names there."""
+        """Return the base with the tensors of an expert adapter; None where the base names its tensors differently."""
         found = tensor_files([adapter / ADAPTER_WEIGHTS])
         written = self.written
         if not all(name in written and written[name].shape == one.shape for name, one in found.items()):
@@ -91,21 +91,20 @@ class SavedBase:
         return replace(self, files={**self.files, **found})
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> SavedBase | None:
-        """Return the base with those tensors in place of its own; None where it has no such tensors."""
+        """Return the base with some tensors replaced; None where it has no tensors of these names and shapes."""
         written = self.written
         if not all(name in written and written[name].shape == one.shape for name, one in tensors.items()):
             return None
         return replace(self, held={**self.held, **tensors})
 
     def resized(self, rows: int) -> SavedBase | None:
-        """Return the base with that many rows in its embeddings, new ones as `resize_embeddings` makes them; None where
-        the embeddings have other names in the files."""
+        """Return the base with `rows` rows in its embeddings; None where the files name the embeddings differently."""
         own = {id(one): name for name, one in self.model.named_parameters()}
         tables = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]  # type: ignore[no-untyped-call]
         for table in tables:
             name = own.get(id(table.weight)) if table is not None else None
             if name is None or table.weight.device.type != "meta":
-                continue  # the head is the embedding
+                continue  # the head is tied to the embedding
             if name not in self.files:
                 return None
             table.weight = nn.Parameter(Reader().read(self.files[name], table.weight.dtype), requires_grad=False)
@@ -115,9 +114,9 @@ class SavedBase:
         return replace(self, held={**self.held, **real}) if real.keys() <= self.written.keys() else None
 
     def groups(self, names: Iterable[str]) -> dict[str, str]:
-        """Return the group of each weight of the model by name: weights of a group are written by one conversion.
+        """Return the group of each weight of the model; one conversion writes the weights of one group.
 
-        A weight that is only renamed is a group of its own, and its group's name is the weight's.
+        A weight that is only renamed forms a group whose name is the weight's.
         """
         conversions = getattr(self.model, "_weight_conversions", None) or []
         reverse: Any = [one.reverse_transform() for one in reversed(conversions) if isinstance(one, WeightConverter)]
@@ -128,7 +127,7 @@ class SavedBase:
         return found
 
     def reverted(self, values: Tensors) -> Tensors:
-        """Return a group's values under the names and in the shapes that they are written in."""
+        """Return a group's values under the names and in the shapes of the files."""
         found: Tensors = revert_weight_conversion(self.model, values)
         return found
 
@@ -137,5 +136,5 @@ class SavedBase:
 
 
 def _on_meta(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Return tensors of the same shapes and precisions without values."""
+    """Return tensors of the same shapes and dtypes on the meta device."""
     return {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in tensors.items()}

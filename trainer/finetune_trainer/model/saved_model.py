@@ -1,4 +1,4 @@
-"""What a saved directory holds: a whole model, an adapter of PEFT's or one of experts; and what an adapter adapts."""
+"""Recognize saved models, PEFT adapters and expert adapters, and find the base model of an adapter."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def is_result(directory: Path) -> bool:
-    """Whether `directory` holds a saved model or an adapter, of PEFT or of experts."""
+    """Return whether `directory` holds a saved model, a PEFT adapter or an expert adapter."""
     return (directory / MODEL_CONFIG).is_file() or is_adapter(directory) or is_expert_adapter(directory)
 
 
 def is_reward_model(directory: str | Path) -> bool:
-    """Whether `directory` holds a model that scores texts and continues none."""
+    """Return whether `directory` holds a model for sequence classification."""
     path = Path(directory, MODEL_CONFIG)
     saved = json.loads(path.read_text(encoding="utf-8")).get("architectures") if path.is_file() else None
     return any(name.endswith("ForSequenceClassification") for name in saved or ())
 
 
 def is_adapter(directory: str | Path | None) -> bool:
-    """Whether `directory` holds an adapter (PEFT) and not a whole model."""
+    """Return whether `directory` holds a PEFT adapter and not a whole model."""
     return directory is not None and Path(directory, ADAPTER_CONFIG).is_file()
 
 
 def base_of(name: str) -> str:
-    """The model that an adapter (PEFT) adapts, wherever a moved job now has it; any other name as it is.
+    """Return the base model of a PEFT adapter, also after its job's directory was moved; return other names unchanged.
 
     Raises:
-        UserError: the adapter names none, or it is gone.
+        UserError: the adapter names no base model, or its base model does not exist.
     """
     if not is_adapter(name):
         return name
@@ -45,29 +45,29 @@ def base_of(name: str) -> str:
 
 
 def expert_base_of(name: str) -> str:
-    """The model that an expert adapter belongs to, wherever a moved job now has it.
+    """Return the base model of an expert adapter, also after its job's directory was moved.
 
     Raises:
-        UserError: the adapter names none, or it is gone.
+        UserError: the adapter names no base model, or its base model does not exist.
     """
     return find_base(Path(name), adapter_base(name))
 
 
 def root_of(name: str) -> str:
-    """The whole model below any adapters: what has a configuration."""
+    """Return the whole model below any adapters."""
     base = expert_base_of(name) if is_expert_adapter(name) else base_of(name)
     return name if base == name else root_of(base)
 
 
 def find_base(adapter: Path, recorded: str) -> str:
-    """The base model of `adapter`: as recorded, or, where a job's directory was moved, the same path beside it.
+    """Return the base model of `adapter`: the recorded path, or its new path if the job's directory was moved.
 
-    A recorded path that is no directory is looked for relative to the adapter; an absolute one by its last parts
-    (`stages/01-pretrain/result`) below each directory above the adapter. What is found nowhere may be a hub id and is
-    returned as it is.
+    A recorded path that does not exist is tried relative to the adapter, and by its last parts
+    (`stages/01-pretrain/result`) below each parent directory of the adapter. A relative path that is not found may be a
+    hub id and is returned unchanged.
 
     Raises:
-        UserError: an absolute path that is gone.
+        UserError: an absolute path does not exist.
     """
     candidates = [Path(recorded), adapter / recorded, *_moved(adapter, Path(recorded))]
     found = next((path for path in candidates if is_result(path) and path != adapter), None)
@@ -75,13 +75,13 @@ def find_base(adapter: Path, recorded: str) -> str:
         return str(found)
     if os.path.isabs(recorded):
         raise UserError(
-            f"{adapter}: its base model {recorded!r} is gone; put it back, "
-            f"or write its place into {BASE} of its configuration"
+            f"{adapter}: its base model {recorded!r} does not exist; restore it, "
+            f"or set {BASE} in the adapter's configuration to its path"
         )
     return recorded
 
 
 def _moved(adapter: Path, recorded: Path) -> list[Path]:
-    # A single last part such as `result` would fit too many directories.
+    # A single last part such as `result` would match too many directories.
     tails = [Path(*recorded.parts[start:]) for start in range(1, len(recorded.parts) - 1)]
     return [above / tail for tail in tails for above in adapter.parents]

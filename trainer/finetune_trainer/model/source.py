@@ -1,4 +1,4 @@
-"""Which model and tokenizer a stage starts from."""
+"""Find the model and the tokenizer that a stage starts from."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from finetune_trainer.storage.retry import is_transient
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where weights come from: a local directory or hub id in `name`, or a configuration in `config`."""
+    """The source of weights: a local directory or hub id in `name`, or a configuration in `config`."""
 
     name: str | None
     config: dict[str, Any] | None
     revision: str | None
     tokenizer: str
-    """Local directory or hub id of the tokenizer; empty where there is none yet."""
+    """Local directory or hub id of the tokenizer; empty if there is none yet."""
 
 
 def local_path(path: str, base_dir: str) -> Path:
-    """A relative path starts at the job's file; where nothing is there, at the current directory."""
-    given = Path(path).expanduser()
-    beside_job = Path(base_dir, given)
-    return beside_job if beside_job.exists() or not given.exists() else given.absolute()
+    """Resolve a path relative to the job's file or, if nothing exists there, to the current directory."""
+    expanded = Path(path).expanduser()
+    relative_to_job = Path(base_dir, expanded)
+    return relative_to_job if relative_to_job.exists() or not expanded.exists() else expanded.absolute()
 
 
 def stage_source(run: RunConfig, index: int, storage: Storage) -> ModelSource:
-    """What stage `index` starts from: the result of the stage before it, or the job's model."""
+    """Return the model that stage `index` starts from: the result of the stage before it, or the job's model."""
     stages = run.job.spec.stages
     last = stage_before(run, index)
     if last is None:
@@ -47,26 +47,26 @@ def stage_source(run: RunConfig, index: int, storage: Storage) -> ModelSource:
 
 
 def base_source(run: RunConfig, storage: Storage) -> ModelSource:
-    """The job's model before any training, with the tokenizer that all its stages have."""
+    """Return the job's model before any training, with the tokenizer of all its stages."""
     first = run.job.spec.stages[0]
     trained = stage_result(run, storage, layouts(run)[0]) if first.tokenizer is not None else ""
     return _job_source(run, tokenizer=trained)
 
 
 def named_source(run: RunConfig, name: str, storage: Storage) -> ModelSource:
-    """The model that an earlier, finished stage of that name has left."""
+    """Return the result of the finished stage `name` as a model source."""
     result = stage_result(run, storage, stage_named(run, name))
     return ModelSource(name=result, config=None, revision=None, tokenizer=result)
 
 
 def stage_result(run: RunConfig, storage: Storage, layout: StageLayout) -> str:
-    """A local directory with the result of a finished stage, fetched where storage is elsewhere."""
+    """Return a local directory with the result of a finished stage, downloaded if storage is remote."""
     cache = Path(run.cache_dir, "results", run.job.metadata.name, layout.root)
     return str(storage.download(layout.result, cache))
 
 
-def model_place(text: str, run: RunConfig) -> str:
-    """A local directory, fetched where `text` is a storage URI, or the hub id that it is where nothing is there."""
+def resolve_model(text: str, run: RunConfig) -> str:
+    """Return the local directory of a storage URI (after a download) or of an existing path; else `text`, a hub id."""
     if "://" in text:
         return str(Storage(text).download("", Path(run.cache_dir, "models", text.replace("/", "_"))))
     path = local_path(text, run.base_dir)
@@ -81,7 +81,7 @@ def _job_source(run: RunConfig, tokenizer: str) -> ModelSource:
 
 
 def model_name(spec: ModelSpec, run: RunConfig) -> str | None:
-    """A local directory or hub id of a model, fetched where it is elsewhere; None where it is to be built."""
+    """Return a local directory (downloaded if `spec` has a URI) or a hub id; None where the model is built."""
     if spec.path is not None:
         return str(local_path(spec.path, run.base_dir))
     if spec.uri is not None:
@@ -89,10 +89,10 @@ def model_name(spec: ModelSpec, run: RunConfig) -> str | None:
     return spec.hub
 
 
-def _download(uri: str, place: Path) -> str:
+def _download(uri: str, path: Path) -> str:
     try:
-        return str(Storage(uri).download("", place))
-    except Exception as error:  # every store has errors of its own
+        return str(Storage(uri).download("", path))
+    except Exception as error:  # each storage client raises errors of other types
         if is_transient(error) or isinstance(error, UserError):
             raise
         raise UserError([Problem("model.uri", f"{uri} can't be read: {type(error).__name__}: {error}")]) from error

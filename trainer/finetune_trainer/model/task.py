@@ -1,19 +1,17 @@
-"""What a model is asked for, and the class of transformers that answers."""
+"""The task of a stage's model, and the auto class of transformers for it."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
-from finetune_api.stages import PretrainSpec, RewardSpec
+from finetune_api.declaration import Task as Task
 from finetune_trainer.model.composite import AutoLanguageModel, AutoScoringModel
 
-Task = Literal["causal", "masked", "reward"]
-"""Continue a text, fill its masks, or score it with one number."""
 SCORE = "score"
-"""The head of a reward model, as transformers names it in causal families."""
+"""Attribute of a reward model's head in transformers' causal families."""
 
 _CLASSES: dict[Task, Any] = {
     "causal": AutoLanguageModel,
@@ -23,24 +21,17 @@ _CLASSES: dict[Task, Any] = {
 
 
 def auto_class(task: Task) -> Any:
-    """Return the auto class that builds and loads a model for a task: transformers' own, or one over it."""
+    """Return the auto class that builds and loads a model for a task."""
     return _CLASSES[task]
 
 
-def task_of(spec: object) -> Task:
-    """What a stage's model is asked for."""
-    if isinstance(spec, PretrainSpec):
-        return spec.objective
-    return "reward" if isinstance(spec, RewardSpec) else "causal"
-
-
 def score_head(model: PreTrainedModel) -> nn.Module | None:
-    """A reward model's head; None of other models."""
+    """Return a reward model's head; None for other models."""
     return getattr(model, SCORE, None)
 
 
 def as_reward(config: PretrainedConfig, pad_token_id: int | None) -> PretrainedConfig:
-    """The configuration with one score as its output, read at the last token that is no padding; it is changed."""
+    """Change a configuration to output one score, at the last token that is not padding; return it."""
     config.num_labels = 1
     if pad_token_id is not None:
         config.get_text_config().pad_token_id = pad_token_id

@@ -1,4 +1,4 @@
-"""Whether a model's embeddings have a row for every token, and rows added to those that have not."""
+"""Check that a model's embeddings have a row for every token, and add rows where they lack some."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _NAMED = 3
 
 
 def needed_rows(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many embedding rows the tokenizer's ids need. Added tokens may leave a gap before their ids."""
+    """Return the number of embedding rows that the tokenizer's ids need. Ids of added tokens may follow a gap."""
     return 1 + max(tokenizer.get_vocab().values())
 
 
 def added_rows(spec: ModelSpec, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return how many rows a loaded model's embeddings are resized to, or None where they stay as they are."""
+    """Return the number of rows to which a loaded model's embeddings are resized, or None if they are not."""
     needed, rows = needed_rows(tokenizer), config.get_text_config().vocab_size
     if spec.resize_embeddings == "never" or needed <= rows:
         return None
@@ -38,7 +38,7 @@ def vocabulary_fault(spec: ModelSpec, config: PretrainedConfig, tokenizer: PreTr
 
 
 def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
-    """Add rows to the input and output embeddings, at the mean of the old ones, the same on every worker.
+    """Add rows to the input and output embeddings, near the mean of the old ones and equal on every worker.
 
     transformers draws them from a normal distribution around the mean with 1e-9 of the old rows' covariance.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from finetune_api.stages import AdapterSpec, TrainedSpec
+from finetune_api.stages import TrainedSpec
 from finetune_trainer.plan.memory import Workload, estimate
 from finetune_trainer.plan.model_size import AdapterSize, ModelSize
 from finetune_trainer.plan.quantities import human_bytes
@@ -63,7 +63,7 @@ def _changes(
     yield lambda load: _checkpointing(load, path)
     yield lambda load: _smaller_batch(size, load, spec, path, limit)
     yield lambda load: _more_sharding(size, load, limit)
-    if isinstance(spec, AdapterSpec):
+    if hasattr(spec, "lora"):
         yield lambda load: _lora(load, path, adapter)
         yield lambda load: _no_experts(load, path, lean)
         yield lambda load: _quantization(load, path)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from finetune_api.stages import PretrainSpec, RlhfSpec, SupervisedSpec, TrainedSpec
+from finetune_api.stages import TrainedSpec
 from finetune_trainer.model.document_attention import CHUNKED, SLIDING, attention_kind
 from finetune_trainer.model.document_masks import decoder_of
 from finetune_trainer.model.document_rows import takes_bounds
@@ -56,9 +56,10 @@ def masked_layers(
     if attention != "sdpa":
         return MaskedLayers()
     decoder = decoder_of(model)
-    packed = isinstance(spec, SupervisedSpec) and spec.packing
+    packed = spec.packs
+    on_the_right = spec.padding_side == "right"
     by_bounds = packed and takes_bounds(decoder, attention)
-    whole = not by_bounds if packed else batch > 1 and _padded(spec) and not (_on_the_right(spec) and is_causal(model))
+    whole = not by_bounds if packed else batch > 1 and not spec.fills_rows and not (on_the_right and is_causal(model))
     kinds = [kind for kind in _kinds(decoder) if whole or (_is_limited(decoder.config, kind, length))]
     if by_bounds and kernel:
         kinds = []
@@ -68,16 +69,6 @@ def masked_layers(
 def has_kernel(device: str, dtype_bytes: int, dropout: bool) -> bool:
     """Return whether a device kind is expected to have torch's variable-length kernel for a dtype."""
     return device == "cuda" and dtype_bytes == HALF and not dropout
-
-
-def _padded(spec: TrainedSpec) -> bool:
-    """Return whether rows of a batch differ in length. Blocks of pretraining are full."""
-    return not isinstance(spec, PretrainSpec)
-
-
-def _on_the_right(spec: TrainedSpec) -> bool:
-    """Return whether padding is behind the tokens alone. TRL pads the prompts of its policy trainers in front."""
-    return not isinstance(spec, RlhfSpec)
 
 
 def _kinds(decoder: Any) -> list[str | None]:
@@ -93,5 +84,5 @@ def _causal_flag(module: Any) -> Any:
 def _is_limited(config: Any, kind: str | None, length: int) -> bool:
     """Return whether rows reach beyond the window or the chunk of a layer."""
     limit = {SLIDING: "sliding_window", CHUNKED: "attention_chunk_size"}.get(kind or "")
-    size = getattr(config, limit, None) if limit else None
-    return bool(size) and length >= int(size)
+    size: int | None = getattr(config, limit, None) if limit else None
+    return length >= size if size else False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
@@ -14,7 +15,7 @@ from finetune_trainer.esft.families import ExpertLayer, expert_layers
 from finetune_trainer.esft.selection import ExpertConfig
 from finetune_trainer.esft.trainable import expert_size, shared_names, trained_whole
 from finetune_trainer.model.composite import language_names
-from finetune_trainer.model.expert_selection import given_config
+from finetune_trainer.model.expert_selection import load_expert_config
 from finetune_trainer.plan.memory import Workload, estimate
 from finetune_trainer.plan.model_size import AdapterSize, ModelSize
 from finetune_trainer.plan.states import trainable
@@ -69,7 +70,7 @@ def expert_plan(spec: EsftSpec, model: PreTrainedModel, where: str, base_dir: st
         raise UserError([Problem(f"{where}.trainSharedExperts", f"{family} has no shared experts: leave it out")])
     rows = sum(len(ids) * expert_size(layer) for layer in layers for ids in [config.experts.get(layer.index, ())])
     others = trained_whole(model, config)
-    active = sum(expert_size(layer) * int(layer.router.top_k) for layer in layers)  # type: ignore[call-overload]
+    active = sum(expert_size(layer) * int(cast(Any, layer.router.top_k)) for layer in layers)
     used = rows / sum(layer.num_experts * expert_size(layer) for layer in layers)
     return ExpertPlan(rows + others, round(active * max(spec.top_p, used)) + others, tuple(notes))
 
@@ -101,7 +102,7 @@ def _alternative(method: str, size: ModelSize, load: Workload) -> Alternative:
 
 def _experts(spec: EsftSpec, layers: list[ExpertLayer], where: str, base_dir: str) -> tuple[ExpertConfig, list[str]]:
     if spec.expert_config is not None:
-        config = given_config(spec, where, base_dir, {layer.index: layer.num_experts for layer in layers})
+        config = load_expert_config(spec, where, base_dir, {layer.index: layer.num_experts for layer in layers})
         return config, [_chosen(config, layers, "")]
     most = {layer.index: tuple(range(math.ceil(spec.top_p * layer.num_experts))) for layer in layers}
     config = ExpertConfig(most, spec.train_shared_experts, spec.train_non_experts)

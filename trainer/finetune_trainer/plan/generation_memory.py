@@ -8,37 +8,29 @@ from dataclasses import replace
 from transformers import PretrainedConfig
 
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import Judge, OnlineSpec, PromptSpec, Reward, RlhfSpec
+from finetune_api.stages import Judge, PromptSpec, Reward, Stage
+from finetune_api.training import TrainingSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.config import load_config
 from finetune_trainer.model.source import ModelSource, local_path
 from finetune_trainer.plan.memory import Workload
 from finetune_trainer.plan.model_size import ModelSize, meta_model
+from finetune_trainer.plan.steps import rows_per_step
 from finetune_trainer.plan.vllm import choose_engine, vllm_bytes
 from finetune_trainer.plan.vllm_version import installed_vllm
 
 
-def answers_per_prompt(spec: PromptSpec) -> int:
-    """Answers drawn to each prompt."""
-    return spec.num_generations if isinstance(spec, (RlhfSpec, OnlineSpec)) else 1
-
-
-def trained_per_prompt(spec: PromptSpec) -> int:
-    """Answers to each prompt that are trained on: all of them, or the best and the worst."""
-    return 2 if isinstance(spec, OnlineSpec) else answers_per_prompt(spec)
-
-
-def answered_length(spec: PromptSpec, longest: int | None, context: int | None) -> int | None:
+def answered_length(spec: TrainingSpec, longest: int | None, context: int | None) -> int | None:
     """Return the tokens of the longest prompt with the longest answer, or None where no prompt's length is known.
 
     Args:
         longest: tokens of the longest prompt, or None.
         context: of the model, or None.
     """
-    prompts = [limit for limit in (spec.max_prompt_length, longest) if limit]
+    prompts = [limit for limit in (spec.row_limit, longest) if limit]
     if not prompts:
         return None
-    return min([min(prompts) + spec.generation.max_new_tokens, *([context] if context else [])])
+    return min([min(prompts) + spec.answer_length, *([context] if context else [])])
 
 
 def answering(
@@ -49,34 +41,30 @@ def answering(
     Raises:
         UserError: vLLM is installed in a version that does not fit.
     """
-    scorers, notes = 0, []
-    for reward in _rewards(spec):
+    scorers, notes = 0, list[str]()
+    for reward in spec.scorers.values():
         parameters, note = _scorer(reward, run, config)
         scorers, notes = scorers + parameters, notes + note
-    drawn = spec.per_device_train_batch_size * answers_per_prompt(spec)
-    load, notes = replace(load, drawn=drawn, scorers=scorers), [*_counts(spec, load.workers), *notes]
-    if not isinstance(spec, RlhfSpec):
+    drawn = spec.per_device_train_batch_size * spec.answers_per_prompt
+    load, notes = (
+        replace(load, drawn=drawn, scorers=scorers),
+        [*_counts(run.job.spec.stages[index], load.workers), *notes],
+    )
+    if run.job.spec.stages[index].rlhf is None:
         return load, notes
     engine = choose_engine(run, index, load.kind, installed_vllm())
     notes = [*notes, engine.why] if load.kind == "cuda" else notes
     return replace(load, engine=vllm_bytes(size, load)) if engine.vllm else load, notes
 
 
-def _rewards(spec: PromptSpec) -> list[Reward | Judge]:
-    if isinstance(spec, OnlineSpec):
-        return [spec.judge]
-    return list(spec.rewards) if isinstance(spec, RlhfSpec) else []
-
-
-def _counts(spec: PromptSpec, workers: int) -> Iterator[str]:
-    prompts = spec.per_device_train_batch_size * spec.gradient_accumulation_steps * workers
-    if isinstance(spec, RlhfSpec):
+def _counts(stage: Stage, workers: int) -> Iterator[str]:
+    if (spec := stage.rlhf) is not None:
         steps = "step" if spec.num_iterations == 1 else f"{spec.num_iterations} steps"
-        drawn = prompts * spec.num_generations
-        yield f"draws {drawn:,} answers of at most {spec.generation.max_new_tokens} tokens for each {steps}"
-    if isinstance(spec, OnlineSpec):
-        most = f"of at most {spec.generation.max_new_tokens} tokens"
-        yield f"draws {spec.num_generations} answers {most} to each prompt in each of {spec.rounds} rounds"
+        drawn = rows_per_step(spec, workers) * spec.num_generations
+        yield f"draws {drawn:,} answers of at most {spec.answer_length} tokens for each {steps}"
+    if (online := stage.online) is not None:
+        most = f"of at most {online.answer_length} tokens"
+        yield f"draws {online.num_generations} answers {most} to each prompt in each of {online.rounds} rounds"
 
 
 def _scorer(reward: Reward | Judge, run: RunConfig, config: PretrainedConfig) -> tuple[int, list[str]]:

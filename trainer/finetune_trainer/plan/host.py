@@ -8,16 +8,16 @@ from dataclasses import dataclass, fields
 from transformers import PretrainedConfig, PreTrainedModel
 
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import EsftSpec, TrainedSpec
+from finetune_api.stages import TrainedSpec
 from finetune_trainer.errors import Outage, UserError
 from finetune_trainer.model.base_files import open_base
 from finetune_trainer.model.composite_families import is_composite
 from finetune_trainer.model.lora import find_targets
-from finetune_trainer.model.prequantized import method_of
+from finetune_trainer.model.prequantized import quantization_method
 from finetune_trainer.model.saved_model import root_of
 from finetune_trainer.model.source import base_source
 from finetune_trainer.model.task import auto_class
-from finetune_trainer.model.weights import is_here
+from finetune_trainer.model.weights import is_local
 from finetune_trainer.plan.memory import Memory, Workload
 from finetune_trainer.plan.model_size import ModelSize
 from finetune_trainer.plan.quantities import human_bytes
@@ -110,8 +110,7 @@ def host_work(
         workers: of the whole job.
         dtype_bytes: of the dtype that the job computes in.
     """
-    resources, lora = run.job.spec.resources, getattr(spec, "lora", None)
-    merges = spec.merge if isinstance(spec, EsftSpec) else lora is not None and lora.merge
+    resources = run.job.spec.resources
     saved = getattr(config, "dtype", None) if run.job.spec.model.config is None else None
     targets = find_targets(model)
     weights = dict(model.named_parameters())
@@ -120,9 +119,9 @@ def host_work(
         workers=math.ceil(workers / (resources.max_nodes or resources.nodes or 1)),
         data_workers=spec.dataloader_num_workers,
         saved_bytes=getattr(saved, "itemsize", dtype_bytes),
-        merges=merges,
-        by_tensor=not merges or merges_by_tensor(run, config),
-        dequantizes=run.job.spec.model.dequantize and method_of(config) is not None,
+        merges=spec.merges,
+        by_tensor=not spec.merges or merges_by_tensor(run, config),
+        dequantizes=run.job.spec.model.dequantize and quantization_method(config) is not None,
         composite=is_composite(config),
         largest=max(weight.numel() for weight in weights.values()),
         largest_merged=max((weights[name].numel() for name in merged if name in weights), default=0),
@@ -134,12 +133,12 @@ def merges_by_tensor(run: RunConfig, config: PretrainedConfig) -> bool:
 
     It is taken to be so where the files are not on this machine. What is wrong with them, preflight says.
     """
-    if run.job.spec.model.config is not None or method_of(config) is not None:
+    if run.job.spec.model.config is not None or quantization_method(config) is not None:
         return True
     try:
         source = base_source(run, Storage(run.root))
         name = root_of(str(source.name))
-        if not is_here(name, source.revision):
+        if not is_local(name, source.revision):
             return True
         base = open_base(name, auto_class("causal"), revision=source.revision)
         return base is not None and not base.lacking(base.written)

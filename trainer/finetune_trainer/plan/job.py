@@ -1,4 +1,4 @@
-"""The plan of a whole job: one record per stage, made of plain values."""
+"""The plan of a job: one record per stage, of plain values."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import EvaluateSpec, SynthesizeSpec
-from finetune_api.training import TrainingSpec
+from finetune_api.stages import SynthesizeSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.config import load_config, load_tokenizer
 from finetune_trainer.model.source import stage_source
@@ -25,28 +24,29 @@ if TYPE_CHECKING:
 
 
 def plan_job(run: RunConfig, context: PlanContext, rows: Rows | None = None) -> JobPlan:
-    """The plan of every trained stage of a job. Nothing is allocated but the plan.
+    """Return the plan of every trained stage of a job. No model is allocated.
 
     Args:
-        rows: tells a stage's data size, which takes reading and tokenising; without it steps may be unknown.
+        rows: returns the size of a stage's data, which takes reading and tokenising; without it, steps may be unknown.
 
     Raises:
-        UserError: all faults that stand in the way together: a model that can't be built, an adapter that matches
-            nothing, a sharding that can't work.
+        UserError: it has all faults: a model that can't be built, an adapter that matches no module, an invalid
+            sharding.
     """
     config = context.config or job_config(run)
     dtype = plan_dtype(run, context.device)
     stages, syntheses, teachers, problems = [], [], [], []
     for index, stage in enumerate(run.job.spec.stages):
-        spec = stage.spec
         try:
-            if isinstance(spec, SynthesizeSpec):
-                asked = None if list(stage.sources_from_stages()) else _synthesis(run, index, spec)
+            planner = StagePlanner(run, context, config, dtype, index, stage)
+            if stage.synthesize is not None:
+                asked = None if list(stage.sources_from_stages()) else _synthesis(run, index, stage.synthesize)
                 syntheses.append(asked)
                 teachers.append(plan_teacher(run, context, config, dtype, index, asked))
-            elif isinstance(spec, (TrainingSpec, EvaluateSpec)):
-                planner = StagePlanner(run, context, config, dtype, index, stage)
-                stages.append(planner.evaluation(spec, rows) if isinstance(spec, EvaluateSpec) else planner.plan(rows))
+            elif stage.evaluate is not None:
+                stages.append(planner.evaluation(stage.evaluate, rows))
+            elif stage.tokenizer is None:
+                stages.append(planner.plan(rows))
         except UserError as error:
             problems += error.problems
     if problems:
@@ -64,7 +64,7 @@ def _synthesis(run: RunConfig, index: int, spec: SynthesizeSpec) -> SynthesisPla
 
 
 def job_config(run: RunConfig) -> PretrainedConfig:
-    """The configuration of the job's model, with the vocabulary of the tokenizer it will have.
+    """Return the configuration of the job's model, with the vocabulary of its tokenizer.
 
     Raises:
         UserError: as `load_config`.
@@ -79,7 +79,7 @@ def job_config(run: RunConfig) -> PretrainedConfig:
 
 
 def plan_dtype(run: RunConfig, device: Device) -> torch.dtype:
-    """The dtype that the job's `model.dtype` means on a device, which need not be this machine's."""
+    """Return the dtype of the job's `model.dtype` on a device, which may be another machine's."""
     named = run.job.spec.model.dtype
     if named != "auto":
         dtype = getattr(torch, named)

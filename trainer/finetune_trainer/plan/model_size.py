@@ -188,7 +188,7 @@ def adapter_size(model: PreTrainedModel, spec: Lora, path: str = "lora") -> Adap
         stack_parameters=stacked,
         stack_factors=stacked * padded // spec.r,
         stack_ranks=padded * len(stacks),
-        stack_weights=sum(one.get_param().numel() for one in stacks),
+        stack_weights=sum(one.get_param().numel() for one in stacks),  # type: ignore[no-untyped-call]  # PEFT's
     )
 
 

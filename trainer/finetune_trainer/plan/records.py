@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 
 class DataSize(NamedTuple):
-    """What preparation knows of a stage's training data."""
+    """Size of the training data of a stage."""
 
     rows: int
-    """Rows to train on: packed ones where they are packed."""
+    """Number of training rows, after packing."""
     tokens: int
-    """Tokens in them, padding left out."""
+    """Number of tokens without padding."""
     longest: int | None = None
-    """Tokens of the longest row."""
+    """Number of tokens of the longest row."""
 
 
-Rows = Callable[[int], tuple[int, ...] | None]
-"""The data size of a stage by its index, as `DataSize` or a plain tuple; None where it is not known."""
+Rows = Callable[[int], DataSize | tuple[int, ...] | None]
+"""Returns the data size of a stage by its index, as `DataSize` or a plain tuple, or None if it is not known."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class StagePlan:
     memory: Memory
     zero: int
     why: str
-    """Why this ZeRO stage."""
+    """Reason for this ZeRO stage."""
     fits: bool
     spare: int
     """Bytes left of what may be filled; negative where it does not fit."""
     advice: tuple[str, ...]
-    """What to change where it does not fit."""
+    """Changes to make if it does not fit."""
     notes: tuple[str, ...]
     """Why something is not known."""
     checkpoint: int = 0
@@ -93,7 +93,7 @@ class TeacherPlan:
     spare: int
     """Bytes left of what may be filled; negative where it does not fit."""
     advice: tuple[str, ...] = ()
-    """What to change where it does not fit."""
+    """Changes to make if it does not fit."""
 
     @property
     def fits(self) -> bool:
@@ -119,8 +119,8 @@ class JobPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether every stage fits the device."""
-        return all(one.fits for one in (*self.stages, *self.teachers))
+        """Whether all stages and teachers fit on the device."""
+        return all(stage.fits for stage in self.stages) and all(teacher.fits for teacher in self.teachers)
 
     @property
     def host_bytes(self) -> int | None:
@@ -128,11 +128,12 @@ class JobPlan:
         return max((stage.host.total for stage in self.stages if stage.host is not None), default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON values, with `fits` and each stage's total memory."""
+        """Return the plan as JSON, with `fits` and the total memory of each stage."""
         value = asdict(self) | {"fits": self.fits}
-        for name, plans in (("stages", self.stages), ("teachers", self.teachers)):
-            for plain, one in zip(value[name], plans, strict=True):
-                plain["memory"]["total"] = one.memory.total
+        plans: dict[str, tuple[StagePlan | TeacherPlan, ...]] = {"stages": self.stages, "teachers": self.teachers}
+        for name, items in plans.items():
+            for plain, item in zip(value[name], items, strict=True):
+                plain["memory"]["total"] = item.memory.total
         for plain, stage in zip(value["stages"], self.stages, strict=True):
             if stage.host is not None:
                 plain["host"]["total"] = stage.host.total

@@ -5,35 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PretrainedConfig
 
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import (
-    EsftSpec,
-    EvaluateSpec,
-    PairSpec,
-    PretrainSpec,
-    PromptSpec,
-    RewardSpec,
-    Stage,
-    SupervisedSpec,
-    TokenizerSpec,
-    TrainedSpec,
-)
+from finetune_api.stages import EvaluateSpec, PromptSpec, Stage, TrainedSpec
 from finetune_api.training import Lora
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.composite import frozen_note
 from finetune_trainer.model.config import context_length
 from finetune_trainer.model.expert_matmul import is_grouped
-from finetune_trainer.model.task import task_of
 from finetune_trainer.plan.advice import advise
 from finetune_trainer.plan.attention_masks import has_kernel, masked_layers
 from finetune_trainer.plan.expert_copies import cast_elements, expert_warnings
 from finetune_trainer.plan.experts import ExpertPlan, compare, expert_plan
-from finetune_trainer.plan.generation_memory import answered_length, answering, trained_per_prompt
+from finetune_trainer.plan.generation_memory import answered_length, answering
 from finetune_trainer.plan.host import host_estimate, host_work
 from finetune_trainer.plan.inference import (
     check_reading,
@@ -52,7 +40,6 @@ from finetune_trainer.plan.model_size import (
     without_experts,
 )
 from finetune_trainer.plan.records import DataSize, PlanContext, Rows, StagePlan
-from finetune_trainer.plan.references import has_reference, second_model
 from finetune_trainer.plan.saving import checkpoint_bytes
 from finetune_trainer.plan.sharding_choice import HEADROOM, choose_zero, sharding_problems, sharding_warnings
 from finetune_trainer.plan.states import trainable
@@ -62,7 +49,7 @@ from finetune_trainer.stage_graph import place
 
 @dataclass(frozen=True)
 class StagePlanner:
-    """Makes the plan of one stage of a job."""
+    """Plans one stage of a job."""
 
     run: RunConfig
     context: PlanContext
@@ -74,7 +61,7 @@ class StagePlanner:
     def plan(self, rows: Rows | None) -> StagePlan:
         spec, sharding = self.spec, self.run.job.spec.sharding
         found = sharding_problems(sharding, self.bits)
-        model = meta_model(self.config, task_of(spec))
+        model = meta_model(self.config, spec.task)
         size, adapter = model_size(model), None
         try:
             adapter = self.adapter() if _lora(spec) is not None else None
@@ -93,16 +80,16 @@ class StagePlanner:
         if isinstance(spec, PromptSpec):
             load, more = answering(size, load, spec, self.run, self.index, self.config)
             notes = [*notes, *more]
-        experts = expert_plan(spec, model, self.path, self.run.base_dir) if isinstance(spec, EsftSpec) else None
-        if experts is not None:
-            whole = isinstance(spec, EsftSpec) and spec.train_non_experts
+        experts = None
+        if (esft := self.stage.esft) is not None:
+            experts, whole = expert_plan(esft, model, self.path, self.run.base_dir), esft.train_non_experts
             load, notes = replace(load, tuned=experts.tuned, tuned_embeddings=whole), [*notes, *experts.notes]
         plan = self.assemble(size, load, known, [*notes, *sharding_warnings(sharding, self.bits)], experts)
         work = host_work(self.run, spec, self.config, model, load.workers, load.dtype_bytes)
         return replace(plan, host=host_estimate(size, with_zero(load, plan.zero), plan.memory, work))
 
     def evaluation(self, spec: EvaluateSpec, rows: Rows | None) -> StagePlan:
-        """The plan of a stage that only reads models, one after the other, each worker all of each."""
+        """Return the plan of a stage that reads models, one after the other; each worker loads the whole model."""
         check_reading(spec, self.config, self.path)
         size, device, workers = model_size(meta_model(self.config)), self.context.device, self.context.workers
         data = rows(self.index) if rows is not None else None
@@ -155,8 +142,8 @@ class StagePlanner:
         fix = partial(advise, size, load, spec, self.path, limit, self._spare_adapter, self._lean_adapter)
         adapter_parameters = load.adapter.parameters if load.adapter else None
         if experts is None:
-            adapted = load.adapter and load.adapter.active(size)
-            flops = flops_per_token(size, load.length, adapted, reference=has_reference(spec))
+            adapted = load.adapter.active(size) if load.adapter else None
+            flops = flops_per_token(size, load.length, adapted, spec.extra_forwards)
         else:
             flops = flops_per_token(size, load.length, 0) + 2 * experts.active
         return StagePlan(
@@ -187,7 +174,7 @@ class StagePlanner:
         spec, sharding = self.spec, self.run.job.spec.sharding
         quantization = getattr(spec, "quantization", None)
         return Workload(
-            batch=_sequences(spec),
+            batch=spec.per_device_train_batch_size * spec.sequences_per_row,
             length=length,
             dtype_bytes=self.dtype.itemsize,
             workers=self.context.workers,
@@ -198,33 +185,31 @@ class StagePlanner:
             checkpointing=spec.gradient_checkpointing,
             eager=eager,
             summed_stacks=summed,
-            full_logits=_is_masked(spec),
-            no_logits=isinstance(spec, RewardSpec),
-            reference=second_model(spec),
+            full_logits=spec.task == "masked",
+            no_logits=spec.task == "reward",
+            reference=spec.holds_reference,
             offload_optimizer=sharding.offload_optimizer,
             offload_param=sharding.offload_param,
             kind=self.context.device.kind,
         )
 
     def length(self, data: DataSize | None) -> tuple[int, list[str]]:
-        """Tokens per row, and a note where that is only the model's context."""
+        """Return the tokens per row, and a note where they are only the model's context."""
         spec = self.spec
-        if isinstance(spec, PretrainSpec):
-            return spec.block_size, []
-        if isinstance(spec, SupervisedSpec) and spec.packing:
-            assert spec.max_length is not None
-            return spec.max_length, []
-        if isinstance(spec, PromptSpec):
+        if spec.fills_rows:
+            assert spec.row_limit is not None
+            return spec.row_limit, []
+        if spec.answer_length:
             return self._answered_length(spec, data)
         longest = data.longest if data else None
-        limits = [limit for limit in (spec.max_length, longest, context_length(self.config)) if limit]
+        limits = [limit for limit in (spec.row_limit, longest, context_length(self.config)) if limit]
         length = min(limits, default=1024)
-        if spec.max_length or longest:
+        if spec.row_limit or longest:
             return length, []
         return length, [f"the longest example is not known: memory is for the model's context, {length} tokens"]
 
-    def _answered_length(self, spec: PromptSpec, data: DataSize | None) -> tuple[int, list[str]]:
-        """Tokens of the longest prompt with the longest answer."""
+    def _answered_length(self, spec: TrainedSpec, data: DataSize | None) -> tuple[int, list[str]]:
+        """Return the tokens of the longest prompt with the longest answer, and a note where they are not known."""
         context = context_length(self.config)
         length = answered_length(spec, data.longest if data else None, context)
         if length is not None:
@@ -235,28 +220,27 @@ class StagePlanner:
     def adapter(self) -> AdapterSize:
         lora = _lora(self.spec)
         assert lora is not None
-        return adapter_size(meta_model(self.config, task_of(self.spec)), lora, f"{self.path}.lora")
+        return adapter_size(meta_model(self.config, self.spec.task), lora, f"{self.path}.lora")
 
     def _spare_adapter(self) -> AdapterSize:
-        """The size of a default adapter, for advice."""
-        return adapter_size(meta_model(self.config, task_of(self.spec)), Lora())
+        """Return the size of a default adapter, for advice."""
+        return adapter_size(meta_model(self.config, self.spec.task), Lora())
 
     def _lean_adapter(self) -> tuple[AdapterSize, list[str]]:
-        """The stage's adapter without stacked experts, for advice."""
+        """Return the stage's adapter without stacked experts, for advice."""
         lora = _lora(self.spec)
         assert lora is not None
-        return without_experts(meta_model(self.config, task_of(self.spec)), lora)
+        return without_experts(meta_model(self.config, self.spec.task), lora)
 
     def _attention(self, model: Any) -> str:
         """Return the implementation that the job asks for, or transformers picks."""
-        asked = self.run.job.spec.model.attn_implementation
-        return asked if asked != "auto" else str(model.config._attn_implementation)
+        requested = self.run.job.spec.model.attn_implementation
+        return requested if requested != "auto" else str(model.config._attn_implementation)
 
     @property
     def spec(self) -> TrainedSpec:
         spec = self.stage.spec
-        assert not isinstance(spec, (TokenizerSpec, EvaluateSpec))
-        return spec
+        return cast(TrainedSpec, spec)  # `plan_job` plans other stages elsewhere
 
     @property
     def path(self) -> str:
@@ -272,24 +256,12 @@ def _lora(spec: TrainedSpec) -> Lora | None:
     return getattr(spec, "lora", None)
 
 
-def _is_masked(spec: TrainedSpec) -> bool:
-    return isinstance(spec, PretrainSpec) and spec.objective == "masked"
-
-
-def _sequences(spec: TrainedSpec) -> int:
-    """Sequences in one forward pass of a worker."""
-    if isinstance(spec, PromptSpec):
-        return spec.per_device_train_batch_size * trained_per_prompt(spec)
-    return spec.per_device_train_batch_size * (2 if isinstance(spec, PairSpec) else 1)
-
-
 def _tokens_per_step(spec: TrainedSpec, steps: Steps, length: int, data: DataSize | None) -> int | None:
-    if isinstance(spec, PromptSpec):
-        return steps.rows_per_step * trained_per_prompt(spec) * length
+    if spec.answer_length:
+        return steps.rows_per_step * spec.sequences_per_row * length
     if data is not None and data.rows:
         return round(data.tokens / data.rows * steps.rows_per_step)
-    full_rows = isinstance(spec, PretrainSpec) or (isinstance(spec, SupervisedSpec) and spec.packing)
-    return steps.rows_per_step * length if full_rows else None
+    return steps.rows_per_step * length if spec.fills_rows else None
 
 
 def _unknown(steps: Steps, data: DataSize | None) -> list[str]:

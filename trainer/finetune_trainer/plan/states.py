@@ -16,7 +16,7 @@ MOMENTS = 8
 
 
 def trainable(size: ModelSize, load: Workload) -> int:
-    """Parameters with a gradient."""
+    """Return the number of parameters with a gradient."""
     if load.adapter is not None:
         return load.adapter.parameters
     return size.total - size.frozen if load.tuned is None else load.tuned

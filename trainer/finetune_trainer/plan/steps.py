@@ -23,8 +23,11 @@ class Steps:
 
 
 def count_steps(spec: TrainingSpec, rows: int | None, workers: int = 1) -> Steps:
-    """Steps as transformers 5.23 counts them (`Trainer.set_initial_training_values`, `get_warmup_steps`) of the batches
-    that `training.batches` makes: the last rows of a pass over the data, too few for a full step, make a step too."""
+    """Return the steps of a stage, counted as transformers 5.23 does, of the batches that `training.batches` makes.
+
+    See `Trainer.set_initial_training_values` and `get_warmup_steps`. The last rows of a pass over the data make a step
+    of their own where they are too few for a full one.
+    """
     per_step = rows_per_step(spec, workers)
     if isinstance(spec, OnlineSpec):
         return _round_steps(spec, rows, per_step)
@@ -36,7 +39,7 @@ def count_steps(spec: TrainingSpec, rows: int | None, workers: int = 1) -> Steps
 
 
 def _round_steps(spec: OnlineSpec, rows: int | None, per_step: int) -> Steps:
-    """Steps of all rounds; `per_epoch` is of one round."""
+    """Return the steps of all rounds; `per_epoch` counts one round."""
     if rows is None and spec.max_steps is None and spec.prompts_per_round is None:
         return Steps(None, None, spec.warmup_steps, per_step)
     found = schedule(spec, rows or spec.prompts_per_round or 1, per_step)
@@ -44,21 +47,21 @@ def _round_steps(spec: OnlineSpec, rows: int | None, per_step: int) -> Steps:
 
 
 def rows_per_step(spec: TrainingSpec, workers: int) -> int:
-    """The global batch: rows of one optimizer step, all workers together."""
+    """Return the global batch size: rows of one optimizer step on all workers."""
     return spec.per_device_train_batch_size * spec.gradient_accumulation_steps * workers
 
 
 def warmup_steps(spec: TrainingSpec, total: int | None) -> int | None:
-    """Steps of warm-up: the given ones, else the ratio's share rounded up."""
+    """Return the steps of warm-up: `warmupSteps` where set, else the share `warmupRatio`, rounded up."""
     if spec.warmup_steps is not None:
         return spec.warmup_steps
     return None if total is None else math.ceil(total * spec.warmup_ratio)
 
 
 def flops_per_token(
-    size: ModelSize, length: int, adapter_parameters: int | None = None, *, reference: bool = False
+    size: ModelSize, length: int, adapter_parameters: int | None = None, extra_forwards: int = 0
 ) -> float:
-    """FLOPs of one training token: `6 N + 12 L H Q T` (PaLM, arXiv 2204.02311, appendix B).
+    """Return the FLOPs of one training token: `6 N + 12 L H Q T` (PaLM, arXiv 2204.02311, appendix B).
 
     N are the active parameters that a token is multiplied by, L layers, H heads of dimension Q, T tokens per row
     (attention over the whole row, as is the convention). A frozen weight has no gradient of its own, so with an
@@ -66,16 +69,16 @@ def flops_per_token(
 
     Args:
         adapter_parameters: trainable parameters of an adapter; None where every weight is trained.
-        reference: one more forward pass, of DPO's reference model.
+        extra_forwards: forward passes without gradients, such as the reference's.
     """
     attention = 4 * size.layers * size.heads * size.head_dim * length
     forward = 2 * size.matmul + attention
     trained = 3 * forward if adapter_parameters is None else 4 * size.matmul + 3 * attention + 6 * adapter_parameters
-    return float(trained + (forward if reference else 0))
+    return float(trained + extra_forwards * forward)
 
 
 def mfu(flops_per_token: float, tokens_per_second: float, peak: float | None, workers: int = 1) -> float | None:
-    """Model FLOPs utilisation, 0 to 1, of `workers` devices together; None where the peak is unknown.
+    """Return the model FLOPs utilization of `workers` devices, 0 to 1; None where the peak is unknown.
 
     Args:
         tokens_per_second: of all workers together.

@@ -43,8 +43,8 @@ def plan_teacher(
     Raises:
         UserError: the teacher's model can't be read.
     """
-    spec = run.job.spec.stages[index].spec
-    assert isinstance(spec, SynthesizeSpec)
+    spec = run.job.spec.stages[index].synthesize
+    assert spec is not None
     given = spec.teacher.model
     if given is None or given.uri is not None:
         return None

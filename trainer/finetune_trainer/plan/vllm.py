@@ -44,8 +44,8 @@ def choose_engine(run: RunConfig, index: int, kind: str, found: str | None) -> E
     Raises:
         UserError: vLLM would be used, but is of a version that was not made for this torch.
     """
-    spec = run.job.spec.stages[index].spec
-    assert isinstance(spec, RlhfSpec)
+    spec = run.job.spec.stages[index].rlhf
+    assert spec is not None
     reason = _against(run, index, spec, kind, found)
     if reason is not None or found is None:
         return Engine(False, f"transformers generates the answers: {reason}")

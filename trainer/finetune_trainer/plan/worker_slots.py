@@ -1,4 +1,4 @@
-"""What a job's workers ask of Ray's nodes (`finetune_api.slots`)."""
+"""Ray resources that a worker requests (`finetune_api.slots`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from finetune_api.slots import SLOT
 
 
 def asked() -> dict[str, float]:
-    """Return what each worker asks of its node: a place; on one machine nothing, where none is counted."""
+    """Return the custom resources of a worker: one slot of its node, or nothing if the nodes declare no slots."""
     import ray
 
-    return {SLOT: 1.0} if SLOT in ray.cluster_resources() else {}
+    slots = SLOT in ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no type for it
+    return {SLOT: 1.0} if slots else {}

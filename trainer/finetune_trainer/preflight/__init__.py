@@ -1,5 +1,4 @@
-"""What can be known to fail before anything starts: every stage's model, data and settings, all faults at once.
+"""Checks of the model, data and settings of all stages before training starts; all faults are reported at once.
 
-`job` puts them together. The data's part needs none of the libraries that the model's takes seconds to import, so on a
-cluster the two are looked for side by side.
-"""
+`job` combines the checks. Those of the data do not need the libraries that take seconds to import for the model, so on
+a cluster both run in parallel."""

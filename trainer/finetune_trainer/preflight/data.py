@@ -1,4 +1,4 @@
-"""Faults of what a job reads and where it writes, and notes on how its rows are read."""
+"""Check the data and the storage of a job, and describe how its rows are read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from finetune_api.data import DataSpec
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import DATA_FIELDS, EvaluateSpec, PromptSpec, StageSpec, SynthesizeSpec
+from finetune_api.stages import DATA_FIELDS, PromptSpec, StageSpec
 from finetune_trainer.data import inspect, reading_notes
 from finetune_trainer.errors import UserError
 from finetune_trainer.evaluation.harness_tasks import task_problems
@@ -23,7 +23,7 @@ from finetune_trainer.storage.retry import is_transient
 
 
 def data_problems(run: RunConfig) -> Iterator[Problem]:
-    """All of them. A remote store that is away is no fault: it may come back, and is waited for."""
+    """Yield all faults of storage and data. An unavailable remote store is not a fault: the job waits for it."""
     yield from _storage(run)
     yield from _data(run)
     yield from _rewards(run)
@@ -32,8 +32,7 @@ def data_problems(run: RunConfig) -> Iterator[Problem]:
 
 
 def _storage(run: RunConfig) -> Iterator[Problem]:
-    """The nearest directory that exists must be writable; a remote store must not refuse (one that is away may come
-    back, and is waited for)."""
+    """Check that the nearest existing directory is writable, or that a remote store does not reject access."""
     if "://" in run.root:
         yield from _refusal(run)
         return
@@ -48,21 +47,21 @@ def _storage(run: RunConfig) -> Iterator[Problem]:
 def _refusal(run: RunConfig) -> Iterator[Problem]:
     try:
         Storage(run.root, retry_seconds=0).exists(RUN_CONFIG)
-    except Exception as error:  # every store has errors of its own
+    except Exception as error:  # each store has its own error classes
         if not is_transient(error):
             yield Problem("storage.uri", f"can't reach {run.root}: {type(error).__name__}: {error}")
 
 
 def _data(run: RunConfig) -> Iterator[Problem]:
     for index, stage in enumerate(run.job.spec.stages):
-        referenced = isinstance(stage.spec, EvaluateSpec) and stage.spec.generates
+        referenced = stage.evaluate is not None and stage.evaluate.generates
         for field, data in _sources(stage.spec):
             where = f"{place(run, index)}.{field}"
             yield from inspect(data, stage.spec.row_kind, where, Path(run.base_dir), referenced=referenced)
 
 
 def _sources(spec: StageSpec) -> Iterator[tuple[str, DataSpec]]:
-    """The stage's data by the names of its fields, without what another stage is yet to make."""
+    """Yield the data of the stage by field name, except data that another stage generates."""
     for field in DATA_FIELDS:
         data = getattr(spec, field, None)
         if data is not None and all(source.stage is None for source in data.sources):
@@ -70,18 +69,18 @@ def _sources(spec: StageSpec) -> Iterator[tuple[str, DataSpec]]:
 
 
 def data_notes(run: RunConfig) -> Iterator[str]:
-    """Yield one line per source of rows in a form that the job does not name."""
+    """Yield a line for each source whose row format was detected."""
     for index, stage in enumerate(run.job.spec.stages):
         for field, data in _sources(stage.spec):
             yield from reading_notes(data, stage.spec.row_kind, f"{place(run, index)}.{field}", Path(run.base_dir))
 
 
 def _evaluations(run: RunConfig) -> Iterator[Problem]:
-    """Tasks that are not there, databases that can't be made, models that are compared and can't be."""
+    """Yield faults of evaluations: unknown tasks, databases that cannot be created, models that cannot be compared."""
     masked = {stage.title for stage in run.job.spec.stages if is_masked(stage)}
     for index, stage in enumerate(run.job.spec.stages):
-        spec, where = stage.spec, place(run, index)
-        if not isinstance(spec, EvaluateSpec):
+        spec, where = stage.evaluate, place(run, index)
+        if spec is None:
             continue
         yield from task_problems(spec, where, run.base_dir)
         for at, name in enumerate(spec.compare_with):
@@ -103,11 +102,11 @@ def _rewards(run: RunConfig) -> Iterator[Problem]:
 
 
 def _syntheses(run: RunConfig) -> Iterator[Problem]:
-    """Teachers that can't be reached or loaded, databases and evaluation data that can't be read."""
+    """Yield faults of synthesis: unavailable teachers, databases and evaluation data that cannot be read."""
     stages = run.job.spec.stages
     for index, stage in enumerate(stages):
-        spec, where = stage.spec, place(run, index)
-        if not isinstance(spec, SynthesizeSpec):
+        spec, where = stage.synthesize, place(run, index)
+        if spec is None:
             continue
         from finetune_trainer.synthesis.checks import synthesis_problems  # an HTTP client: few jobs need one
 

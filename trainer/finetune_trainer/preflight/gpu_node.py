@@ -1,4 +1,4 @@
-"""The doctor's checks as a preflight: of the image before any GPU is claimed, of each node before it trains."""
+"""Run the checks of `finetune doctor`: of the image before GPUs are requested, and of each node before training."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _EXPLAINS = {
     devices.ARCHITECTURE: {devices.CUDA},
     devices.CUDA: {devices.GPUS},
 }
-"""What fails because of what."""
+"""Checks that fail as a consequence of another failed check."""
 _OF_THE_PLAN = re.compile(r"model\.attnImplementation|.*\.rlhf\.vllm")
-"""Fields whose faults the plan finds (`preflight.model`, `plan.vllm`), on machines without a GPU too."""
+"""Fields whose faults the plan reports (`preflight.model`, `plan.vllm`), also on machines without a GPU."""
 
 
 def image_problems(run: RunConfig) -> list[Problem]:
-    """Return what the image lacks for a job on GPUs. It needs no GPU, so a preflight finds it before one is claimed."""
+    """Return what the image lacks for a job on GPUs. The check needs no GPU, so it runs before GPUs are requested."""
     if not run.job.spec.resources.gpus_per_node:
         return []
     return _problems(examine(gather_image(), job_needs(run.job, 0), Scope.IMAGE))
@@ -39,10 +39,10 @@ def machine_problems(run: RunConfig, gpus: int, counted: int) -> list[Problem]:
     """Return what this machine lacks for a job on GPUs.
 
     Args:
-        gpus: how many the job takes here, for all of its nodes together.
-        counted: how many torch counts. It asks NVML, which also counts GPUs that CUDA can't use.
+        gpus: number of GPUs that the job uses on this machine, for all of its nodes together.
+        counted: number of GPUs according to torch, which uses NVML and includes GPUs that CUDA cannot use.
     """
-    if not counted and driver_facts() == Driver():  # no sign of a GPU or a driver: there is nothing to look into
+    if not counted and driver_facts() == Driver():  # neither a GPU nor a driver: nothing to examine
         message = f"{gpus} GPUs are asked for and this machine has 0"
         return [Problem("resources.gpusPerNode", message)]
     needs = replace(job_needs(run.job, gpus), gpus=gpus)
@@ -50,11 +50,11 @@ def machine_problems(run: RunConfig, gpus: int, counted: int) -> list[Problem]:
 
 
 def require_fit_node(run: RunConfig) -> None:
-    """Check the node of an attempt's pod, where the job asks for GPUs. Warnings go to the pod's log.
+    """Check the node of a pod if the job requests GPUs. Warnings are printed to the log of the pod.
 
     Raises:
-        UserError: the image, or how the node is set up, does not suit the job: another attempt fails in the same way.
-        TrainingFailed: a GPU of this node does not work: another attempt needs another node.
+        UserError: the image or the node does not meet the requirements: a retry would fail in the same way.
+        TrainingFailed: a GPU of this node does not work: a retry needs another node.
     """
     gpus = run.job.spec.resources.gpus_per_node
     if not gpus:
@@ -69,9 +69,9 @@ def require_fit_node(run: RunConfig) -> None:
 
 
 def fault_of(findings: Iterable[Finding], node: str) -> UserError | TrainingFailed | None:
-    """Return what is wrong with a node, or None where nothing is missing.
+    """Return the error for a node, or None if nothing is missing.
 
-    A GPU that does not work although all is set up is the node's fault. Anything else that is missing comes first.
+    Missing requirements take precedence. A GPU that does not work although all of them are met is a fault of the node.
     """
     lacks = causes(missing(findings))
     if not lacks:
@@ -83,7 +83,7 @@ def fault_of(findings: Iterable[Finding], node: str) -> UserError | TrainingFail
 
 
 def causes(lacks: Iterable[Finding]) -> list[Finding]:
-    """Return the findings that no other one explains: without a driver there is no CUDA and no GPU."""
+    """Return the findings that are not a consequence of another one: without a driver, CUDA and GPUs fail too."""
     found = list(lacks)
     explained = set().union(*(_EXPLAINS.get(one.name, set()) for one in found))
     return [one for one in found if one.name not in explained]

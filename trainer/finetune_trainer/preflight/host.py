@@ -1,4 +1,4 @@
-"""Stages that need more of a node's host memory than the job or this machine gives them."""
+"""Check that the host memory of a node suffices for each stage."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _GIB = 1 << 30
 
 
 def host_problems(run: RunConfig, plan: JobPlan, machine: int | None = None) -> Iterator[Problem]:
-    """Yield a problem for the stage that needs most, where it needs more than there is.
+    """Yield a problem if the stage with the largest host memory exceeds the available amount.
 
     Args:
-        machine: bytes that this machine lets the job use; None where the job runs on others.
+        machine: bytes of host memory that the job can use on this machine; None if it runs on other machines.
     """
     stages = [stage for stage in plan.stages if stage.host is not None]
     if not stages:
         return
     most = max(stages, key=_total)
-    given = run.job.spec.resources.memory_per_node
-    if given is not None and parse_quantity(given) < _total(most):
+    requested = run.job.spec.resources.memory_per_node
+    if requested is not None and parse_quantity(requested) < _total(most):
         least = f"set it to at least {-(-_total(most) // _GIB)}Gi"
-        yield Problem(FIELD, f"got {given}, but {_needs(most)}: {least}{_or_less(most)}")
+        yield Problem(FIELD, f"got {requested}, but {_needs(most)}: {least}{_or_less(most)}")
     elif machine is not None and machine < _total(most):
         message = f"this machine has {human_bytes(machine)} free, but {_needs(most)}: use one with more memory"
         yield Problem(FIELD, f"{message}{_or_less(most)}")
@@ -41,13 +41,13 @@ def _needs(stage: StagePlan) -> str:
 
 
 def _or_less(stage: StagePlan) -> str:
-    """Return what makes the largest part smaller."""
+    """Return a hint on how to reduce the largest part."""
     assert stage.host is not None
     parts = {"loading": stage.host.loading, "saving": stage.host.saving, "merging": stage.host.merging}
     largest = max(parts, key=parts.__getitem__)
-    place = f"stages[{stage.index}].{stage.kind}"
+    path = f"stages[{stage.index}].{stage.kind}"
     if stage.host.offloaded > parts[largest]:
         return ", or switch off sharding.offloadOptimizer and sharding.offloadParam"
     if largest == "merging":
-        return f", or set {place}.{'merge' if stage.kind == 'esft' else 'lora.merge'} to false"
+        return f", or set {path}.{'merge' if stage.kind == 'esft' else 'lora.merge'} to false"
     return ""

@@ -1,4 +1,4 @@
-"""A job's preflight: its plan, or all of its faults."""
+"""Preflight of a job: return its plan, or report all of its faults."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import SynthesizeSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.host_memory import host_memory
 from finetune_trainer.plan.devices import Device, local_device
@@ -25,10 +24,10 @@ from finetune_trainer.stage_graph import place
 
 
 def preflight(run: RunConfig, workers: Workers | None = None) -> JobPlan:
-    """Check a job against this machine, its model and its data, without training; returns its plan.
+    """Check a job, its model and its data on this machine without training, and return its plan.
 
     Raises:
-        UserError: one problem per fault.
+        UserError: the job has faults, one problem each.
     """
     workers = workers or plan_workers(run.job.spec.resources)
     unusable = list(_resources(run, workers))
@@ -37,7 +36,7 @@ def preflight(run: RunConfig, workers: Workers | None = None) -> JobPlan:
         machine = None if os.environ.get("RAY_ADDRESS") else host_memory()
         return plan_of_faultless(run, workers, local_device(workers.most), lambda: others, machine=machine)
     except RuntimeError:
-        if unusable:  # torch fails in its own words on GPUs that have been found unusable
+        if unusable:  # torch raises other errors on unusable GPUs
             raise UserError(others) from None
         raise
 
@@ -51,21 +50,21 @@ def plan_of_faultless(
     machine: int | None = None,
     on_node: bool = True,
 ) -> JobPlan:
-    """The plan of a job that has no faults.
+    """Return the plan of a job, or raise all of its faults.
 
     Args:
-        device: what each worker will have.
-        others: returns what was found elsewhere; called once the model has been looked at.
-        machine: bytes of host memory that this machine lets the job use; None where the job runs on others.
-        on_node: whether this process runs where the job will.
+        device: device of each worker.
+        others: returns the problems of other checks; called after the model is checked.
+        machine: bytes of host memory that the job can use on this machine; None if it runs on other machines.
+        on_node: whether this process runs on a node of the job.
 
     Raises:
-        UserError: one problem per fault.
+        UserError: the job has faults, one problem each.
     """
     plan, of_model = _model(run, workers, device)
     problems = [*setting_problems(run, workers), *others()]
     problems += host_problems(run, plan, machine) if plan is not None else []
-    problems += [problem for problem in of_model if not _is_told(problem, problems, run)]
+    problems += [problem for problem in of_model if not _is_reported(problem, problems, run)]
     problems += room_problems(run, plan, on_node=on_node) if plan is not None else []
     if problems or plan is None:
         raise UserError(list(dict.fromkeys(problems)))
@@ -80,13 +79,13 @@ def _model(run: RunConfig, workers: Workers, device: Device) -> tuple[JobPlan | 
 
 
 def _resources(run: RunConfig, workers: Workers) -> Iterator[Problem]:
-    """What this machine lacks of a GPU node; on a cluster the nodes are looked at instead."""
+    """Yield what this machine lacks for GPUs. On a cluster, each node is checked instead."""
     if workers.accelerator and not os.environ.get("RAY_ADDRESS"):
         yield from machine_problems(run, workers.least, torch.cuda.device_count())
 
 
-def _is_told(problem: Problem, told: list[Problem], run: RunConfig) -> bool:
-    """Whether a stage that makes data has been found faulty in other words already."""
+def _is_reported(problem: Problem, reported: list[Problem], run: RunConfig) -> bool:
+    """Return whether another problem is already reported for the same `synthesize` stage."""
     stages = enumerate(run.job.spec.stages)
-    paths = [place(run, index) for index, stage in stages if isinstance(stage.spec, SynthesizeSpec)]
-    return any(problem.path.startswith(path) and any(one.path.startswith(path) for one in told) for path in paths)
+    paths = [place(run, index) for index, stage in stages if stage.synthesize is not None]
+    return any(problem.path.startswith(path) and any(one.path.startswith(path) for one in reported) for path in paths)

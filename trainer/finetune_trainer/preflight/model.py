@@ -1,4 +1,4 @@
-"""Faults of a job's model: it can't be built, adapted, divided or held in memory. What can be has a plan."""
+"""Check that the model of a job can be built, adapted, sharded and held in memory, and plan it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from finetune_trainer.preflight.packing import packing_problems
 
 
 def model_plan(run: RunConfig, workers: Workers, device: Device) -> JobPlan:
-    """Return the plan of a job whose saved models can be loaded, trained, packed and saved on the given device.
+    """Return the plan of a job whose saved models can be loaded, trained, packed and saved on this device.
 
     Raises:
-        UserError: every fault: of the model's files, its build, adapters that find no modules, missing kernels.
-        Outage: the hub does not answer.
+        UserError: all faults of the model files, the model, adapters without matching modules, and missing kernels.
+        Outage: the Hub does not respond.
     """
     spec = run.job.spec.model
     missing = list(_paths(run))

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import SupervisedSpec
+from finetune_api.training import TrainingSpec
 from finetune_trainer.model.document_masks import Form
 from finetune_trainer.model.task import auto_class
 from finetune_trainer.model.tiny import small_configs
@@ -49,7 +49,7 @@ def packing_problems(run: RunConfig, config: PretrainedConfig, accelerator: bool
     device = "cuda" if accelerator and torch.cuda.is_available() else "cpu"
     for index, stage in enumerate(run.job.spec.stages):
         spec = stage.spec
-        if isinstance(spec, SupervisedSpec) and spec.packing and spec.trains:
+        if isinstance(spec, TrainingSpec) and spec.packs and spec.trains:
             trial = Trial(config, run.job.spec.model.attn_implementation, packed_rows(spec), device)
             finding = trial.cached(Path(run.cache_dir, "packing"))
             if finding is not None and finding.form is None:
@@ -121,7 +121,7 @@ class Trial:
         for weight in model.parameters():
             if weight.ndim >= 2:
                 weight.data.normal_(0, SPREAD * weight.shape[-1] ** -0.5)
-        model.to(self.device)
+        model.to(self.device)  # type: ignore[arg-type]  # transformers wraps Module.to without its signature
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
         return model
 
@@ -130,7 +130,7 @@ class Trial:
 def _quiet() -> Iterator[None]:
     """Keep transformers from warning of the small model's configuration, and of kernels that it does without."""
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers has no type for it
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What a job's store and its data show when they are used: a file is written, the first rows go through a tokenizer."""
+"""Check storage and data by using them: write a file, and tokenize the first rows."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from finetune_trainer.stage_graph import place, waits_for
 from finetune_trainer.storage.filesystem import Storage
 
 PREFLIGHT_SECONDS = 20.0
-"""How long a store may take to answer a preflight: a wrong address never does."""
+"""Timeout of requests to a store in preflight: a wrong address never responds."""
 
 
 def row_problems(run: RunConfig) -> list[Problem]:
-    """Faults of the store; else of the data; else of its first rows, each of which would follow from the one before."""
+    """Return the faults of the storage, else of the data, else of the first rows: each would cause the next."""
     try:
         _writable(run)
         return list(data_problems(run)) or first_row_problems(run)
@@ -35,7 +35,7 @@ def row_problems(run: RunConfig) -> list[Problem]:
 
 
 def first_row_problems(run: RunConfig) -> list[Problem]:
-    """Return the faults of the first rows of each stage whose data is there, as the tokenizer shows them."""
+    """Return the faults that tokenizing the first rows shows, for each stage whose data is available."""
     try:
         return list(_sample(run))
     except UserError as error:
@@ -53,8 +53,8 @@ def _sample(run: RunConfig) -> Iterator[Problem]:
     for index, stage in enumerate(stages):
         if list(waits_for(run, index)):
             continue
-        if isinstance(stage.spec, EvaluateSpec):
-            yield from _rows(run, index, stage.spec, tokenizer, context)
+        if stage.evaluate is not None:
+            yield from _rows(run, index, stage.evaluate, tokenizer, context)
         if isinstance(stage.spec, TrainingSpec):
             yield from sample_problems(stage.spec, tokenizer, context, place(run, index), Path(run.base_dir))
 

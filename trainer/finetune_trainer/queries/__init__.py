@@ -1,1 +1,1 @@
-"""Queries that somebody else wrote, run on embedded databases: read-only, and in a process that can be killed."""
+"""Run untrusted queries on embedded databases: read-only, and in a process that can be killed."""

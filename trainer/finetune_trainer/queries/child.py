@@ -1,7 +1,7 @@
-"""The process that queries run in: it reads a JSON value a line, and answers each with one.
+"""The process in which queries run: it reads one JSON value per line and answers each with one.
 
-It knows neither the job nor its secrets, has a bound on its memory, and can write no file. Its parent kills it where a
-query does not come to an end.
+It has no access to the job or its secrets, a memory limit, and can't write files. Its parent kills it if a query does
+not end.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from finetune_trainer.queries.result import QueryFailed
 
 
 def main() -> None:
-    """`child.py make ENGINE PATH`, statements on stdin; or `child.py run ENGINE PATH BYTES`, queries on stdin."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    """Run `child.py make ENGINE PATH` (statements on stdin) or `child.py run ENGINE PATH BYTES` (queries on stdin)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     mode, engine, path = sys.argv[1:4]
     if mode == "make":
-        _answer(_made(engine, path, sys.stdin.read()))
+        _answer(_make(engine, path, sys.stdin.read()))
         return
     _serve(engine, path, int(sys.argv[4]))
 
 
-def _made(engine: Any, path: str, statements: str) -> dict[str, Any]:
+def _make(engine: Any, path: str, statements: str) -> dict[str, Any]:
     try:
         make_database(engine, path, statements)
         open_database(engine, path).schema(0)
-    except Exception as error:  # each engine has errors of its own; the parent tells them
+    except Exception as error:  # engines raise errors of many types; the parent reports them
         return {"error": f"{type(error).__name__}: {error}"}
     return {}
 
@@ -47,16 +47,16 @@ def _serve(engine: Any, path: str, memory: int) -> None:
     _confine(memory)
     _answer({})
     for line in sys.stdin:
-        asked = json.loads(line)
-        if "schema" in asked:
-            _answer({"schema": database.schema(asked["schema"])})
+        request = json.loads(line)
+        if "schema" in request:
+            _answer({"schema": database.schema(request["schema"])})
         else:
-            _answer(_ran(database, asked))
+            _answer(_run(database, request))
 
 
-def _ran(database: Any, asked: dict[str, Any]) -> dict[str, Any]:
+def _run(database: Any, request: dict[str, Any]) -> dict[str, Any]:
     try:
-        result = database.run(asked["query"], asked["seconds"], asked["most"])
+        result = database.run(request["query"], request["seconds"], request["most"])
     except QueryFailed as error:
         return {"kind": error.kind, "error": str(error)}
     except MemoryError:
@@ -65,7 +65,7 @@ def _ran(database: Any, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _confine(memory: int) -> None:
-    """No more address space than so many bytes beyond what is mapped by now, and no file grows."""
+    """Limit address space to `memory` bytes more than are mapped now, and the size of written files to 0."""
     with open("/proc/self/statm") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, mapped + memory))
@@ -74,13 +74,13 @@ def _confine(memory: int) -> None:
 
 
 def _answer(value: dict[str, Any]) -> None:
-    text = json.dumps(value, default=_plain)
+    text = json.dumps(value, default=_json_default)
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
-def _plain(value: Any) -> Any:
-    """A decimal is a number, and all else that JSON has no form for is its text."""
+def _json_default(value: Any) -> Any:
+    """Return a decimal as a number and any other value without a JSON type as text."""
     return float(value) if isinstance(value, Decimal) else str(value)
 
 

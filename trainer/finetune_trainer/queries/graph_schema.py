@@ -1,7 +1,8 @@
-"""A graph's schema in Neo4j's words, as the statements that make a small graph after it.
+"""Convert a graph schema in one of Neo4j's formats to statements that create a small graph with that schema.
 
-Two forms are read: the text that Neo4j's tools give language models (`Node properties:`, `Relationship properties:`,
-`The relationships:`), and their JSON (`node_props`, `rel_props`, `relationships`; Python's literal form of it too).
+Two formats are read: the text that Neo4j's tools give to language models (`Node properties:`, `Relationship
+properties:`, `The relationships:`), and their JSON (`node_props`, `rel_props`, `relationships`), also as a Python
+literal.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ROWS = 5
-"""Nodes that are made up of each label."""
+"""Number of generated nodes per label."""
 KEY = "_key"
-"""The engine wants a key on each label; names that begin so are shown to nobody."""
+"""Name of the key that the engine requires on each label; names with this prefix are hidden."""
 _TYPES = {
     "STRING": "STRING",
     "INTEGER": "INT64",
@@ -37,22 +38,22 @@ _BOUNDS = re.compile(r"Min: ?([^,]+), ?Max: ?(\S+)")
 
 
 class SchemaError(ValueError):
-    """A text that is no graph schema; the message says what is missing."""
+    """A text that is not a graph schema; the message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Property:
-    """A property with a few values that it has."""
+    """A property with example values."""
 
     name: str
     type: str
-    """Neo4j's name of it."""
+    """Neo4j's name of the type."""
     values: tuple[str, ...] = ()
 
 
 @dataclass
 class GraphSchema:
-    """Properties by label and by relationship type, and what the relationships connect."""
+    """Properties by label and by relationship type, and the labels that relationships connect."""
 
     nodes: dict[str, list[Property]] = field(default_factory=dict)
     links: dict[str, list[Property]] = field(default_factory=dict)
@@ -61,7 +62,7 @@ class GraphSchema:
 
 
 def read_schema(text: str) -> GraphSchema:
-    """The schema in a text.
+    """Return the schema in a text.
 
     Raises:
         SchemaError: it names no label.
@@ -125,7 +126,7 @@ def _of_json(value: Any) -> GraphSchema:
         links = value.get("relationships", [])
         schema.ends = [(str(link["start"]), str(link["type"]), str(link["end"])) for link in links]
     except (KeyError, TypeError, AttributeError) as error:
-        raise SchemaError(f"is not in the form of Neo4j's structured schema: {error!r}") from error
+        raise SchemaError(f"is not in the format of Neo4j's structured schema: {error!r}") from error
     return schema
 
 
@@ -136,31 +137,31 @@ def _property(value: dict[str, Any]) -> Property:
 
 def _tables(schema: GraphSchema) -> Iterator[str]:
     for label, properties in schema.nodes.items():
-        columns = [f"{_name(KEY)} SERIAL", *map(_column, _once(properties)), f"PRIMARY KEY ({_name(KEY)})"]
+        columns = [f"{_name(KEY)} SERIAL", *map(_column, _distinct(properties)), f"PRIMARY KEY ({_name(KEY)})"]
         yield f"CREATE NODE TABLE {_name(label)} ({', '.join(columns)});"
     for kind in dict.fromkeys(kind for _, kind, _ in schema.ends):
         ends = dict.fromkeys((start, end) for start, named, end in schema.ends if named == kind)
         columns = [f"FROM {_name(start)} TO {_name(end)}" for start, end in ends]
-        columns += map(_column, _once(schema.links.get(kind, [])))
+        columns += map(_column, _distinct(schema.links.get(kind, [])))
         yield f"CREATE REL TABLE {_name(kind)} ({', '.join(columns)});"
 
 
 def _rows(schema: GraphSchema) -> Iterator[str]:
     for label, properties in schema.nodes.items():
         for number in range(ROWS):
-            yield f"CREATE (:{_name(label)} {_made_up(_once(properties), number)});"
+            yield f"CREATE (:{_name(label)} {_example_values(_distinct(properties), number)});"
     for start, kind, end in dict.fromkeys(schema.ends):
         for number in range(ROWS):
             other = (number + 1) % ROWS
-            values = _made_up(_once(schema.links.get(kind, [])), number)
+            values = _example_values(_distinct(schema.links.get(kind, [])), number)
             yield (
                 f"MATCH (a:{_name(start)}), (b:{_name(end)}) WHERE a.{_name(KEY)} = {number} AND "
                 f"b.{_name(KEY)} = {other} CREATE (a)-[:{_name(kind)} {values}]->(b);"
             )
 
 
-def _once(properties: list[Property]) -> list[Property]:
-    """Each name once: the engine's names have no case."""
+def _distinct(properties: list[Property]) -> list[Property]:
+    """Return each name once: the engine's names are case-insensitive."""
     return list({one.name.casefold(): one for one in reversed(properties)}.values())[::-1]
 
 
@@ -168,42 +169,42 @@ def _column(one: Property) -> str:
     return f"{_name(one.name)} {_TYPES.get(one.type, 'STRING')}"
 
 
-def _made_up(properties: list[Property], number: int) -> str:
+def _example_values(properties: list[Property], number: int) -> str:
     values = [(one.name, _literal(one, number)) for one in properties]
     return "{" + ", ".join(f"{_name(name)}: {value}" for name, value in values if value is not None) + "}"
 
 
 def _literal(one: Property, number: int) -> str | None:
-    """A value of a property for the node of that number, from the schema's examples where it has some."""
-    given = one.values[number % len(one.values)] if one.values else None
+    """Return a value of a property for the node with that number, from the schema's examples if it has some."""
+    example = one.values[number % len(one.values)] if one.values else None
     match _TYPES.get(one.type, "STRING"):
         case "STRING":
-            return _text(given if given is not None else f"{one.name} {number}")
+            return _text(example if example is not None else f"{one.name} {number}")
         case "INT64" | "DOUBLE" as kind:
-            return _number(given, number, whole=kind == "INT64")
+            return _number(example, number, whole=kind == "INT64")
         case "BOOL":
             return "true" if number % 2 else "false"
         case "DATE":
-            return f"date({_text(_day(given, number))})"
+            return f"date({_text(_day(example, number))})"
         case "TIMESTAMP":
-            return f"timestamp({_text(_day(given, number) + ' 12:00:00')})"
+            return f"timestamp({_text(_day(example, number) + ' 12:00:00')})"
         case "STRING[]":
             return f"[{_text(f'{one.name} {number}')}]"
         case _:
             return None
 
 
-def _number(given: str | None, number: int, *, whole: bool) -> str:
+def _number(example: str | None, number: int, *, whole: bool) -> str:
     try:
-        value = float(given) if given is not None else float(number)
+        value = float(example) if example is not None else float(number)
     except ValueError:
         value = float(number)
     value = value if abs(value) < 2**53 else float(number)
     return str(int(value)) if whole else repr(value)
 
 
-def _day(given: str | None, number: int) -> str:
-    found = re.match(r"\d{4}-\d{2}-\d{2}", given or "")
+def _day(example: str | None, number: int) -> str:
+    found = re.match(r"\d{4}-\d{2}-\d{2}", example or "")
     return found[0] if found else f"20{10 + number}-01-15"
 
 

@@ -1,4 +1,4 @@
-"""Whether a query only reads, by its words: the first of several fences (the database is opened read-only, too)."""
+"""Check by its keywords that a query only reads. This is one of several guards: the database is read-only, too."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ _SKIPPED = {
     ),
 }
 _WORD = re.compile(r"(?<![\w.:$])[A-Za-z_]+(?!\w|\s*[.:])")
-"""A word that is no part of a name, no label, no member and no key of a map."""
+"""A word that is not part of a name, a label, a member or a key of a map."""
 _CYPHER_VERBS = {"copy", "load", "call", "create", "merge", "set", "delete", "detach", "remove", "drop"}
-"""What may stand after a reading clause and does more than read."""
+"""Keywords that may follow a reading clause and do more than read."""
 _CYPHER_STARTS = ("match", "optional", "with", "unwind", "return")
 _SQL_STARTS = ("select", "with", "values", "from", "table")
 
 
 def check_cypher(query: str) -> None:
-    """Raises QueryFailed where a Cypher query is empty, is several, or may do anything but read the graph."""
+    """Check a Cypher query.
+
+    Raises:
+        QueryFailed: it is empty, has several statements, or may do more than read the graph.
+    """
     words = _words(query, "cypher")
     if words[0] not in _CYPHER_STARTS:
         raise QueryFailed("not read-only", f"begins with {words[0].upper()}, expected MATCH or another reading clause")
@@ -33,14 +37,18 @@ def check_cypher(query: str) -> None:
 
 
 def check_sql(query: str) -> None:
-    """Raises QueryFailed where an SQL query is empty, is several, or does not begin as reading does."""
+    """Check an SQL query.
+
+    Raises:
+        QueryFailed: it is empty, has several statements, or does not begin with a reading clause.
+    """
     words = _words(query, "sql", "(")
     if words[0] not in _SQL_STARTS:
         raise QueryFailed("not read-only", f"begins with {words[0].upper()}, expected SELECT or WITH")
 
 
 def _words(query: str, language: str, opening: str = "") -> list[str]:
-    """The bare words of one statement in lower case: no texts, no quoted names, no comments, no labels or members."""
+    """Return the keywords of one statement in lower case, without strings, quoted names, comments, labels, members."""
     plain = (
         _SKIPPED[language]
         .sub(lambda match: " '' " if match["quoted"] else " ", query)
@@ -50,7 +58,7 @@ def _words(query: str, language: str, opening: str = "") -> list[str]:
         .lstrip(opening)
     )
     if ";" in plain:
-        raise QueryFailed("invalid", "is several statements, expected one")
+        raise QueryFailed("invalid", "has several statements, expected one")
     words = [word.lower() for word in _WORD.findall(plain)]
     if not words:
         raise QueryFailed("invalid", "is empty")

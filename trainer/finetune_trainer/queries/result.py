@@ -1,4 +1,4 @@
-"""What came of a query."""
+"""The result or the failure of a query."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FailureKind = Literal["invalid", "not read-only", "timeout", "memory", "crash"]
 
 @dataclass(frozen=True)
 class QueryResult:
-    """The rows that a query returned, as JSON values: decimals are numbers, what JSON has no form for is its text."""
+    """The rows of a query as JSON values: decimals are numbers, and other values without a JSON type are text."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...]
@@ -20,7 +20,7 @@ class QueryResult:
 
 
 class QueryFailed(Exception):
-    """A query that returned nothing to look at: `kind` says in which way, the message why."""
+    """A query without a result: `kind` is the kind of failure, the message the reason."""
 
     def __init__(self, kind: FailureKind, message: str) -> None:
         super().__init__(message)

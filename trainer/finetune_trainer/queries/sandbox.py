@@ -1,4 +1,4 @@
-"""Queries run in another process, which is killed where one does not end, and started again for the next."""
+"""Run queries in another process, which is killed if a query does not end and restarted for the next one."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any, Self
 from finetune_trainer.queries.result import Engine, QueryFailed, QueryResult
 
 MEMORY = 1 << 30
-"""Bytes of address space that a query may take beyond the engine's own."""
+"""Address space in bytes for a query, in addition to the engine's."""
 GRACE_SECONDS = 2.0
-"""How much longer than its time a query may take to notice that it is over."""
+"""Time after a query's timeout for the engine to stop it itself."""
 START_SECONDS = 120.0
 MAKE_SECONDS = 600.0
 SHOWN = 500
@@ -32,7 +32,7 @@ class Sandbox:
     """A database and the process that its queries run in. A context manager, for one thread at a time.
 
     Args:
-        seconds: a query that takes longer has failed.
+        seconds: the timeout of a query.
     """
 
     def __init__(self, engine: Engine, path: Path, seconds: float = 10.0, memory: int = MEMORY) -> None:
@@ -47,20 +47,20 @@ class Sandbox:
         self.close()
 
     def run(self, query: str, most: int = 1000) -> QueryResult:
-        """The first `most` rows of a query.
+        """Return the first `most` rows of a query.
 
         Raises:
-            QueryFailed: it is wrong, does more than read, takes too long or too much, or kills the engine.
+            QueryFailed: it is invalid, not read-only, takes too much time or memory, or crashes the engine.
             DatabaseError: the database can't be opened.
         """
-        asked = {"query": query, "seconds": self.seconds, "most": most}
-        answer = self._ask(asked, self.seconds + GRACE_SECONDS)
+        request = {"query": query, "seconds": self.seconds, "most": most}
+        answer = self._ask(request, self.seconds + GRACE_SECONDS)
         if "kind" in answer:
             raise QueryFailed(answer["kind"], " ".join(answer["error"].split())[:SHOWN])
         return QueryResult(tuple(answer["columns"]), tuple(map(tuple, answer["rows"])), answer["more"])
 
     def schema(self, samples: int = 3) -> str:
-        """What there is to ask for, with a few example rows or values.
+        """Return a description of the schema with a few example rows or values.
 
         Raises:
             DatabaseError: the database can't be opened or described.
@@ -92,7 +92,7 @@ class Sandbox:
             raise QueryFailed("timeout", f"takes more than {self.seconds:g} s") from None
         if not line:
             self.close()
-            raise QueryFailed("crash", "the engine's process died of it")
+            raise QueryFailed("crash", "the query crashed the engine's process")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -109,10 +109,10 @@ class Sandbox:
         return process
 
     def _line(self, process: subprocess.Popen[bytes], seconds: float) -> bytes:
-        """The process's next line; empty where it has ended.
+        """Return the next line of the process; empty if it has ended.
 
         Raises:
-            TimeoutError: there is none yet.
+            TimeoutError: no line came in time.
         """
         assert process.stdout is not None
         file, deadline = process.stdout.fileno(), time.monotonic() + seconds
@@ -128,10 +128,10 @@ class Sandbox:
 
 
 def make_database(engine: Engine, path: Path, statements: str) -> None:
-    """A database file made of statements, anew, in a process of its own.
+    """Create a database file from statements in a separate process; an existing file is replaced.
 
     Raises:
-        DatabaseError: the statements are wrong, or take longer than ten minutes.
+        DatabaseError: the statements are invalid, or take longer than ten minutes.
     """
     path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,13 +142,15 @@ def make_database(engine: Engine, path: Path, statements: str) -> None:
         process.kill()
         process.communicate()
         raise DatabaseError(f"the statements take longer than {MAKE_SECONDS / 60:.0f} minutes") from None
-    answer = json.loads(out.splitlines()[-1]) if out.strip() else {"error": "the engine's process died of it"}
+    answer = (
+        json.loads(out.splitlines()[-1]) if out.strip() else {"error": "the statements crashed the engine's process"}
+    )
     if "error" in answer:
         raise DatabaseError(" ".join(answer["error"].split())[:SHOWN])
 
 
 def _spawn(arguments: list[str]) -> subprocess.Popen[bytes]:
-    """A child that has none of this process's variables: API keys are among them."""
+    """Start the child without this process's environment variables, which include API keys."""
     return subprocess.Popen(
         [sys.executable, "-m", "finetune_trainer.queries.child", *arguments],
         stdin=subprocess.PIPE,

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from finetune_api.base import Json
 from finetune_api.runconfig import RunConfig
@@ -107,8 +107,8 @@ def collect(storage: Storage, stages: Sequence[StageLayout], run: RunConfig) -> 
     return RunRecord(run.job.metadata.name, without_user_info(config), records, notes)
 
 
-def is_number(value: Any) -> bool:
-    """A number that is no truth value."""
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether a value is an int or a float, but not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -17,7 +17,7 @@ class SynthesisView:
 
     facts: list[tuple[str, str]]
     reasons: Bars | None
-    """Rejections by reason, beside the rows made."""
+    """Generated rows, and rejections by reason."""
     operators: list[tuple[str, str, str]]
     """Operator, level or method; rows made; rejected."""
     samples: list[tuple[Excerpt | None, Excerpt | None]]
@@ -27,7 +27,7 @@ class SynthesisView:
 
 
 def synthesis(stage: StageRecord) -> SynthesisView | None:
-    """The view of the stage's `synthesis.json`; None where it made no data."""
+    """Return the view of `synthesis.json` of the stage, or None if it generated no data."""
     given = stage.synthesis
     if not given:
         return None

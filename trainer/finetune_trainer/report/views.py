@@ -175,10 +175,10 @@ def _memory_lines(stage: StageRecord) -> dict[str, Points]:
 
 
 def memory_facts(stage: StageRecord) -> list[tuple[str, str]]:
-    """Return a worker's memory by who holds it, measured at the stage's end, else at its last logged step."""
+    """Return the memory of a worker by part, measured at the end of the stage, else at its last logged step."""
     measured = _object(stage.done.get("memory"))
     logged = {name: _last(stage.points(column)) for name, column in _MEMORY_COLUMNS.items()}
-    known = {name: measured.get(name, logged[name]) for name in _MEMORY_COLUMNS}
+    known: dict[str, Any] = {name: measured.get(name, logged[name]) for name in _MEMORY_COLUMNS}
     labels = _MEMORY_LABELS if is_number(known["reserved"]) else {"peak": "Peak memory of the process"}
     return [(label, size(known[name])) for name, label in labels.items() if is_number(known[name])]
 

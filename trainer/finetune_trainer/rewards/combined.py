@@ -1,4 +1,4 @@
-"""The rewards of a stage together: each one's number for every answer, checked."""
+"""Call the rewards of a stage, check their values, and combine them."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ class NamedReward:
     """One reward of a stage."""
 
     name: str
-    """Its name in metrics, the stage's only one of that name."""
+    """Its name in metrics, unique in the stage."""
     function: RewardFunction
     weight: float
     where: str
-    """Its place in the job, such as `stages[2].rlhf.rewards[0]`."""
+    """Its path in the job, such as `stages[2].rlhf.rewards[0]`."""
 
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
-        """A number for each answer, None where the function has none.
+        """Return a number for each completion, or None where the function returns None.
 
         Raises:
-            UserError: the function gives something else.
+            UserError: the function returns something else.
         """
-        given = self.function(prompts=prompts, completions=completions, **columns)
-        values = asyncio.run(given) if inspect.iscoroutine(given) else given
+        result = self.function(prompts=prompts, completions=completions, **columns)
+        values = asyncio.run(result) if inspect.iscoroutine(result) else result
         if len(values) != len(completions):
-            raise UserError([Problem(self.where, f"gave {len(values)} rewards for {len(completions)} answers")])
+            raise UserError([Problem(self.where, f"returned {len(values)} rewards for {len(completions)} completions")])
         return [self._number(value) for value in values]
 
     def _number(self, value: Any) -> float | None:
@@ -44,21 +44,21 @@ class NamedReward:
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise UserError([Problem(self.where, f"gave {value!r} for an answer, expected a number or None")])
+            raise UserError([Problem(self.where, f"returned {value!r} for a completion, expected a number or None")])
         return number
 
 
 def columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The rows' columns for reward functions, one entry per row, None where a row has no such column."""
+    """Return the rows' columns for reward functions, one entry per row, None if a row lacks the column."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
 def weighted(values: list[list[float | None]], weights: list[float]) -> list[float | None]:
-    """Each answer's sum over the rewards that have a number for it; None where none has.
+    """Return each completion's weighted sum over the rewards with a number for it; None if no reward has one.
 
     Args:
-        values: for each reward, one entry per answer.
+        values: for each reward, one entry per completion.
     """
     sums = []
     for answer in zip(*values, strict=True):

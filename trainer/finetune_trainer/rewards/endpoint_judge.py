@@ -1,4 +1,4 @@
-"""A language model behind an endpoint as a judge: it rates all answers to a prompt in one request."""
+"""A judge model behind an endpoint, which rates all answers to a prompt in one request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune_trainer.rewards.functions import text_of
 
 CRITERIA = "Prefer answers that are right, to the point, clear and harmless."
 TRIES = 3
-"""Requests for one prompt's ratings before they are given up; an answer that can't be read costs one."""
+"""Maximum requests for one prompt's ratings; a reply that can't be parsed counts as one."""
 SETTLE_SECONDS = 30.0
 LENGTH = 512
 
@@ -36,57 +36,59 @@ Reply with one JSON object and nothing else: {{"scores": [{count} numbers, in th
 
 
 class EndpointJudge:
-    """Rates by a chat model; see `judge.Ranks`.
+    """A judge that asks a chat model; see `judge.Ranks`.
 
-    The answers are shown in an order drawn from their prompt, so that no place is favoured.
+    The answers are shown in a random order derived from their prompt, so that no position is favored.
 
     Args:
-        where: the endpoint's place in the job, for messages.
-        journal: opens the log of what was paid for already.
+        where: the endpoint's path in the job, for messages.
+        journal: a function that opens the journal of earlier replies.
     """
 
     def __init__(self, endpoint: Endpoint, where: str, criteria: str | None, journal: Callable[[], Journal]) -> None:
         self.endpoint, self.where, self.criteria = endpoint, where, criteria or CRITERIA
         self._open = journal
-        self._loop = asyncio.new_event_loop()  # one for all calls: the journal belongs to it
+        self._loop = asyncio.new_event_loop()  # one for all calls: the journal's locks belong to it
 
     def __call__(
         self, prompts: list[Any], answers: list[list[Any]], ids: list[Any], rows: list[Any]
     ) -> list[list[float | None]]:
-        """See `judge.Ranks`; prompts whose ratings can't be had or read have none.
+        """Return ratings, see `judge.Ranks`; None for prompts without a usable reply.
 
         Raises:
             UserError: the server refuses every request.
-            ConnectionError: it has answered nobody for ten minutes.
+            ConnectionError: the server has not answered for ten minutes.
         """
         return self._loop.run_until_complete(self._rate_all(list(zip(prompts, answers, strict=True))))
 
     @cached_property
     def journal(self) -> Journal:
-        """The log, opened at the first question."""
+        """Return the journal, which is opened on first use."""
         return self._open()
 
-    async def _rate_all(self, asked: list[tuple[Any, list[Any]]]) -> list[list[float | None]]:
+    async def _rate_all(self, pairs: list[tuple[Any, list[Any]]]) -> list[list[float | None]]:
         async with ChatClient(self.endpoint, self.where) as client:
-            paid = JournaledClient(client, self.journal)
+            journaled = JournaledClient(client, self.journal)
             try:
-                return list(await asyncio.gather(*(self._rate(paid, *one) for one in asked)))
+                return list(await asyncio.gather(*(self._rate(journaled, *one) for one in pairs)))
             finally:
-                await paid.settle(SETTLE_SECONDS)
+                await journaled.settle(SETTLE_SECONDS)
                 self.journal.sync()
 
     async def _rate(self, client: JournaledClient, prompt: Any, answers: list[Any]) -> list[float | None]:
         order = shown_order(prompt, len(answers))
-        request = self._request(prompt, [answers[place] for place in order])
+        request = self._request(prompt, [answers[index] for index in order])
         for sample in range(TRIES):
             try:
-                answer = await client.ask(ChatRequest(request, Generation(maxNewTokens=LENGTH), True, sample))
+                answer = await client.ask(
+                    ChatRequest(request, Generation.model_validate({"maxNewTokens": LENGTH}), True, sample)
+                )
             except NoAnswer:
                 continue
             scores = read_scores(answer.text, len(answers))
             if scores is not None:
-                by_place = dict(zip(order, scores, strict=True))
-                return [by_place[place] for place in range(len(answers))]
+                by_index = dict(zip(order, scores, strict=True))
+                return [by_index[index] for index in range(len(answers))]
         return [None] * len(answers)
 
     def _request(self, prompt: Any, answers: list[Any]) -> tuple[dict[str, str], ...]:
@@ -98,13 +100,13 @@ class EndpointJudge:
 
 
 def shown_order(prompt: Any, count: int) -> list[int]:
-    """The order in which a prompt's answers are shown, always the same for a prompt."""
+    """Return the order in which a prompt's answers are shown, which depends on the prompt alone."""
     seed = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).digest()
     return random.Random(seed).sample(range(count), count)
 
 
 def read_scores(text: str, count: int) -> list[float] | None:
-    """The ratings in a judge's reply, also where it wrote something around the JSON; None where there are none."""
+    """Return the ratings in a judge's reply, which may have text around the JSON; None if it has none."""
     start, end = text.find("{"), text.rfind("}")
     try:
         scores = json.loads(text[start : end + 1])["scores"]

@@ -1,4 +1,4 @@
-"""The rewards that a job names, loaded."""
+"""Load the rewards of a job."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import Reward
 from finetune_trainer.errors import UserError
-from finetune_trainer.model.source import model_place, stage_result
+from finetune_trainer.model.source import resolve_model, stage_result
 from finetune_trainer.rewards.combined import NamedReward
 from finetune_trainer.rewards.functions import ExactMatch, PatternMatch, RewardFunction, load_function
 from finetune_trainer.rewards.reward_models import load_reward_model
@@ -21,22 +21,22 @@ from finetune_trainer.storage.filesystem import Storage
 def load_rewards(
     rewards: list[Reward], run: RunConfig, where: str, dtype: torch.dtype, device: torch.device
 ) -> list[NamedReward]:
-    """Each reward ready to be asked, reward models in `dtype` on `device`.
+    """Return the loaded rewards, with reward models in `dtype` on `device`.
 
     Args:
-        where: the place of the list, such as `stages[2].rlhf.rewards`.
+        where: the path of the list, such as `stages[2].rlhf.rewards`.
 
     Raises:
-        UserError: a model or function is not there.
+        UserError: a model or function does not exist.
     """
     seen: Counter[str] = Counter()
     found = []
     for index, reward in enumerate(rewards):
-        place = f"{where}[{index}]"
-        function, name = _load(reward, run, place, dtype, device)
+        path = f"{where}[{index}]"
+        function, name = _load(reward, run, path, dtype, device)
         seen[name] += 1
         unique = name if seen[name] == 1 else f"{name}_{seen[name]}"
-        found.append(NamedReward(unique, function, reward.weight, place))
+        found.append(NamedReward(unique, function, reward.weight, path))
     return found
 
 
@@ -53,12 +53,12 @@ def _load(
         directory = stage_result(run, Storage(run.root), stage_named(run, reward.stage))
         return load_reward_model(directory, reward.stage, dtype, device, f"{where}.stage"), reward.stage
     assert reward.model is not None
-    place = model_place(reward.model, run)
-    return load_reward_model(place, "model", dtype, device, f"{where}.model"), "model"
+    path = resolve_model(reward.model, run)
+    return load_reward_model(path, "model", dtype, device, f"{where}.model"), "model"
 
 
 def import_function(path: str, base_dir: str, where: str) -> RewardFunction:
-    """As `load_function`.
+    """Return a function as `load_function` does.
 
     Raises:
         UserError: it can't be imported.

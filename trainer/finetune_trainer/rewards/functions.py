@@ -1,4 +1,4 @@
-"""Rewards that need no model: a user's function, a right answer, a pattern."""
+"""Rewards without a model: a user's function, an exact match, a pattern."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ RewardFunction = Callable[..., list[float | None]]
 
 
 def load_function(path: str, base_dir: str) -> RewardFunction:
-    """The function at an import path such as `package.module:name`.
+    """Return the function at an import path such as `package.module:name`.
 
-    A module that is installed comes before one beside the job's file, which on a cluster is not there.
+    An installed module has priority over one in the directory of the job's file, which does not exist on a cluster.
 
     Raises:
-        ImportError: there is no such module, or it can't be imported.
-        AttributeError: the module has no such name.
-        TypeError: what goes by the name can't be called.
+        ImportError: the module does not exist or can't be imported.
+        AttributeError: the module has no such attribute.
+        TypeError: the attribute is not callable.
     """
     module, _, name = path.partition(":")
     if base_dir and base_dir not in sys.path and Path(base_dir).is_dir():
@@ -34,19 +34,19 @@ def load_function(path: str, base_dir: str) -> RewardFunction:
 
 
 class ExactMatch:
-    """1 where the answer is what the column says, white space around both left out; None where the column is empty."""
+    """A reward of 1 if the completion equals the column's value except for outer white space; None if that is empty."""
 
     def __init__(self, column: str) -> None:
         self.column, self.__name__ = column, "exact_match"
 
     def __call__(self, completions: list[Completion], **columns: Any) -> list[float | None]:
-        right = columns[self.column]
-        pairs = zip(completions, right, strict=True)
+        expected = columns[self.column]
+        pairs = zip(completions, expected, strict=True)
         return [None if one is None else float(text_of(answer).strip() == str(one).strip()) for answer, one in pairs]
 
 
 class PatternMatch:
-    """1 where a regular expression is found in the answer."""
+    """A reward of 1 if a regular expression matches anywhere in the completion, else 0."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern, self.__name__ = re.compile(pattern), "regex"
@@ -56,5 +56,5 @@ class PatternMatch:
 
 
 def text_of(completion: Completion) -> str:
-    """An answer's text."""
+    """Return the text of a completion."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])

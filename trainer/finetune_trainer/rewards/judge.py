@@ -1,4 +1,4 @@
-"""What ranks the answers to a prompt: a reward model or a function, by their numbers."""
+"""Rank the answers to a prompt with a reward model or a function."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from finetune_trainer.rewards.combined import NamedReward, columns_of
 
 
 class Ranks(Protocol):
-    """Gives each answer to a prompt a number; answers to other prompts need not be comparable."""
+    """A callable that scores the answers to each prompt; scores of different prompts need not be comparable."""
 
     def __call__(self, prompts: list[Any], answers: list[list[Any]], ids: list[Any], rows: list[Any]) -> list[Any]:
-        """For each prompt a list with a number for each of its answers, None where it has none.
+        """Return for each prompt a list with a number or None for each of its answers.
 
         Args:
-            answers: for each prompt its completions, each a string or a list of one message.
-            ids: their tokens.
-            rows: each prompt's columns.
+            answers: for each prompt, its completions, each a string or a list of one message.
+            ids: the token ids of the answers.
+            rows: the columns of each prompt.
         """
 
 
 class RewardJudge:
-    """Ranks by a reward."""
+    """A ranking by a reward."""
 
     def __init__(self, reward: NamedReward) -> None:
         self.reward = reward
@@ -43,8 +43,8 @@ class RewardJudge:
 
 
 def best_and_worst(scores: list[float | None]) -> tuple[int, int] | None:
-    """The places of the best and the worst of a prompt's answers, the first of equals; None where all are alike."""
-    known = [(score, place) for place, score in enumerate(scores) if score is not None]
+    """Return the indices of the best and the worst answer, the first of equal ones; None if all scores are equal."""
+    known = [(score, index) for index, score in enumerate(scores) if score is not None]
     if not known:
         return None
     best, worst = max(known, key=lambda one: (one[0], -one[1])), min(known)
@@ -52,11 +52,10 @@ def best_and_worst(scores: list[float | None]) -> tuple[int, int] | None:
 
 
 def win_rate(pairs: list[list[float | None]]) -> list[float]:
-    """For each (before, after) pair of scores 1 where after is better, 0.5 where they are alike, 0 where it is worse;
-    pairs that lack a score are left out."""
+    """Return 1, 0.5 or 0 for each (before, after) pair: after is better, equal or worse. Skip incomplete pairs."""
     known = [(before, after) for before, after in pairs if before is not None and after is not None]
     return [0.5 if after == before else float(after > before) for before, after in known]
 
 
 def _ignore(*_: Any) -> None:
-    """A reward function's own logging."""
+    """Ignore what a reward function logs."""

@@ -1,4 +1,4 @@
-"""What is wrong with the rewards that a job names, found before anything trains."""
+"""Check the rewards of a job before training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune_api.problems import Problem
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import Judge, OnlineSpec, PromptSpec, Reward, RlhfSpec
+from finetune_api.stages import Judge, PromptSpec, Reward
 from finetune_trainer.data.checks import column_problems
 from finetune_trainer.endpoint.client import ChatClient
 from finetune_trainer.errors import UserError
@@ -18,25 +18,23 @@ from finetune_trainer.rewards.from_spec import import_function
 
 
 def reward_problems(spec: PromptSpec, run: RunConfig, where: str) -> Iterator[Problem]:
-    """Functions that can't be imported, patterns that are none, columns and models that are not there.
+    """Yield problems: functions that can't be imported, invalid patterns, missing columns and models.
 
     Args:
-        where: the stage's place, such as `stages[2].rlhf`.
+        where: the stage's path, such as `stages[2].rlhf`.
     """
-    if isinstance(spec, OnlineSpec):
-        yield from _judge_problems(spec.judge, run, f"{where}.judge")
-    if isinstance(spec, RlhfSpec):
-        for index, reward in enumerate(spec.rewards):
-            yield from _problems(reward, spec, run, where, f"{where}.rewards[{index}]")
+    for place, scorer in spec.scorers.items():
+        yield from _judge_problems(scorer, run, f"{where}.{place}")
+        if isinstance(scorer, Reward):
+            yield from _reward_problems(scorer, spec, run, where, f"{where}.{place}")
 
 
-def _problems(reward: Reward, spec: PromptSpec, run: RunConfig, stage: str, where: str) -> Iterator[Problem]:
-    yield from _judge_problems(reward, run, where)
+def _reward_problems(reward: Reward, spec: PromptSpec, run: RunConfig, stage: str, where: str) -> Iterator[Problem]:
     if reward.regex is not None:
         try:
             re.compile(reward.regex)
         except re.error as error:
-            yield Problem(f"{where}.regex", f"{reward.regex!r} is no regular expression: {error}")
+            yield Problem(f"{where}.regex", f"{reward.regex!r} is not a regular expression: {error}")
     if reward.exact_match is not None:
         yield from column_problems(spec, reward.exact_match, f"{where}.exactMatch", stage, Path(run.base_dir))
 
@@ -56,15 +54,15 @@ def _judge_problems(reward: Reward | Judge, run: RunConfig, where: str) -> Itera
         yield from model_problems(reward.model, run, f"{where}.model")
 
 
-def model_problems(place: str, run: RunConfig, where: str) -> Iterator[Problem]:
-    """A directory that is there must hold a reward model; what is elsewhere shows when it is fetched."""
-    if "://" in place:
+def model_problems(name: str, run: RunConfig, where: str) -> Iterator[Problem]:
+    """Yield problems of a local reward model; a remote one is checked when it is downloaded."""
+    if "://" in name:
         return
-    path = local_path(place, run.base_dir)
+    path = local_path(name, run.base_dir)
     if not path.is_dir():
-        if place.count("/") > 1 or place.startswith((".", "/")):
-            yield Problem(where, f"no such directory: {place} (looked in {run.base_dir} and the current directory)")
+        if name.count("/") > 1 or name.startswith((".", "/")):
+            yield Problem(where, f"no such directory: {name} (looked in {run.base_dir} and the current directory)")
     elif is_adapter(path) or not is_result(path):
-        yield Problem(where, f"{place} holds no whole model: expected the result of a reward stage")
+        yield Problem(where, f"{name} holds no whole model: expected the result of a reward stage")
     elif not is_reward_model(path):
-        yield Problem(where, f"{place} holds a model that scores nothing: expected the result of a reward stage")
+        yield Problem(where, f"{name} holds a model without a score head: expected the result of a reward stage")

@@ -1,7 +1,8 @@
-"""The stages that run on workers: one small module each, found by the member field that a job sets.
+"""The stages: a folder each, with the name of the member field that a job sets.
 
-A new stage is a spec in `finetune_api.stages`, a line in `MODULES` and a module here: with a `make_trainer` where it
-takes optimizer steps (`trains`), else with a `perform`.
+A new stage is a spec in `finetune_api.stages`, which declares what the rest of the project asks about the stage
+(`finetune_api.declaration`), and a folder here. Its `stage.py` has a `make_trainer` where the stage takes optimizer
+steps (`trains`), else a `perform`.
 """
 
 from __future__ import annotations
@@ -11,18 +12,6 @@ from typing import Any
 
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.stage_io import StageIO
-
-MODULES = {
-    "pretrain": "finetune_trainer.stages.pretrain.stage",
-    "sft": "finetune_trainer.stages.sft.stage",
-    "esft": "finetune_trainer.stages.esft.stage",
-    "dpo": "finetune_trainer.stages.dpo.stage",
-    "evaluate": "finetune_trainer.stages.evaluate.stage",
-    "reward": "finetune_trainer.stages.reward.stage",
-    "rlhf": "finetune_trainer.stages.rlhf.stage",
-    "online": "finetune_trainer.stages.online.stage",
-    "synthesize": "finetune_trainer.stages.synthesize.stage",
-}
 
 
 def perform(context: StageContext, tools: StageIO) -> dict[str, float]:
@@ -42,4 +31,4 @@ def make_trainer(context: StageContext) -> Any:
 
 def _module(context: StageContext) -> Any:
     """Only the module of that stage is imported: TRL's trainers load slowly."""
-    return import_module(MODULES[context.run.job.spec.stages[context.layout.index].kind])
+    return import_module(f"{__name__}.{context.stage.kind}.stage")

@@ -1,1 +1,1 @@
-"""Training data made with a teacher: what is asked, what is kept of the answers, and why the rest is not."""
+"""Generate training data with a teacher model: its requests, and the checks that answers must pass."""

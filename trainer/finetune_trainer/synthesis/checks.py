@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a stage that makes data before it asks its teacher anything."""
+"""Check a `synthesize` stage before it sends requests to its teacher."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ from finetune_trainer.errors import UserError
 from finetune_trainer.synthesis.databases import open_sandbox
 from finetune_trainer.synthesis.material import evaluation_texts
 
-REACH_SECONDS = 20.0
-REACH_TRIES = 5
+CONNECT_SECONDS = 20.0
+CONNECT_TRIES = 5
 
 
 def synthesis_problems(spec: SynthesizeSpec, where: str, base_dir: Path) -> list[Problem]:
-    """Every fault of the teacher's endpoint, the database and the evaluation data. `where` is the stage's path."""
+    """Return the problems of the teacher's endpoint, the database and the evaluation data.
+
+    Args:
+        where: the stage's path, such as `stages[0].synthesize`.
+    """
     problems = list(_endpoint(spec.teacher.endpoint, f"{where}.teacher.endpoint"))
     return [*problems, *_database(spec, where, base_dir), *_decontaminate(spec, where, base_dir)]
 
 
 def _endpoint(endpoint: Endpoint | None, where: str) -> Iterator[Problem]:
-    """The key's variable is set, the server answers, and has the model where it tells its models' names."""
+    """Check that the API key is set, that the server answers, and that it has the model if it lists its models."""
     if endpoint is None:
         return
     try:
@@ -42,9 +46,9 @@ def _endpoint(endpoint: Endpoint | None, where: str) -> Iterator[Problem]:
 
 
 async def _models(endpoint: Endpoint, where: str) -> list[str]:
-    quick = endpoint.model_copy(update={"timeout_seconds": min(endpoint.timeout_seconds, REACH_SECONDS)})
-    async with ChatClient(quick, where) as client:
-        return await client.models(REACH_TRIES)
+    impatient = endpoint.model_copy(update={"timeout_seconds": min(endpoint.timeout_seconds, CONNECT_SECONDS)})
+    async with ChatClient(impatient, where) as client:
+        return await client.models(CONNECT_TRIES)
 
 
 def _database(spec: SynthesizeSpec, where: str, base_dir: Path) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""What is left of the rows once those are out that repeat others, or that evaluation data has."""
+"""Reject rows that repeat other rows or share text with evaluation data."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Grams = set[tuple[str, ...]]
 
 
 def words(text: str) -> list[str]:
-    """A text's words as they are compared: without case and punctuation."""
+    """Return a text's words for comparison: without case and punctuation."""
     return _WORD.findall(text.casefold())
 
 
 class EvaluationTexts:
-    """Texts that rows must not share: by runs of `ngram` words, shorter texts as a whole.
+    """Texts that rows must not share, compared by runs of `ngram` words; shorter texts are compared as a whole.
 
     Args:
-        texts: of the evaluation data.
+        texts: the texts of the evaluation data.
     """
 
     def __init__(self, texts: Iterable[str], ngram: int) -> None:
@@ -36,18 +36,18 @@ class EvaluationTexts:
             split = words(text)
             if len(split) < ngram:
                 self._short.add(tuple(split))
-            # 64-bit hashes: large benchmarks' texts would not fit as they are, and chance hits are one in billions.
+            # 64-bit hashes: the texts of large benchmarks do not fit into memory, and collisions are very rare.
             self._grams.update(hash(gram) for gram in _grams(split, ngram))
         self._short.discard(())
 
     def has(self, text: str) -> bool:
-        """Whether the text shares a run of words with an evaluation text, or is one of the short ones."""
+        """Return whether the text shares a run of words with an evaluation text, or equals a short one."""
         split = words(text)
         return tuple(split) in self._short or any(hash(gram) in self._grams for gram in _grams(split, self.ngram))
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, names aside."""
+    """Yield every string in a JSON value, without the keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -59,7 +59,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def decontaminated(outcomes: Iterable[Outcome], known: EvaluationTexts | None) -> Iterator[Outcome]:
-    """The outcomes, with rows that share text with evaluation data rejected."""
+    """Yield the outcomes, with rows rejected that share text with evaluation data."""
     for outcome in outcomes:
         if known is not None and isinstance(outcome, Made) and any(map(known.has, _own_texts(outcome))):
             yield Rejected(reasons.CONTAMINATED, outcome.instruction, outcome.provenance)
@@ -68,7 +68,7 @@ def decontaminated(outcomes: Iterable[Outcome], known: EvaluationTexts | None) -
 
 
 def deduplicated(outcomes: Iterable[Outcome], spec: Dedup) -> Iterator[Outcome]:
-    """The outcomes, with rows rejected whose prompts are the same as, or similar to, an earlier one's."""
+    """Yield the outcomes, with rows rejected whose prompts are equal or similar to an earlier row's."""
     seen: set[tuple[str, ...]] = set()
     similar = _Similar(spec)
     for outcome in outcomes:
@@ -82,7 +82,7 @@ def deduplicated(outcomes: Iterable[Outcome], spec: Dedup) -> Iterator[Outcome]:
 
 
 class _Similar:
-    """Prompts kept so far, by MinHash; candidates that it finds are compared exactly."""
+    """A MinHash index of the prompts kept so far; its candidates are compared exactly."""
 
     def __init__(self, spec: Dedup) -> None:
         self._spec = spec
@@ -103,8 +103,10 @@ class _Similar:
 
 
 def bands(threshold: float, num_perm: int) -> int:
-    """The fewest bands, of those that divide the permutations, that find a pair just as similar as the threshold with
-    95% probability: 1 - (1 - t^r)^b for b bands of r rows."""
+    """Return the smallest number of bands, a divisor of `num_perm`, that finds a pair at the threshold with 95%.
+
+    The probability is 1 - (1 - t^r)^b for b bands of r rows.
+    """
     divisors = [count for count in range(1, num_perm + 1) if num_perm % count == 0]
     return next((b for b in divisors if 1 - (1 - threshold ** (num_perm // b)) ** b >= 0.95), num_perm)
 
@@ -118,7 +120,7 @@ def _grams(split: list[str], count: int) -> Iterator[tuple[str, ...]]:
 
 
 def _own_texts(row: Made) -> Iterator[str]:
-    """What the row says itself; a schema or a document that many rows share says nothing about it."""
+    """Yield the row's own texts, without a schema or a document that many rows share."""
     yield row.instruction
     yield row.messages[-1]["content"]
     yield from texts_in({name: value for name, value in row.columns.items() if name != "quote"})

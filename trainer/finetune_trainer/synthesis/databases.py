@@ -1,4 +1,4 @@
-"""The database that a stage's queries run on: copied, or made of statements, into a directory of the worker's own."""
+"""Copy or create the database of a stage's queries in a directory of the worker."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from finetune_trainer.queries.sandbox import DatabaseError, Sandbox, make_databa
 
 
 def engine_of(database: Database | GraphDatabase) -> Engine:
-    """What runs the database's queries."""
+    """Return the engine that runs the database's queries."""
     return database.engine if isinstance(database, Database) else "cypher"
 
 
 def open_sandbox(database: Database | GraphDatabase, where: str, base_dir: Path, scratch: Path) -> Sandbox:
-    """The database, ready for queries.
+    """Return a sandbox for queries on the database.
 
     Args:
-        where: its place in the job, such as `stages[0].synthesize.text2sql.database`.
+        where: its path in the job, such as `stages[0].synthesize.text2sql.database`.
         scratch: a directory that nothing else writes to.
 
     Raises:
-        UserError: a file is missing, or it or the statements are wrong.
+        UserError: a file is missing or invalid, or the statements are invalid.
     """
     engine, path = engine_of(database), scratch / "database"
     if not installed(engine):
@@ -52,7 +52,7 @@ def open_sandbox(database: Database | GraphDatabase, where: str, base_dir: Path,
 
 
 def schema_text(database: Database | GraphDatabase, sandbox: Sandbox, samples: int, base_dir: Path) -> str:
-    """What the teacher is shown: the given schema's own words, or what the engine knows."""
+    """Return the schema for the teacher: the text of the job's schema file, or the engine's description."""
     if isinstance(database, GraphDatabase) and database.schema_file is not None:
         text = _read(database.schema_file, "schemaFile", base_dir).decode("utf-8").strip()
         return text if not text.startswith("{") else sandbox.schema(samples)
@@ -60,7 +60,7 @@ def schema_text(database: Database | GraphDatabase, sandbox: Sandbox, samples: i
 
 
 def _script(database: Database | GraphDatabase, where: str, base_dir: Path) -> tuple[str, str | None]:
-    """The field that says what the database is, and the statements that make it; None where it is a file."""
+    """Return the field that defines the database, and the statements that create it (None for a database file)."""
     if isinstance(database, GraphDatabase) and database.schema_file is not None:
         text = _decoded(database.schema_file, f"{where}.schemaFile", base_dir)
         try:

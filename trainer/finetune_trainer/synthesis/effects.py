@@ -1,7 +1,7 @@
-"""The making of data as values: an item's work asks for effects, and whoever drives it gives the replies.
+"""The values that items exchange with the code that runs them: an item yields effects and receives replies.
 
-So a method reads as one conversation after the other, and neither knows nor cares whether a thousand of them are under
-way at a server, or one batch after the other in a local model.
+So a method is written as one conversation after the other, independent of whether a thousand of them run concurrently
+against a server or in batches with a local model.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from finetune_trainer.queries.result import QueryResult
 
 @dataclass(frozen=True)
 class Ask:
-    """Ask the teacher."""
+    """A request to the teacher."""
 
     request: ChatRequest
 
 
 @dataclass(frozen=True)
 class Execute:
-    """Run a query on the item's database."""
+    """A query on the item's database."""
 
     query: str
 
 
 @dataclass(frozen=True)
 class Failed:
-    """There is no reply: `reason` is one of few, `detail` says what happened."""
+    """A failed effect: `reason` is one of `reasons`, `detail` describes the failure."""
 
     reason: str
     detail: str
@@ -42,19 +42,19 @@ Reply = ChatAnswer | QueryResult | Failed
 
 @dataclass(frozen=True)
 class Made:
-    """A row of the result, so far as it stands alone."""
+    """A row of the result, before rows are compared with each other."""
 
     messages: tuple[Mapping[str, str], ...]
     instruction: str
-    """What makes the row another one than the others: duplicates are told by it."""
+    """The text by which duplicates are found."""
     columns: Mapping[str, Any]
-    """Further columns of the row."""
+    """Other columns of the row."""
     provenance: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """What became no row, and why."""
+    """A rejected row and the reason."""
 
     reason: str
     example: str
@@ -67,7 +67,7 @@ Work = Generator[Effect, Reply, list[Outcome]]
 
 @dataclass(frozen=True)
 class Item:
-    """One piece of the whole: a chunk, a seed, a set of pairs. Items depend on nothing but themselves."""
+    """A unit of work: a chunk, a seed, or a set of pairs. Items are independent of each other."""
 
     name: str
     work: Callable[[], Work]

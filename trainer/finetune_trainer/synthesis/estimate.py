@@ -1,4 +1,4 @@
-"""What a stage will ask of its teacher at most, before it does."""
+"""Estimate the maximum number of requests and tokens that a stage sends to its teacher."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from finetune_trainer.synthesis.prompts import prompt
 
 @dataclass(frozen=True)
 class SynthesisPlan:
-    """An upper bound of what a stage costs, each answer being as long as it may; malformed ones are asked for again
-    beyond it."""
+    """An upper bound of a stage's cost, with answers of maximum length and without retries of malformed answers."""
 
     index: int
     title: str
@@ -27,18 +26,18 @@ class SynthesisPlan:
     items: int
     calls: int
     prompt_tokens: int
-    """Estimated, at four characters a token."""
+    """An estimate: four characters per token."""
     completion_tokens: int
     rows: int
-    """Rows, if none is rejected."""
+    """Number of rows if none is rejected."""
     price: float | None
-    """0 of a model on the job's own workers; None where the endpoint's is not known."""
+    """0 for a model on the job's own workers; None if the endpoint's price is unknown."""
 
 
 def plan_synthesis(
     spec: SynthesizeSpec, index: int, title: str, where: str, base_dir: Path, cache_dir: Path
 ) -> SynthesisPlan:
-    """The plan of a stage.
+    """Return the plan of a stage.
 
     Raises:
         UserError: its data can't be read.
@@ -53,7 +52,7 @@ def plan_synthesis(
 
 
 def _counts(spec: SynthesizeSpec, where: str, base_dir: Path, cache_dir: Path) -> tuple[int, int, int, int]:
-    """Items, calls, characters of all prompts, rows."""
+    """Return the numbers of items, calls, characters of all prompts, and rows."""
     answer = spec.teacher.generation.max_new_tokens * CHARACTERS_PER_TOKEN
     if spec.questions is not None:
         pieces, count = document_chunks(spec, where, base_dir, cache_dir), spec.questions.num_questions
@@ -71,11 +70,11 @@ def _counts(spec: SynthesizeSpec, where: str, base_dir: Path, cache_dir: Path) -
         found, rounds = seeds(spec, where, base_dir, cache_dir), spec.evolve.num_evolutions
         text = sum(len(seed) for _, seed in found)
         own_length = len(prompt("evolve-deepening", instruction="")) + len(prompt("gain", first="", second=""))
-        seeds_too = 1 if spec.evolve.include_seeds else 0
-        # Each round shows an instruction four times: to evolve it, twice to compare, to answer it. It grows a little.
-        characters = rounds * (4 * text + len(found) * own_length) + seeds_too * text
-        kept = (rounds if spec.evolve.store_evolutions else 1) + seeds_too
-        return len(found), len(found) * (3 * rounds + seeds_too), characters, len(found) * kept
+        seed_rows = 1 if spec.evolve.include_seeds else 0
+        # Each round sends an instruction four times: to evolve it, twice to compare it, and to answer it.
+        characters = rounds * (4 * text + len(found) * own_length) + seed_rows * text
+        kept = (rounds if spec.evolve.store_evolutions else 1) + seed_rows
+        return len(found), len(found) * (3 * rounds + seed_rows), characters, len(found) * kept
     pairs = spec.text2sql or spec.text2cypher
     assert pairs is not None
     at = f"{where}.{spec.method}.database"

@@ -1,6 +1,8 @@
-"""Evol-Instruct (arXiv 2304.12244): instructions made harder or other, round after round, with its four eliminations:
-no information gained, a short apology, an answer of nothing but punctuation and stop words, and words of the evolving
-prompt in the instruction."""
+"""Evol-Instruct (arXiv 2304.12244): rewrite instructions in rounds to be harder or different.
+
+Its four elimination rules apply: no information gain, a short apology, an answer of only punctuation and stop words,
+and words of the evolving prompt in the instruction.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from finetune_trainer.synthesis.parse import flag_of, text_of
 from finetune_trainer.synthesis.teacher_requests import GaveUp, Teacher
 
 SORRY_WORDS = 80
-"""An answer that says «sorry» in fewer words is an apology (the paper's bound)."""
+"""An answer with "sorry" and fewer words is an apology (the paper's bound)."""
 _COPIED = re.compile(
     r"given (prompt|instruction)|(re-?written|evolved|created|new) (prompt|instruction)|#\s*(prompt|instruction)\s*#"
     r"|<<<|>>>|evolve an instruction",
@@ -37,7 +39,7 @@ STOP_WORDS = frozenset(
 
 
 def evolve_items(seeds: list[tuple[int, str]], spec: Evolve, teacher: Teacher) -> list[Item]:
-    """An item for each seed, given as the row's number and its instruction; the same seed twice is evolved once."""
+    """Return an item for each distinct seed, a pair of row number and instruction."""
     first: dict[str, int] = {}
     for number, text in seeds:
         first.setdefault(text, number)
@@ -51,11 +53,11 @@ def _work(number: int, seed: str, spec: Evolve, teacher: Teacher) -> Work:
     draw = random.Random(f"{teacher.seed} {content}")
     outcomes: list[Outcome] = []
     if spec.include_seeds:
-        outcomes.append((yield from _answered(seed, teacher, {**source, "operator": "none", "round": 0})))
+        outcomes.append((yield from _answer(seed, teacher, {**source, "operator": "none", "round": 0})))
     current = seed
     for turn in range(1, spec.num_evolutions + 1):
         operator = draw.choice(spec.operators)
-        outcome = yield from _evolved(current, operator, turn, teacher, {**source, "operator": operator, "round": turn})
+        outcome = yield from _evolve(current, operator, turn, teacher, {**source, "operator": operator, "round": turn})
         outcomes.append(outcome)
         if isinstance(outcome, Made):
             current = outcome.instruction
@@ -67,7 +69,7 @@ def _last(outcomes: list[Outcome]) -> list[Outcome]:
     return [outcome for outcome in outcomes if isinstance(outcome, Rejected) or outcome is made[-1]]
 
 
-def _evolved(current: str, operator: str, turn: int, teacher: Teacher, provenance: dict[str, Any]) -> Any:
+def _evolve(current: str, operator: str, turn: int, teacher: Teacher, provenance: dict[str, Any]) -> Any:
     template = f"evolve-{operator}"
     try:
         evolved, asked = yield from teacher.objects(
@@ -85,10 +87,10 @@ def _evolved(current: str, operator: str, turn: int, teacher: Teacher, provenanc
     provenance["judged"] = judged["request"]
     if equal:
         return Rejected(reasons.NO_GAIN, evolved, provenance)
-    return (yield from _answered(evolved, teacher, provenance))
+    return (yield from _answer(evolved, teacher, provenance))
 
 
-def _answered(instruction: str, teacher: Teacher, provenance: dict[str, Any]) -> Any:
+def _answer(instruction: str, teacher: Teacher, provenance: dict[str, Any]) -> Any:
     try:
         answer, asked = yield from teacher.reply(instruction)
     except GaveUp as error:
@@ -110,7 +112,7 @@ def _instruction_fault(evolved: str, current: str) -> str | None:
 
 
 def answer_fault(answer: str) -> str | None:
-    """Why the paper's rules eliminate an answer; None where they don't."""
+    """Return why the paper's rules eliminate an answer, or None."""
     words = [word.casefold() for word in _WORD.findall(answer)]
     if not [word for word in words if word not in STOP_WORDS]:
         return reasons.NOTHING_SAID

@@ -1,4 +1,4 @@
-"""What a stage makes data from: chunks of documents, seeds, sets of pairs; and what it must not repeat."""
+"""Read the input of a stage (chunks of documents, seeds, schemas) and the evaluation texts that it must not repeat."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ NO_INSTRUCTION = "no row has an instruction"
 def stage_items(
     spec: SynthesizeSpec, teacher: Teacher, where: str, base_dir: Path, cache_dir: Path, sandbox: Sandbox | None
 ) -> list[Item]:
-    """All that the stage's teacher is to work on, in order.
+    """Return all items of the stage, in order.
 
     Raises:
-        UserError: the data can't be read, or holds nothing to work on.
+        UserError: the data can't be read, or gives no items.
     """
     if spec.questions is not None:
         return question_items(document_chunks(spec, where, base_dir, cache_dir), spec.questions, teacher)
@@ -45,10 +45,14 @@ def stage_items(
 
 
 def document_chunks(spec: SynthesizeSpec, where: str, base_dir: Path, cache_dir: Path) -> list[Chunk]:
-    """The documents' chunks. Raises UserError as `stage_items`."""
+    """Return the documents' chunks.
+
+    Raises:
+        UserError: see `stage_items`.
+    """
     assert spec.questions is not None
     size, overlap = spec.questions.chunk_size, spec.questions.chunk_overlap
-    found = []
+    found: list[Chunk] = []
     for number, example in _examples(spec, where, base_dir, cache_dir):
         found += chunks(number, example["text"], size, overlap)
     if not found:
@@ -57,7 +61,11 @@ def document_chunks(spec: SynthesizeSpec, where: str, base_dir: Path, cache_dir:
 
 
 def seeds(spec: SynthesizeSpec, where: str, base_dir: Path, cache_dir: Path) -> list[tuple[int, str]]:
-    """The seed instructions with their rows' numbers. Raises UserError as `stage_items`."""
+    """Return the seed instructions with their row numbers.
+
+    Raises:
+        UserError: see `stage_items`.
+    """
     found = [(number, instruction(example)) for number, example in _examples(spec, where, base_dir, cache_dir)]
     found = [(number, text) for number, text in found if text]
     if not found:
@@ -66,12 +74,12 @@ def seeds(spec: SynthesizeSpec, where: str, base_dir: Path, cache_dir: Path) -> 
 
 
 def instruction(example: Example) -> str:
-    """A row's instruction: its prompt, or the last thing a user says in it."""
+    """Return a row's instruction: its prompt, or the last user message in it."""
     prompt = example["prompt"]
     if isinstance(prompt, str):
         return prompt.strip()
-    said = [str(message["content"]) for message in prompt if message["role"] == "user"]
-    return said[-1].strip() if said else ""
+    user_texts = [str(message["content"]) for message in prompt if message["role"] == "user"]
+    return user_texts[-1].strip() if user_texts else ""
 
 
 def _examples(spec: SynthesizeSpec, where: str, base_dir: Path, cache_dir: Path) -> Iterator[tuple[int, Example]]:
@@ -84,13 +92,13 @@ def _examples(spec: SynthesizeSpec, where: str, base_dir: Path, cache_dir: Path)
 
 
 def evaluation_texts(spec: Decontaminate, where: str, base_dir: Path) -> EvaluationTexts:
-    """The texts that rows must not share.
+    """Return the texts that rows must not share.
 
     Args:
-        where: its place, such as `stages[0].synthesize.decontaminate`.
+        where: the spec's path, such as `stages[0].synthesize.decontaminate`.
 
     Raises:
-        UserError: a source can't be read, or lacks a column.
+        UserError: a source can't be read or lacks a column.
     """
     return EvaluationTexts(_texts(spec, where, base_dir), spec.ngram)
 

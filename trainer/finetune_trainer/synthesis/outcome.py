@@ -1,4 +1,4 @@
-"""From outcomes to the stage's files: the rows, and the account of how they came about."""
+"""Write the stage's files from outcomes: the rows, and a summary of how they were made."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from finetune_trainer.synthesis.cleaning import EvaluationTexts, decontaminated,
 from finetune_trainer.synthesis.effects import Made, Outcome, Rejected
 
 EXAMPLES = 3
-"""Examples of each reason, and of rows, that the account keeps."""
+"""Number of examples per rejection reason, and of rows, in the summary."""
 EXAMPLE_LENGTH = 2000
-"""Characters of an example."""
+"""Maximum characters of an example."""
 
 
 def cleaned(outcomes: Sequence[Outcome], spec: SynthesizeSpec, known: EvaluationTexts | None) -> list[Outcome]:
-    """The outcomes once rows are out that evaluation data has, or that repeat others."""
+    """Return the outcomes, with rows rejected that repeat others or share text with evaluation data."""
     return list(deduplicated(decontaminated(outcomes, known), spec.dedup))
 
 
 def rows_text(outcomes: Iterable[Outcome]) -> str:
-    """`rows.jsonl`: `messages`, the method's own columns, and `provenance`."""
+    """Return the content of `rows.jsonl`: `messages`, the method's own columns, and `provenance`."""
     lines = [json.dumps(_row(outcome), ensure_ascii=False) for outcome in outcomes if isinstance(outcome, Made)]
     return "".join(f"{line}\n" for line in lines)
 
@@ -34,8 +34,7 @@ def rows_text(outcomes: Iterable[Outcome]) -> str:
 def account(
     outcomes: Sequence[Outcome], items: int, spec: SynthesizeSpec, teacher: str, answers: Iterable[ChatAnswer]
 ) -> dict[str, Any]:
-    """`synthesis.json`: what was made, what was rejected and why, with examples, and what it cost. The same outcomes
-    and answers give the same account."""
+    """Return the content of `synthesis.json`: counts, rejections by reason with examples, and cost; deterministic."""
     rejected = [outcome for outcome in outcomes if isinstance(outcome, Rejected)]
     made = [outcome for outcome in outcomes if isinstance(outcome, Made)]
     counts = Counter(outcome.reason for outcome in rejected)
@@ -65,7 +64,7 @@ def _examples(rejected: Sequence[Rejected], reason: str) -> list[str]:
 
 
 def _by_operator(outcomes: Sequence[Outcome]) -> dict[str, dict[str, int]]:
-    """How many rows were made and rejected, by operator, level or method: whatever tells rows apart."""
+    """Return the numbers of made and rejected rows by operator, level or method, the first that the rows have."""
     found: dict[str, dict[str, int]] = {}
     for outcome in outcomes:
         provenance = outcome.provenance

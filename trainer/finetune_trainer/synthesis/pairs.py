@@ -1,4 +1,4 @@
-"""Question and query pairs on a database or a graph; only queries that run are kept."""
+"""Generate pairs of question and query on a database or a graph; only queries that run are kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DIALECTS = {"sqlite": "SQLite", "duckdb": "DuckDB"}
 
 
 def pair_items(method: str, engine: str, schema: str, spec: QueryPairs, teacher: Teacher) -> list[Item]:
-    """An item for each set of pairs that is asked for at once; sets take turns in how hard their queries are."""
+    """Return an item for each request, which asks for a set of pairs; the difficulty cycles over the sets."""
     sizes = [spec.pairs_per_request] * (spec.num_pairs // spec.pairs_per_request)
     if spec.num_pairs % spec.pairs_per_request:
         sizes.append(spec.num_pairs % spec.pairs_per_request)
@@ -35,7 +35,7 @@ def pair_items(method: str, engine: str, schema: str, spec: QueryPairs, teacher:
 
 
 def pair_requests(spec: QueryPairs) -> int:
-    """Sets of pairs that are asked for."""
+    """Return the number of requests, each for one set of pairs."""
     return math.ceil(spec.num_pairs / spec.pairs_per_request)
 
 
@@ -49,13 +49,13 @@ def _work(method: str, number: int, values: dict[str, Any], spec: QueryPairs, te
     except GaveUp as error:
         return [Rejected(error.reason, error.last, source)]
     outcomes: list[Outcome] = []
-    for place, pair in enumerate(pairs[: values["count"]]):
-        provenance = {**source, "pair": place, **asked}
-        outcomes.append((yield from _executed(pair, values["schema"], spec, provenance)))
+    for position, pair in enumerate(pairs[: values["count"]]):
+        provenance = {**source, "pair": position, **asked}
+        outcomes.append((yield from _execute(pair, values["schema"], spec, provenance)))
     return outcomes
 
 
-def _executed(pair: dict[str, str], schema: str, spec: QueryPairs, provenance: dict[str, Any]) -> Any:
+def _execute(pair: dict[str, str], schema: str, spec: QueryPairs, provenance: dict[str, Any]) -> Any:
     example = f"{pair['question']}\n→ {pair['query']}"
     if not pair["question"] or not pair["query"]:
         return Rejected(reasons.EMPTY, example, provenance)

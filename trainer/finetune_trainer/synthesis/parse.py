@@ -1,4 +1,4 @@
-"""What a teacher meant: the JSON object in an answer, however it is wrapped."""
+"""Parse the JSON object in a teacher's answer, with or without text around it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 THINKING = re.compile(r"^\s*<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
 FENCE = re.compile(r"```[\w-]*\n(.*?)```", re.DOTALL)
 TRIES = 50
-"""Places in an answer at which an object may begin."""
+"""Maximum number of positions in an answer at which an object is searched."""
 
 
 class Malformed(ValueError):
-    """An answer that is not in the form asked for; the message goes back to the teacher."""
+    """An answer that lacks the requested format; the message is sent to the teacher."""
 
 
 def without_thinking(text: str) -> str:
-    """The answer without the thinking that some models write before it."""
+    """Return the answer without the reasoning that some models write before it."""
     return THINKING.sub("", text).strip()
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """The first JSON object of an answer: the whole of it, in a fenced block, or among other words.
+    """Return the first JSON object of an answer: the whole answer, in a fenced block, or inside of text.
 
     Raises:
         Malformed: there is none.
@@ -45,19 +45,23 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def text_of(value: dict[str, Any], name: str) -> str:
-    """A text of an object, stripped.
+    """Return a string of an object, stripped.
 
     Raises:
-        Malformed: it is not there, or no text.
+        Malformed: it is missing or not a string.
     """
     text = value.get(name)
     if not isinstance(text, str):
-        raise Malformed(f"`{name}` is missing or no text")
+        raise Malformed(f"`{name}` is missing or not a string")
     return text.strip()
 
 
 def flag_of(value: dict[str, Any], name: str) -> bool:
-    """A truth value of an object. Raises Malformed where it is none."""
+    """Return a boolean of an object.
+
+    Raises:
+        Malformed: it is missing or neither true nor false.
+    """
     flag = value.get(name)
     if isinstance(flag, str) and flag.lower() in ("true", "false", "yes", "no"):
         return flag.lower() in ("true", "yes")
@@ -67,14 +71,14 @@ def flag_of(value: dict[str, Any], name: str) -> bool:
 
 
 def pairs_of(value: dict[str, Any], *names: str) -> list[dict[str, str]]:
-    """The objects of `pairs`, each with texts of those names.
+    """Return the objects of `pairs`, each with the named strings.
 
     Raises:
-        Malformed: there is no list, or nothing in it has them all.
+        Malformed: there is no list, or no element has all of them.
     """
     pairs = value.get("pairs")
     if not isinstance(pairs, list):
-        raise Malformed("`pairs` is missing or no list")
+        raise Malformed("`pairs` is missing or not a list")
     found = [
         pair for pair in pairs if isinstance(pair, dict) and all(isinstance(pair.get(name), str) for name in names)
     ]

@@ -1,4 +1,4 @@
-"""Question and answer pairs from documents, each held to the words of its document."""
+"""Generate question and answer pairs from documents, each grounded in its document."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from finetune_trainer.synthesis.prompts import prompt
 from finetune_trainer.synthesis.teacher_requests import GaveUp, Teacher
 
 _BREAKS = (re.compile(r"\n\s*\n"), re.compile(r"\n"), re.compile(r"(?<=[.!?。])\s"), re.compile(r"\s"))
-"""Where a chunk may end, best first."""
-_LEANING = re.compile(
+"""Patterns of positions where a chunk may end, best first."""
+_REFERS_TO_DOCUMENT = re.compile(
     r"\b(the|this|that|given|above|provided) (document|text|passage|excerpt|article|paragraph|author|context)\b",
     re.IGNORECASE,
 )
@@ -27,30 +27,30 @@ _NOT_WORDS = re.compile(r"[\W_]+")
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a document."""
+    """A part of a document."""
 
     document: int
-    """The document's row, from 0."""
+    """Index of the document's row."""
     start: int
-    """Its first character in the document."""
+    """Position of its first character in the document."""
     text: str
 
 
 def chunks(document: int, text: str, size: int, overlap: int) -> Iterator[Chunk]:
-    """A document in pieces of at most `size` characters, each with about the last `overlap` of the one before."""
+    """Yield chunks of at most `size` characters of a document, which overlap by about `overlap` characters."""
     start = 0
     while start < len(text):
-        end = _end(text, start, size)
+        end = _chunk_end(text, start, size)
         piece = text[start:end].strip()
         if piece:
             yield Chunk(document, start, piece)
         if end >= len(text):
             return
-        start = max(_word(text, max(end - overlap, start + 1), end), start + 1)
+        start = max(_word_start(text, max(end - overlap, start + 1), end), start + 1)
 
 
 def question_items(pieces: list[Chunk], spec: Questions, teacher: Teacher) -> list[Item]:
-    """An item for each chunk; the same text twice is asked about once."""
+    """Return an item for each chunk with a distinct text."""
     first = {piece.text: piece for piece in reversed(pieces)}
     once = [piece for piece in pieces if first[piece.text] is piece]
     return [Item(f"{piece.document}:{piece.start}", partial(_work, piece, spec, teacher)) for piece in once]
@@ -68,16 +68,18 @@ def _work(chunk: Chunk, spec: Questions, teacher: Teacher) -> Work:
     outcomes: list[Outcome] = []
     for number, pair in enumerate(pairs[: spec.num_questions]):
         provenance = {**source, "pair": number, "teacher": teacher.name, **asked}
-        outcomes.append((yield from _judged(pair, chunk, spec, teacher, provenance)))
+        outcomes.append((yield from _check_pair(pair, chunk, spec, teacher, provenance)))
     return outcomes
 
 
-def _judged(pair: dict[str, str], chunk: Chunk, spec: Questions, teacher: Teacher, provenance: dict[str, Any]) -> Any:
+def _check_pair(
+    pair: dict[str, str], chunk: Chunk, spec: Questions, teacher: Teacher, provenance: dict[str, Any]
+) -> Any:
     fault = _fault(pair, chunk.text, spec)
     if fault is not None:
         return Rejected(fault, f"{pair['question']}\n→ {pair['answer']}", provenance)
     if spec.grounding == "judge":
-        rejected = yield from _unsupported(pair, chunk, teacher, provenance)
+        rejected = yield from _check_support(pair, chunk, teacher, provenance)
         if rejected is not None:
             return rejected
     shown = pair["question"]
@@ -88,7 +90,7 @@ def _judged(pair: dict[str, str], chunk: Chunk, spec: Questions, teacher: Teache
     return Made(messages, pair["question"], columns, provenance)
 
 
-def _unsupported(pair: dict[str, str], chunk: Chunk, teacher: Teacher, provenance: dict[str, Any]) -> Any:
+def _check_support(pair: dict[str, str], chunk: Chunk, teacher: Teacher, provenance: dict[str, Any]) -> Any:
     asked: dict[str, Any] = {"question": pair["question"], "answer": pair["answer"], "document": chunk.text}
     try:
         supported, judged = yield from teacher.objects("grounded", lambda value: flag_of(value, "supported"), **asked)
@@ -101,7 +103,7 @@ def _unsupported(pair: dict[str, str], chunk: Chunk, teacher: Teacher, provenanc
 def _fault(pair: dict[str, str], text: str, spec: Questions) -> str | None:
     if not pair["question"] or not pair["answer"]:
         return reasons.EMPTY
-    if not spec.include_document and _LEANING.search(pair["question"]):
+    if not spec.include_document and _REFERS_TO_DOCUMENT.search(pair["question"]):
         return reasons.LEANS
     quoted = _plain(pair.get("quote", ""))
     if spec.grounding != "none" and (not quoted or quoted not in _plain(text)):
@@ -110,7 +112,7 @@ def _fault(pair: dict[str, str], text: str, spec: Questions) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """Words alone: teachers copy faithfully, but for quotes, dashes and line breaks."""
+    """Return the words alone: teachers copy text exactly except for quotes, dashes and line breaks."""
     return " " + _NOT_WORDS.sub(" ", text.casefold()).strip() + " " if text.strip() else ""
 
 
@@ -119,8 +121,8 @@ def _source(chunk: Chunk) -> dict[str, Any]:
     return {"source": chunk.document, "start": chunk.start, "chunk": content}
 
 
-def _end(text: str, start: int, size: int) -> int:
-    """Where a chunk that starts there ends: at the last good break of its second half."""
+def _chunk_end(text: str, start: int, size: int) -> int:
+    """Return where a chunk ends: at the last good break in its second half."""
     limit = start + size
     if limit >= len(text):
         return len(text)
@@ -131,8 +133,8 @@ def _end(text: str, start: int, size: int) -> int:
     return limit
 
 
-def _word(text: str, start: int, end: int) -> int:
-    """The first beginning of a word from there on."""
+def _word_start(text: str, start: int, end: int) -> int:
+    """Return the start of the first word from `start` on."""
     gap = re.compile(r"\s").search(text, start, end)
     return gap.end() if gap else start
 

@@ -1,4 +1,4 @@
-"""Why something became no row: the words that the report counts by."""
+"""The reasons of rejections, by which reports count them."""
 
 NO_ANSWER = "the teacher gave no answer"
 MALFORMED = "answer could not be read"
@@ -27,4 +27,4 @@ OF_FAILURE = {
     "memory": MEMORY,
     "crash": CRASH,
 }
-"""The reason for each kind of a query's failure."""
+"""The reason for each `FailureKind` of a query."""

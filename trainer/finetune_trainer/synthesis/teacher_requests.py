@@ -1,4 +1,4 @@
-"""Asking the teacher, and asking again where an answer can't be read: a bounded number of times."""
+"""Send requests to the teacher, and retry a bounded number of times if an answer can't be parsed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from finetune_trainer.synthesis.parse import Malformed, json_object, without_thi
 from finetune_trainer.synthesis.prompts import prompt, version
 
 T = TypeVar("T")
-LONGEST_REPEATED = 4000
-"""Characters of an answer that are shown to the teacher again."""
+MAX_REPEATED = 4000
+"""Maximum characters of a malformed answer that are sent back to the teacher."""
 
 
 class GaveUp(Exception):
-    """The teacher's answers are of no use: why, and the last one."""
+    """No usable answer: the reason, and the last answer."""
 
     def __init__(self, reason: str, last: str) -> None:
         super().__init__(reason)
@@ -28,11 +28,11 @@ class GaveUp(Exception):
 
 @dataclass
 class Teacher:
-    """How one item asks its teacher; it keeps what its rows' provenance names.
+    """The requests of items to their teacher.
 
     Args:
-        name: the model, as requests and provenance name it.
-        attempts: how often an answer is asked for that can be read.
+        name: the model's name in requests and provenance.
+        attempts: maximum number of requests for one parsable answer.
     """
 
     name: str
@@ -43,16 +43,16 @@ class Teacher:
     def objects(
         self, template: str, read: Callable[[dict[str, Any]], T], sample: int = 0, **values: Any
     ) -> Generator[Effect, Reply, tuple[T, dict[str, Any]]]:
-        """What `read` makes of the JSON object that answers a template, and the request's provenance.
+        """Send a prompt template; return `read` of the JSON object in the answer, and the request's provenance.
 
         Raises:
-            GaveUp: no answer could be read.
+            GaveUp: no answer could be parsed.
         """
         messages: tuple[Mapping[str, str], ...] = ({"role": "user", "content": prompt(template, **values)},)
         last, fault = "", Malformed("")
         for attempt in range(self.attempts):
-            asked = messages if not attempt else (*messages, *_complaint(last, fault))
-            request = ChatRequest(asked, self.generation, structured=True, sample=self.seed + sample + attempt)
+            sent = messages if not attempt else (*messages, *_complaint(last, fault))
+            request = ChatRequest(sent, self.generation, structured=True, sample=self.seed + sample + attempt)
             answer = yield from _answer(request)
             last = answer.text
             try:
@@ -62,10 +62,10 @@ class Teacher:
         raise GaveUp(reasons.MALFORMED, last)
 
     def reply(self, instruction: str) -> Generator[Effect, Reply, tuple[str, dict[str, Any]]]:
-        """The teacher's plain answer to an instruction.
+        """Return the teacher's plain answer to an instruction, and the request's provenance.
 
         Raises:
-            GaveUp: there is none, or it was cut off.
+            GaveUp: there is no answer, or it was cut off.
         """
         request = ChatRequest(({"role": "user", "content": instruction},), self.generation, sample=self.seed)
         answer = yield from _answer(request)
@@ -83,6 +83,6 @@ def _answer(request: ChatRequest) -> Generator[Effect, Reply, ChatAnswer]:
 
 
 def _complaint(last: str, fault: Malformed) -> tuple[Mapping[str, str], ...]:
-    """The answer that could not be read, and why: greedy decoding would write the same again to the same words."""
-    said = last[:LONGEST_REPEATED] or "(nothing)"
-    return ({"role": "assistant", "content": said}, {"role": "user", "content": prompt("again", fault=fault)})
+    """Return messages with the malformed answer and its fault: greedy decoding repeats itself for equal prompts."""
+    shown = last[:MAX_REPEATED] or "(nothing)"
+    return ({"role": "assistant", "content": shown}, {"role": "user", "content": prompt("again", fault=fault)})

@@ -10,21 +10,19 @@ from peft import LoraConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
-from finetune_api.stages import AdapterSpec
+from finetune_api.training import AdapterSpec
 from finetune_trainer.model.adapter import attach_adapter
 from finetune_trainer.model.load import load_model
 from finetune_trainer.model.lora import lora_config
 from finetune_trainer.model.precision import train_in_float32
 from finetune_trainer.model.source import ModelSource
-from finetune_trainer.model.task import task_of
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.merging import merged_source
 
 
 def adapted_model(context: StageContext) -> tuple[PreTrainedModel | PeftModel, LoraConfig | None]:
     """Return the model, and the configuration of the adapter that TRL must add to it, or None if it adds none."""
-    spec = context.spec
-    assert isinstance(spec, AdapterSpec)
+    spec = _spec(context)
     if spec.lora is None:
         return starting_model(context), None
     model = _base(context)
@@ -38,8 +36,7 @@ def adapted_model(context: StageContext) -> tuple[PreTrainedModel | PeftModel, L
 
 def fresh_adapter(context: StageContext) -> tuple[PreTrainedModel, LoraConfig | None]:
     """Return the same as `adapted_model`, but merge the adapter of the previous stage before a new one is added."""
-    spec = context.spec
-    assert isinstance(spec, AdapterSpec)
+    spec = _spec(context)
     model = _base(context, merged_source(context))
     return model, None if spec.lora is None else _new_adapter(context, spec, model)
 
@@ -89,8 +86,7 @@ def _finish_adapters(model: Any, context: StageContext) -> None:
     The outputs of `modules_to_save` keep the compute dtype of the base. So activations need no more memory, and the
     model starts equal to the reference model, which runs without the trained modules.
     """
-    spec = context.spec
-    assert isinstance(spec, AdapterSpec)
+    spec = _spec(context)
     # transformers does not shard a quantized base when it loads it, so here the adapters are complete under ZeRO-3 too.
     if context.zero and spec.quantization is None:
         return
@@ -108,6 +104,12 @@ def _cast_output(dtype: torch.dtype, module: Any, args: Any, output: Any) -> Any
     return output.to(dtype) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
 
 
+def _spec(context: StageContext) -> AdapterSpec:
+    spec = context.spec
+    assert isinstance(spec, AdapterSpec), f"{context.where} has no adapters"
+    return spec
+
+
 def _new_adapter(context: StageContext, spec: AdapterSpec, model: PreTrainedModel) -> LoraConfig:
     assert spec.lora is not None
     torch.manual_seed(spec.seed)
@@ -120,7 +122,7 @@ def _base(context: StageContext, source: ModelSource | None = None) -> PreTraine
         source or context.source,
         context.job_model,
         context.precision,
-        task=task_of(spec),
+        task=spec.task,
         quantization=getattr(spec, "quantization", None),
         seed=spec.seed,
         device=context.load_device,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from finetune_api.stages import PreferenceLoss
 from finetune_api.training import TrainingSpec
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.deepspeed import deepspeed_config
@@ -43,6 +44,16 @@ def training_arguments(context: StageContext) -> dict[str, Any]:
         "remove_unused_columns": False,
         "report_to": "none",
         "disable_tqdm": True,
+    }
+
+
+def loss_arguments(spec: PreferenceLoss) -> dict[str, Any]:
+    """Return the fields of a preference loss as keyword arguments of TRL's `DPOConfig`."""
+    return {
+        "beta": spec.beta,
+        "loss_type": spec.loss_type,
+        "loss_weights": spec.loss_weights,
+        "label_smoothing": spec.label_smoothing,
     }
 
 

@@ -1,4 +1,4 @@
-"""All that a stage's trainer is built from."""
+"""The context of a stage, from which its trainer is built."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from accelerate import PartialState
+from accelerate import PartialState  # type: ignore[import-untyped]  # it has no types
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from finetune_api.runconfig import RunConfig
-from finetune_api.stages import PretrainSpec, PromptSpec, TokenizerSpec, TrainedSpec
+from finetune_api.stages import Stage, TrainedSpec
 from finetune_trainer.data import Prepared, StreamedRows
 from finetune_trainer.layout import StageLayout
 from finetune_trainer.model.load import JobModel
@@ -28,7 +28,7 @@ from finetune_trainer.training.prompt_feed import EvenDivision, PromptFeed
 
 @dataclass(frozen=True)
 class Placement:
-    """Where this process stands among the workers."""
+    """The rank of this process and its device."""
 
     rank: int
     local_rank: int
@@ -44,19 +44,19 @@ class Placement:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The checkpoint that a stage goes on from."""
+    """The checkpoint that a stage resumes from."""
 
     step: int
     directory: Path
     universal: bool = False
     """Whether DeepSpeed's shards in it were converted for another number of workers."""
     other_rows: bool = False
-    """Whether the stage goes on with other training rows than the checkpoint was trained on, as the user asked."""
+    """Whether the user resumes with other training rows than those of the checkpoint."""
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """One trained stage on one worker."""
+    """A stage on one worker."""
 
     run: RunConfig
     layout: StageLayout
@@ -64,14 +64,14 @@ class StageContext:
     tokenizer: PreTrainedTokenizerFast
     config: PretrainedConfig
     prepared: Prepared | None
-    """The stage's data as tokens; None for a stage that has none to train on."""
+    """The stage's data as tokens; None for a stage without training data."""
     placement: Placement
     zero: int
     output_dir: Path
     rows_per_step: int
-    """The global batch, whatever the number of workers."""
+    """The global batch size, for any number of workers."""
     shards: int
-    """In so many shards a stream is read."""
+    """Shards that a stream is read in."""
     trained: int | None = None
     """Parameters with a gradient, as planned; None: unknown."""
     resumed: ResumePoint | None = None
@@ -79,13 +79,17 @@ class StageContext:
     @cached_property
     def spec(self) -> TrainedSpec:
         """The stage's own part of the job."""
-        spec = spec_of(self.run, self.layout.index)
-        assert not isinstance(spec, TokenizerSpec), "a tokenizer stage has no worker"
-        return cast(TrainedSpec, spec)  # a stage that trains nothing asks for its spec itself
+        # A stage that trains nothing reads its spec's own fields by itself.
+        return cast(TrainedSpec, spec_of(self.run, self.layout.index))
+
+    @property
+    def stage(self) -> Stage:
+        """The stage as the job has it."""
+        return self.run.job.spec.stages[self.layout.index]
 
     @property
     def job_model(self) -> JobModel:
-        """What the job asks of the saved models that its stages train."""
+        """The job's settings for loading saved models."""
         return JobModel(self.run.job.spec.model, self.tokenizer, self.run.cache_dir)
 
     @property
@@ -101,29 +105,31 @@ class StageContext:
 
     @property
     def sample(self) -> Dataset:
-        """What a trainer is built with: the training rows or, of a stream, its first row. TRL looks at the columns and
-        takes no dataset but the `datasets` library's."""
+        """The dataset that a trainer is created with: the training rows or, of a stream, its first row.
+
+        TRL reads its columns, and takes only datasets of the `datasets` library.
+        """
         rows = self.data.train
         return Dataset.from_list([next(iter(rows.shard(0, 1)))]) if isinstance(rows, StreamedRows) else rows
 
     @property
     def division(self) -> Division:
-        """Which rows of a step are this worker's."""
+        """This worker's rows of a step."""
         most, place = self.spec.per_device_train_batch_size, self.placement
         return Division(self.rows_per_step, most, place.world_size, place.rank)
 
     def feed(self) -> Feed:
-        """The training rows, from the beginning or from where the stage goes on."""
+        """Return the training rows, from the beginning or from the checkpoint that the stage resumes from."""
         seed = self.spec.seed
-        if isinstance(self.spec, PromptSpec):
+        if self.spec.generates:
             place = self.placement
             even = EvenDivision(self.rows_per_step, self.division.most, place.world_size, place.rank)
             repeats = getattr(self.spec, "num_iterations", 1)
             return PromptFeed(even, seed, repeats, self.resumed.directory if self.resumed else None)
         if self.resumed is None:
             return Feed(self.division, self.shards, seed)
-        place = None if self.resumed.other_rows else self.resumed.directory
-        return Feed(self.division, self.shards, seed, self.resumed.step, place)
+        directory = None if self.resumed.other_rows else self.resumed.directory
+        return Feed(self.division, self.shards, seed, self.resumed.step, directory)
 
     @cached_property
     def precision(self) -> Precision:
@@ -133,9 +139,9 @@ class StageContext:
 
     @property
     def load_device(self) -> torch.device | None:
-        """Where a saved model's weights are read to: this worker's device; None where ZeRO-3 divides them as they load.
+        """The device to which a saved model's weights are loaded; None where ZeRO-3 divides them as they load.
 
-        It is known once the stage's `TrainingArguments` are made.
+        It is known once the stage's `TrainingArguments` are created.
         """
         if self.zero == 3 or not self.placement.accelerator:
             return None
@@ -144,9 +150,9 @@ class StageContext:
     @property
     def trains_base(self) -> bool:
         """Whether every weight trains, and not adapters or some experts alone."""
-        return isinstance(self.spec, PretrainSpec) or getattr(self.spec, "lora", self) is None
+        return self.spec.updates == "weights"
 
     @property
     def carries_adapter(self) -> bool:
-        """Whether the stage before left an adapter that this one trains on."""
+        """Whether the stage starts from an adapter that is not merged."""
         return is_adapter(self.source.name)

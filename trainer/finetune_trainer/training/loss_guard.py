@@ -15,7 +15,6 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune_api.problems import Problem
-from finetune_api.stages import PretrainSpec, SupervisedSpec
 from finetune_trainer.errors import UserError
 from finetune_trainer.heartbeat import enter_phase, in_phase
 from finetune_trainer.training.bad_numbers import Finding, LossMonitor
@@ -58,7 +57,7 @@ class LossGuard(TrainerCallback):
         self.context, self.collectives, self.dropped, self.log = context, collectives, dropped, log
         self.policy = context.run.job.spec.run_policy.on_bad_loss
         spec = context.spec
-        self.monitor = LossMonitor(isinstance(spec, (PretrainSpec, SupervisedSpec)), spec.max_grad_norm, 0)
+        self.monitor = LossMonitor(spec.token_loss, spec.max_grad_norm, 0)
         self.numbers = RowNumbers(context)
         self.trainer: Any = None
         self.in_a_row = 0

@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune_api.stages import SupervisedSpec
 from finetune_trainer.data import PackedCollator
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.document_masks import Form, forms, separate_documents
@@ -42,11 +41,9 @@ class PackingCheck(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        spec = self.context.spec
-        assert isinstance(spec, SupervisedSpec)
         started = time.monotonic()
         try:
-            finding = Probe(model, packed_rows(spec), self.context.precision.compute, log_probs).find()
+            finding = Probe(model, packed_rows(self.context.spec), self.context.precision.compute, log_probs).find()
         except NotMeasurable as error:
             default = forms(model)[0]
             self._apply(default, model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from finetune_api.problems import Problem
-from finetune_api.stages import SupervisedSpec
+from finetune_api.training import TrainingSpec
 from finetune_trainer.data import PackedCollator
 from finetune_trainer.model.document_masks import Form, documents_separated, forms
 
@@ -164,7 +164,7 @@ class Probe:
         return f"{type(self.model.get_submodule(found[0])).__name__} ({found[0]}) carries one document into the next"
 
 
-def packed_rows(spec: SupervisedSpec) -> int:
+def packed_rows(spec: TrainingSpec) -> int:
     """Return the rows per batch of a probe: 2 if a batch of the stage can contain several packed rows, else 1."""
     return min(2, max(spec.per_device_train_batch_size, spec.per_device_eval_batch_size))
 

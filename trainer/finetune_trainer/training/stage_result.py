@@ -9,17 +9,16 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from finetune_api.stages import EsftSpec, PretrainSpec
 from finetune_trainer.form import write_form
 from finetune_trainer.generation.stop_tokens import unstopped, write_stops
 from finetune_trainer.model.adapter import ADAPTER_WEIGHTS
 from finetune_trainer.model.composite_families import is_composite
-from finetune_trainer.model.composite_result import complete_result, in_base
+from finetune_trainer.model.composite_result import complete_result, merge_into_base
 from finetune_trainer.model.load import SHARD_SIZE
 from finetune_trainer.model.precision import round_weights
 from finetune_trainer.model.reward_score import set_score_pad
 from finetune_trainer.model.saved_model import is_adapter, root_of
-from finetune_trainer.model.task import auto_class, task_of
+from finetune_trainer.model.task import auto_class
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.expert_results import save_experts
 from finetune_trainer.training.merging import merge_adapter, merged_source
@@ -33,7 +32,7 @@ def save_result(trainer: Any, context: StageContext, directory: Path) -> None:
     """
     _save_weights(trainer, context, directory)
     if context.placement.rank == 0:
-        task = task_of(context.spec)
+        task = context.spec.task
         complete_result(directory, context.source.name, context.source.revision, auto_class(task))
         generates = task == "causal"
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
@@ -46,7 +45,7 @@ def save_result(trainer: Any, context: StageContext, directory: Path) -> None:
 def adapter_note(context: StageContext, directory: Path) -> str | None:
     """Return a note for users of a saved adapter if plain transformers would not stop at all its stop tokens."""
     base = context.source.name
-    if base is None or not is_adapter(directory) or task_of(context.spec) != "causal":
+    if base is None or not is_adapter(directory) or context.spec.task != "causal":
         return None
     missing = unstopped(root_of(base), context.source.revision, directory, context.tokenizer)
     if not missing:
@@ -58,8 +57,8 @@ def adapter_note(context: StageContext, directory: Path) -> str | None:
 
 
 def _save_weights(trainer: Any, context: StageContext, directory: Path) -> None:
-    if isinstance(context.spec, EsftSpec):
-        save_experts(trainer, context, context.spec, directory)
+    if context.stage.esft is not None:
+        save_experts(trainer, context, context.stage.esft, directory)
         return
     adapter = None if context.trains_base else directory.with_name("adapter")
     if context.placement.rank == 0:
@@ -83,7 +82,7 @@ def _save_model(trainer: Any, context: StageContext, directory: Path) -> None:
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     model.config.dtype = dtype
     model.config.get_text_config().use_cache = True
-    if task_of(context.spec) == "reward":
+    if context.spec.task == "reward":
         set_score_pad(model.config, context.tokenizer)
     if is_composite(model.config):
         model, state = _in_base(model, state, context), None
@@ -93,10 +92,10 @@ def _save_model(trainer: Any, context: StageContext, directory: Path) -> None:
 
 def _in_base(model: PreTrainedModel, state: dict[str, Tensor], context: StageContext) -> PreTrainedModel:
     """Return the complete composite model of the base, with the trained language model in place."""
-    task, source = task_of(context.spec), context.source
+    task, source = context.spec.task, context.source
     assert source.name is not None
     options = {"num_labels": 1} if task == "reward" else {}
-    whole = in_base(source.name, source.revision, model, state, auto_class(task), **options)
+    whole = merge_into_base(source.name, source.revision, model, state, auto_class(task), **options)
     if task == "reward":
         set_score_pad(whole.config, context.tokenizer)
     return whole
@@ -112,9 +111,8 @@ def _save_adapter(trainer: Any, context: StageContext, directory: Path) -> None:
 
 
 def _finish_adapter(context: StageContext, adapter: Path, directory: Path) -> None:
-    assert not isinstance(context.spec, (PretrainSpec, EsftSpec)) and context.spec.lora is not None
-    if context.spec.lora.merge:
-        task = task_of(context.spec)
+    if context.spec.merges:
+        task = context.spec.task
         source = merged_source(context) if task == "reward" else context.source
         merge_adapter(context, source, adapter, directory, task)
     else:

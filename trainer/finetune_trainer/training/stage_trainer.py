@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from finetune_trainer.heartbeat import enter_phase, in_phase, record_progress
 from finetune_trainer.model.expert_matmul import factor_adapters
-from finetune_trainer.model.router_logits import fit_for_balance_loss, no_router_logits
+from finetune_trainer.model.router_logits import no_router_logits, prepare_balance_loss
 from finetune_trainer.storage.disk_full import name_full_disk
 from finetune_trainer.training.held_out import HeldOutLoader, Means, Sums, share, token_sums
 from finetune_trainer.training.trainer_extensions import TrainerExtensions
@@ -42,7 +42,7 @@ class StageTrainer(_Base):  # type: ignore[misc]  # a mixin: its base is the tra
         self.stage = self.new_extensions()
         super().__init__(*args, **kwargs)
         self._share_gradients()
-        fit_for_balance_loss(self.model)
+        prepare_balance_loss(self.model)
         factor_adapters(self.model)
 
     def _share_gradients(self) -> None:
@@ -142,7 +142,7 @@ class StageTrainer(_Base):  # type: ignore[misc]  # a mixin: its base is the tra
             self.stage.guard.correct(logs)
         super().log(logs, start_time)
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run an epoch, unless a resumed run has done all its steps: transformers would take one more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -151,7 +151,7 @@ class StageTrainer(_Base):  # type: ignore[misc]  # a mixin: its base is the tra
             # Without skipping, transformers counts a resumed stream's epochs from 0. The share of steps is correct.
             done = self.state.global_step / self.state.max_steps
             kwargs |= {"epoch": done, "epochs_trained": done}
-        super()._run_epoch(**kwargs)
+        super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate. The time does not count as training."""
@@ -183,6 +183,7 @@ class StageTrainer(_Base):  # type: ignore[misc]  # a mixin: its base is the tra
                 dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
         means = self.finish_means(self.stage.held_out.reduce(self.accelerator))
+        assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 

@@ -36,8 +36,8 @@ class TrainerExtensions:
     device synchronisation."""
     samples: int = 0
     """Rows that this worker has trained on since the count was last read."""
-    pairs_share: float = 1.0
-    """In preference stages: forward passes of all workers in this step, divided by the step's pairs."""
+    rows_share: float = 1.0
+    """In preference stages: forward passes of all workers in this step, divided by the step's rows."""
     routing: RoutingCounter | None = None
     """Counts the experts that the routers choose during training; None in a dense model."""
     io: StageIO | None = None

@@ -6,16 +6,16 @@ from typing import Any
 
 import trl
 
-from finetune_api.stages import DpoSpec, PreferenceLoss
+from finetune_api.stages import DpoSpec
 from finetune_trainer.data import PreferenceCollator
 from finetune_trainer.training.adapter_model import adapted_model, adapted_trainer, starting_model
-from finetune_trainer.training.arguments import training_arguments
+from finetune_trainer.training.arguments import loss_arguments, training_arguments
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.held_out import Sums, preference_loss, preference_sums, without_gathering
-from finetune_trainer.training.pair_trainer import PairTrainer
+from finetune_trainer.training.preference_trainer import PreferenceTrainer
 
 
-class DpoTrainer(PairTrainer, trl.DPOTrainer):
+class DpoTrainer(PreferenceTrainer, trl.DPOTrainer):
     """TRL's DPOTrainer on pairs whose user turns after the prompt are masked; TRL's own collator counts them."""
 
     def measure(self, model: Any, inputs: dict[str, Any]) -> Sums:
@@ -49,16 +49,6 @@ def make_trainer(context: StageContext) -> Any:
     collator = PreferenceCollator(context.tokenizer.pad_token_id)
     reference = _reference(context, spec)
     return adapted_trainer(DpoTrainer, context, *adapted, args, ref_model=reference, data_collator=collator)
-
-
-def loss_arguments(spec: PreferenceLoss) -> dict[str, Any]:
-    """The loss's fields as keyword arguments for TRL's `DPOConfig`."""
-    return {
-        "beta": spec.beta,
-        "loss_type": spec.loss_type,
-        "loss_weights": spec.loss_weights,
-        "label_smoothing": spec.label_smoothing,
-    }
 
 
 def _dpo_arguments(spec: DpoSpec) -> dict[str, Any]:

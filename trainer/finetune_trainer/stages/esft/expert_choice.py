@@ -13,7 +13,7 @@ from finetune_trainer.esft.load_report import load_report
 from finetune_trainer.esft.scores import ExpertScores, measure_scores
 from finetune_trainer.esft.selection import ExpertConfig, config_from, select_layers
 from finetune_trainer.esft.zero3 import gathering
-from finetune_trainer.model.expert_selection import given_config
+from finetune_trainer.model.expert_selection import load_expert_config
 from finetune_trainer.stages.esft.expert_sample import sample_batches, share
 from finetune_trainer.storage.filesystem import Storage
 from finetune_trainer.training.context import StageContext
@@ -79,7 +79,7 @@ class ExpertChoice:
     def _given(self) -> ExpertConfig | None:
         if self.spec.expert_config is None:
             return None
-        return given_config(self.spec, self.where, self.context.run.base_dir, self.sizes)
+        return load_expert_config(self.spec, self.where, self.context.run.base_dir, self.sizes)
 
     def _selected(self, scores: ExpertScores) -> ExpertConfig:
         spec = self.spec

@@ -49,7 +49,7 @@ def share(batches: list[Batch], rank: int, workers: int, *, in_step: bool) -> It
 
 def _examples(rows: Any, seed: int) -> Iterator[torch.Tensor]:
     for row in _in_order(rows, seed):
-        ids = torch.as_tensor(row["input_ids"], dtype=torch.int64)
+        ids: Any = torch.as_tensor(row["input_ids"], dtype=torch.int64)
         lengths = row.get("seq_lengths")
         yield from ids.split([int(length) for length in lengths]) if lengths is not None else [ids]
 

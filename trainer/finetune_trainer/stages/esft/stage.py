@@ -17,13 +17,13 @@ from finetune_trainer.esft.selection import ExpertConfig
 from finetune_trainer.esft.trainable import prepare, require_input_gradients
 from finetune_trainer.model.precision import train_in_float32
 from finetune_trainer.stages.esft.expert_choice import ExpertChoice
-from finetune_trainer.stages.sft.stage import supervised_batches
 from finetune_trainer.training.adapter_model import starting_model
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.expert_results import save_scores
 from finetune_trainer.training.stage_io import StageIO
 from finetune_trainer.training.stage_trainer import StageTrainer
+from finetune_trainer.training.supervised_batches import supervised_batches
 from finetune_trainer.training.trainer_extensions import TrainerExtensions
 
 TRAINED = "trained.safetensors"
@@ -54,7 +54,7 @@ class EsftTrainer(StageTrainer, trl.SFTTrainer):
         """The trained weights alone; DeepSpeed's shards hold them already."""
         if self.is_deepspeed_enabled or not self.args.should_save:
             return
-        directory = Path(output_dir or self.args.output_dir)
+        directory = Path(output_dir or str(self.args.output_dir))
         directory.mkdir(parents=True, exist_ok=True)
         save_file(
             {name: weight.detach().cpu().contiguous() for name, weight in self._trained().items()}, directory / TRAINED
@@ -128,5 +128,5 @@ def _spec(context: StageContext) -> EsftSpec:
 
 def _model(context: StageContext, device: torch.device) -> Any:
     """The model on its device, where it is going anyway; ZeRO-3 has placed it as it loaded."""
-    model = starting_model(context)
+    model: Any = starting_model(context)
     return model if context.zero == 3 else model.to(device)

@@ -6,13 +6,12 @@ import json
 from contextlib import nullcontext
 from typing import Any
 
-from finetune_api.stages import EvaluateSpec
 from finetune_api.stages.evaluation import PERPLEXITY
 from finetune_trainer.evaluation.compared_models import Contender, contenders, form_note, open_model
 from finetune_trainer.evaluation.harness_tasks import run_tasks
 from finetune_trainer.evaluation.likelihood import likelihoods
 from finetune_trainer.evaluation.query_execution import open_database
-from finetune_trainer.evaluation.results_log import Journal
+from finetune_trainer.evaluation.results_log import ResultsLog
 from finetune_trainer.evaluation.rows import EvalRow, batches, eval_rows
 from finetune_trainer.evaluation.scores import Row, Scorer, totals
 from finetune_trainer.gate import Measured
@@ -43,8 +42,8 @@ class Evaluation:
     """One worker's part: batches are dealt among the workers, and are the same for any number of them."""
 
     def __init__(self, context: StageContext, tools: StageIO) -> None:
-        spec, run, where = context.spec, context.run, context.where
-        assert isinstance(spec, EvaluateSpec)
+        spec, run, where = context.stage.evaluate, context.run, context.where
+        assert spec is not None
         self.context, self.tools, self.spec = context, tools, spec
         self.models = contenders(run, context.layout.index, spec, tools.storage)
         places = directories(run)
@@ -64,12 +63,12 @@ class Evaluation:
 
     def measure(self, number: int, contender: Contender) -> dict[str, float]:
         """A model's metrics, as an attempt before or this one measured them. Every worker gets the same."""
-        journal = self._journal(contender)
-        if self.rows and not journal.complete:
-            self._measure_rows(number, contender, journal)
+        log = self._results_log(contender)
+        if self.rows and not log.complete:
+            self._measure_rows(number, contender, log)
         metrics: dict[str, float] = {}
         if self.rows:
-            known = journal.known()
+            known = log.known()
             references = [row.reference for row in self.rows]
             metrics |= totals(self.spec, [known[row.number] for row in self.rows], references)
         metrics |= self._tasks(contender)
@@ -78,27 +77,27 @@ class Evaluation:
         self.tools.log(f"{contender.name}: {shown}")
         return metrics
 
-    def _measure_rows(self, number: int, contender: Contender, journal: Journal) -> None:
-        known = journal.known()
+    def _measure_rows(self, number: int, contender: Contender, log: ResultsLog) -> None:
+        known = log.known()
         self.tools.collectives.barrier()  # nobody adds a batch before all have seen which are there
         todo = batches([row for row in self.rows if row.number not in known], self.spec.per_device_eval_batch_size)
         workers, rank = self.context.placement.world_size, self.context.placement.rank
         for first in range(0, len(todo), workers):
             mine = todo[first + rank : first + rank + 1]
             for batch in mine:
-                journal.add(self._batch(self._open(contender), batch))
+                log.add(self._batch(self._open(contender), batch))
             done = len(known) + sum(map(len, todo[: first + workers]))
             self.tools.progress(number * len(self.rows) + done, len(self.models) * len(self.rows))
             self.tools.stop_together()
         self.tools.collectives.barrier()
         if self.tools.first:
-            known = journal.known()
-            journal.finish([known[row.number] for row in self.rows])
+            known = log.known()
+            log.finish([known[row.number] for row in self.rows])
         self.tools.collectives.barrier()
 
-    def _journal(self, contender: Contender) -> Journal:
+    def _results_log(self, contender: Contender) -> ResultsLog:
         keys = {row.number: row.key for row in self.rows}
-        return Journal(self.tools.storage, self.context.layout, contender.name, keys)
+        return ResultsLog(self.tools.storage, self.context.layout, contender.name, keys)
 
     def _batch(self, model: Any, batch: list[EvalRow]) -> list[Row]:
         found: list[Row] = [{"row": row.number, "key": row.key} for row in batch]
@@ -153,7 +152,7 @@ class Evaluation:
     def _samples(self) -> list[dict[str, Any]]:
         if not self.spec.generates:
             return []
-        journals = {one.name: self._journal(one).known() for one in self.models}
+        journals = {one.name: self._results_log(one).known() for one in self.models}
         return [
             {
                 "prompt": row.shown,

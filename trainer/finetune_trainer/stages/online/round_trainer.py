@@ -20,7 +20,7 @@ from finetune_trainer.storage.filesystem import Storage
 from finetune_trainer.training.answers import SEEDS, PromptRow, generate_completions, prompt_row, sampling_options
 from finetune_trainer.training.collectives import Collectives
 from finetune_trainer.training.context import StageContext
-from finetune_trainer.training.pair_trainer import PairTrainer
+from finetune_trainer.training.preference_trainer import PreferenceTrainer
 from finetune_trainer.training.prompt_feed import PromptFeed
 from finetune_trainer.training.trainer_extensions import TrainerExtensions
 
@@ -46,7 +46,7 @@ class RoundExtensions(TrainerExtensions):
     """The round whose pairs are at hand."""
 
 
-class RoundTrainer(PairTrainer):
+class RoundTrainer(PreferenceTrainer):
     """Mixin over TRL's DPOTrainer: a round's pairs are made at its first step, and kept in storage.
 
     An answer is drawn by the stage's seed, the round and the prompt's place in it, whichever worker draws it. The
@@ -77,7 +77,7 @@ class RoundTrainer(PairTrainer):
 
     def get_train_dataloader(self) -> Any:
         """transformers' hook: it counts the steps; what is trained on is made as it is needed."""
-        return self.stage.feed.loader(range(self.stage.schedule.total * self.stage.feed.division.rows), list)
+        return self.stage.feed.loader(range(self.stage.schedule.total * self.stage.feed.division.rows), list)  # type: ignore[arg-type]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """transformers' hook around each optimizer step's batches: pairs of the present round."""
@@ -206,11 +206,12 @@ class RoundTrainer(PairTrainer):
         texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad(), self.accelerator.autocast():
             output = self.model(**texts, use_cache=False, labels=labels, fused_lm_head=True)
-        return output.log_probs.sum(dim=1).chunk(2, dim=0)
+        chosen, rejected = output.log_probs.sum(dim=1).chunk(2, dim=0)
+        return chosen, rejected
 
     def _keep(self, number: int, samples: list[Json], pairs: list[Json]) -> None:
         scores = [score for row in samples for score in row["scores"] if score is not None]
-        facts = {
+        facts: dict[str, Any] = {
             "prompts": len(samples),
             "pairs": len(pairs),
             "ties": len(samples) - len(pairs),
@@ -237,7 +238,7 @@ class RoundTrainer(PairTrainer):
                 self.stage.files.record(number, facts)
         self.model.eval()
         self.log(means)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)  # type: ignore[has-type]
         return means
 
     def _held_out(self) -> torch.Tensor:

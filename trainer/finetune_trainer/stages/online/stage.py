@@ -14,11 +14,10 @@ from finetune_trainer.rewards.endpoint_judge import EndpointJudge
 from finetune_trainer.rewards.from_spec import load_rewards
 from finetune_trainer.rewards.judge import Ranks, RewardJudge
 from finetune_trainer.stage_graph import scratch
-from finetune_trainer.stages.dpo.stage import loss_arguments
 from finetune_trainer.stages.online.round_trainer import RoundTrainer
 from finetune_trainer.storage.filesystem import Storage
 from finetune_trainer.training.adapter_model import adapted_model, adapted_trainer, fresh_adapter
-from finetune_trainer.training.arguments import training_arguments
+from finetune_trainer.training.arguments import loss_arguments, training_arguments
 from finetune_trainer.training.context import StageContext
 
 
@@ -30,7 +29,8 @@ def make_trainer(context: StageContext) -> Any:
     """The trainer of an `online` stage."""
     spec = context.spec
     assert isinstance(spec, OnlineSpec)
-    rounds = schedule(spec, len(context.data.train), context.rows_per_step)
+    rows: Any = context.data.train
+    rounds = schedule(spec, len(rows), context.rows_per_step)
     # The arguments come first: with ZeRO-3 they divide the model among the workers while it loads. A reference's
     # log-probabilities are part of the pairs.
     common = training_arguments(context) | {"max_steps": rounds.total, "num_train_epochs": 1}

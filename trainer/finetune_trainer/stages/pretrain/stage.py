@@ -11,7 +11,6 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetune_api.stages import PretrainSpec
 from finetune_trainer.model.load import load_model
-from finetune_trainer.model.task import task_of
 from finetune_trainer.stages.pretrain.masking import MaskingCollator
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.callbacks import EpochCallback
@@ -76,7 +75,7 @@ def _model(context: StageContext, spec: PretrainSpec) -> transformers.PreTrained
         context.source,
         context.job_model,
         context.precision,
-        task=task_of(spec),
+        task=spec.task,
         seed=spec.seed,
         device=context.load_device,
     )

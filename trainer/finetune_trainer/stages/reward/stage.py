@@ -14,10 +14,10 @@ from finetune_trainer.training.adapter_model import adapted_trainer, fresh_adapt
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.held_out import Sums, reward_sums, without_gathering
-from finetune_trainer.training.pair_trainer import PairTrainer
+from finetune_trainer.training.preference_trainer import PreferenceTrainer
 
 
-class RewardTrainer(PairTrainer, trl.RewardTrainer):
+class RewardTrainer(PreferenceTrainer, trl.RewardTrainer):
     """TRL's RewardTrainer on prepared pairs."""
 
     def measure(self, model: Any, inputs: dict[str, Any]) -> Sums:

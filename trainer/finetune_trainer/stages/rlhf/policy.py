@@ -164,7 +164,8 @@ class PolicyTrainer(StageTrainer):
             return None
         passes = len(self.stage.answered or ()) if self.stage.spec.algorithm == "grpo" else 1
         recent = self._metrics["train"]["kl"][-passes:]
-        return sum(recent) / len(recent)
+        kl: float = sum(recent) / len(recent)
+        return kl
 
     def kl_now(self) -> float:
         """As `kl_of_step`, of the model after its last update, on new answers to the last step's prompts."""
@@ -193,7 +194,7 @@ class PolicyTrainer(StageTrainer):
         names = ["reward", *(f"rewards/{reward.name}" for reward in self.stage.rewards), "length"]
         means = {f"eval_{name}": sums[2 * at] / max(sums[2 * at + 1], 1) for at, name in enumerate(names)}
         self.log(means)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)  # type: ignore[has-type]
         return means
 
     def _held_out(self) -> torch.Tensor:
@@ -210,7 +211,7 @@ class PolicyTrainer(StageTrainer):
         tokens = [completion.tokens for completion in found]
         values = self._worth(rows, [completion.text for completion in found], tokens)
         total = weighted(values, [reward.weight for reward in self.stage.rewards])
-        columns = [total, *values, [len(one) for one in tokens]]
+        columns: list[list[Any]] = [total, *values, [len(one) for one in tokens]]
         totals = [number for column in columns for number in _sum_and_count(column, real)]
         return torch.tensor(totals, dtype=torch.float32, device=self.accelerator.device)
 

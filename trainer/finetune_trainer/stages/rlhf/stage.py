@@ -13,7 +13,7 @@ from finetune_api.stages import RlhfSpec
 from finetune_trainer.generation.prompts import stop_ids
 from finetune_trainer.model.config import context_length
 from finetune_trainer.plan.devices import local_device
-from finetune_trainer.plan.generation_memory import answered_length, answers_per_prompt
+from finetune_trainer.plan.generation_memory import answered_length
 from finetune_trainer.plan.memory import Workload
 from finetune_trainer.plan.model_size import meta_model, model_size
 from finetune_trainer.plan.vllm import choose_engine, utilization, vllm_bytes
@@ -104,7 +104,7 @@ def engine_arguments(context: StageContext, spec: RlhfSpec) -> dict[str, Any]:
     if not choose_engine(context.run, context.layout.index, kind, installed_vllm()).vllm:
         return {"use_vllm": False}
     length = answered_length(spec, context.data.report.longest, context_length(context.config))
-    drawn = spec.per_device_train_batch_size * answers_per_prompt(spec)
+    drawn = spec.per_device_train_batch_size * spec.answers_per_prompt
     load = Workload(drawn, length or 1024, context.precision.compute.itemsize, drawn=drawn)
     bytes_ = vllm_bytes(model_size(meta_model(context.config)), load)
     return {

@@ -8,17 +8,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from finetune_api.problems import Problem
-from finetune_api.stages import SynthesizeSpec
 from finetune_trainer.endpoint.journal import Journal
 from finetune_trainer.errors import Interrupted, UserError
 from finetune_trainer.queries.sandbox import Sandbox
 from finetune_trainer.stages.synthesize.teacher_endpoint import EndpointTeacher
 from finetune_trainer.stages.synthesize.teacher_model import ModelTeacher, teacher_name
 from finetune_trainer.synthesis.databases import open_sandbox
-from finetune_trainer.synthesis.drive import Results, drive_in_step
 from finetune_trainer.synthesis.effects import Item
 from finetune_trainer.synthesis.material import evaluation_texts, stage_items
 from finetune_trainer.synthesis.outcome import account, cleaned, rows_text
+from finetune_trainer.synthesis.scheduling import Results, run_in_lockstep
 from finetune_trainer.synthesis.teacher_requests import Teacher
 from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.stage_io import StageIO
@@ -38,8 +37,8 @@ class Synthesis:
     answers on all of them."""
 
     def __init__(self, context: StageContext, tools: StageIO, stack: ExitStack) -> None:
-        spec = context.spec
-        assert isinstance(spec, SynthesizeSpec)
+        spec = context.stage.synthesize
+        assert spec is not None
         self.context, self.tools, self.spec, self._stack = context, tools, spec, stack
         self.where = context.where
         self.base_dir, self.cache_dir = Path(context.run.base_dir), Path(context.run.cache_dir)
@@ -90,7 +89,7 @@ class Synthesis:
             self.tools.progress(results.done, results.total)
             self.tools.stop_together()
 
-        drive_in_step(items, lambda effects: model.reply_all(effects, self.tools.collectives), window, results, after)
+        run_in_lockstep(items, lambda effects: model.reply_all(effects, self.tools.collectives), window, results, after)
 
     def _sandboxes(self, count: int) -> list[Sandbox]:
         pairs = self.spec.text2sql or self.spec.text2cypher

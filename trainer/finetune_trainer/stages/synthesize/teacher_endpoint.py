@@ -13,8 +13,8 @@ from finetune_trainer.endpoint.journaled_client import JournaledClient
 from finetune_trainer.queries.result import QueryFailed, QueryResult
 from finetune_trainer.queries.sandbox import Sandbox
 from finetune_trainer.synthesis import reasons
-from finetune_trainer.synthesis.drive import Results, drive
 from finetune_trainer.synthesis.effects import Ask, Effect, Failed, Item, Reply
+from finetune_trainer.synthesis.scheduling import Results, run_concurrently
 from finetune_trainer.training.stage_io import StageIO
 
 LOOK_SECONDS = 0.2
@@ -44,7 +44,7 @@ class EndpointTeacher:
             self._client = JournaledClient(client, self._journal)
             pushing = asyncio.create_task(self._journal.keep_pushing())
             # Twice as many items as requests: some wait for their queries, or to be sent again.
-            driving = asyncio.create_task(drive(items, self._reply, 2 * self._endpoint.concurrency, results))
+            driving = asyncio.create_task(run_concurrently(items, self._reply, 2 * self._endpoint.concurrency, results))
             try:
                 return await self._watched(driving, results, tools)
             finally:

@@ -60,7 +60,7 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterator[str]) ->
 
 def _as_transformers(tokenizer: Tokenizer, spec: TokenizerSpec, context: int | None) -> PreTrainedTokenizerFast:
     length = spec.model_max_length or context
-    wrapped = PreTrainedTokenizerFast(
+    wrapped = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers has no types here
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,
         bos_token=END_OF_TEXT,

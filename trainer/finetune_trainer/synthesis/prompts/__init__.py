@@ -1,4 +1,4 @@
-"""The prompts to the teacher: one readable template each, `NAME.txt`, with a version that is on every row."""
+"""The teacher's prompts: one template per file `NAME.txt`, each with a version that is recorded in every row."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ VERSIONS = {
     "document-row": 1,
     "again": 1,
 }
-"""Raised with every change of a template's words."""
+"""Increase a version with every change of the template's text."""
 
 
 def prompt(name: str, **values: Any) -> str:
-    """A template filled in. What is filled in is never read as a template itself."""
+    """Return a rendered template. Values are never parsed as templates."""
     return _template(name).render(**values).strip()
 
 
 def version(name: str) -> str:
-    """A template's name and version, such as `questions/1`."""
+    """Return a template's name and version, such as `questions/1`."""
     return f"{name}/{VERSIONS[name]}"
 
 

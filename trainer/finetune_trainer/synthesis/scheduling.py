@@ -1,4 +1,4 @@
-"""Driving items to their outcomes: many at once at a server, or in step with other workers in a local model."""
+"""Run items to their outcomes: concurrently against a server, or in lockstep with other workers and a local model."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from finetune_trainer.synthesis.effects import Effect, Item, Outcome, Reply, Wor
 
 @dataclass
 class Results:
-    """Outcomes by item, whichever came first."""
+    """Outcomes by item, in any order."""
 
     total: int
     outcomes: dict[int, list[Outcome]] = field(default_factory=dict)
 
     @property
     def done(self) -> int:
-        """Items that are through."""
+        """Return the number of finished items."""
         return len(self.outcomes)
 
     def in_order(self) -> list[Outcome]:
-        """All outcomes in the order of their items."""
+        """Return all outcomes in the order of their items."""
         return [outcome for index in sorted(self.outcomes) for outcome in self.outcomes[index]]
 
 
-async def drive(
-    items: Sequence[Item], reply: Callable[[Effect], Awaitable[Reply]], at_once: int, results: Results
+async def run_concurrently(
+    items: Sequence[Item], reply: Callable[[Effect], Awaitable[Reply]], concurrency: int, results: Results
 ) -> None:
-    """Drive every item to its end, `at_once` of them at a time."""
+    """Run every item to its end, `concurrency` of them at a time."""
     waiting = iter(enumerate(items))
 
     async def work() -> None:
         for index, item in waiting:
-            results.outcomes[index] = await _driven(item.work(), reply)
+            results.outcomes[index] = await _run_item(item.work(), reply)
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(max(1, min(at_once, len(items)))):
+        for _ in range(max(1, min(concurrency, len(items)))):
             group.create_task(work())
 
 
-async def _driven(work: Work, reply: Callable[[Effect], Awaitable[Reply]]) -> list[Outcome]:
+async def _run_item(work: Work, reply: Callable[[Effect], Awaitable[Reply]]) -> list[Outcome]:
     try:
         effect = next(work)
         while True:
@@ -51,18 +51,19 @@ async def _driven(work: Work, reply: Callable[[Effect], Awaitable[Reply]]) -> li
         return outcomes
 
 
-def drive_in_step(
+def run_in_lockstep(
     items: Sequence[Item],
     reply_all: Callable[[list[Effect]], list[Reply]],
     window: int,
     results: Results,
     after: Callable[[], None] = lambda: None,
 ) -> None:
-    """Drive every item to its end, `window` of them in step: the effects that all of them wait for are replied to
-    together. The order does not depend on the replies' speed, so that several processes drive alike.
+    """Run every item to its end, `window` of them in lockstep: their pending effects get replies in one batch.
+
+    The order does not depend on the speed of replies, so several processes run the same steps.
 
     Args:
-        after: is called after each step.
+        after: called after each step.
     """
     waiting, running = iter(enumerate(items)), dict[int, tuple[Work, Effect]]()
     while True:
@@ -73,7 +74,7 @@ def drive_in_step(
         order = sorted(running)
         replies = reply_all([running[index][1] for index in order])
         for index, reply in zip(order, replies, strict=True):
-            _go_on(index, reply, running, results)
+            _resume(index, reply, running, results)
         after()
 
 
@@ -84,7 +85,7 @@ def _begin(index: int, work: Work, running: dict[int, tuple[Work, Effect]], resu
         results.outcomes[index] = end.value
 
 
-def _go_on(index: int, reply: Reply, running: dict[int, tuple[Work, Effect]], results: Results) -> None:
+def _resume(index: int, reply: Reply, running: dict[int, tuple[Work, Effect]], results: Results) -> None:
     work, _ = running.pop(index)
     try:
         running[index] = (work, work.send(reply))
