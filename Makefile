@@ -26,7 +26,7 @@ test: install lint assets
 # etcd, kube-apiserver, kube-controller-manager and helm for tests/cluster, and what a node needs for tests/e2e where it
 # can run: given, or built once with Go.
 assets: install
-	$(BIN)/python tests/cluster/kube_assets.py
+	$(BIN)/python tests/support/cluster/kube_assets.py
 
 # Jobs on real kubelets: as root, with `apt-get install containerd runc iproute2 iptables ipset openssl`; skipped with
 # the reason elsewhere. `FINETUNE_E2E=kind make e2e` takes kind and Docker instead.

@@ -2,7 +2,7 @@
 
 Each kind of fault strikes a long job of two pods so many times. A job that nothing befalls runs first; every other one
 must come to the same loss at every step. Prints a line for each round and ends with a table. See `tests/e2e` for what
-the cluster needs; the kinds are those of `tests/e2e/faults.py`, and `image`, a job whose image comes late.
+the cluster needs; the kinds are those of `tests/support/e2e/faults.py`, and `image`, a job whose image comes late.
 """
 
 from __future__ import annotations
@@ -16,18 +16,14 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests" / name) for name in ("cluster", "e2e", "storage")]
-
-# ruff: noqa: E402  the tests' own modules are no package: they are found by path
-from campaign import Campaign, Round, late_image, new_chance, same_curve, write
-from cluster_jobs import apply, curve, long_job, until_succeeded
-from faults import KINDS, Victim
-from finetune_jobs import Jobs
-from following import Following
-from kuberay_process import kuberay
 from kubernetes import client
-from stage import set_up
+from support.cluster.finetune_jobs import Jobs
+from support.e2e.campaign import Campaign, Round, late_image, new_chance, same_curve, write
+from support.e2e.cluster_jobs import apply, curve, long_job, until_succeeded
+from support.e2e.faults import KINDS, Victim
+from support.e2e.following import Following
+from support.e2e.kuberay_process import kuberay
+from support.e2e.stage import set_up
 
 CALM_SECONDS = 1800
 IMAGE = "image"

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import re
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -22,23 +21,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "cluster"))
-
-# ruff: noqa: E402  the tests' own modules are no package: they are found by path
 import yaml
-from access import Access, until
-from auto_kubelet import AutoKubelet
-from control_plane import ControlPlane
-from finetune_jobs import job
-from helm_chart import Installed, installed
-from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
-from operator_process import OperatorProcess
+from support.cluster.access import Access, until
+from support.cluster.auto_kubelet import AutoKubelet
+from support.cluster.control_plane import ControlPlane
+from support.cluster.finetune_jobs import job
+from support.cluster.helm_chart import Installed, installed
+from support.cluster.kubelet_stand_in import KubeletStandIn
+from support.cluster.operator_process import OperatorProcess
 
 from finetune_api.job import GROUP, PLURAL, VERSION
 from finetune_operator.core.names import MANAGED_SELECTOR, RUN_LABEL
 
+ROOT = Path(__file__).parents[1]
 Json = dict[str, Any]
 NAMESPACES = 10
 WRITERS = 16

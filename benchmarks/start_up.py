@@ -18,17 +18,12 @@ import sys
 import time
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests" / name) for name in ("cluster", "e2e", "storage")]
-
-# ruff: noqa: E402  the tests' own modules are no package: they are found by path
-from cluster_jobs import apply, long_job
-from faults import Victim
-from following import Following
-from stage import set_up
+from support.e2e.cluster_jobs import apply, long_job
+from support.e2e.faults import Victim
+from support.e2e.following import Following
+from support.e2e.stage import set_up
 
 from finetune_api.labels import CONTAINER, JOB_LABEL
 

@@ -66,9 +66,8 @@ class Runner:
         return self.log.read_text()
 
     def must_live(self, started: float) -> None:
-        """
-        Raises:
-            SystemExit: it has ended, or has had its time since `started` (monotonic).
+        """Raises:
+        SystemExit: it has ended, or has had its time since `started` (monotonic).
         """
         if self.process.poll() is not None:
             raise SystemExit(f"{self.name} ended early:\n{self.said()[-3000:]}")

@@ -33,7 +33,8 @@ def rendered() -> str:
 
 def chart_template(text: str) -> str:
     """Return the CRD as a chart template with the condition `crds.enabled`. `helm uninstall` keeps the CRD and all
-    jobs."""
+    jobs.
+    """
     body = text.removeprefix(HEADER).replace("{{", '{{ "{{" }}')
     head, found, rest = body.partition("metadata:\n")
     assert found, "the CRD has no metadata"

@@ -34,7 +34,8 @@ LOWEST, HIGHEST = 0.9, 1.1
 
 def memory_table(results: Iterable[Result], seconds: float = 0.0) -> Result:
     """Return the table measured/planned of all checks that measured memory. A ratio outside the bounds has a flag, and
-    fails the table."""
+    fails the table.
+    """
     rows: list[Json] = [row for result in results for row in result.values.get("memory", [])]
     told = [row | {"flag": _outside(row["ratio"])} for row in rows]
     flagged = [row["name"] for row in told if row["flag"]]

@@ -29,7 +29,7 @@ class Options:
 
     @property
     def device(self) -> str:
-        """torch's name of the device."""
+        """Torch's name of the device."""
         return "cpu" if self.tiny else "cuda"
 
 
@@ -50,9 +50,8 @@ class CheckFailed(Exception):
 
 
 def require(holds: bool, message: str, values: Json) -> None:
-    """
-    Raises:
-        CheckFailed: it does not hold.
+    """Raises:
+    CheckFailed: it does not hold.
     """
     if not holds:
         raise CheckFailed(message, values)

@@ -60,9 +60,8 @@ def memory_row(options: Options, name: str, figures: Figures) -> Json:
 
 
 def require_trained(figures: Figures, steps: int, values: Json) -> None:
-    """
-    Raises:
-        CheckFailed: other steps than asked, or a loss that is not a number.
+    """Raises:
+    CheckFailed: other steps than asked, or a loss that is not a number.
     """
     require(len(figures.losses) == steps, f"{len(figures.losses)} steps, expected {steps}", values)
     require(all(map(math.isfinite, figures.losses)), f"losses {figures.losses}", values)

@@ -58,7 +58,8 @@ def _structural(node: Json, defs: Json) -> Json:
 
 def _resolved(node: Json, defs: Json) -> Json:
     """Replace the `$ref` of `node` by its target. The description of the field takes precedence over that of the
-    type."""
+    type.
+    """
     if "$ref" not in node:
         return node
     target = defs[node["$ref"].rpartition("/")[2]]
@@ -79,7 +80,8 @@ def _without_unions(node: Json, defs: Json) -> Json:
 
 def _without_nulls(default: object) -> object:
     """Remove nulls from a default. The default stays complete: the API server validates it before it adds nested
-    defaults."""
+    defaults.
+    """
     if not isinstance(default, dict):
         return default
     return {name: _without_nulls(value) for name, value in default.items() if value is not None}

@@ -17,7 +17,8 @@ _PLAIN_KEY = re.compile(r"[\w-]+")
 
 def field_path(loc: Loc) -> str:
     """Return a location as a field path: `stages[1].sft`, without the leading `spec`; empty for the job and its
-    spec."""
+    spec.
+    """
     path = ""
     for part in loc[1:] if loc[:1] == ("spec",) else loc:
         if isinstance(part, str) and _PLAIN_KEY.fullmatch(part):

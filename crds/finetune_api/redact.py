@@ -35,7 +35,8 @@ _NAMED = re.compile(
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """Return the text with secrets replaced by `MARK`: values of secret environment variables, and known token
-    formats."""
+    formats.
+    """
     secrets = {value for name, value in environment.items() if is_secret(name) and len(value) >= SHORTEST}
     for value in sorted(secrets, key=len, reverse=True):
         text = text.replace(value, MARK)

@@ -1,5 +1,6 @@
 """`RunConfig`: the resolved, immutable configuration of one attempt, written by the operator or the CLI for the
-trainer."""
+trainer.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Validation of a job file: report all faults at once, with the names in the file.
 
 There are three passes, so that no fault hides another: unknown fields by the schema (a misspelled one is then treated
-as the field that it most likely means), values by pydantic, and rules between fields on the valid part of the job."""
+as the field that it most likely means), values by pydantic, and rules between fields on the valid part of the job.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import pytest
-from sample_job import JOB
+from support.api.sample_job import JOB
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cel_cases import CHANGES, POLICY, ROOT, Example, base_job, examples, without_case
+from support.api.cel_cases import CHANGES, POLICY, ROOT, Example, base_job, examples, without_case
 
 from finetune_api.overrides import apply_overrides
 from finetune_api.validation import check_job

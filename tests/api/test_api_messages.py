@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from sample_job import DATA, MORE
+from support.api.sample_job import DATA, MORE
 
 from finetune_api.overrides import apply_overrides
 from finetune_api.problems import nearest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from device_texts import TEXTS, DeviceText
+from support.api.device_texts import TEXTS, DeviceText
 
 from finetune_api.device_faults import BY_KIND, DEVICE_FAULTS, FaultKind, device_fault
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helm_chart import render
-from kube_assets import MissingAsset, assets
+from support.cluster.helm_chart import render
+from support.cluster.kube_assets import MissingAsset, assets
 
 Json = dict[str, Any]
 Render = Callable[..., list[Json]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from helm_chart import CHART
 from lupa.lua51 import LuaRuntime  # the Lua of Argo CD's gopher-lua
+from support.cluster.helm_chart import CHART
 
 Json = dict[str, Any]
 SCRIPT = (CHART / "argocd" / "health.lua").read_text()

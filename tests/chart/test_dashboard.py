@@ -7,7 +7,7 @@ from typing import Any
 
 import promql_parser as promql
 import pytest
-from helm_chart import CHART, only
+from support.cluster.helm_chart import CHART, only
 
 from finetune_operator.core.conditions import Reason
 from finetune_operator.metrics import Metrics

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helm_chart import CHART, RELEASE, HelmError, environment, helm, only
+from support.cluster.helm_chart import CHART, RELEASE, HelmError, environment, helm, only
 
 from finetune_operator.core import names
 from finetune_operator.core.settings import PREFIX, Settings, from_environment

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helm_chart import CHART, HelmError
+from support.cluster.helm_chart import CHART, HelmError
 
 Json = dict[str, Any]
 Render = Callable[..., list[Json]]

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from access import Access, namespace_of
-from control_plane import ControlPlane
-from faulty_proxy import FaultyProxy
-from finetune_jobs import Jobs
-from helm_chart import Installed, installed
-from kube_assets import MissingAsset
-from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
-from operator_process import FAST, OperatorProcess
+from support.cluster.access import Access, namespace_of
+from support.cluster.control_plane import ControlPlane
+from support.cluster.faulty_proxy import FaultyProxy
+from support.cluster.finetune_jobs import Jobs
+from support.cluster.helm_chart import Installed, installed
+from support.cluster.kube_assets import MissingAsset
+from support.cluster.kubelet_stand_in import KubeletStandIn
+from support.cluster.operator_process import FAST, OperatorProcess
 
 ROOT = Path(__file__).parents[2]
 CRD_FILE = ROOT / "crds" / "finetune.dev_finetunejobs.yaml"

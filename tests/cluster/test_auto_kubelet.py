@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from access import Access, until, until_gone
-from auto_kubelet import AutoKubelet
-from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
+from support.cluster.access import Access, until, until_gone
+from support.cluster.auto_kubelet import AutoKubelet
+from support.cluster.kubelet_stand_in import KubeletStandIn
 
 PODS = 100
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
-from access import Access, namespace_of, until
-from control_plane import ControlPlane
-from finetune_jobs import Jobs, job
-from helm_chart import CHART, RELEASE, Installed, installed, only, render
-from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
-from operator_process import OperatorProcess
+from support.cluster.access import Access, namespace_of, until
+from support.cluster.control_plane import ControlPlane
+from support.cluster.finetune_jobs import Jobs, job
+from support.cluster.helm_chart import CHART, RELEASE, Installed, installed, only, render
+from support.cluster.kubelet_stand_in import KubeletStandIn
+from support.cluster.operator_process import OperatorProcess
 
 from finetune_api.job import GROUP, PLURAL, VERSION
 from finetune_operator.core.settings import Settings

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
-from access import Access
-from api_calls import Call, Fault
-from faulty_proxy import FaultyProxy
-from finetune_command import Finetune, write_status
-from finetune_jobs import Jobs, job
 from kubernetes import client
-from sample_statuses import FAILED, RUNNING, SUCCEEDED, conditions
+from support.cluster.access import Access
+from support.cluster.api_calls import Call, Fault
+from support.cluster.faulty_proxy import FaultyProxy
+from support.cluster.finetune_command import Finetune, write_status
+from support.cluster.finetune_jobs import Jobs, job
+from support.cluster.sample_statuses import FAILED, RUNNING, SUCCEEDED, conditions
 
 from finetune_api.job import GROUP, PLURAL, VERSION
 from finetune_cli.cluster.connection import Target, connect

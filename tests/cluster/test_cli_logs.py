@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from access import Access
-from control_plane import ControlPlane
-from finetune_command import Finetune, write_status
-from finetune_jobs import Jobs, job
-from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
-from log_stand_in import LogStandIn, PodLog
+from support.cluster.access import Access
+from support.cluster.control_plane import ControlPlane
+from support.cluster.finetune_command import Finetune, write_status
+from support.cluster.finetune_jobs import Jobs, job
+from support.cluster.kubelet_stand_in import KubeletStandIn
+from support.cluster.log_stand_in import LogStandIn, PodLog
 
 from finetune_operator.core import names
 

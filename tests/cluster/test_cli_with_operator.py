@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
-from access import Access
-from finetune_command import Finetune
-from finetune_jobs import Jobs, driver, job
-from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
-from operator_process import OperatorProcess
+from support.cluster.access import Access
+from support.cluster.finetune_command import Finetune
+from support.cluster.finetune_jobs import Jobs, driver, job
+from support.cluster.kubelet_stand_in import KubeletStandIn
+from support.cluster.operator_process import OperatorProcess
 
 from finetune_operator.core import names
 from finetune_trainer.progress.reporter import Progress

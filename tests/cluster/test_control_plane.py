@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from access import Access, until, until_gone
-from control_plane import ControlPlane
-from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
+from support.cluster.access import Access, until, until_gone
+from support.cluster.control_plane import ControlPlane
+from support.cluster.kubelet_stand_in import KubeletStandIn
 
 IMAGE = "registry.example/trainer:1"
 

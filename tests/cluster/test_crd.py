@@ -9,9 +9,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
-from access import Access, namespace_of
-from cel_cases import CHANGES, Example, base_job, examples, without_case
 from kubernetes import client
+from support.api.cel_cases import CHANGES, Example, base_job, examples, without_case
+from support.cluster.access import Access, namespace_of
 
 from finetune_api.job import GROUP, PLURAL, VERSION, FineTuneJobSpec
 

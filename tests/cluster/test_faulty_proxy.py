@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from access import Access, until
-from api_calls import Call, Fault, at_write, read_call, schedule
-from faulty_proxy import FaultyProxy
 from kubernetes import client, watch
+from support.cluster.access import Access, until
+from support.cluster.api_calls import Call, Fault, at_write, read_call, schedule
+from support.cluster.faulty_proxy import FaultyProxy
 from urllib3.exceptions import HTTPError
 
 CALLS = [

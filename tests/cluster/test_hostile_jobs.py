@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from access import Access, namespace_of
-from finetune_jobs import Jobs, condition, driver, job
-from helm_chart import Installed
-from hostile_reports import HOSTILE_ANSWERS, hostile_port
-from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
-from operator_process import OperatorProcess, eventually
+from support.cluster.access import Access, namespace_of
+from support.cluster.finetune_jobs import Jobs, condition, driver, job
+from support.cluster.helm_chart import Installed
+from support.cluster.hostile_reports import HOSTILE_ANSWERS, hostile_port
+from support.cluster.kubelet_stand_in import KubeletStandIn
+from support.cluster.operator_process import OperatorProcess, eventually
 
 from finetune_api.job import GROUP, NAME_MAX, PLURAL, VERSION
 from finetune_operator.core.names import JOB_LABEL, MANAGED_BY, OPERATOR, RUN_LABEL

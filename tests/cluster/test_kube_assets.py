@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from kube_assets import ETCD, HELM, KUBERNETES, MissingAsset, assets
+from support.cluster.kube_assets import ETCD, HELM, KUBERNETES, MissingAsset, assets
 
 
 @pytest.fixture

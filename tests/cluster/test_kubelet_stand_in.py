@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from access import until_gone
-from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
+from support.cluster.access import until_gone
+from support.cluster.kubelet_stand_in import KubeletStandIn
 
 Pod = client.V1Pod
 

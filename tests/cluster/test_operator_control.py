@@ -1,15 +1,16 @@
 """What people do to a job at awkward moments, on a real API server: before it starts, while it is checked, while nobody
-watches."""
+watches.
+"""
 
 from __future__ import annotations
 
 import json
 
-from access import Access, namespace_of, until_gone
-from finetune_jobs import Jobs, condition, driver, job
-from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
-from operator_process import OperatorProcess, eventually
+from support.cluster.access import Access, namespace_of, until_gone
+from support.cluster.finetune_jobs import Jobs, condition, driver, job
+from support.cluster.kubelet_stand_in import KubeletStandIn
+from support.cluster.operator_process import OperatorProcess, eventually
 
 from finetune_api.exit_codes import ExitCode
 from finetune_operator.engines.indexed_job import HELPER_RETRIES

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from access import Access, namespace_of
-from api_calls import Fault, at_write
-from control_plane import ControlPlane
-from faulty_proxy import FaultyProxy
-from finetune_jobs import Jobs, job
 from kubernetes import client
-from life import PATIENCE, Life, end_state
-from operator_process import OperatorProcess
+from support.cluster.access import Access, namespace_of
+from support.cluster.api_calls import Fault, at_write
+from support.cluster.control_plane import ControlPlane
+from support.cluster.faulty_proxy import FaultyProxy
+from support.cluster.finetune_jobs import Jobs, job
+from support.cluster.life import PATIENCE, Life, end_state
+from support.cluster.operator_process import OperatorProcess
 
 AT_ONCE = 3
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200, func_only=True)]

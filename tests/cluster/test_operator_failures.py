@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from finetune_jobs import Jobs, condition, driver, job
-from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
+from support.cluster.finetune_jobs import Jobs, condition, driver, job
+from support.cluster.kubelet_stand_in import KubeletStandIn
 
 SELECTOR = "finetune.dev/job=tiny,finetune.dev/run={}"
 Happening = Callable[[KubeletStandIn, str, str], None]

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from access import Access, namespace_of, until_gone
-from finetune_jobs import Jobs, condition, driver, job
-from helm_chart import Installed
-from kubelet_stand_in import KubeletStandIn
-from kuberay_stand_in import WAIT, KubeRayStandIn
 from kubernetes import client
-from operator_process import FAST, OperatorProcess, eventually
-from ray_job_crd import CLUSTER_NAME, NAME, ray_cluster_crd, ray_job_crd
+from support.cluster.access import Access, namespace_of, until_gone
+from support.cluster.finetune_jobs import Jobs, condition, driver, job
+from support.cluster.helm_chart import Installed
+from support.cluster.kubelet_stand_in import KubeletStandIn
+from support.cluster.kuberay_stand_in import WAIT, KubeRayStandIn
+from support.cluster.operator_process import FAST, OperatorProcess, eventually
+from support.cluster.ray_job_crd import CLUSTER_NAME, NAME, ray_cluster_crd, ray_job_crd
 
 from finetune_operator.core.settings import Settings
 from finetune_operator.decide.actions import StartRun

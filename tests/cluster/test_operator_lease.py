@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from access import Access
-from helm_chart import Installed
-from operator_process import FAST, OperatorProcess, eventually
+from support.cluster.access import Access
+from support.cluster.helm_chart import Installed
+from support.cluster.operator_process import FAST, OperatorProcess, eventually
 
 DURATION_SECONDS, RETRY_SECONDS = 4, 0.5
 TIMES = {

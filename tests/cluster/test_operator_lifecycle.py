@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from access import Access, namespace_of, until, until_gone
-from finetune_jobs import Jobs, condition, driver, job
-from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
-from operator_process import OperatorProcess, eventually
+from support.cluster.access import Access, namespace_of, until, until_gone
+from support.cluster.finetune_jobs import Jobs, condition, driver, job
+from support.cluster.kubelet_stand_in import KubeletStandIn
+from support.cluster.operator_process import OperatorProcess, eventually
 
 from finetune_operator.core.conditions import moment
 from finetune_trainer.progress.reporter import Progress

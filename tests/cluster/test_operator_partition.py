@@ -7,12 +7,12 @@ import re
 from datetime import datetime
 from pathlib import Path
 
-from access import Access
-from faulty_proxy import FaultyProxy
-from finetune_jobs import Jobs, driver, job
-from kubelet_stand_in import KubeletStandIn
 from kubernetes import client
-from operator_process import FAST, OperatorProcess, eventually
+from support.cluster.access import Access
+from support.cluster.faulty_proxy import FaultyProxy
+from support.cluster.finetune_jobs import Jobs, driver, job
+from support.cluster.kubelet_stand_in import KubeletStandIn
+from support.cluster.operator_process import FAST, OperatorProcess, eventually
 
 from finetune_api.job import PLURAL
 from finetune_operator.core.names import JOB_LABEL, RUN_LABEL

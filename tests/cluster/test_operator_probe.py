@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from access import Access
-from api_calls import Call, Fault
-from faulty_proxy import FaultyProxy
-from finetune_jobs import Jobs, job
 from kubernetes import client
-from operator_process import OperatorProcess, eventually
+from support.cluster.access import Access
+from support.cluster.api_calls import Call, Fault
+from support.cluster.faulty_proxy import FaultyProxy
+from support.cluster.finetune_jobs import Jobs, job
+from support.cluster.operator_process import OperatorProcess, eventually
 
 
 def test_a_dead_watch_fails_the_probe_and_a_silent_one_does_not(

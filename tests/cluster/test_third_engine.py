@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import pods_engine
 import pytest
-from access import Access
-from finetune_jobs import Jobs, condition, job
-from kubernetes import client
-from life import Life, end_state
-from operator_process import OperatorProcess
 
 # These tests also run here, with this module's fixture `jobs`.
-from test_operator_lifecycle import test_a_user_error_is_told_and_never_retried as test_a_user_error  # noqa: F401
-from test_operator_lifecycle import test_deletion_takes_the_children_along as test_deletion  # noqa: F401
-from test_operator_lifecycle import test_storage_is_emptied_before_the_job_goes as test_cleanup  # noqa: F401
-from test_operator_lifecycle import (
+from cluster.test_operator_lifecycle import test_a_user_error_is_told_and_never_retried as test_a_user_error  # noqa: F401
+from cluster.test_operator_lifecycle import test_deletion_takes_the_children_along as test_deletion  # noqa: F401
+from cluster.test_operator_lifecycle import test_storage_is_emptied_before_the_job_goes as test_cleanup  # noqa: F401
+from cluster.test_operator_lifecycle import (
     test_suspend_waits_for_the_checkpoint_and_resume_goes_on as test_suspend_and_resume,  # noqa: F401
 )
+from kubernetes import client
+from support.cluster import pods_engine
+from support.cluster.access import Access
+from support.cluster.finetune_jobs import Jobs, condition, job
+from support.cluster.life import Life, end_state
+from support.cluster.operator_process import OperatorProcess
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import pydoc_data.topics
-import sys
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-
-sys.path.insert(0, str(Path(__file__).parent))  # for data_cases, under any import mode
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 CHATML = (

@@ -6,7 +6,16 @@ import re
 from typing import Any
 
 import pytest
-from chat_cases import CONVERSATIONS, TEMPLATES, TOOL_TEMPLATES, TOOLS, TRL_TEMPLATES, Messages, talk, tokenizer_for
+from support.data.chat_cases import (
+    CONVERSATIONS,
+    TEMPLATES,
+    TOOL_TEMPLATES,
+    TOOLS,
+    TRL_TEMPLATES,
+    Messages,
+    talk,
+    tokenizer_for,
+)
 from transformers import PreTrainedTokenizerFast
 
 from finetune_trainer.data.encode import Encoder, Encoding

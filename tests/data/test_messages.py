@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_cases import inline, made, sft
+from support.data.data_cases import inline, made, sft
 from transformers import PreTrainedTokenizerFast
 
 from finetune_api.data import DataSpec

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_cases import made, pretrain, sft, write_jsonl
+from support.data.data_cases import made, pretrain, sft, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
 from finetune_api.stages import PretrainSpec, SftSpec

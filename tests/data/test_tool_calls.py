@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from chat_cases import (
+from support.data.chat_cases import (
     CALL,
     CONVERSATIONS,
     TEMPLATES,
@@ -19,7 +19,7 @@ from chat_cases import (
     talk,
     tokenizer_for,
 )
-from data_cases import inline, made, sft
+from support.data.data_cases import inline, made, sft
 from transformers import PreTrainedTokenizerFast
 
 from finetune_trainer.data.encode import Encoder, Encoding

@@ -7,24 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from support.doctor.tiny_job import JOB
 
 from finetune_trainer.doctor.gather import driver_facts
 
 GPU_HERE = driver_facts().devices > 0
-JOB: dict[str, Any] = {
-    "apiVersion": "finetune.dev/v1alpha1",
-    "kind": "FineTuneJob",
-    "metadata": {"name": "tiny"},
-    "spec": {
-        "model": {"path": "/nowhere"},
-        "stages": [{"sft": {"data": {"sources": [{"inline": [{"prompt": "a", "completion": "b"}]}]}, "maxSteps": 1}}],
-        "storage": {"path": "runs"},
-    },
-}
 
 
 def doctor(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

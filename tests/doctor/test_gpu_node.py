@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fake_driver
 import pytest
 import yaml
-from test_doctor_command import JOB
-from test_node_checks import GOOD, NEEDS, OLD, TORCH, V100, with_parts
+from support.doctor import fake_driver
+from support.doctor.node_facts import GOOD, NEEDS, OLD, TORCH, V100, with_parts
+from support.doctor.tiny_job import JOB
 
 from finetune_api.device_faults import FaultKind, device_fault
 from finetune_api.runconfig import RunConfig
@@ -121,7 +121,7 @@ def test_a_machine_without_gpus_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_gpus_on_an_old_driver_are_a_user_error_on_one_machine(tmp_path: Path) -> None:
-    """torch counts the GPU by NVML, and would train on CPUs by NCCL: `validate` says what was found and is needed."""
+    """Torch counts the GPU by NVML, and would train on CPUs by NCCL: `validate` says what was found and is needed."""
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(JOB | {"spec": JOB["spec"] | {"resources": {"gpusPerNode": 1}}}))
     command = [sys.executable, "-c", "from finetune_cli.main import main; main()", "validate", "job.yaml"]
     environment = os.environ | fake_driver.build(tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_job import JOB
+from support.api.sample_job import JOB
 
 from finetune_api.job import FineTuneJob
 from finetune_trainer.doctor.facts import Fabric

@@ -8,41 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.doctor.node_facts import GOOD, H100, H200, NEEDS, OLD, T4, TORCH, V100, with_parts
 
 from finetune_api.device_faults import FaultKind
 from finetune_api.job import FineTuneJob
 from finetune_api.validation import check_job
 from finetune_trainer.doctor.examine import IMAGE_CHECKS, NODE_CHECKS, examine
-from finetune_trainer.doctor.facts import Driver, Fabric, Facts, Gpu, Host, Hub, Package, Toolchain, Torch
+from finetune_trainer.doctor.facts import Driver, Facts, Gpu, Hub, Package, Toolchain
 from finetune_trainer.doctor.finding import Finding, Scope, State, missing
 from finetune_trainer.doctor.needs import Needs, gpu_node, job_needs
-
-H100, V100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 << 30), Gpu("Tesla V100-SXM2-32GB", (7, 0), 32 << 30)
-T4, H200 = Gpu("Tesla T4", (7, 5), 15 << 30), Gpu("NVIDIA H200", (9, 0), 140 << 30)
-TORCH = Torch("2.13.0+cu130", "13.0", ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"), "2.29.7", (H100,) * 8)
-GOOD = Facts(
-    Toolchain("3.7.1", "/usr/bin/gcc"),
-    TORCH,
-    Driver("580.65.06", True, 8, 8),
-    {"bitsandbytes": Package("0.50.2")},
-    ("126", "130"),
-    Host(64 << 30, 1 << 20, 2000 << 30, "/cache", 500 << 30),
-    Fabric(("uverbs0",), ("mlx5_0",), None, False, True),
-    Hub(asked=True),
-)
-"""A node with eight H100 on which everything is right."""
-NEEDS = Needs(8, 2, "stages[0].sft", "stages[0].sft", hub="model.hub")
-TOO_OLD = "RuntimeError: The NVIDIA driver on your system is too old (found version 12040). Please update your driver"
-OLD = replace(GOOD, driver=Driver("550.90.07", False, 8, 8), torch=replace(TORCH, gpus=(), error=TOO_OLD))
 
 
 def found(facts: Facts, needs: Needs, name: str) -> Finding:
     return next(one for one in examine(facts, needs) if one.name.startswith(name))
-
-
-def with_parts(**parts: dict[str, Any]) -> Facts:
-    """The good node with fields of some parts changed."""
-    return replace(GOOD, **{name: replace(getattr(GOOD, name), **fields) for name, fields in parts.items()})
 
 
 def test_a_good_node_lacks_nothing() -> None:

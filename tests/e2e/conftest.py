@@ -11,19 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from access import Access, namespace_of
-from cluster_jobs import give_credentials, write_corpus
-from clusters import Cluster
 from filelock import FileLock, Timeout
-from finetune_jobs import Jobs
-from helm_chart import installed
-from kind_cluster import KindCluster, kind_missing
-from kube_assets import NODE_PARTS, MissingAsset, assets
 from kubernetes import client
-from node import missing
-from one_machine import OneMachine, left_behind
-from operator_pod import OperatorPod, chart_values
-from s3_server import S3Server, weed
+from support.cluster.access import Access, namespace_of
+from support.cluster.finetune_jobs import Jobs
+from support.cluster.helm_chart import installed
+from support.cluster.kube_assets import NODE_PARTS, MissingAsset, assets
+from support.e2e.cluster_jobs import give_credentials, write_corpus
+from support.e2e.clusters import Cluster
+from support.e2e.kind_cluster import KindCluster, kind_missing
+from support.e2e.node import missing
+from support.e2e.one_machine import OneMachine, left_behind
+from support.e2e.operator_pod import OperatorPod, chart_values
+from support.storage.s3_server import S3Server, weed
 
 SWITCH = os.environ.get("FINETUNE_E2E", "")
 LOCK = Path("/tmp/finetune-e2e.lock")

@@ -9,14 +9,14 @@ import os
 from collections import deque
 
 import pytest
-from campaign import Campaign, Round, check, new_chance, same_curve
-from cluster_jobs import apply, curve, long_job, until_succeeded
-from clusters import Cluster
-from faults import KINDS, Victim
-from finetune_jobs import Jobs
-from following import Following, Sample, recovery
-from operator_pod import OperatorPod
-from s3_server import S3Server
+from support.cluster.finetune_jobs import Jobs
+from support.e2e.campaign import Campaign, Round, check, new_chance, same_curve
+from support.e2e.cluster_jobs import apply, curve, long_job, until_succeeded
+from support.e2e.clusters import Cluster
+from support.e2e.faults import KINDS, Victim
+from support.e2e.following import Following, Sample, recovery
+from support.e2e.operator_pod import OperatorPod
+from support.storage.s3_server import S3Server
 
 SHORT = ("worker", "operator", "pod", "apiserver")
 LONG = os.environ.get("FINETUNE_LONG_TESTS") == "1"

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from access import Access, namespace_of
-from cluster_jobs import RUNS, apply, give_credentials, long_job
-from clusters import Cluster
-from finetune_jobs import Jobs
-from kube_assets import MissingAsset, assets
 from kubernetes import client
-from one_machine import OneMachine
-from operator_pod import OperatorPod
-from s3_server import S3Server
+from support.cluster.access import Access, namespace_of
+from support.cluster.finetune_jobs import Jobs
+from support.cluster.kube_assets import MissingAsset, assets
+from support.e2e.cluster_jobs import RUNS, apply, give_credentials, long_job
+from support.e2e.clusters import Cluster
+from support.e2e.one_machine import OneMachine
+from support.e2e.operator_pod import OperatorPod
+from support.storage.s3_server import S3Server
 
 from finetune_api.labels import JOB_LABEL
 from finetune_api.report import PORT, REPORT_PATH

@@ -6,13 +6,13 @@ import json
 import time
 from pathlib import Path
 
-import cgroups
-from access import Access
-from cluster_jobs import apply, fetch, pipeline, until_succeeded
-from clusters import Cluster
-from faults import WORKER
-from finetune_jobs import Jobs, condition
-from s3_server import S3Server
+from support.cluster.access import Access
+from support.cluster.finetune_jobs import Jobs, condition
+from support.e2e import cgroups
+from support.e2e.cluster_jobs import apply, fetch, pipeline, until_succeeded
+from support.e2e.clusters import Cluster
+from support.e2e.faults import WORKER
+from support.storage.s3_server import S3Server
 
 SECONDS = 500
 STAGES = ["00-tokenizer", "01-pretrain", "02-sft", "03-dpo", "04-esft"]

@@ -11,15 +11,15 @@ from collections import deque
 from dataclasses import replace
 
 import pytest
-from campaign import new_chance, same_curve
-from cluster_jobs import apply, curve, until_succeeded
-from clusters import Cluster
-from faults import Victim
-from finetune_jobs import Jobs
-from following import Following
-from operator_pod import OperatorPod
-from s3_server import S3Server
-from stalls import SAVE, STALLS, StallRound, stall_job, strike
+from support.cluster.finetune_jobs import Jobs
+from support.e2e.campaign import new_chance, same_curve
+from support.e2e.cluster_jobs import apply, curve, until_succeeded
+from support.e2e.clusters import Cluster
+from support.e2e.faults import Victim
+from support.e2e.following import Following
+from support.e2e.operator_pod import OperatorPod
+from support.e2e.stalls import SAVE, STALLS, StallRound, stall_job, strike
+from support.storage.s3_server import S3Server
 
 ROUNDS = int(os.environ.get("FINETUNE_STALL_ROUNDS", "5"))
 """Of each cause."""

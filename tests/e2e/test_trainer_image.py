@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from image_root import DOCKERFILE, make_root, missing_packages, packages_of, run_inside
+from support.e2e.image_root import DOCKERFILE, make_root, missing_packages, packages_of, run_inside
 
 from finetune_trainer.doctor.programs import LAUNCHER
 

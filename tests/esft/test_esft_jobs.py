@@ -57,7 +57,7 @@ def _save_model(directory: Path, family: str, **fields: Any) -> Path:
 @pytest.fixture
 def run(expert_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs an `esft` job of so many workers and that ZeRO stage; returns its stage's directory."""
-    import running
+    from support.jobs import running
 
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     rows = [{"messages": [_turn("user", f"{a} plus {a}"), _turn("assistant", f"makes {a + a}")]} for a in range(16)]
@@ -111,7 +111,7 @@ def _same(one: Path, other: Path) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_sharding_workers_and_checkpointing_change_nothing(run: Run) -> None:
-    from running import losses
+    from support.jobs.running import losses
 
     one = run("one", 1, 0, {})
     for name, zero, checkpointing in (("zero-2", 2, True), ("zero-3", 3, False)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from expert_models import FAMILIES, FIELDS, batch, build
+from support.esft.expert_models import FAMILIES, FIELDS, batch, build
 
 from finetune_api.runconfig import RunConfig
 from finetune_api.stages import EsftSpec

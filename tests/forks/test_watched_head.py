@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
-from operator_process import eventually
-from servers import free_port
+from support.cluster.operator_process import eventually
+from support.cluster.servers import free_port
 
 from finetune_trainer.forks import start
 from finetune_trainer.runtime import quiet_environment

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from in_process import open_stage
+from support.jobs.in_process import open_stage
 from transformers import PrinterCallback
 
 from finetune_trainer.stages import make_trainer

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_rows import TEXTS, dialogue
+from support.jobs.tiny_rows import TEXTS, dialogue
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

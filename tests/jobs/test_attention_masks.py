@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from in_process import open_stage, trained
-from tiny_rows import dialogue
+from support.jobs.in_process import open_stage, trained
+from support.jobs.tiny_rows import dialogue
 from torch import Tensor, nn
 
 Job = dict[str, Any]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from composite_models import SPECIAL, build, config_of
 from safetensors.torch import load_file
+from support.jobs.composite_models import SPECIAL, build, config_of
 from transformers import AutoModelForMultimodalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from trl.trainer.utils import add_fused_lm_head

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from running import done, run, start
+from support.jobs.running import done, run, start
 
 pytestmark = pytest.mark.timeout(900)
 Job = dict[str, Any]

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from expert_models import FAMILIES, build
-from in_process import open_stage, trained
-from tiny_rows import TEXTS, dialogue
+from support.esft.expert_models import FAMILIES, build
+from support.jobs.in_process import open_stage, trained
+from support.jobs.tiny_rows import TEXTS, dialogue
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.stages import TokenizerSpec

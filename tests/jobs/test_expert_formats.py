@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from expert_models import build
-from in_process import open_stage, trained
-from tiny_rows import dialogue
+from support.esft.expert_models import build
+from support.jobs.in_process import open_stage, trained
+from support.jobs.tiny_rows import dialogue
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 

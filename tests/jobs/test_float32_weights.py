@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from expert_models import build
-from in_process import open_stage, trained
 from safetensors.torch import load_file
-from servers import free_port
-from tiny_rows import dialogue
+from support.cluster.servers import free_port
+from support.esft.expert_models import build
+from support.jobs.in_process import open_stage, trained
+from support.jobs.tiny_rows import dialogue
 from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process import open_stage, trained
+from support.jobs.in_process import open_stage, trained
 
 from finetune_trainer.storage.disk_full import name_full_disk
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from in_process import open_stage, resumed, trained
+from support.jobs.in_process import open_stage, resumed, trained
 from transformers import AutoModelForCausalLM, PrinterCallback
 
 from finetune_api.data import DataSpec

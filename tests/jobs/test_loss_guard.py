@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from guarded_stage import guarded, job, order, records, rows, saved, weights
-from in_process import open_stage
-from tiny_rows import dialogue
+from support.jobs.guarded_stage import guarded, job, order, records, rows, saved, weights
+from support.jobs.in_process import open_stage
+from support.jobs.tiny_rows import dialogue
 from transformers import TrainerCallback
 
 from finetune_trainer.errors import UserError

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from guarded_stage import guarded, job, order, rows, weights
+from support.jobs.guarded_stage import guarded, job, order, rows, weights
+from support.jobs.two_workers import on_two_workers
 from transformers import TrainerCallback
-from two_workers import on_two_workers
 
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.errors import UserError

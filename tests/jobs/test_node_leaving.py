@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from servers import free_port
+from support.cluster.servers import free_port
 
 from finetune_api.cluster import Resources
 from finetune_api.exit_codes import ExitCode
@@ -22,7 +22,7 @@ from finetune_api.report import AttemptReport
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch import node
 from finetune_trainer.launch.drive import TOKEN_FILE_VARIABLE
-from finetune_trainer.launch.node_role import Seat
+from finetune_trainer.launch.node_role import NodeRole
 from finetune_trainer.progress.report_server import ReportServer
 
 HERE, HEAD = "127.0.0.1", "head.test"
@@ -97,7 +97,7 @@ def test_a_head_that_loses_its_name_is_still_asked_and_waited_for(port: int, mon
     driver = threading.Thread(target=preempt)
     driver.start()
     try:
-        assert node._worker(cast(RunConfig, run), Seat(False, f"{HEAD}:{port}", ())) == ExitCode.FAILED
+        assert node._worker(cast(RunConfig, run), NodeRole(False, f"{HEAD}:{port}", ())) == ExitCode.FAILED
         assert saved.is_set(), "the pod left while the driver was saving"
     finally:
         register(signal.SIGTERM, earlier)

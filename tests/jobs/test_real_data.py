@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from running import done, run
+from support.jobs.running import done, run
 from transformers import AutoModelForSequenceClassification
 
 from finetune_trainer.progress.metrics_log import read_metrics

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from running import done, run
+from support.jobs.running import done, run
 
 DATA = Path(__file__).parents[2].parent / "shared/data"
 TABLE = DATA / "text2cypher.csv"

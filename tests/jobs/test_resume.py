@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
-from running import curve, done, kill, run, start, workers
-from tiny_rows import dialogue
+from support.jobs.running import curve, done, kill, run, start, workers
+from support.jobs.tiny_rows import dialogue
 
 from finetune_trainer.layout import RUN_CONFIG
 

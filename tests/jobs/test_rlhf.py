@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from in_process import open_stage, resumed, trained
-from running import done, run, under_each_zero
+from support.jobs.in_process import open_stage, resumed, trained
+from support.jobs.running import done, run, under_each_zero
 
 from finetune_trainer.progress.metrics_log import read_metrics
 

@@ -1,5 +1,6 @@
 """Jobs on saved models as they are found: names left by wrappers, lost weights, quantized weights, more tokens than
-rows, generation configurations that can't be saved, code of their own."""
+rows, generation configurations that can't be saved, code of their own.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from in_process import losses, open_stage, trained
 from safetensors.torch import load_file
-from saved_models import WEIGHTS, changed, configure, make_model, save
+from support.jobs.in_process import losses, open_stage, trained
+from support.model.saved_models import WEIGHTS, changed, configure, make_model, save
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

@@ -12,7 +12,7 @@ import pytest
 import ray
 import ray.train
 import torch
-from in_process import open_stage
+from support.jobs.in_process import open_stage
 
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch import cluster, stage_run

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from running import curve, start, workers
+from support.jobs.running import curve, start, workers
 
 Job = dict[str, Any]
 STEPS, TIMEOUT = 160, 5
@@ -42,7 +42,8 @@ def test_a_stopped_worker_a_hanging_read_and_a_sleeping_loader(
     job: Job, write_job: Callable[[Job], Path], tmp_path: Path
 ) -> None:
     """One after the other in one job, none of which needs a hand. The read hangs as on a store that never answers: its
-    file is a pipe that nothing is written to."""
+    file is a pipe that nothing is written to.
+    """
     stage = tmp_path / "runs/job/stages/00-sft"
     driver, seen = start(write_job(job)), Lines()
     seen.until(driver, r"\] \d+/160 ")

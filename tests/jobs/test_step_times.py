@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guarded_stage import guarded, job, rows
+from support.jobs.guarded_stage import guarded, job, rows
+from support.jobs.two_workers import on_two_workers
 from transformers import TrainerCallback
-from two_workers import on_two_workers
 
 from finetune_api.runconfig import RunConfig
 from finetune_trainer.launch.stage_run import stage_context

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process import open_stage
+from support.jobs.in_process import open_stage
 from transformers import PrinterCallback, TrainerCallback
 
 from finetune_trainer.data import StreamedRows

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import running
-from faulty_teacher import KEY, FaultyTeacher
-from synthesis_jobs import DOCUMENTS, SCRIPT, account, brain, end_whole_tree, files, journaled, rows, stage
+from support.jobs import running
+from support.jobs.synthesis_jobs import DOCUMENTS, SCRIPT, account, brain, end_whole_tree, files, journaled, rows, stage
+from support.synthesis.faulty_teacher import KEY, FaultyTeacher
 
 from finetune_trainer.progress.formatting import percent
 

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import synthesis_jobs
-from faulty_teacher import FaultyTeacher
-from synthesis_jobs import (
+from support.jobs import synthesis_jobs
+from support.jobs.synthesis_jobs import (
     DOCUMENTS,
     GRAPH,
     SCRIPT,
@@ -27,6 +26,7 @@ from synthesis_jobs import (
     rows,
     stage,
 )
+from support.synthesis.faulty_teacher import FaultyTeacher
 
 from finetune_trainer.queries.result import Engine
 from finetune_trainer.queries.sandbox import Sandbox, make_database

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from two_nodes import Node, TwoNodes, require_namespaces
+from support.jobs.two_nodes import Node, TwoNodes, require_namespaces
 
 REPOSITORY = "models--acme--tiny"
 

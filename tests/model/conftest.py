@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from saved_models import make_model, save
+from support.model.saved_models import make_model, save
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from saved_models import configure
+from support.model.saved_models import configure
 
 from finetune_trainer.errors import UserError
 from finetune_trainer.model.config import load_tokenizer, read_config

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from saved_models import configure, make_tokenizer
+from support.model.saved_models import configure, make_tokenizer
 from transformers import GenerationConfig
 
 from finetune_trainer.errors import UserError

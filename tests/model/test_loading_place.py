@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from in_process import open_stage
-from saved_models import make_model, save
+from support.jobs.in_process import open_stage
+from support.model.saved_models import make_model, save
 
 from finetune_trainer.model.load import load_whole
 from finetune_trainer.training.adapter_model import starting_model

@@ -12,7 +12,7 @@ from finetune_trainer.model.precision import model_dtype
 def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(
     native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch answers true for a T4 or V100 unless it is asked to leave emulation out."""
+    """Torch answers true for a T4 or V100 unless it is asked to leave emulation out."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
     assert model_dtype("auto", accelerator=True) is expected
     assert model_dtype("auto", accelerator=False) is torch.float32

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from saved_models import WEIGHTS, changed, configure, logits, make_model, make_tokenizer, save
+from support.model.saved_models import WEIGHTS, changed, configure, logits, make_model, make_tokenizer, save
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 

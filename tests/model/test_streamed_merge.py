@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from composite_models import build
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from saved_models import logits, make_model, make_tokenizer, save
+from support.jobs.composite_models import build
+from support.model.saved_models import logits, make_model, make_tokenizer, save
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from finetune_api.training import Lora

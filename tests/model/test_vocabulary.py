@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from saved_models import make_model, make_tokenizer, save
+from support.model.saved_models import make_model, make_tokenizer, save
 
 from finetune_api.model import ModelSpec
 from finetune_trainer.errors import UserError

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from worlds import NOW, ago, body, pod, run, said
+from support.operator.worlds import NOW, ago, body, pod, run, said
 
 from finetune_operator.core.conditions import Reason
 from finetune_operator.core.snapshot import Complaint, PodView, RunState

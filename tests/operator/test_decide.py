@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from worlds import NOW, UID, VALID, ago, attempt, conditions, pod, run, said, seen
+from support.operator.worlds import NOW, UID, VALID, ago, attempt, conditions, pod, run, said, seen
 
 from finetune_operator.core.conditions import Reason
 from finetune_operator.core.names import FINALIZER, support_name

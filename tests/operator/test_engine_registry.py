@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from worlds import UID, ago, body
+from support.operator.worlds import UID, ago, body
 
 from finetune_api.labels import DRIVER, ROLE_LABEL, WORKER
 from finetune_operator.core.settings import Settings

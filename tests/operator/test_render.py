@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from worlds import UID, body
+from support.operator.worlds import UID, body
 
 from finetune_api.runconfig import RunConfig
 from finetune_operator.core import names

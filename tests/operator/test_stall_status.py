@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prometheus_client import generate_latest
-from worlds import NOW, VALID, attempt, body, conditions, pod, run, said, seen
+from support.operator.worlds import NOW, VALID, attempt, body, conditions, pod, run, said, seen
 
 from finetune_operator.core.conditions import Reason
 from finetune_operator.core.settings import Settings

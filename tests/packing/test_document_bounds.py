@@ -5,10 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import packed_models
 import pytest
 import torch
-from flash_stand_in import FlashStandIn, with_flash
+from support.packing import packed_models
+from support.packing.flash_stand_in import FlashStandIn, with_flash
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

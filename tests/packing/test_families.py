@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import packed_models
 import pytest
 import torch
+from support.packing import packed_models
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -74,7 +74,8 @@ def test_attention(name: str, attention: str) -> None:
 @pytest.mark.timeout(7200)
 def test_small_models_of_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
     """The preflight's findings on small models of transformers' own configurations hold for the loss: it accepts no
-    family that mixes documents, and refuses none that keeps them apart in rows as the collator makes them."""
+    family that mixes documents, and refuses none that keeps them apart in rows as the collator makes them.
+    """
     built: list[Any] = []
     monkeypatch.setattr(Trial, "_model", lambda self, make=Trial._model: built.append(make(self)) or built[-1])
     wrong: dict[str, tuple[Finding, float]] = {}

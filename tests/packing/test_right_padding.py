@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import packed_models
 import pytest
 import torch
+from support.packing import packed_models
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

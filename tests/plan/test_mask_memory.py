@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FIELDS, IDS, SHAPE, tiny
+from support.plan.tiny_models import FIELDS, IDS, SHAPE, tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -104,7 +104,7 @@ def test_encoders() -> None:
 
 
 def test_what_sdpa_is_not() -> None:
-    """eager attention has its scores counted; flash attention has no mask."""
+    """Eager attention has its scores counted; flash attention has no mask."""
     for attention in ("eager", "flash_attention_2"):
         assert masks("sft", GEMMA, attention=attention, **LONG) == 0
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_models import tiny
+from support.plan.tiny_models import tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from finetune_api.training import Lora

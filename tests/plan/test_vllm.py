@@ -1,5 +1,6 @@
 """What generates the answers of `rlhf`, why, and what vLLM takes of the GPU. vLLM itself needs a GPU; its presence is a
-distribution's metadata, which is all that the project reads of it before a stage starts."""
+distribution's metadata, which is all that the project reads of it before a stage starts.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
-from tiny_models import FIELDS
+from support.plan.tiny_models import FIELDS
 from transformers import AutoConfig, Qwen3Config
 
 from finetune_api.runconfig import RunConfig
@@ -162,7 +163,8 @@ def _spec() -> Any:
 
 def test_the_pin_is_of_the_installed_libraries() -> None:
     """A new torch or TRL needs another vLLM: this fails when either changes, and `vllm_version` is to be resolved
-    again."""
+    again.
+    """
     assert version("torch").startswith(f"{TORCH}.")
     (allowed,) = (one for one in map(Requirement, requires("trl") or []) if one.name == "vllm" and "extra" in str(one))
     assert allowed.specifier.contains(f"{VERSION}.0")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_teacher import FaultyTeacher
+from support.synthesis.faulty_teacher import FaultyTeacher
 
 from finetune_api.endpoint import Endpoint
 from finetune_trainer.endpoint.journal import Journal

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from s3_server import S3Server, weed
+from support.storage.s3_server import S3Server, weed
 
 
 @pytest.fixture(scope="session")

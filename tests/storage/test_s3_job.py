@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from running import run, start
-from s3_server import BUCKET, S3Server
+from support.jobs.running import run, start
+from support.storage.s3_server import BUCKET, S3Server
 
 from finetune_trainer.layout import MANIFEST
 from finetune_trainer.progress.metrics_log import read_metrics

@@ -132,7 +132,8 @@ class PromptSpec(AdapterSpec):
 
     def reward_stages(self) -> Iterator[tuple[str, str]]:
         """Yield the field path, relative to the spec, and the name of each earlier `reward` stage that this stage
-        uses."""
+        uses.
+        """
         for path, scorer in self.scorers.items():
             if scorer.stage is not None:
                 yield f"{path}.stage", scorer.stage

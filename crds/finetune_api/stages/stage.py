@@ -105,7 +105,8 @@ class Stage(ApiModel):
 
     def sources_from_stages(self) -> Iterator[tuple[str, str]]:
         """Yield the field path, relative to the stage, and the stage name of each data source that is an earlier
-        stage."""
+        stage.
+        """
         for kind in self.kinds:
             spec = getattr(self, kind)
             for name in DATA_FIELDS:

@@ -62,7 +62,7 @@ def totals(spec: EvaluateSpec, rows: Sequence[Row], references: Sequence[str]) -
 
 
 def perplexity(nlls: Iterable[float], tokens: Iterable[int]) -> float:
-    """exp of the mean negative log-likelihood of a token; the sums are exact, so the order of the rows is nothing."""
+    """Exp of the mean negative log-likelihood of a token; the sums are exact, so the order of the rows is nothing."""
     count = sum(tokens)
     mean = math.fsum(nlls) / count if count else math.nan
     return math.exp(mean) if mean < 700 else math.inf

@@ -58,7 +58,8 @@ def loss_bytes(size: ModelSize, load: Workload) -> int:
 
 def drawing_bytes(size: ModelSize, load: Workload) -> int:
     """Keys and values of all layers for every answer at its longest, its next token's logits, and under ZeRO-3 the
-    whole model, which is gathered meanwhile."""
+    whole model, which is gathered meanwhile.
+    """
     if not load.drawn:
         return 0
     cache = key_value_bytes(size, load.length, load.dtype_bytes)
@@ -117,7 +118,8 @@ def _mlp(size: ModelSize, width: int, load: Workload) -> float:
 
 def _experts(size: ModelSize, load: Workload) -> float:
     """Each chosen expert's MLP with the token's copy in and its weighted output, its adapters' low-rank middles, and
-    the router's logits."""
+    the router's logits.
+    """
     each = _mlp(size, size.expert_intermediate, load) + 2 * size.hidden * load.dtype_bytes
     if load.adapter is not None and size.expert_layers and not load.summed_stacks:
         each += load.dtype_bytes * load.adapter.stack_ranks / size.expert_layers

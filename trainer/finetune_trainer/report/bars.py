@@ -18,7 +18,8 @@ class Bars:
     @property
     def shares(self) -> list[tuple[str, str, float]]:
         """Name, value and length (0 to 100) of each bar: linear from 0, or by logarithm where values differ a
-        hundredfold, so that the smallest is still seen."""
+        hundredfold, so that the smallest is still seen.
+        """
         finite = [value for value in self.values.values() if math.isfinite(value)]
         return [(name, number(value), self._length(value, finite)) for name, value in self.values.items()]
 

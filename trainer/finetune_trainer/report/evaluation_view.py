@@ -20,7 +20,8 @@ LESS_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_
 @dataclass(frozen=True)
 class Cell:
     """One model's value of one metric, empty where it has none; of a model beside the evaluated one, with how far the
-    evaluated one is from it."""
+    evaluated one is from it.
+    """
 
     value: str
     change: str = ""

@@ -61,7 +61,7 @@ class EsftTrainer(StageTrainer, trl.SFTTrainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """transformers' hook: the inverse of `save_model`."""
+        """Transformers' hook: the inverse of `save_model`."""
         saved, trained = load_file(Path(resume_from_checkpoint, TRAINED)), self._trained()
         if saved.keys() != trained.keys():
             raise RuntimeError(f"{resume_from_checkpoint} holds other experts than this stage trains")

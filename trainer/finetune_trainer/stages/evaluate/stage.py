@@ -29,7 +29,8 @@ SAMPLES = 8
 
 def perform(context: StageContext, tools: StageIO) -> dict[str, float]:
     """Measure every model, one after the other; returns the evaluated one's metrics, then the others' as
-    `model.metric`."""
+    `model.metric`.
+    """
     evaluation = Evaluation(context, tools)
     with evaluation.database or nullcontext():
         measured = {one.name: evaluation.measure(number, one) for number, one in enumerate(evaluation.models)}

@@ -76,11 +76,11 @@ class RoundTrainer(PreferenceTrainer):
         return dataset
 
     def get_train_dataloader(self) -> Any:
-        """transformers' hook: it counts the steps; what is trained on is made as it is needed."""
+        """Transformers' hook: it counts the steps; what is trained on is made as it is needed."""
         return self.stage.feed.loader(range(self.stage.schedule.total * self.stage.feed.division.rows), list)  # type: ignore[arg-type]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """transformers' hook around each optimizer step's batches: pairs of the present round."""
+        """Transformers' hook around each optimizer step's batches: pairs of the present round."""
         transformers.Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
         number, step = self.stage.schedule.at(self.state.global_step)
         if self.stage.made != number:

@@ -67,7 +67,7 @@ class PolicyTrainer(StageTrainer):
             self.add_callback(self.stage.bound)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """transformers' hook around each optimizer step's batches: the feed's indices, answered."""
+        """Transformers' hook around each optimizer step's batches: the feed's indices, answered."""
         indices, _ = transformers.Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
         self._take_up()
         counted = self.stage.feed.even.counted(self.stage.feed.division.rows)
@@ -91,7 +91,8 @@ class PolicyTrainer(StageTrainer):
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, fields: Any, *rest: Any) -> Any:
         """TRL's hook: answers to prompts, each of which is there `num_generations` times. TRL's own draws depend on
-        which answers share a batch."""
+        which answers share a batch.
+        """
         if self.use_vllm:
             return super()._generate_single_turn(prompt_ids, images, fields, *rest)
         rows, keys = self.stage.asked
@@ -115,7 +116,8 @@ class PolicyTrainer(StageTrainer):
 
     def _scored(self) -> Batch:
         """Answers to the prompts at hand with their advantages, as TRL's loss takes them, one prompt's after the
-        other's."""
+        other's.
+        """
         self.model.train()
         whole: Batch = self._generate_and_score_completions(
             [{"prompt": row.prompt, **row.fields} for row in self.stage.asked[0] for _ in range(self.num_generations)]
@@ -127,7 +129,8 @@ class PolicyTrainer(StageTrainer):
 
     def _cut(self, whole: Batch, counted: list[tuple[torch.Tensor, torch.Tensor]]) -> list[Batch]:
         """A batch for each forward pass, weighted so that every prompt of the step counts alike, on however many
-        workers and in however many passes, and repeated ones not at all."""
+        workers and in however many passes, and repeated ones not at all.
+        """
         each, passes, device = self.num_generations, len(counted), self.accelerator.device
         real = torch.cat([real for _, real in counted]).repeat_interleave(each).to(device)
         if self.stage.spec.algorithm == "grpo":  # its loss is a mean over tokens
@@ -159,7 +162,8 @@ class PolicyTrainer(StageTrainer):
 
     def kl_of_step(self) -> float | None:
         """KL to the reference of the model before the last update, in nats per answer; None where the step drew no
-        answers and so measured none."""
+        answers and so measured none.
+        """
         if self.state.global_step % self.num_iterations != 1 % self.num_iterations:
             return None
         passes = len(self.stage.answered or ()) if self.stage.spec.algorithm == "grpo" else 1

@@ -34,7 +34,8 @@ def perform(context: StageContext, tools: StageIO) -> dict[str, float]:
 
 class Synthesis:
     """One worker's part. An endpoint is asked by the first worker alone, whose limits hold for all; a local model
-    answers on all of them."""
+    answers on all of them.
+    """
 
     def __init__(self, context: StageContext, tools: StageIO, stack: ExitStack) -> None:
         spec = context.stage.synthesize

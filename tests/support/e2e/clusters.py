@@ -1,0 +1,8 @@
+"""Either kind of cluster, as tests see it."""
+
+from __future__ import annotations
+
+from support.e2e.kind_cluster import KindCluster
+from support.e2e.one_machine import OneMachine
+
+Cluster = OneMachine | KindCluster
