@@ -66,8 +66,10 @@ class Runner:
         return self.log.read_text()
 
     def must_live(self, started: float) -> None:
-        """Raises:
-        SystemExit: it has ended, or has had its time since `started` (monotonic).
+        """Check that the process still runs.
+
+        Raises:
+            SystemExit: it has ended, or its time since `started` (monotonic) is over.
         """
         if self.process.poll() is not None:
             raise SystemExit(f"{self.name} ended early:\n{self.said()[-3000:]}")

@@ -32,8 +32,9 @@ def rendered() -> str:
 
 
 def chart_template(text: str) -> str:
-    """Return the CRD as a chart template with the condition `crds.enabled`. `helm uninstall` keeps the CRD and all
-    jobs.
+    """Return the CRD as a chart template with the condition `crds.enabled`.
+
+    `helm uninstall` keeps the CRD and all jobs.
     """
     body = text.removeprefix(HEADER).replace("{{", '{{ "{{" }}')
     head, found, rest = body.partition("metadata:\n")

@@ -33,8 +33,9 @@ LOWEST, HIGHEST = 0.9, 1.1
 
 
 def memory_table(results: Iterable[Result], seconds: float = 0.0) -> Result:
-    """Return the table measured/planned of all checks that measured memory. A ratio outside the bounds has a flag, and
-    fails the table.
+    """Return the table of measured and planned memory of all checks that measured it.
+
+    A ratio outside the bounds has a flag, and fails the table.
     """
     rows: list[Json] = [row for result in results for row in result.values.get("memory", [])]
     told = [row | {"flag": _outside(row["ratio"])} for row in rows]

@@ -35,8 +35,9 @@ WORDS = [f"{a} plus {b} makes {a + b}, says the teacher. " for a in range(10) fo
 
 
 def saved_model(options: Options, shape: str) -> Path:
-    """Return the directory of a model, which is made where it is not there yet. Its weights are bfloat16 on a GPU and
-    float32 in `--tiny`.
+    """Return the directory of a model, after creating it if necessary.
+
+    Its weights are bfloat16 on a GPU and float32 in `--tiny`.
     """
     directory = options.work / f"model-{shape}"
     if directory.is_dir():

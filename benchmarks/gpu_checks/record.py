@@ -50,8 +50,10 @@ class CheckFailed(Exception):
 
 
 def require(holds: bool, message: str, values: Json) -> None:
-    """Raises:
-    CheckFailed: it does not hold.
+    """Check a condition.
+
+    Raises:
+        CheckFailed: it does not hold.
     """
     if not holds:
         raise CheckFailed(message, values)

@@ -60,8 +60,10 @@ def memory_row(options: Options, name: str, figures: Figures) -> Json:
 
 
 def require_trained(figures: Figures, steps: int, values: Json) -> None:
-    """Raises:
-    CheckFailed: other steps than asked, or a loss that is not a number.
+    """Check that a stage has trained.
+
+    Raises:
+        CheckFailed: it took another number of steps than requested, or a loss is not a number.
     """
     require(len(figures.losses) == steps, f"{len(figures.losses)} steps, expected {steps}", values)
     require(all(map(math.isfinite, figures.losses)), f"losses {figures.losses}", values)

@@ -57,8 +57,9 @@ def _structural(node: Json, defs: Json) -> Json:
 
 
 def _resolved(node: Json, defs: Json) -> Json:
-    """Replace the `$ref` of `node` by its target. The description of the field takes precedence over that of the
-    type.
+    """Replace the `$ref` of `node` by its target.
+
+    The description of the field takes precedence over that of the type.
     """
     if "$ref" not in node:
         return node
@@ -79,8 +80,9 @@ def _without_unions(node: Json, defs: Json) -> Json:
 
 
 def _without_nulls(default: object) -> object:
-    """Remove nulls from a default. The default stays complete: the API server validates it before it adds nested
-    defaults.
+    """Remove nulls from a default.
+
+    The default stays complete: the API server validates it before it adds nested defaults.
     """
     if not isinstance(default, dict):
         return default
@@ -143,9 +145,9 @@ def _root() -> Json:
 
 
 def _unchanged(name: str) -> Json:
-    """Return the transition rule that a field of the spec is immutable. The field always has a value, set or by
-    default.
+    """Return the transition rule that a field of the spec is immutable.
 
+    The field always has a value, set or by default.
     CEL cannot read values below `x-kubernetes-preserve-unknown-fields`, but `==` of the parent object compares them
     (apiserver `pkg/cel/common/values.go`, `unstructuredMap.Equal`). It misses one change: a renamed key at the top of
     such an object. This has no effect, because the operator uses the RunConfig of the attempt.

@@ -16,8 +16,9 @@ _PLAIN_KEY = re.compile(r"[\w-]+")
 
 
 def field_path(loc: Loc) -> str:
-    """Return a location as a field path: `stages[1].sft`, without the leading `spec`; empty for the job and its
-    spec.
+    """Return a location as a field path, such as `stages[1].sft`.
+
+    The path has no leading `spec`. It is empty for the job and its spec.
     """
     path = ""
     for part in loc[1:] if loc[:1] == ("spec",) else loc:

@@ -34,8 +34,9 @@ _NAMED = re.compile(
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return the text with secrets replaced by `MARK`: values of secret environment variables, and known token
-    formats.
+    """Return the text with secrets replaced by `MARK`.
+
+    Secrets are the values of secret environment variables, and texts in known formats of tokens.
     """
     secrets = {value for name, value in environment.items() if is_secret(name) and len(value) >= SHORTEST}
     for value in sorted(secrets, key=len, reverse=True):

@@ -1,5 +1,6 @@
-"""`RunConfig`: the resolved, immutable configuration of one attempt, written by the operator or the CLI for the
-trainer.
+"""`RunConfig`: the resolved, immutable configuration of one attempt.
+
+The operator or the CLI writes it, and the trainer reads it.
 """
 
 from __future__ import annotations

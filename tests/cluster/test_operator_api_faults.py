@@ -33,9 +33,10 @@ pytestmark = pytest.mark.timeout(400, func_only=True)
 
 
 def faults(seed: int) -> Rule:
-    """Strikes the operator's calls; a watch too, whose events may be cut or expire. No watch's answer is ever whole, so
-    none can be lost after it. A read is never in conflict or expired: no API server says so of a list, and kopf's watch
-    would die of it until the probe has the operator started again.
+    """Return a rule that injects faults into the operator's calls.
+
+    A watch may be cut or expire. Its response never ends, so it cannot be lost after the end. A read is never in conflict
+    or expired: no API server responds so to a list, and kopf's watch would end until the probe restarts the operator.
     """
     any_fault = schedule(seed, RATE, FAULTS)
 

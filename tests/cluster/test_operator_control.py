@@ -1,5 +1,6 @@
-"""What people do to a job at awkward moments, on a real API server: before it starts, while it is checked, while nobody
-watches.
+"""Changes of a job by its user at unusual moments, on a real API server.
+
+The moments are before it starts, during preflight, and while no operator runs.
 """
 
 from __future__ import annotations

@@ -115,8 +115,9 @@ def test_contradictions_are_refused(fields: dict[str, object], message: str) -> 
 def test_cudnn_attention_is_disabled_while_answers_grow(
     chat: Loaded, monkeypatch: pytest.MonkeyPatch, variable: str | None, enabled: bool
 ) -> None:
-    """CuDNN builds a plan for each new length, so every token of an answer would cost one. Where the user has set
-    torch's variable, torch decides.
+    """CuDNN builds a plan for each new length, so every token of an answer would cost one.
+
+    If the user has set torch's variable, torch decides.
     """
     monkeypatch.delenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", raising=False)
     if variable is not None:

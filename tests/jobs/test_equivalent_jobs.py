@@ -120,8 +120,10 @@ def _gradients(job: Job, tmp_path: Path, evaluate: bool) -> list[tuple[float, fl
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_zero_and_workers(job: Job, write_job: WriteJob, tmp_path: Path) -> None:
-    """Whole jobs: ZeRO-1, 2 and 3 on two workers = one worker, for adapters on 4-bit weights, for every weight
-    and for adapters, and for DPO with the reference computed ahead on two workers = beside it on one.
+    """Whole jobs: ZeRO-1, 2 and 3 on two workers give the losses of one worker.
+
+    This holds for adapters on 4-bit weights, for full fine-tuning and for adapters, and for DPO with the reference
+    computed ahead on two workers and during training on one.
     """
     one = _job_curves(job, write_job, tmp_path, "one", batch=4, reference="model")
     assert all(curve[-1] < curve[0] - 0.01 for curve in one)

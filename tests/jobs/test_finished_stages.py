@@ -14,8 +14,10 @@ Job = dict[str, Any]
 
 
 def test_a_finished_stage_leaves_nothing_behind(base_job: Job, tmp_path: Path) -> None:
-    """DeepSpeed's gradient hooks refer to the optimizer from C++, where the garbage collector does not see them
-    (DeepSpeed#4856): without `release` every stage under ZeRO stays in memory until the worker ends.
+    """Without `release` every stage under ZeRO would stay in memory until the worker ends.
+
+    DeepSpeed's gradient hooks refer to the optimizer from C++, where the garbage collector does not see them
+    (DeepSpeed#4856).
     """
     full, adapter, pairs, accumulating = _jobs(base_job)
     trained = [(job, zero) for job in (full, adapter) for zero in (0, 1, 2, 3)]

@@ -1,5 +1,7 @@
-"""Jobs on saved models as they are found: names left by wrappers, lost weights, quantized weights, more tokens than
-rows, generation configurations that can't be saved, code of their own.
+"""Jobs on saved models as users have them.
+
+They have names left by wrappers, missing weights, quantized weights, more tokens than embedding rows, generation
+configurations that cannot be saved, or code of their own.
 """
 
 from __future__ import annotations

@@ -41,8 +41,9 @@ def job(base_job: Job) -> Job:
 def test_a_stopped_worker_a_hanging_read_and_a_sleeping_loader(
     job: Job, write_job: Callable[[Job], Path], tmp_path: Path
 ) -> None:
-    """One after the other in one job, none of which needs a hand. The read hangs as on a store that never answers: its
-    file is a pipe that nothing is written to.
+    """Three stalls in one job, each mended without help.
+
+    The read hangs as on a store that never responds: its file is a pipe to which nothing is written.
     """
     stage = tmp_path / "runs/job/stages/00-sft"
     driver, seen = start(write_job(job)), Lines()

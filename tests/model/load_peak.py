@@ -1,5 +1,6 @@
-"""Print by how much a model raises this process's memory at its peak: loading it, then reading all its weights; and the
-bytes of its weights.
+"""Print the increase of this process's peak memory by a model, and the bytes of its weights.
+
+The model is loaded, and then all of its weights are read.
 
 Usage: python load_peak.py MODEL WARM_UP_MODEL DTYPE
 """

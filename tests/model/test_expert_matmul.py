@@ -85,8 +85,9 @@ def kept_bytes(model: Any) -> int:
 
 
 def test_autograd_keeps_no_stack() -> None:
-    """PEFT keeps 2 * 64 * 32 + 32 * 64 float32 weights of each of 8 experts in 3 layers. The factors, whose rank 2 is
-    padded to 8, have 8 * (32 + 128) + 8 * (64 + 32).
+    """PEFT keeps 2 * 64 * 32 + 32 * 64 float32 weights of each of 8 experts in 3 layers.
+
+    The factors, whose rank 2 is padded to 8, have 8 * (32 + 128) + 8 * (64 + 32).
     """
     model = adapted("qwen3_moe", moe_intermediate_size=64)
     stacks, factors = 3 * 8 * (2 * 64 * 32 + 32 * 64) * 4, 3 * 8 * 8 * (32 + 128 + 64 + 32) * 4

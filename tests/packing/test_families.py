@@ -73,8 +73,9 @@ def test_attention(name: str, attention: str) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_small_models_of_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The preflight's findings on small models of transformers' own configurations hold for the loss: it accepts no
-    family that mixes documents, and refuses none that keeps them apart in rows as the collator makes them.
+    """The preflight's findings on small models of transformers' own configurations hold for the loss.
+
+    It accepts no family that mixes documents, and refuses none that separates them in rows as the collator makes them.
     """
     built: list[Any] = []
     monkeypatch.setattr(Trial, "_model", lambda self, make=Trial._model: built.append(make(self)) or built[-1])

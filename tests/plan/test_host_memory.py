@@ -42,8 +42,10 @@ def host(
 
 
 def test_merging_qlora_of_a_70b_model() -> None:
-    """One file of the result; the largest merged weight, an MLP's, as read in bfloat16, in float32, and what is added
-    to it; the adapter in float32. In float32 as a whole, the base alone would take 282 GB.
+    """The merge of a 70B QLoRA adapter needs the memory of one file of the result.
+
+    In addition it needs the largest merged weight (of an MLP) in bfloat16 and float32 with its change, and the adapter in
+    float32. The whole base in float32 would take 282 GB.
     """
     found = qlora().stages[0].host
     assert found is not None
@@ -65,8 +67,10 @@ def test_what_is_not_merged_takes_no_memory_for_it() -> None:
 
 
 def test_full_training_and_what_it_offloads() -> None:
-    """ZeRO-3 with both offloads on 2 nodes of 8: 12 bytes of optimizer states and 2 of weights per parameter, a half of
-    them on each node; the result is the whole model in bfloat16 on the first.
+    """ZeRO-3 with both offloads on 2 nodes of 8 GPUs.
+
+    Each node holds half of the 12 bytes of optimizer states and 2 bytes of weights per parameter. The result is the whole
+    model in bfloat16 on the first node.
     """
     stage = {"data": DATA, "maxLength": 1024, "dataloaderNumWorkers": 3}
     sharding = {"zero": 3, "offloadOptimizer": True, "offloadParam": True}

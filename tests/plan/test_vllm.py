@@ -1,5 +1,7 @@
-"""What generates the answers of `rlhf`, why, and what vLLM takes of the GPU. vLLM itself needs a GPU; its presence is a
-distribution's metadata, which is all that the project reads of it before a stage starts.
+"""The choice between transformers and vLLM for `rlhf`, and the GPU memory of vLLM.
+
+vLLM itself needs a GPU. The tests have only the metadata of its distribution, which is all that the project reads before
+a stage starts.
 """
 
 from __future__ import annotations
@@ -162,8 +164,9 @@ def _spec() -> Any:
 
 
 def test_the_pin_is_of_the_installed_libraries() -> None:
-    """A new torch or TRL needs another vLLM: this fails when either changes, and `vllm_version` is to be resolved
-    again.
+    """A new torch or TRL needs another vLLM: this test fails when either changes.
+
+    `vllm_version` must then be resolved again.
     """
     assert version("torch").startswith(f"{TORCH}.")
     (allowed,) = (one for one in map(Requirement, requires("trl") or []) if one.name == "vllm" and "extra" in str(one))

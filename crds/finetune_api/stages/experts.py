@@ -39,8 +39,9 @@ class GivenExperts(ApiModel):
 
 
 class EsftSpec(SupervisedSpec):
-    """Expert-specialized fine-tuning (ESFT, arXiv 2407.01906): supervised fine-tuning of those experts of each layer to
-    which the training data is routed.
+    """Expert-specialized fine-tuning (ESFT, arXiv 2407.01906).
+
+    It fine-tunes those experts of each layer to which the training data is routed.
     """
 
     model_config = rules(

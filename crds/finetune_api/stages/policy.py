@@ -131,8 +131,9 @@ class PromptSpec(AdapterSpec):
         """What scores the answers, by its place below the spec."""
 
     def reward_stages(self) -> Iterator[tuple[str, str]]:
-        """Yield the field path, relative to the spec, and the name of each earlier `reward` stage that this stage
-        uses.
+        """Yield the field path and the name of each earlier `reward` stage that this stage uses.
+
+        Paths are relative to the spec.
         """
         for path, scorer in self.scorers.items():
             if scorer.stage is not None:

@@ -104,8 +104,9 @@ class Stage(ApiModel):
         return getattr(model, "stage", None)
 
     def sources_from_stages(self) -> Iterator[tuple[str, str]]:
-        """Yield the field path, relative to the stage, and the stage name of each data source that is an earlier
-        stage.
+        """Yield the field path and the stage name of each data source that is an earlier stage.
+
+        Paths are relative to the stage.
         """
         for kind in self.kinds:
             spec = getattr(self, kind)

@@ -84,8 +84,9 @@ class QueryPairs(ApiModel):
 
 
 class GraphDatabase(ApiModel):
-    """The graph on which Cypher queries run (LadybugDB, embedded). Set exactly one of `file`, `script`, `cypher` and
-    `schemaFile`.
+    """The graph on which Cypher queries run (LadybugDB, embedded).
+
+    Set exactly one of `file`, `script`, `cypher` and `schemaFile`.
     """
 
     model_config = rules(exactly_one(*GRAPH_SOURCES))
@@ -199,8 +200,10 @@ class Decontaminate(ApiModel):
 
 
 class SynthesizeSpec(NonTrainingSpec):
-    """Generate training data with a teacher. Set exactly one of `questions`, `evolve`, `text2cypher` and `text2sql`.
-    Later stages read the data with `data.sources: [{stage: NAME}]`.
+    """Generate training data with a teacher.
+
+    Set exactly one of `questions`, `evolve`, `text2cypher` and `text2sql`. Later stages read the data with
+    `data.sources: [{stage: NAME}]`.
     """
 
     model_config = rules(

@@ -109,7 +109,7 @@ class KubeletStandIn:
         self._waiting(namespace, name, node, "CreateContainerConfigError", message)
 
     def unschedulable(self, namespace: str, name: str, message: str) -> None:
-        """The scheduler finds no node, such as `0/3 nodes are available: 3 Insufficient nvidia.com/gpu.`"""
+        """The scheduler finds no node, such as `0/3 nodes are available: 3 Insufficient nvidia.com/gpu.`."""
         made = condition("PodScheduled", "False", "Unschedulable", message)
         self._patch_status(namespace, name, phase="Pending", conditions=[made])
         self.event(namespace, name, "FailedScheduling", message, component="default-scheduler")

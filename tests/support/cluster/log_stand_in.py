@@ -40,8 +40,9 @@ class PodLog:
             self.changed.notify_all()
 
     def after(self, done: int, cuts: int) -> tuple[list[tuple[str, str]], bool]:
-        """Lines after the first `done`, once there are any or the log is over for a reader that saw so many cuts; and
-        whether it is over.
+        """Return the lines after the first `done`, and whether the log has ended for this reader.
+
+        Wait until there are such lines, or until the log has ended for a reader that saw `cuts` cuts.
         """
         with self.changed:
             self.changed.wait_for(lambda: len(self.lines) > done or self.ended or self.cuts > cuts, WAIT_SECONDS)
@@ -92,7 +93,7 @@ def _handler(stand_in: LogStandIn) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            """`/containerLogs/NAMESPACE/POD/CONTAINER`"""
+            """Serve `/containerLogs/NAMESPACE/POD/CONTAINER`."""
             url = urlsplit(self.path)
             query = {name: values[0] for name, values in parse_qs(url.query).items()}
             stand_in.queries.append(query)

@@ -109,8 +109,9 @@ def pause_image(path: Path) -> Path:
 
 
 def operator_image(path: Path) -> Path:
-    """What `images/Dockerfile` makes of the operator: its locked packages and no others, over a Python and its C
-    libraries; here these are this machine's.
+    """Build the operator's image as `images/Dockerfile` does: its locked packages over a Python and its C libraries.
+
+    Python and the C libraries are those of this machine.
     """
     home = path.with_name("operator-environment")
     uv = ROOT / ".uv" / "bin" / "uv"

@@ -79,11 +79,12 @@ class FaultyTeacher:
         self._released.set()
 
     def until_left(self, seconds: float = 60) -> None:
-        """Come back once no request is under way: of a client that was killed, once this server has noticed it. Until
-        then it would still answer it, and charge for that.
+        """Wait until no request is in progress.
+
+        The server notices late that a client was killed, and until then would still answer it and charge for the answer.
 
         Raises:
-            AssertionError: one still is after `seconds`.
+            AssertionError: a request is still in progress after `seconds`.
         """
         assert self._idle.wait(seconds), f"{self.under_way} requests are still under way"
 

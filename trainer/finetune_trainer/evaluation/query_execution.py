@@ -57,9 +57,7 @@ def query_in(answer: str) -> str:
 
 
 def execution(database: Sandbox, answer: str, reference: str) -> tuple[float, str]:
-    """Return 1 if the query of the answer returns the same result as the reference, else 0, and why the query
-    failed.
-    """
+    """Return 1 if the query of the answer returns the same result as the reference, else 0; and its error, if any."""
     query = query_in(reference)
     try:
         expected = returned(database, query)

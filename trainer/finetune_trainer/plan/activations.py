@@ -57,8 +57,10 @@ def loss_bytes(size: ModelSize, load: Workload) -> int:
 
 
 def drawing_bytes(size: ModelSize, load: Workload) -> int:
-    """Keys and values of all layers for every answer at its longest, its next token's logits, and under ZeRO-3 the
-    whole model, which is gathered meanwhile.
+    """Return the bytes that generating completions takes.
+
+    These are keys and values of all layers for every completion at its maximum length, the logits of its next token, and
+    under ZeRO-3 the whole model, which is gathered for generation.
     """
     if not load.drawn:
         return 0
@@ -117,8 +119,9 @@ def _mlp(size: ModelSize, width: int, load: Workload) -> float:
 
 
 def _experts(size: ModelSize, load: Workload) -> float:
-    """Each chosen expert's MLP with the token's copy in and its weighted output, its adapters' low-rank middles, and
-    the router's logits.
+    """Return the bytes per token of the chosen experts' MLPs and of the router's logits.
+
+    An MLP counts with its copy of the token, its weighted output and the low-rank activations of its adapters.
     """
     each = _mlp(size, size.expert_intermediate, load) + 2 * size.hidden * load.dtype_bytes
     if load.adapter is not None and size.expert_layers and not load.summed_stacks:

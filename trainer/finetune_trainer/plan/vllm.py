@@ -82,9 +82,10 @@ def _unreadable(run: RunConfig, index: int) -> str | None:
 
 
 def vllm_bytes(size: ModelSize, load: Workload) -> int:
-    """Return the bytes of one worker's vLLM: its copy of the weights, keys and values of the answers of one forward
-    pass at their longest, and the working memory of its profiling pass (no gradients).
+    """Return the bytes of one worker's vLLM.
 
+    These are its copy of the weights, the keys and values of the completions of one forward pass at their maximum length,
+    and the working memory of its profiling pass (no gradients).
     vLLM queues answers for which there is no room, so further answers of a step cost time and not memory.
 
     Args:

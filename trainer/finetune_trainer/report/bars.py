@@ -17,8 +17,9 @@ class Bars:
 
     @property
     def shares(self) -> list[tuple[str, str, float]]:
-        """Name, value and length (0 to 100) of each bar: linear from 0, or by logarithm where values differ a
-        hundredfold, so that the smallest is still seen.
+        """Name, value and length (0 to 100) of each bar.
+
+        Lengths are linear from 0, or logarithmic if values differ by a factor of 100, so that the smallest is visible.
         """
         finite = [value for value in self.values.values() if math.isfinite(value)]
         return [(name, number(value), self._length(value, finite)) for name, value in self.values.items()]

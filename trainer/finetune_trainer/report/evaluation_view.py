@@ -19,8 +19,9 @@ LESS_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_
 
 @dataclass(frozen=True)
 class Cell:
-    """One model's value of one metric, empty where it has none; of a model beside the evaluated one, with how far the
-    evaluated one is from it.
+    """One model's value of one metric; empty if it has none.
+
+    For other models than the evaluated one it includes the difference to the evaluated model.
     """
 
     value: str

@@ -73,8 +73,11 @@ class Panel:
 
 
 def to_svg(panel: Panel, salt: str) -> str:
-    """The panel as an `<svg>` element without references to anything outside it. `salt` is unique within a page: it
-    keeps the ids of two pictures apart.
+    """Return the panel as an `<svg>` element without external references.
+
+    Args:
+        panel: the curves.
+        salt: unique within a page, so that the ids of two pictures differ.
 
     Raises:
         ValueError: no curve has a point.

@@ -28,8 +28,9 @@ SAMPLES = 8
 
 
 def perform(context: StageContext, tools: StageIO) -> dict[str, float]:
-    """Measure every model, one after the other; returns the evaluated one's metrics, then the others' as
-    `model.metric`.
+    """Measure every model in turn.
+
+    Return the metrics of the evaluated model, then those of the others as `model.metric`.
     """
     evaluation = Evaluation(context, tools)
     with evaluation.database or nullcontext():

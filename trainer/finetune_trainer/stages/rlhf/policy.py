@@ -90,8 +90,9 @@ class PolicyTrainer(StageTrainer):
         return [row.ids for row in self.stage.asked[0] for _ in range(self.num_generations)], None, {}
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, fields: Any, *rest: Any) -> Any:
-        """TRL's hook: answers to prompts, each of which is there `num_generations` times. TRL's own draws depend on
-        which answers share a batch.
+        """Generate completions for prompts, each of which occurs `num_generations` times (a hook of TRL).
+
+        TRL's own sampling depends on which completions share a batch.
         """
         if self.use_vllm:
             return super()._generate_single_turn(prompt_ids, images, fields, *rest)
@@ -115,8 +116,9 @@ class PolicyTrainer(StageTrainer):
         return self.accelerator.gather(table.to(self.accelerator.device))
 
     def _scored(self) -> Batch:
-        """Answers to the prompts at hand with their advantages, as TRL's loss takes them, one prompt's after the
-        other's.
+        """Return completions of the current prompts with their advantages, in the form of TRL's loss.
+
+        The completions of one prompt are adjacent.
         """
         self.model.train()
         whole: Batch = self._generate_and_score_completions(
@@ -128,8 +130,9 @@ class PolicyTrainer(StageTrainer):
         return whole | {"length": torch.tensor(length)}
 
     def _cut(self, whole: Batch, counted: list[tuple[torch.Tensor, torch.Tensor]]) -> list[Batch]:
-        """A batch for each forward pass, weighted so that every prompt of the step counts alike, on however many
-        workers and in however many passes, and repeated ones not at all.
+        """Return a batch for each forward pass, weighted so that every prompt of the step counts equally.
+
+        This holds for any number of workers and passes. Repeated prompts that fill a batch do not count.
         """
         each, passes, device = self.num_generations, len(counted), self.accelerator.device
         real = torch.cat([real for _, real in counted]).repeat_interleave(each).to(device)
@@ -161,8 +164,9 @@ class PolicyTrainer(StageTrainer):
             measured["kl"][-1] *= length
 
     def kl_of_step(self) -> float | None:
-        """KL to the reference of the model before the last update, in nats per answer; None where the step drew no
-        answers and so measured none.
+        """KL divergence from the reference of the model before the last update, in nats per completion.
+
+        None if the step generated no completions, and so measured no divergence.
         """
         if self.state.global_step % self.num_iterations != 1 % self.num_iterations:
             return None

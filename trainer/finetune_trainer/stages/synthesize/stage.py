@@ -33,8 +33,10 @@ def perform(context: StageContext, tools: StageIO) -> dict[str, float]:
 
 
 class Synthesis:
-    """One worker's part. An endpoint is asked by the first worker alone, whose limits hold for all; a local model
-    answers on all of them.
+    """One worker's part of a stage that makes data.
+
+    Only the first worker sends requests to an endpoint, because its limits are global. A local model generates on all
+    workers.
     """
 
     def __init__(self, context: StageContext, tools: StageIO, stack: ExitStack) -> None:
