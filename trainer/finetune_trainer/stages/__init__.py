@@ -1,8 +1,7 @@
-"""The stages: a folder each, with the name of the member field that a job sets.
+"""Training stages: one package per stage, named after the stage's field in the job.
 
-A new stage is a spec in `finetune_api.stages`, which declares what the rest of the project asks about the stage
-(`finetune_api.declaration`), and a folder here. Its `stage.py` has a `make_trainer` where the stage takes optimizer
-steps (`trains`), else a `perform`.
+To add a stage, add a spec to `finetune_api.stages` that declares the stage's properties (`finetune_api.declaration`),
+and a package here. Its `stage.py` defines `make_trainer` if the stage takes optimizer steps (`trains`), else `perform`.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from finetune_trainer.training.stage_io import StageIO
 
 
 def perform(context: StageContext, tools: StageIO) -> dict[str, float]:
-    """Run a stage that takes no optimizer steps; returns its metrics. Every worker calls it."""
+    """Run a stage that takes no optimizer steps, and return its metrics. Every worker calls this."""
     metrics: dict[str, float] = _module(context).perform(context, tools)
     return metrics
 
 
 def make_trainer(context: StageContext) -> Any:
-    """The trainer of the context's stage."""
+    """Return the trainer of the context's stage."""
     trainer = _module(context).make_trainer(context)
     trainer.stage.feed = context.feed()
     if context.data.report.streaming:
@@ -30,5 +29,5 @@ def make_trainer(context: StageContext) -> Any:
 
 
 def _module(context: StageContext) -> Any:
-    """Only the module of that stage is imported: TRL's trainers load slowly."""
+    """Import the module of one stage only, because TRL's trainers are slow to import."""
     return import_module(f"{__name__}.{context.stage.kind}.stage")

@@ -1,4 +1,4 @@
-"""Direct preference optimisation (arXiv 2305.18290), in full or by (quantized) low-rank adapters."""
+"""Direct preference optimization (arXiv 2305.18290), full or with LoRA or QLoRA adapters."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from finetune_trainer.training.preference_trainer import PreferenceTrainer
 
 
 class DpoTrainer(PreferenceTrainer, trl.DPOTrainer):
-    """TRL's DPOTrainer on pairs whose user turns after the prompt are masked; TRL's own collator counts them."""
+    """TRL's DPOTrainer on pairs with later user turns masked, which TRL's own collator would include in the loss."""
 
     def measure(self, model: Any, inputs: dict[str, Any]) -> Sums:
-        """TRL's metrics of held-out pairs, without a mixture of experts' balance loss.
+        """Return TRL's metrics of held-out pairs as sums, without the router's auxiliary loss of MoE models.
 
         The loss types `aot` and `aot_unpaired` compare the pairs of a batch by rank, so they depend on the batch size.
         """
@@ -36,12 +36,12 @@ class DpoTrainer(PreferenceTrainer, trl.DPOTrainer):
         return preference_sums(loss, means, inputs["completion_mask"], sft_weight)
 
     def finish_means(self, means: dict[str, float]) -> dict[str, float]:
-        """See `training.held_out.preference_loss`."""
+        """Return the final metrics; see `training.held_out.preference_loss`."""
         return preference_loss(means)
 
 
 def make_trainer(context: StageContext) -> Any:
-    """The trainer of a `dpo` stage."""
+    """Return the trainer of a `dpo` stage."""
     spec = context.spec
     assert isinstance(spec, DpoSpec)
     args = trl.DPOConfig(**training_arguments(context), **_dpo_arguments(spec), max_length=None)
@@ -56,6 +56,6 @@ def _dpo_arguments(spec: DpoSpec) -> dict[str, Any]:
 
 
 def _reference(context: StageContext, spec: DpoSpec) -> Any:
-    """A second model, where the reference isn't the policy without its adapter or precomputed."""
+    """Return a second model as the reference, or None if it is precomputed or is the policy without its adapter."""
     wants_model = spec.reference == "model" or (spec.reference == "auto" and spec.lora is None)
     return starting_model(context) if wants_model else None

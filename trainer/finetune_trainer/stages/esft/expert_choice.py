@@ -1,4 +1,4 @@
-"""Which experts an `esft` stage trains: given by hand, chosen by an attempt before, or measured now."""
+"""Choice of the experts that an `esft` stage trains: configured, from an earlier attempt, or by measured scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune_trainer.training.context import StageContext
 
 
 class ExpertChoice:
-    """A stage's experts and what is known of their use, kept in the stage's directory in storage."""
+    """The chosen experts of a stage and the report of their load, saved in the stage's directory in storage."""
 
     def __init__(self, context: StageContext, spec: EsftSpec, model: PreTrainedModel) -> None:
         self.context, self.spec = context, spec
@@ -33,14 +33,14 @@ class ExpertChoice:
         self.before: dict[str, Any] = {}
 
     def choose(self, model: PreTrainedModel) -> ExpertConfig:
-        """The experts to train; every worker calls it and gets the same. The first one writes them down.
+        """Return the experts to train. Every worker calls this and gets the same result; rank 0 saves it.
 
         Raises:
-            UserError: experts given by hand don't fit the model.
+            UserError: the configured experts do not match the model.
         """
         layout = self.context.layout
         if self._chosen_before():
-            # An attempt before has chosen: its checkpoints hold these experts.
+            # The checkpoints of the earlier attempt contain these experts.
             return config_from(json.loads(self.storage.read_text(layout.expert_config)), layout.expert_config)
         scores = self.measure(model)
         config = self._given() or self._selected(scores)
@@ -49,7 +49,7 @@ class ExpertChoice:
         return config
 
     def _chosen_before(self) -> bool:
-        """Read what an attempt before has chosen; a choice by other data counts only if a checkpoint holds it."""
+        """Load an earlier attempt's report; its choice is valid for the same data, or if a checkpoint contains it."""
         layout = self.context.layout
         if not (self.storage.exists(layout.expert_config) and self.storage.exists(layout.expert_scores)):
             return False
@@ -58,14 +58,14 @@ class ExpertChoice:
         return same or self.context.resumed is not None
 
     def measure(self, model: PreTrainedModel) -> ExpertScores:
-        """The experts' scores on the stage's sample."""
+        """Return the scores of the experts on the stage's sample."""
         place = self.context.placement
         mine = share(self.batches, place.rank, place.world_size, in_step=self.context.zero == 3)
         with gathering(model):
             return measure_scores(model, mine)
 
     def measure_after(self, model: PreTrainedModel, config: ExpertConfig) -> dict[str, float]:
-        """Measure the trained model and write the report anew; returns final metrics. Every worker calls it."""
+        """Measure the trained model, rewrite the report and return final metrics. Every worker calls this."""
         report = load_report(self._measure_trained(model), config)
         self.before["after"] = {name: report[name] for name in ("token_scores", "gate_scores", "balance")}
         self._write_report(config)
@@ -97,6 +97,6 @@ class ExpertChoice:
         if self.context.placement.rank != 0:
             return
         self.storage.write_text(self.context.layout.expert_scores, json.dumps(self.before))
-        from finetune_trainer.esft.heat_map import draw  # matplotlib loads slowly, and only here
+        from finetune_trainer.esft.heat_map import draw  # matplotlib is slow to import
 
         self.storage.write_bytes(self.context.layout.expert_load, draw(self.before, self.spec.score))

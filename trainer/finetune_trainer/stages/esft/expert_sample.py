@@ -1,4 +1,4 @@
-"""The sample of a stage's data that expert scores are measured on."""
+"""Sample of a stage's training data for measuring expert scores."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from finetune_trainer.esft.scores import Batch
 
 
 def sample_batches(rows: Any, tokens: int, batch_size: int, seed: int) -> list[Batch]:
-    """Batches of whole examples that hold `tokens` tokens or a few more (all of them, where there are fewer).
+    """Return batches of whole examples with at least `tokens` tokens in total, or all examples if they have fewer.
 
-    The same batches for any number of workers, which then share them out, so that scores don't depend on it.
+    The batches do not depend on the world size, so neither do the scores. `share` divides them among the workers.
 
     Args:
-        rows: prepared training rows, packed or not; a stream is read from its start and left as it is.
+        rows: prepared training rows, packed or not. A stream is read from its start; its own position does not change.
 
     Returns:
         `input_ids` and `attention_mask` of each batch, int64 [B, T].
@@ -35,10 +35,10 @@ def sample_batches(rows: Any, tokens: int, batch_size: int, seed: int) -> list[B
 
 
 def share(batches: list[Batch], rank: int, workers: int, *, in_step: bool) -> Iterator[Batch]:
-    """One worker's batches.
+    """Yield the batches of one worker.
 
     Args:
-        in_step: every worker gets the same number, as ZeRO-3 needs it, the missing ones all of padding.
+        in_step: yield equally many batches on every worker, as ZeRO-3's collectives require; fill up with padding.
     """
     mine = batches[rank::workers]
     yield from mine

@@ -1,4 +1,4 @@
-"""Expert-specialized fine-tuning (arXiv 2407.01906): supervised fine-tuning of the experts that the data uses."""
+"""Expert-specialized fine-tuning (arXiv 2407.01906): SFT of the experts that the router selects most for the data."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from finetune_trainer.training.supervised_batches import supervised_batches
 from finetune_trainer.training.trainer_extensions import TrainerExtensions
 
 TRAINED = "trained.safetensors"
-"""In a checkpoint: the trained weights under their names in the split model. The frozen ones are the base's."""
+"""File in a checkpoint: the trained weights, by name in the split model. Frozen weights come from the base model."""
 
 
 @dataclass
 class EsftExtensions(TrainerExtensions):
-    """What an `esft` stage adds to its trainer."""
+    """State that an `esft` stage adds to its trainer."""
 
     choice: ExpertChoice = field(init=False)
-    """How the experts are used, before and after."""
+    """Choice of the experts, with their load before and after training."""
     experts: ExpertConfig = field(init=False)
-    """The experts that are trained."""
+    """The trained experts."""
 
 
 class EsftTrainer(StageTrainer, trl.SFTTrainer):
-    """TRL's SFTTrainer on a model in split storage."""
+    """TRL's SFTTrainer on a model whose stacked experts are split into trained and frozen weights."""
 
     stage: EsftExtensions
 
     @staticmethod
     def new_extensions() -> EsftExtensions:
-        """What `stage` holds."""
+        """Return the initial value of `stage`."""
         return EsftExtensions()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The trained weights alone; DeepSpeed's shards hold them already."""
+        """Save the trained weights only; with DeepSpeed nothing, because its own checkpoint contains them."""
         if self.is_deepspeed_enabled or not self.args.should_save:
             return
         directory = Path(output_dir or str(self.args.output_dir))
@@ -61,7 +61,7 @@ class EsftTrainer(StageTrainer, trl.SFTTrainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Transformers' hook: the inverse of `save_model`."""
+        """Load the weights that `save_model` wrote (a hook of transformers)."""
         saved, trained = load_file(Path(resume_from_checkpoint, TRAINED)), self._trained()
         if saved.keys() != trained.keys():
             raise RuntimeError(f"{resume_from_checkpoint} holds other experts than this stage trains")
@@ -69,7 +69,7 @@ class EsftTrainer(StageTrainer, trl.SFTTrainer):
             weight.data.copy_(saved[name])
 
     def final_metrics(self) -> dict[str, float]:
-        """The experts' use by the trained model; every worker calls it."""
+        """Return metrics of the experts' load in the trained model. Every worker calls this."""
         return self.stage.choice.measure_after(self._whole(), self.stage.experts)
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
@@ -80,9 +80,9 @@ class EsftTrainer(StageTrainer, trl.SFTTrainer):
 
 
 def make_trainer(context: StageContext) -> Any:
-    """The trainer of an `esft` stage, its experts chosen and split."""
+    """Return the trainer of an `esft` stage, after choosing the experts and splitting their weights."""
     spec = _spec(context)
-    # The arguments come first: with ZeRO-3 they divide the model among the workers while it loads.
+    # Create the arguments before the model: with ZeRO-3 they enable sharded loading.
     args = trl.SFTConfig(**training_arguments(context), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     model = _model(context, args.device)
     choice = ExpertChoice(context, spec, model)
@@ -104,7 +104,7 @@ def make_trainer(context: StageContext) -> Any:
 
 
 def perform(context: StageContext, tools: StageIO) -> dict[str, float]:
-    """A `scoreOnly` stage: measure, select and write down; returns its metrics. Every worker calls it."""
+    """Measure, select and save the experts of a `scoreOnly` stage; return its metrics. Every worker calls this."""
     spec = _spec(context)
     args = trl.SFTConfig(**training_arguments(context), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     model = _model(context, args.device)
@@ -127,6 +127,6 @@ def _spec(context: StageContext) -> EsftSpec:
 
 
 def _model(context: StageContext, device: torch.device) -> Any:
-    """The model on its device, where it is going anyway; ZeRO-3 has placed it as it loaded."""
+    """Return the starting model on `device`. With ZeRO-3 it is placed while it loads."""
     model: Any = starting_model(context)
     return model if context.zero == 3 else model.to(device)

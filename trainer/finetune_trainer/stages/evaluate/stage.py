@@ -1,4 +1,4 @@
-"""Measure the model that the stages before have made, and others beside it, on rows and on tasks."""
+"""Evaluate the model of the previous stages, and the models to compare it with, on rows and on benchmark tasks."""
 
 from __future__ import annotations
 
@@ -24,14 +24,11 @@ from finetune_trainer.training.reset_state import reset_stage_state
 from finetune_trainer.training.stage_io import StageIO
 
 SAMPLES = 8
-"""Rows whose answers the report shows side by side."""
+"""Number of rows whose answers the report shows for all models."""
 
 
 def perform(context: StageContext, tools: StageIO) -> dict[str, float]:
-    """Measure every model in turn.
-
-    Return the metrics of the evaluated model, then those of the others as `model.metric`.
-    """
+    """Measure every model, and return the metrics; those of the compared models are named `model.metric`."""
     evaluation = Evaluation(context, tools)
     with evaluation.database or nullcontext():
         measured = {one.name: evaluation.measure(number, one) for number, one in enumerate(evaluation.models)}
@@ -41,7 +38,7 @@ def perform(context: StageContext, tools: StageIO) -> dict[str, float]:
 
 
 class Evaluation:
-    """One worker's part: batches are dealt among the workers, and are the same for any number of them."""
+    """One worker's part of an evaluation. Batches are divided among workers, and do not depend on the world size."""
 
     def __init__(self, context: StageContext, tools: StageIO) -> None:
         spec, run, where = context.stage.evaluate, context.run, context.where
@@ -64,7 +61,7 @@ class Evaluation:
             tools.log(f"the beginning of {cut} of {len(self.rows)} prompts is left out, to leave room for an answer")
 
     def measure(self, number: int, contender: Contender) -> dict[str, float]:
-        """A model's metrics, as an attempt before or this one measured them. Every worker gets the same."""
+        """Return a model's metrics, measured now or by an earlier attempt. Every worker gets the same result."""
         log = self._results_log(contender)
         if self.rows and not log.complete:
             self._measure_rows(number, contender, log)
@@ -81,7 +78,7 @@ class Evaluation:
 
     def _measure_rows(self, number: int, contender: Contender, log: ResultsLog) -> None:
         known = log.known()
-        self.tools.collectives.barrier()  # nobody adds a batch before all have seen which are there
+        self.tools.collectives.barrier()  # no worker writes before all have read which rows are done
         todo = batches([row for row in self.rows if row.number not in known], self.spec.per_device_eval_batch_size)
         workers, rank = self.context.placement.world_size, self.context.placement.rank
         for first in range(0, len(todo), workers):
@@ -120,7 +117,7 @@ class Evaluation:
             one |= self.scorer.score(answer.text, row.reference)
 
     def _tasks(self, contender: Contender) -> dict[str, float]:
-        """The tasks' metrics, measured by the first worker, once: each task is kept as it is done."""
+        """Return the metrics of the tasks. Rank 0 measures each task once, and saves its result for later attempts."""
         metrics: dict[str, float] = {}
         for task in self.spec.tasks:
             kept = self.context.layout.task(contender.name, task)
@@ -134,7 +131,7 @@ class Evaluation:
         return metrics
 
     def conclude(self, measured: Measured) -> None:
-        """Write down what was measured, with samples of the answers."""
+        """Write the metrics of all models, with samples of their answers."""
         evaluation = {
             "model": self.models[0].name,
             "models": measured,
@@ -146,7 +143,7 @@ class Evaluation:
         self.tools.storage.write_text(self.context.layout.evaluation, json.dumps(evaluation, indent=1))
 
     def metrics(self, measured: Measured) -> dict[str, float]:
-        """All metrics in one table: the evaluated model's own names, the others' as `model.metric`."""
+        """Return all metrics in one dict; those of the compared models are named `model.metric`."""
         others = (one.name for one in self.models[1:])
         compared = {f"{name}.{metric}": value for name in others for metric, value in measured[name].items()}
         return measured[self.models[0].name] | compared
@@ -165,7 +162,7 @@ class Evaluation:
         ]
 
     def _open(self, contender: Contender) -> Any:
-        """The contender's model, loaded when it is first needed."""
+        """Return the contender's model, loaded at the first call."""
         if self.model is None:
             self.model = open_model(contender, self.context, self.spec)
         return self.model

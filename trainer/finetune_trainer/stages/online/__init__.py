@@ -1,1 +1,1 @@
-"""Online rounds of preference tuning (`online`)."""
+"""Iterative preference tuning on the model's own completions (`online`)."""

@@ -1,4 +1,4 @@
-"""What an `online` stage keeps of its rounds in storage, so that no answer is drawn and no pair made twice."""
+"""Files of an `online` stage's rounds in storage, from which a resumed stage reads completions and pairs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PART = "samples-"
 
 
 class RoundFiles:
-    """The files of one stage. A file is whole or not there."""
+    """The files of one stage. Writes are atomic."""
 
     def __init__(self, storage: Storage, layout: StageLayout) -> None:
         self.storage, self.layout = storage, layout
 
     def begin(self, data: str) -> None:
-        """Note which prompts the rounds are drawn from, and delete what was drawn from others.
+        """Record which prompts the rounds use, and delete the files of rounds that used other prompts.
 
         Args:
             data: hash of the prompts.
@@ -32,41 +32,41 @@ class RoundFiles:
         self.storage.write_text(path, data)
 
     def parts(self, number: int) -> set[int]:
-        """The parts of a round's samples that are there."""
+        """Return the numbers of a round's sample files that exist."""
         names = (name for name in self.storage.names(self.layout.round(number)) if name.startswith(PART))
         return {int(name.removeprefix(PART).removesuffix(".jsonl")) for name in names}
 
     def write_part(self, number: int, part: int, rows: Iterable[Json]) -> None:
-        """Write the samples of some of a round's prompts."""
+        """Write the samples of one part of a round's prompts."""
         self.storage.write_text(self._part(number, part), _lines(rows))
 
     def read_parts(self, number: int) -> list[Json]:
-        """A round's samples, in order of its prompts."""
+        """Return a round's samples in the order of its prompts."""
         return [row for part in sorted(self.parts(number)) for row in self._rows(self._part(number, part))]
 
     def pairs(self, number: int) -> list[Json] | None:
-        """A round's pairs; None where they are not made."""
+        """Return a round's pairs, or None if they do not exist yet."""
         path = self.layout.round_pairs(number)
         return self._rows(path) if self.storage.exists(path) else None
 
     def finish(self, number: int, samples: list[Json], pairs: list[Json]) -> None:
-        """Write a round's samples as one file and then its pairs, which says that the round's data is made."""
+        """Write a round's samples as one file, then its pairs, whose file marks the round's data as complete."""
         self.storage.write_text(self.layout.round_samples(number), _lines(samples))
         self.storage.write_text(self.layout.round_pairs(number), _lines(pairs))
         for part in self.parts(number):
             self.storage.delete(self._part(number, part))
 
     def start(self) -> list[Json] | None:
-        """Answers of the model that the stage starts from to held-out prompts; None where they are not drawn."""
+        """Return the starting model's completions of the held-out prompts, or None if they do not exist yet."""
         path = self.layout.round_start
         return self._rows(path) if self.storage.exists(path) else None
 
     def write_start(self, rows: list[Json]) -> None:
-        """Keep them."""
+        """Write the starting model's completions of the held-out prompts."""
         self.storage.write_text(self.layout.round_start, _lines(rows))
 
     def record(self, number: int, facts: Json) -> None:
-        """Add facts about a round to the stage's table of rounds."""
+        """Merge statistics of a round into the stage's table of rounds."""
         path = self.layout.rounds
         table = json.loads(self.storage.read_text(path)) if self.storage.exists(path) else {"rounds": []}
         rounds = {row["round"]: row for row in table["rounds"]}

@@ -1,4 +1,4 @@
-"""One trainer for all rounds of an `online` stage: one optimizer, one schedule, one curve."""
+"""Trainer of all rounds of an `online` stage, which share one optimizer and one learning rate schedule."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from finetune_trainer.training.trainer_extensions import TrainerExtensions
 
 Json = dict[str, Any]
 HELD_OUT = SEEDS - 1
-"""The occasion whose seed draws answers to held-out prompts."""
+"""Offset of the seed for completions of held-out prompts; rounds use the offsets below."""
 
 
 @dataclass
 class RoundExtensions(TrainerExtensions):
-    """What an `online` stage adds to its trainer."""
+    """State that an `online` stage adds to its trainer."""
 
     feed: PromptFeed = field(init=False)
     context: StageContext = field(init=False)
@@ -41,16 +41,16 @@ class RoundExtensions(TrainerExtensions):
     files: RoundFiles = field(init=False)
     collectives: Collectives = field(init=False)
     pairs: list[Json] = field(init=False)
-    """Of the round at hand."""
+    """Pairs of round `made`."""
     made: int = -1
-    """The round whose pairs are at hand."""
+    """Round whose pairs are loaded, or -1."""
 
 
 class RoundTrainer(PreferenceTrainer):
-    """Mixin over TRL's DPOTrainer: a round's pairs are made at its first step, and kept in storage.
+    """Mixin over TRL's DPOTrainer that makes a round's pairs at its first step, and saves them in storage.
 
-    An answer is drawn by the stage's seed, the round and the prompt's place in it, whichever worker draws it. The
-    reference's log-probabilities are worked out with the pairs, so no reference is asked while a round trains.
+    A completion depends on the stage's seed, the round and the prompt's position in it, not on the worker. The
+    reference's log-probabilities are computed with the pairs, so training a round needs no reference forward pass.
     """
 
     stage: RoundExtensions
@@ -58,11 +58,11 @@ class RoundTrainer(PreferenceTrainer):
 
     @staticmethod
     def new_extensions() -> RoundExtensions:
-        """What `stage` holds."""
+        """Return the initial value of `stage`."""
         return RoundExtensions()
 
     def begin(self, context: StageContext, spec: OnlineSpec, schedule: Schedule, judge: Ranks) -> None:
-        """Take on what TRL's constructor has no place for."""
+        """Set the state that TRL's constructor has no arguments for."""
         stage = self.stage
         stage.context, stage.spec, stage.schedule, stage.judge = context, spec, schedule, judge
         stage.files, stage.collectives = RoundFiles(Storage(context.run.root), context.layout), Collectives()
@@ -72,15 +72,15 @@ class RoundTrainer(PreferenceTrainer):
         self.add_callback(RoundsCallback(self))
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """TRL's hook: there are no pairs yet."""
+        """Return the dataset unchanged, because there are no pairs yet (a hook of TRL)."""
         return dataset
 
     def get_train_dataloader(self) -> Any:
-        """Transformers' hook: it counts the steps; what is trained on is made as it is needed."""
+        """Return a loader of indices, by which transformers counts steps; `get_batch_samples` supplies the pairs."""
         return self.stage.feed.loader(range(self.stage.schedule.total * self.stage.feed.division.rows), list)  # type: ignore[arg-type]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Transformers' hook around each optimizer step's batches: pairs of the present round."""
+        """Return the batches of an optimizer step, from the current round's pairs (a hook of transformers)."""
         transformers.Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
         number, step = self.stage.schedule.at(self.state.global_step)
         if self.stage.made != number:
@@ -99,7 +99,7 @@ class RoundTrainer(PreferenceTrainer):
         return batches, None
 
     def rows_of(self, step: int, rank: int | None = None, number: int = 0) -> list[int]:
-        """As of `StageTrainer`; the rows are pairs of the round at hand."""
+        """Return the rows of a step, as in `StageTrainer`; rows are pairs of the current round."""
         round_at, at = self.stage.schedule.at(step)
         division = self.stage.feed.division
         mine = self.stage.schedule.pairs_of(round_at, at, len(self.stage.pairs), division.rows)
@@ -108,7 +108,7 @@ class RoundTrainer(PreferenceTrainer):
         return [int(mine[place]) for place in replace(division, rank=rank).share(division.rows)[number].tolist()]
 
     def _begin_round(self, number: int) -> None:
-        """Make a round's pairs, or find them made."""
+        """Load a round's pairs from storage, or make them."""
         pairs = self.stage.files.pairs(number)
         if pairs is None:
             samples = self._samples(number)
@@ -117,10 +117,10 @@ class RoundTrainer(PreferenceTrainer):
         self.stage.pairs, self.stage.made = pairs, number
 
     def _end(self, number: int) -> None:
-        """A round without pairs has nothing to train on: the stage ends with the model that it has.
+        """Stop training with the current model, because a round has no pairs to train on.
 
         Raises:
-            UserError: it is the first one.
+            UserError: it is the first round.
         """
         message = f"ranks all answers to the {self.stage.schedule.prompts} prompts of round {number + 1} alike"
         if number == 0:
@@ -134,16 +134,16 @@ class RoundTrainer(PreferenceTrainer):
         return [prompt_row(self.train_dataset[index]) for index in self.stage.schedule.prompts_of(number)]
 
     def _samples(self, number: int) -> list[Json]:
-        """Ranked answers to a round's prompts, drawn a part at a time and kept; parts are shared among the workers."""
+        """Return ranked completions of a round's prompts. Workers divide the parts, and save each one when done."""
         size, rows = self.stage.spec.per_device_train_batch_size, self._rows(number)
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         there = self.stage.files.parts(number)
-        self.stage.collectives.barrier()  # before the first part is written, all must see the same ones missing
+        self.stage.collectives.barrier()  # no worker writes before all have listed the missing parts
         missing = [part for part in range(len(parts)) if part not in there]
         rank, workers = self.stage.context.placement.rank, self.stage.context.placement.world_size
         for turn in range(0, len(missing), workers):
             mine = missing[min(turn + rank, len(missing) - 1)]
-            # Under ZeRO-3 every worker draws in every turn; what another one has is not written twice.
+            # Under ZeRO-3 every worker generates in every turn; a duplicate part is not written.
             if turn + rank < len(missing) or self.stage.context.zero == 3:
                 answered = self._ranked(parts[mine], mine * size, number)
                 if turn + rank < len(missing):
@@ -153,7 +153,7 @@ class RoundTrainer(PreferenceTrainer):
         return self.stage.files.read_parts(number)
 
     def _ranked(self, rows: list[PromptRow], first: int, number: int) -> list[Json]:
-        """Answers to some of a round's prompts, each with its tokens and its number."""
+        """Return completions of some of a round's prompts, with their tokens and their scores by the judge."""
         each, keys = self.stage.spec.num_generations, list(range(first, first + len(rows)))
         seed = self.stage.spec.seed * SEEDS + number
         options = sampling_options(self.stage.spec.generation)
@@ -168,14 +168,14 @@ class RoundTrainer(PreferenceTrainer):
         ]
 
     def _tell(self, number: int, done: int, parts: int) -> None:
-        """Say how far a round's answers are, and stop where the driver wants it: what is drawn is kept."""
+        """Log the progress of a round's completions, and stop if the driver requests it; written parts are kept."""
         if self.stage.io is None:
             return
         self.stage.io.log(f"round {number + 1} of {self.stage.schedule.rounds}: answers, part {done} of {parts}")
         self.stage.io.stop_together()
 
     def _referenced(self, pairs: list[Json]) -> list[Json]:
-        """The pairs with the reference's log-probabilities; every worker gets them all."""
+        """Return all pairs with the reference's log-probabilities, on every worker."""
         rank, workers, size = self.stage.context.placement.rank, self.stage.context.placement.world_size, len(pairs)
         if not pairs:
             return []
@@ -190,7 +190,7 @@ class RoundTrainer(PreferenceTrainer):
         ]
 
     def _reference(self, pairs: list[Json]) -> torch.Tensor:
-        """Log-probabilities [n, 2] of the chosen and the rejected answers."""
+        """Return the log-probabilities of the chosen and the rejected completions, [n, 2]."""
         inputs = self._prepare_inputs(self.data_collator(pairs))
         self.model.eval()
         if self.stage.spec.reference == "start":
@@ -201,7 +201,7 @@ class RoundTrainer(PreferenceTrainer):
         return torch.stack(both, dim=1)
 
     def _own_log_probs(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """As TRL's `compute_ref_log_probs`, of the model in training itself."""
+        """Return what TRL's `compute_ref_log_probs` returns, but of the model in training."""
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad(), self.accelerator.autocast():
@@ -226,7 +226,7 @@ class RoundTrainer(PreferenceTrainer):
         self.stage.collectives.barrier()
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The model against the one that the stage started from, on held-out prompts; every worker gets the same."""
+        """Compare the model with the stage's starting model on held-out prompts; every worker gets the same result."""
         with self.stage.paused():
             sums = self.accelerator.reduce(self._held_out(), reduction="sum").tolist()
         means = {"eval_reward": sums[0] / max(sums[1], 1), "eval_length": sums[4] / max(sums[5], 1)}
@@ -242,10 +242,10 @@ class RoundTrainer(PreferenceTrainer):
         return means
 
     def _held_out(self) -> torch.Tensor:
-        """Sums and counts of rewards, wins and lengths over this worker's held-out prompts."""
+        """Return sums and counts of rewards, wins and lengths over this worker's held-out prompts, float32 [6]."""
         worker, data = self.stage.context.placement, self.eval_dataset
         rank, workers = worker.rank, worker.world_size
-        # Each worker answers as many, as ZeRO-3 needs it; what is there twice counts once.
+        # ZeRO-3 needs equally many prompts on every worker; `real` excludes repeated ones.
         keys = [(rank + at) % len(data) for at in range(0, len(data), workers)]
         real = [rank + at < len(data) for at in range(0, len(data), workers)]
         rows = [prompt_row(data[key]) for key in keys]
@@ -266,7 +266,7 @@ class RoundTrainer(PreferenceTrainer):
         return torch.tensor(totals, dtype=torch.float32, device=self.accelerator.device)
 
     def _start(self, keys: list[int], now: list[Json], real: list[bool]) -> dict[int, Json]:
-        """The starting model's answers by the prompts' keys, which the first evaluation draws."""
+        """Return the starting model's completions by prompt; the first evaluation, before training, saves them."""
         known = self.stage.files.start()
         self.stage.collectives.barrier()
         if known is None:
@@ -280,7 +280,7 @@ class RoundTrainer(PreferenceTrainer):
 
 
 class RoundsCallback(TrainerCallback):
-    """At each round's end a checkpoint and a comparison."""
+    """Save a checkpoint and evaluate at the end of each round."""
 
     def __init__(self, trainer: RoundTrainer) -> None:
         self.trainer = trainer
@@ -293,7 +293,7 @@ class RoundsCallback(TrainerCallback):
 
 
 def _pairs(samples: list[Json], rows: list[PromptRow]) -> list[Json]:
-    """The best and the worst answer to each prompt, where they differ, as rows of preference data."""
+    """Return preference rows of the best and the worst completion of each prompt, if they differ."""
     pairs = []
     for sample in samples:
         places = best_and_worst(sample["scores"])

@@ -1,4 +1,4 @@
-"""Rounds of preference tuning on the model's own answers (arXiv 2312.16682), in full or by low-rank adapters."""
+"""Iterative preference tuning on the model's own completions (arXiv 2312.16682), full or with LoRA adapters."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from finetune_trainer.training.context import StageContext
 
 
 class OnlineTrainer(RoundTrainer, trl.DPOTrainer):
-    """TRL's DPOTrainer on pairs that are made as the rounds begin."""
+    """TRL's DPOTrainer on pairs that are made at the beginning of each round."""
 
 
 def make_trainer(context: StageContext) -> Any:
-    """The trainer of an `online` stage."""
+    """Return the trainer of an `online` stage."""
     spec = context.spec
     assert isinstance(spec, OnlineSpec)
     rows: Any = context.data.train
     rounds = schedule(spec, len(rows), context.rows_per_step)
-    # The arguments come first: with ZeRO-3 they divide the model among the workers while it loads. A reference's
-    # log-probabilities are part of the pairs.
+    # Create the arguments before the model: with ZeRO-3 they enable sharded loading. The pairs
+    # contain the reference's log-probabilities, hence `precompute_ref_log_probs`.
     common = training_arguments(context) | {"max_steps": rounds.total, "num_train_epochs": 1}
     args = trl.DPOConfig(**common, **loss_arguments(spec), precompute_ref_log_probs=True, max_length=None)
     adapted = fresh_adapter(context) if spec.lora is None else adapted_model(context)
@@ -52,6 +52,6 @@ def _judge(context: StageContext, spec: OnlineSpec, device: Any) -> Ranks:
 
 
 def _journal(context: StageContext) -> Journal:
-    """What the judge was asked and said, by whichever worker."""
+    """Return the journal of the judge's requests and answers, of all workers."""
     rank, own = context.placement.rank, scratch(context.run, context.layout.index)
     return Journal(Storage(context.run.root), context.layout.judgements, own / f"judge-{rank}", rank)

@@ -1,1 +1,1 @@
-"""Pretraining, causal or masked (`pretrain`)."""
+"""Causal or masked language model pretraining (`pretrain`)."""

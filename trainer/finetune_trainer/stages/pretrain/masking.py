@@ -1,4 +1,4 @@
-"""BERT's masking, drawn anew in each epoch yet the same in a resumed run."""
+"""BERT's masking with new masks in each epoch, reproducible when a run resumes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 
 
 class MaskingCollator:
-    """transformers' masked-LM collator (80% mask, 10% random, 10% kept; arXiv 1810.04805) with masks by content.
+    """Masked-LM collator of transformers (80% mask, 10% random, 10% kept; arXiv 1810.04805) with reproducible masks.
 
-    Its own random numbers depend on how many batches were drawn before, which a resumed run can't know: the loader
-    fetches ahead of the checkpoint. Here a batch's masks follow from its tokens, the seed and the epoch.
+    transformers' masks depend on the number of batches drawn before, which a resumed run cannot restore because the
+    loader prefetches. Here they depend on the batch's tokens, the seed and the epoch only.
 
-    Returns input_ids, attention_mask and labels, each (rows, tokens); labels are -100 where nothing is hidden.
+    A batch has `input_ids`, `attention_mask` and `labels`, int64 [B, T]; labels of unmasked tokens are -100.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, probability: float, seed: int) -> None:
@@ -30,7 +30,7 @@ class MaskingCollator:
         return dict(self._inner.torch_call([{"input_ids": row["input_ids"]} for row in rows]))
 
     def mask_rows(self, batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-        """Masked columns for a batch of blocks, in `datasets.map`'s form."""
+        """Return the masked columns of a batch of blocks, as a function for `datasets.map`."""
         masked = self([{"input_ids": ids} for ids in batch["input_ids"]])
         return {name: values.tolist() for name, values in masked.items()}
 

@@ -1,4 +1,4 @@
-"""Language modelling on blocks of plain text, causal or masked, from scratch or continued."""
+"""Causal or masked language modeling on blocks of plain text, from scratch or from a pretrained model."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from finetune_trainer.training.stage_trainer import StageTrainer
 
 
 class CausalTrainer(StageTrainer, trl.SFTTrainer):
-    """TRL's SFTTrainer on blocks in which every token is a label: its loss never builds the full logits."""
+    """TRL's SFTTrainer, whose loss does not materialize the full logits, on blocks with loss on every token."""
 
 
 class MaskedTrainer(StageTrainer, transformers.Trainer):
     """transformers' Trainer on masked blocks."""
 
     def measure(self, model: Any, inputs: dict[str, Any]) -> Sums:
-        """The loss of what is hidden in held-out blocks."""
+        """Return the loss of the masked tokens of held-out blocks as sums."""
         return masked_sums(model, inputs)
 
 
 def make_trainer(context: StageContext) -> Any:
-    """The trainer of a `pretrain` stage."""
+    """Return the trainer of a `pretrain` stage."""
     spec = context.spec
     assert isinstance(spec, PretrainSpec)
     return _masked(context, spec) if spec.objective == "masked" else _causal(context, spec)
 
 
 def _causal(context: StageContext, spec: PretrainSpec) -> Any:
-    # The arguments come first: with ZeRO-3 they divide the model among the workers while it loads.
+    # Create the arguments before the model: with ZeRO-3 they enable sharded loading.
     args = trl.SFTConfig(**training_arguments(context), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     return CausalTrainer(
         model=_model(context, spec),
@@ -66,7 +66,7 @@ def _masked(context: StageContext, spec: PretrainSpec) -> Any:
 
 
 def _masked_once(rows: Dataset | None, collator: MaskingCollator) -> Dataset | None:
-    """Held-out rows with their masks drawn once, so that two evaluations measure the same thing."""
+    """Mask the held-out rows once, so that all evaluations use the same masks."""
     return None if rows is None else rows.map(collator.mask_rows, batched=True, batch_size=64)
 
 

@@ -1,4 +1,4 @@
-"""A reward model from preference pairs (arXiv 2203.02155), in full or by (quantized) low-rank adapters."""
+"""Reward modeling on preference pairs (arXiv 2203.02155), full or with LoRA or QLoRA adapters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RewardTrainer(PreferenceTrainer, trl.RewardTrainer):
     """TRL's RewardTrainer on prepared pairs."""
 
     def measure(self, model: Any, inputs: dict[str, Any]) -> Sums:
-        """The loss, and how held-out pairs are ranked."""
+        """Return the loss and the ranking metrics of held-out pairs as sums."""
         with without_gathering(self):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         self._metrics["eval"].clear()
@@ -29,10 +29,10 @@ class RewardTrainer(PreferenceTrainer, trl.RewardTrainer):
 
 
 def make_trainer(context: StageContext) -> Any:
-    """The trainer of a `reward` stage."""
+    """Return the trainer of a `reward` stage."""
     spec = context.spec
     assert isinstance(spec, RewardSpec)
-    # The arguments come first: with ZeRO-3 they divide the model among the workers while it loads.
+    # Create the arguments before the model: with ZeRO-3 they enable sharded loading.
     args = trl.RewardConfig(
         **training_arguments(context), center_rewards_coefficient=spec.center_rewards_coefficient, max_length=None
     )

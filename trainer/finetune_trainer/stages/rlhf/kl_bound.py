@@ -1,4 +1,4 @@
-"""Ends a stage at the last model whose KL to the reference is within a bound."""
+"""Callback that stops training at the last model whose KL to the reference is within a bound."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 WITHIN = "within-{}.safetensors"
-"""In a checkpoint: the weights that a worker would go back to."""
+"""File in a checkpoint, by rank: a worker's last weights within the bound."""
 Weights = dict[str, torch.Tensor]
 
 
 class KlBound(TrainerCallback):
-    """The KL of a step is that of the model before its update, measured on the answers drawn from it.
+    """Restore the last weights within a KL bound, and stop training, when a step exceeds the bound.
 
-    So the trainer hands over the weights before each update; the step that shows the bound passed brings back those of
-    the last step within it, and no checkpoint is kept of what lies beyond: a run that dies now finds the same end.
+    The KL of a step is measured on completions from before its update, so it is that of the weights before the update,
+    which the trainer copies. Models beyond the bound are not saved, so a resumed run stops at the same one.
     """
 
     def __init__(self, trainer: Any, bound: float) -> None:
@@ -26,10 +26,10 @@ class KlBound(TrainerCallback):
         self.within: Weights | None = None
         self.before: Weights | None = None
         self.passed: tuple[int, float] | None = None
-        """Step and KL of the model that was too far."""
+        """Step and KL, in nats per completion, at which the bound was exceeded."""
 
     def remember(self) -> None:
-        """Keep the weights as they are, before an update. Every worker calls it."""
+        """Copy the trained weights to the CPU before an update. Every worker calls this."""
         self.before = {name: _held(weight).detach().cpu().clone() for name, weight in self._trained()}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -43,12 +43,12 @@ class KlBound(TrainerCallback):
             self._go_back(state, control, kl)
 
     def save(self, directory: Path, rank: int) -> None:
-        """Write the weights to go back to into a checkpoint."""
+        """Write the last weights within the bound into a checkpoint."""
         if self.within is not None:
             save_file(self.within, directory / WITHIN.format(rank))
 
     def load(self, directory: Path, rank: int) -> None:
-        """The inverse of `save`; nothing where other workers wrote other parts (ZeRO-3)."""
+        """Load what `save` wrote; skip it if the shapes differ, as with ZeRO-3 at another world size."""
         paths = (path for path in (directory / WITHIN.format(one) for one in (rank, 0)) if path.is_file())
         held = {name: _held(weight).shape for name, weight in self._trained()}
         for found in map(load_file, paths):
@@ -71,6 +71,6 @@ class KlBound(TrainerCallback):
 
 
 def _held(weight: torch.nn.Parameter) -> torch.Tensor:
-    """What this worker holds of a weight: under ZeRO-3 its part."""
+    """Return the local tensor of a weight: under ZeRO-3 this rank's partition."""
     part: torch.Tensor = getattr(weight, "ds_tensor", weight)
     return part

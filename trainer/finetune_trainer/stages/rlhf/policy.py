@@ -1,4 +1,4 @@
-"""What RLOO and GRPO have in common here: which prompts are answered when, by which draws, and what that measures."""
+"""Base of the RLOO and GRPO trainers: assignment of prompts to steps, seeded generation, rewards and evaluation."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from finetune_trainer.training.trainer_extensions import TrainerExtensions
 
 Batch = dict[str, torch.Tensor]
 ANSWERS = "answers-{}.safetensors"
-"""In a checkpoint: a worker's answers, where further optimizer steps on them are to come."""
+"""File in a checkpoint, by rank: a worker's completions, if further optimizer steps use them (`num_iterations`)."""
 HELD_OUT = SEEDS - 1
-"""The occasion whose seed draws answers to held-out prompts."""
+"""Offset of the seed for completions of held-out prompts; training steps use the offsets below."""
 
 
 @dataclass
 class PolicyExtensions(TrainerExtensions):
-    """What an `rlhf` stage adds to its trainer."""
+    """State that an `rlhf` stage adds to its trainer."""
 
     feed: PromptFeed = field(init=False)
     context: StageContext = field(init=False)
@@ -37,28 +37,28 @@ class PolicyExtensions(TrainerExtensions):
     rewards: list[NamedReward] = field(init=False)
     bound: KlBound | None = None
     answered: list[Batch] | None = None
-    """Batches of the answers at hand, one for each forward pass."""
+    """Batches of the current completions, one for each forward pass."""
     asked: tuple[list[PromptRow], list[int]] = field(init=False)
-    """This worker's prompts of the present step, and a number of each one's own."""
+    """This worker's prompts of the current step, and a unique number of each, which seeds its completions."""
 
 
 class PolicyTrainer(StageTrainer):
     """Mixin over TRL's RLOOTrainer and GRPOTrainer.
 
-    The prompts of an optimizer step are answered at its beginning, all together. An answer is drawn by the stage's
-    seed, the step and the prompt's place in it, whichever worker draws it, so a resumed run and one with other workers
-    draw the same. TRL scores the answers and has the loss.
+    Completions of all prompts of an optimizer step are generated at its beginning. A completion depends on the stage's
+    seed, the step and the prompt's position in it, so it is the same after a resume and for any world size. TRL
+    computes the advantages and the loss.
     """
 
     stage: PolicyExtensions
 
     @staticmethod
     def new_extensions() -> PolicyExtensions:
-        """What `stage` holds."""
+        """Return the initial value of `stage`."""
         return PolicyExtensions()
 
     def begin(self, context: StageContext, spec: RlhfSpec, rewards: list[NamedReward], stops: list[int]) -> None:
-        """Take on what TRL's constructor has no place for."""
+        """Set the state that TRL's constructor has no arguments for."""
         self.stage.context, self.stage.spec, self.stage.rewards = context, spec, rewards
         self.eos_token_ids = stops
         self.reward_func_names = [reward.name for reward in rewards]
@@ -67,7 +67,7 @@ class PolicyTrainer(StageTrainer):
             self.add_callback(self.stage.bound)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Transformers' hook around each optimizer step's batches: the feed's indices, answered."""
+        """Return the batches of an optimizer step, with completions of the feed's prompts (a hook of transformers)."""
         indices, _ = transformers.Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
         self._take_up()
         counted = self.stage.feed.even.counted(self.stage.feed.division.rows)
@@ -82,11 +82,11 @@ class PolicyTrainer(StageTrainer):
         return self.stage.answered, None
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
-        """TRL's hook, which would answer prompts here."""
+        """Return the inputs unchanged, because their completions exist already (a hook of TRL)."""
         return inputs
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        """TRL's hook: the prompts are tokenised already."""
+        """Return the tokens of the current prompts, which are tokenized already (a hook of TRL)."""
         return [row.ids for row in self.stage.asked[0] for _ in range(self.num_generations)], None, {}
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, fields: Any, *rest: Any) -> Any:
@@ -107,7 +107,7 @@ class PolicyTrainer(StageTrainer):
         return (tokens, None) if rest else tokens
 
     def _calculate_rewards(self, inputs: Any, prompts: list[Any], completions: list[Any], ids: list[list[int]]) -> Any:
-        """TRL's hook: a number of each reward for each answer of all workers, [answers, rewards], NaN where none."""
+        """Return the rewards of all workers' completions, [completions, rewards], NaN for None (a hook of TRL)."""
         columns = columns_of([{name: one[name] for name in one if name != "prompt"} for one in inputs])
         own = {"trainer_state": self.state, "log_extra": self._log_completion_extra, "log_metric": self._log_metric}
         values = [reward(prompts, completions, completion_ids=ids, **columns | own) for reward in self.stage.rewards]
@@ -136,11 +136,11 @@ class PolicyTrainer(StageTrainer):
         """
         each, passes, device = self.num_generations, len(counted), self.accelerator.device
         real = torch.cat([real for _, real in counted]).repeat_interleave(each).to(device)
-        if self.stage.spec.algorithm == "grpo":  # its loss is a mean over tokens
+        if self.stage.spec.algorithm == "grpo":  # its loss is a mean over completion tokens
             whole["completion_mask"] = whole["completion_mask"] * real[:, None]
             tokens = self.accelerator.gather(whole["completion_mask"].sum()).sum()
             whole["num_items_in_batch"] = tokens * self.args.steps_per_generation / passes
-        else:  # and RLOO's over answers; it grows with the advantages
+        else:  # RLOO's loss is a mean over completions, proportional to the advantages
             rows, workers = self.stage.feed.division.rows, self.accelerator.num_processes
             weights = [workers * passes * len(part) / rows for part, _ in counted]
             lengths = torch.tensor([len(part) * each for part, _ in counted])
@@ -150,21 +150,21 @@ class PolicyTrainer(StageTrainer):
         return [_slice(whole, start, end) for start, end in pairwise(starts)]
 
     def _compute_loss(self, model: Any, inputs: Batch) -> torch.Tensor:
-        """TRL's loss; GRPO's measures the KL."""
+        """Return TRL's loss. GRPO's loss also records the KL, which is then converted to nats per completion."""
         loss: torch.Tensor = super()._compute_loss(model, inputs)
         if self.stage.spec.algorithm == "grpo":
             self._per_answer(float(inputs["length"]))
         return loss
 
     def _per_answer(self, length: float) -> None:
-        """Of the KL that TRL has just measured, make one in nats per answer, given the answers' mean length."""
+        """Convert TRL's last KL from nats per token to nats per completion of mean length `length`; keep both."""
         measured = self._metrics["train"]
         if self.beta:
             measured["kl_per_token"].append(measured["kl"][-1])
             measured["kl"][-1] *= length
 
     def kl_of_step(self) -> float | None:
-        """KL divergence from the reference of the model before the last update, in nats per completion.
+        """Return the KL divergence of the model before the last update from the reference, in nats per completion.
 
         None if the step generated no completions, and so measured no divergence.
         """
@@ -176,7 +176,7 @@ class PolicyTrainer(StageTrainer):
         return kl
 
     def kl_now(self) -> float:
-        """As `kl_of_step`, of the model after its last update, on new answers to the last step's prompts."""
+        """Return `kl_of_step` for the current weights, on new completions of the last step's prompts."""
         logged = {name: list(values) for name, values in self._metrics["train"].items()}
         seen = self.state.num_input_tokens_seen
         whole = self._scored()
@@ -190,12 +190,12 @@ class PolicyTrainer(StageTrainer):
         return kl
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's metrics without its clock."""
+        """Log TRL's metrics without `step_time`."""
         self._metrics["train"].pop("step_time", None)
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Rewards of one drawn answer to each held-out prompt; every worker calls it and gets the same."""
+        """Return mean rewards of one completion per held-out prompt. Every worker calls this, with the same result."""
         with self.stage.paused():
             sums = self.accelerator.reduce(self._held_out(), reduction="sum").tolist()
         self.model.eval()
@@ -206,9 +206,9 @@ class PolicyTrainer(StageTrainer):
         return means
 
     def _held_out(self) -> torch.Tensor:
-        """Sum and count of each measured value over this worker's held-out prompts."""
+        """Return the sum and the count of each metric over this worker's held-out prompts."""
         rank, workers, data = self.accelerator.process_index, self.accelerator.num_processes, self.eval_dataset
-        # Each worker answers as many, as ZeRO-3 needs it; what is there twice counts once.
+        # ZeRO-3 needs equally many prompts on every worker; `real` excludes repeated ones.
         keys = [(rank + at) % len(data) for at in range(0, len(data), workers)]
         real = [rank + at < len(data) for at in range(0, len(data), workers)]
         rows = [prompt_row(data[key]) for key in keys]
@@ -231,7 +231,7 @@ class PolicyTrainer(StageTrainer):
         return [reward(prompts, completions, completion_ids=ids, **columns | own) for reward in self.stage.rewards]
 
     def _keep(self, step: int, directory: Path) -> None:
-        """What a checkpoint needs beside the weights."""
+        """Write the completions and the weights of the KL bound into a checkpoint."""
         rank = self.stage.context.placement.rank
         if self.stage.bound is not None:
             self.stage.bound.save(directory, rank)
@@ -239,7 +239,7 @@ class PolicyTrainer(StageTrainer):
             save_file(_flat(self.stage.answered), directory / ANSWERS.format(rank))
 
     def _take_up(self) -> None:
-        """Go on where a checkpoint left off; once, before the first step."""
+        """Load what `_keep` wrote into the checkpoint to resume from, before the first step."""
         directory, self.stage.feed.checkpoint = self.stage.feed.checkpoint, None
         if directory is None:
             return
@@ -247,12 +247,12 @@ class PolicyTrainer(StageTrainer):
             self.stage.bound.load(directory, self.stage.context.placement.rank)
         place = self.stage.context.placement
         there = [(directory / ANSWERS.format(rank)).is_file() for rank in range(place.world_size + 1)]
-        if all(there[:-1]) and not there[-1]:  # else other workers wrote them, and new ones are drawn
+        if all(there[:-1]) and not there[-1]:  # else the world size has changed: generate again
             path = directory / ANSWERS.format(place.rank)
             self.stage.answered = _batches(load_file(path), self.accelerator.device)
 
     def final_metrics(self) -> dict[str, float]:
-        """Where the bound was passed, at which step, and the KL there."""
+        """Return the step and the KL at which the bound was exceeded, or nothing if it was not."""
         if self.stage.bound is None or self.stage.bound.passed is None:
             return {}
         step, kl = self.stage.bound.passed
@@ -269,7 +269,7 @@ def _sum_and_count(column: list[float | None], real: list[bool]) -> tuple[float,
 
 
 def _flat(batches: list[Batch]) -> Batch:
-    """The batches as one mapping whose tensors share no memory, as safetensors wants it."""
+    """Return the batches as one mapping of tensors that share no memory, as safetensors requires."""
     return {f"{number}/{name}": one.clone() for number, batch in enumerate(batches) for name, one in batch.items()}
 
 
@@ -283,10 +283,10 @@ def _batches(flat: Batch, device: torch.device) -> list[Batch]:
 
 
 def _counted(batch: Batch) -> dict[str, Any]:
-    """A batch as the token counter reads it."""
+    """Return a batch in the form that `count` expects."""
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     return {"input_ids": mask, "attention_mask": mask}
 
 
 def _ignore(*_: Any) -> None:
-    """A reward function's own logging, outside training."""
+    """Discard what a reward function logs outside training."""

@@ -1,4 +1,4 @@
-"""Reinforcement learning on rewards: RLOO (arXiv 2402.14740) or GRPO (arXiv 2402.03300), in full or by adapters."""
+"""Reinforcement learning by RLOO (arXiv 2402.14740) or GRPO (arXiv 2402.03300), full or with LoRA adapters."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from finetune_trainer.training.context import StageContext
 
 
 class RlooTrainer(PolicyTrainer, trl.RLOOTrainer):
-    """TRL's RLOOTrainer on our prompts, answers and rewards."""
+    """TRL's RLOOTrainer with the prompts, completions and rewards of `PolicyTrainer`."""
 
 
 class GrpoTrainer(PolicyTrainer, trl.GRPOTrainer):
-    """TRL's GRPOTrainer on our prompts, answers and rewards."""
+    """TRL's GRPOTrainer with the prompts, completions and rewards of `PolicyTrainer`."""
 
 
 def make_trainer(context: StageContext) -> Any:
-    """The trainer of an `rlhf` stage."""
+    """Return the trainer of an `rlhf` stage."""
     spec = context.spec
     assert isinstance(spec, RlhfSpec)
-    # The arguments come first: with ZeRO-3 they divide the model among the workers while it loads.
+    # Create the arguments before the model: with ZeRO-3 they enable sharded loading.
     rloo = spec.algorithm == "rloo"
     config, kind = (trl.RLOOConfig, RlooTrainer) if rloo else (trl.GRPOConfig, GrpoTrainer)
     args = config(**_arguments(context, spec))
     model, peft_config = fresh_adapter(context) if spec.lora is None else adapted_model(context)
     stops = stop_ids(context.tokenizer, model.generation_config.eos_token_id)
     if args.use_vllm:
-        args.generation_kwargs = {"stop_token_ids": stops}  # vLLM knows the end of text alone
+        args.generation_kwargs = {"stop_token_ids": stops}  # by default vLLM stops at the EOS token only
     where = f"{context.where}.rewards"
     rewards = load_rewards(spec.rewards, context.run, where, context.precision.compute, args.device)
     trl_kind = trl.RLOOTrainer if rloo else trl.GRPOTrainer
@@ -56,10 +56,10 @@ def make_trainer(context: StageContext) -> Any:
 
 @contextmanager
 def _reference_from(trainer: type, load: Callable[[], Any]) -> Iterator[None]:
-    """Inside, TRL's trainer takes its reference from `load`.
+    """Make TRL's trainer load its reference model by `load` within this context.
 
-    TRL loads it by the policy's name through `from_pretrained`, which checks no weights, and knows neither added
-    embedding rows nor a dequantized copy; its constructors have no argument for a reference.
+    TRL loads it by `from_pretrained` and the policy's name, which skips our checks of the weights, added embedding rows
+    and dequantized copies. TRL's constructors have no argument for a reference model.
     """
     module: Any = import_module(trainer.__module__)
     own = module.create_model_from_path
@@ -77,7 +77,7 @@ def _arguments(context: StageContext, spec: RlhfSpec) -> dict[str, Any]:
     return {
         **common,
         **algorithm,
-        # To TRL a row is an answer.
+        # TRL counts completions as rows, this project counts prompts.
         "per_device_train_batch_size": common["per_device_train_batch_size"] * spec.num_generations,
         "per_device_eval_batch_size": common["per_device_eval_batch_size"] * spec.num_generations,
         "num_generations": spec.num_generations,
@@ -95,10 +95,10 @@ def _arguments(context: StageContext, spec: RlhfSpec) -> dict[str, Any]:
 
 
 def engine_arguments(context: StageContext, spec: RlhfSpec) -> dict[str, Any]:
-    """Return TRL's arguments of what generates the answers; vLLM gets the share of the GPU that the plan counts.
+    """Return TRL's arguments of the generation engine; vLLM gets the share of the GPU memory that the plan estimates.
 
     Raises:
-        UserError: vLLM is installed in a version that does not fit.
+        UserError: the installed version of vLLM is not supported.
     """
     kind = "cuda" if context.placement.accelerator else "cpu"
     if not choose_engine(context.run, context.layout.index, kind, installed_vllm()).vllm:

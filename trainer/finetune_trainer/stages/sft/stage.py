@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, in full or by (quantized) low-rank adapters."""
+"""Supervised fine-tuning, full or with LoRA or QLoRA adapters."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from finetune_trainer.training.supervised_batches import supervised_batches
 
 
 class SftTrainer(StageTrainer, trl.SFTTrainer):
-    """TRL's SFTTrainer on rows whose labels are prepared."""
+    """TRL's SFTTrainer on rows with prepared labels."""
 
 
 def make_trainer(context: StageContext) -> Any:
-    """The trainer of an `sft` stage."""
+    """Return the trainer of an `sft` stage."""
     spec = context.spec
     assert isinstance(spec, SftSpec)
-    # The arguments come first: with ZeRO-3 they divide the model among the workers while it loads.
+    # Create the arguments before the model: with ZeRO-3 they enable sharded loading.
     args = trl.SFTConfig(**training_arguments(context), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     return adapted_trainer(SftTrainer, context, *adapted_model(context), args, **supervised_batches(context, spec))

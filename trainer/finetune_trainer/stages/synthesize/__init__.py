@@ -1,1 +1,1 @@
-"""Synthetic data from a teacher (`synthesize`)."""
+"""Synthetic data generation by a teacher model (`synthesize`)."""

@@ -1,4 +1,4 @@
-"""Make training data with a teacher; see `finetune_trainer.synthesis` for what is asked and what is kept."""
+"""Generate training data with a teacher model; `finetune_trainer.synthesis` has the prompts and the filters."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from finetune_trainer.training.context import StageContext
 from finetune_trainer.training.stage_io import StageIO
 
 SANDBOXES = 2
-"""Queries that run at once on one worker."""
+"""Number of queries that run concurrently on one worker."""
 
 
 def perform(context: StageContext, tools: StageIO) -> dict[str, float]:
-    """Make the rows; returns how many, the share that was kept, and the cost. Every worker calls it."""
+    """Generate the rows; return metrics of their number, yield and cost. Every worker calls this."""
     with ExitStack() as stack:
         return Synthesis(context, tools, stack).run()
 
 
 class Synthesis:
-    """One worker's part of a stage that makes data.
+    """One worker's part of a `synthesize` stage.
 
     Only the first worker sends requests to an endpoint, because its limits are global. A local model generates on all
     workers.
@@ -48,10 +48,10 @@ class Synthesis:
         rank = context.placement.rank
         self.scratch = tools.scratch / f"worker-{rank}"
         self.journal = Journal(tools.storage, context.layout.journal, self.scratch, writer=rank)
-        tools.collectives.barrier()  # nobody adds an answer before all have seen which are there
+        tools.collectives.barrier()  # no worker writes before all have read the journal
 
     def run(self) -> dict[str, float]:
-        """All of the stage."""
+        """Run the stage and return its metrics, which are empty on all workers but rank 0."""
         endpoint = self.spec.teacher.endpoint
         name = endpoint.model if endpoint is not None else teacher_name(self.context, self.spec)
         if endpoint is not None and not self.tools.first:
@@ -80,7 +80,7 @@ class Synthesis:
         finished = asyncio.run(teacher.answer_all(items, results, self.tools))
         if not finished:
             self.journal.sync()
-        # The other workers wait here.
+        # The other workers wait at this collective.
         if self.tools.collectives.any(not finished):
             raise Interrupted(f"{self.context.layout.title}: stopped; {len(self.journal.answers)} answers are kept")
 
@@ -108,10 +108,10 @@ class Synthesis:
         return stage_items(self.spec, teacher, self.where, self.base_dir, self.cache_dir, sandbox)
 
     def _conclude(self, name: str, results: Results) -> dict[str, float]:
-        """Clean the rows and write them with their account.
+        """Filter the rows, write them with a report, and return the metrics.
 
         Raises:
-            UserError: not one row is left.
+            UserError: no row is left.
         """
         spec, layout = self.spec, self.context.layout
         known = None

@@ -1,4 +1,4 @@
-"""An endpoint as the teacher: many items under way at once, in one event loop."""
+"""Teacher behind an HTTP endpoint, which processes items concurrently in one event loop."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from finetune_trainer.synthesis.scheduling import Results, run_concurrently
 from finetune_trainer.training.stage_io import StageIO
 
 LOOK_SECONDS = 0.2
-"""How often the wish to stop is looked for."""
+"""Interval between checks whether the driver requests a stop."""
 SETTLE_SECONDS = 20.0
-"""How long answers that are under way are waited for when the stage is to stop: they may be paid for."""
+"""Timeout of pending requests when the stage stops. They are awaited because the endpoint may bill them."""
 
 
 class EndpointTeacher:
-    """Answers by an endpoint, queries by sandboxes."""
+    """A teacher whose answers come from an endpoint, and whose queries run in sandboxes."""
 
     def __init__(self, endpoint: Endpoint, where: str, journal: Journal, sandboxes: Sequence[Sandbox]) -> None:
         self._endpoint, self._where, self._journal = endpoint, f"{where}.teacher.endpoint", journal
         self._all_sandboxes = list(sandboxes)
 
     async def answer_all(self, items: Sequence[Item], results: Results, tools: StageIO) -> bool:
-        """Drive all items to their end; False where the stage was asked to stop before.
+        """Process all items; return False if the driver requested a stop before the end.
 
         Raises:
             UserError: the server refuses every request.
-            ConnectionError: it has gone away.
+            ConnectionError: the server is no longer reachable.
         """
         self._free: asyncio.Queue[Sandbox] = asyncio.Queue()
         for sandbox in self._all_sandboxes:
@@ -43,7 +43,7 @@ class EndpointTeacher:
         async with ChatClient(self._endpoint, self._where) as client:
             self._client = JournaledClient(client, self._journal)
             pushing = asyncio.create_task(self._journal.keep_pushing())
-            # Twice as many items as requests: some wait for their queries, or to be sent again.
+            # Twice as many items as concurrent requests, because some items wait for queries or retries.
             driving = asyncio.create_task(run_concurrently(items, self._reply, 2 * self._endpoint.concurrency, results))
             try:
                 return await self._watched(driving, results, tools)
@@ -83,7 +83,7 @@ class EndpointTeacher:
 
 
 def run_query(sandbox: Sandbox, query: str) -> QueryResult | Failed:
-    """What a query returns, or why it is of no use."""
+    """Return the result of a query, or the reason for its failure."""
     try:
         return sandbox.run(query)
     except QueryFailed as error:

@@ -1,4 +1,4 @@
-"""A model on the job's own workers as the teacher: each answers its share of every step's prompts."""
+"""Teacher model on the job's own workers, each of which generates its share of the answers."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from finetune_trainer.training.context import StageContext
 
 
 def teacher_name(context: StageContext, spec: SynthesizeSpec) -> str:
-    """What provenance calls the model: where it is from."""
+    """Return the teacher's name for provenance: its Hub name, path, URI or stage."""
     given = _given(spec)
     named = given.hub or given.path or given.uri or (given.stage and f"stage:{given.stage}")
     return named or f"stage:{(context.source.name and Path(context.source.name).parent.name) or 'model'}"
 
 
 class ModelTeacher:
-    """Answers by a model, and queries by a sandbox, divided among the workers.
+    """A teacher whose answers come from a local model, and whose queries run in a sandbox, on all workers.
 
     Raises:
-        UserError: the model can't be loaded, or does not continue text.
+        UserError: the model cannot be loaded, or is not a causal language model.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ModelTeacher:
             raise UserError(f"{name}: a masked model answers nothing: a teacher continues text")
 
     def reply_all(self, effects: list[Effect], collectives: Collectives) -> list[Reply]:
-        """The replies to all effects, in order; every worker calls this with the same ones and gets the same."""
+        """Return the replies to all effects, in order. Every worker calls this with the same effects."""
         known = collectives.max([int(self._known(effect) is not None) for effect in effects])
         todo = [index for index, there in enumerate(known) if not there]
         mine = todo[self._place.rank :: self._place.world_size]
@@ -78,7 +78,7 @@ class ModelTeacher:
         return self._journal.answers.get(effect.request.key(self._name)) if isinstance(effect, Ask) else None
 
     def _remember(self, effects: list[Effect], replies: dict[int, Reply]) -> None:
-        """What other workers answered counts in the account, too; their journals have it."""
+        """Add other workers' answers to this journal's memory, for the report; their own journals store them."""
         for index, effect in enumerate(effects):
             reply = replies[index]
             if isinstance(effect, Ask) and isinstance(reply, ChatAnswer):

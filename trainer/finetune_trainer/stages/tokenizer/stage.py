@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer and save it as a normal Hugging Face tokenizer."""
+"""Train a byte-level BPE tokenizer in the format of Hugging Face's fast tokenizers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ BUILT_IN = [END_OF_TEXT, START_OF_TURN, END_OF_TURN, MASK, PAD]
 def train_tokenizer(
     spec: TokenizerSpec, texts: Iterable[str], context: int | None, show_progress: bool = False
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (GPT-2's splitting) with a ChatML template.
+    """Train a byte-level BPE tokenizer with GPT-2's pre-tokenization and a ChatML template.
 
-    The template marks assistant tokens with `{% generation %}`, which masks in supervised fine-tuning need.
+    The template marks assistant tokens with `{% generation %}`, from which SFT makes its label masks.
 
     Args:
-        texts: the corpus; read once, in batches, so it may be larger than memory.
-        context: longest input in tokens, where the spec sets none.
+        texts: the corpus, read once in batches, so it may be larger than memory.
+        context: `model_max_length` in tokens if the spec sets none.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,12 +45,12 @@ def train_tokenizer(
 
 
 def chat_template() -> str:
-    """The ChatML template given to trained tokenizers."""
+    """Return the ChatML template of trained tokenizers."""
     return files("finetune_trainer.stages.tokenizer").joinpath("chatml.jinja").read_text()
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterator[str]) -> float | None:
-    """UTF-8 bytes per token over some texts; None where they are empty."""
+    """Return the UTF-8 bytes per token of some texts, or None if they have no tokens."""
     size = tokens = 0
     for text in texts:
         size += len(text.encode())
