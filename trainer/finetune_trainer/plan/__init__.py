@@ -1,6 +1,6 @@
-"""What a job will need: parameters, tokens, steps and memory, before anything runs.
+"""Estimate a job's parameters, tokens, steps and memory before it runs.
 
-`plan_job` and `render` load on first use: this package also holds small parts that import nothing heavy.
+`plan_job` and `render` are imported on first use, because other modules of this package must be quick to import.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What to change in a job that does not fit, in the order of what it costs."""
+"""Advice for a stage that does not fit in memory: changes of settings, the cheapest first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune_trainer.plan.model_size import AdapterSize, ModelSize
 from finetune_trainer.plan.quantities import human_bytes
 
 Change = Callable[[Workload], tuple[str, Workload] | None]
-"""A change as `field: value` and the work after it; None where it does not apply."""
+"""Returns the text of a change and the changed workload, or None if the change does not apply."""
 
 
 def advise(
@@ -23,12 +23,12 @@ def advise(
     adapter: Callable[[], AdapterSize],
     lean: Callable[[], tuple[AdapterSize, list[str]]],
 ) -> list[str]:
-    """Return the cheapest single change that makes the work fit in `limit` bytes, else the changes that do together.
+    """Return the cheapest single change after which the workload fits in `limit` bytes, else a combination of changes.
 
     Args:
-        path: the stage's place in the job, such as `stages[1].sft`.
-        adapter: the size of a default adapter, worked out only where it is needed.
-        lean: the size of the stage's adapter without stacked experts, and the layers that it then adapts; likewise.
+        path: the stage's path in the job, such as `stages[1].sft`.
+        adapter: returns the size of a default adapter; called only if needed.
+        lean: returns the size of the stage's adapter without stacked experts, and its target modules; called if needed.
     """
     changes = list(_changes(size, spec, path, limit, adapter, lean))
     for change in changes:
@@ -78,7 +78,7 @@ def _checkpointing(load: Workload, path: str) -> tuple[str, Workload] | None:
 def _smaller_batch(
     size: ModelSize, load: Workload, spec: TrainedSpec, path: str, limit: int
 ) -> tuple[str, Workload] | None:
-    """The largest smaller batch, of those that divide it, that fits; else a batch of one row."""
+    """Reduce the batch size to its largest divisor that fits, else to 1; keep the global batch size."""
     rows, pairs = spec.per_device_train_batch_size, load.batch // spec.per_device_train_batch_size
     divisors = [count for count in range(rows - 1, 0, -1) if rows % count == 0]
     loads = {
@@ -97,7 +97,7 @@ def _smaller_batch(
 
 
 def _more_sharding(size: ModelSize, load: Workload, limit: int) -> tuple[str, Workload] | None:
-    """The least higher ZeRO stage that fits, else the one that needs least."""
+    """Raise the ZeRO stage to the lowest one that fits, else to the one with the least memory."""
     stages = range(load.zero + 1, (2 if load.quantized_bits else 3) + 1) if load.workers > 1 else range(0)
     loads = [replace(load, zero=stage) for stage in stages]
     if not loads:
@@ -116,7 +116,7 @@ def _lora(load: Workload, path: str, adapter: Callable[[], AdapterSize]) -> tupl
 def _no_experts(
     load: Workload, path: str, lean: Callable[[], tuple[AdapterSize, list[str]]]
 ) -> tuple[str, Workload] | None:
-    """Adapters on linear layers alone, without the stacked experts."""
+    """Restrict the adapters to linear layers, without stacked experts."""
     if load.adapter is None or not load.adapter.stack_weights:
         return None
     adapter, names = lean()

@@ -1,4 +1,4 @@
-"""Memory of attention masks under `sdpa`: which layers get one, and what torch keeps of it for the backward pass."""
+"""Memory of attention masks under `sdpa`: the layers that get one, and what torch saves for the backward pass."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class MaskedLayers:
 
     layers: int = 0
     kinds: int = 0
-    """Different masks of a batch: those of layers with a window and of layers without one."""
+    """Number of distinct masks per batch: sliding-window and full-attention layers have different ones."""
 
 
 def mask_bytes(masked: MaskedLayers, batch: int, length: int, dtype_bytes: int, checkpointing: bool) -> int:
     """Return the bytes of attention masks at the end of a forward pass.
 
-    transformers makes each mask once, of one byte per pair of tokens. `scaled_dot_product_attention` turns it into a
-    bias in the dtype of the queries at each call, and keeps that for the backward pass (torch 2.13,
-    `convert_boolean_attn_mask`); with gradient checkpointing, one layer has its bias at a time.
+    transformers makes each boolean mask once, with one byte per pair of tokens. `scaled_dot_product_attention` converts
+    it to a bias in the queries' dtype at each call, and saves that for the backward pass (torch 2.13,
+    `convert_boolean_attn_mask`). With gradient checkpointing, only one layer has a bias at a time.
     """
     biases = min(masked.layers, 1) if checkpointing else masked.layers
     return batch * length**2 * (masked.kinds + biases * dtype_bytes)
@@ -40,18 +40,18 @@ def mask_bytes(masked: MaskedLayers, batch: int, length: int, dtype_bytes: int, 
 def masked_layers(
     model: PreTrainedModel, spec: TrainedSpec, attention: str, batch: int, length: int, kernel: bool
 ) -> MaskedLayers:
-    """Return which attention layers of a stage get a mask.
+    """Return the attention layers of a stage that get a mask.
 
-    None do where rows are full, or padded on the right alone in front of a causal model (`model.right_padding`), and
-    where packed documents are kept apart by their bounds (`model.document_attention`). Windows and chunks that are
-    shorter than the rows are masks in any case, unless torch's variable-length kernel has the window.
+    No layer needs one for rows without padding, for right padding with a causal model (`model.right_padding`), or if
+    packed documents are separated by their bounds (`model.document_attention`). Layers with a window or chunk shorter
+    than the rows always get one, unless torch's variable-length kernel implements the window.
 
     Args:
-        model: on the meta device.
-        attention: transformers' attention implementation. `eager` has its scores counted, flash attention no masks.
+        model: the model, on the meta device.
+        attention: attention implementation of transformers. Only `sdpa` is counted here.
         batch: rows of a forward pass. A single row has no padding.
         length: tokens of the longest row.
-        kernel: whether packed rows are computed by torch's variable-length kernel (`has_kernel`).
+        kernel: whether torch's variable-length kernel computes packed rows (`has_kernel`).
     """
     if attention != "sdpa":
         return MaskedLayers()
@@ -67,7 +67,7 @@ def masked_layers(
 
 
 def has_kernel(device: str, dtype_bytes: int, dropout: bool) -> bool:
-    """Return whether a device kind is expected to have torch's variable-length kernel for a dtype."""
+    """Return whether torch's variable-length kernel supports a device kind and an element size, without dropout."""
     return device == "cuda" and dtype_bytes == HALF and not dropout
 
 
@@ -82,7 +82,7 @@ def _causal_flag(module: Any) -> Any:
 
 
 def _is_limited(config: Any, kind: str | None, length: int) -> bool:
-    """Return whether rows reach beyond the window or the chunk of a layer."""
+    """Return whether rows are at least as long as a layer's window or chunk."""
     limit = {SLIDING: "sliding_window", CHUNKED: "attention_chunk_size"}.get(kind or "")
     size: int | None = getattr(config, limit, None) if limit else None
     return length >= size if size else False

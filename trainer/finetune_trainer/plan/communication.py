@@ -1,4 +1,4 @@
-"""Memory of what workers exchange: DeepSpeed's and DDP's buckets, gathered weights, NCCL."""
+"""Memory of communication: buckets of DeepSpeed and DDP, gathered weights, buffers of NCCL."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from finetune_trainer.plan.memory import Workload
 
 BUCKET = 500_000_000
-"""Most elements of DeepSpeed's reduce and all-gather buckets, its defaults."""
+"""Maximum elements of DeepSpeed's reduce and all-gather buckets (its defaults)."""
 BUCKET_UNIT = 1 << 16
-"""A bucket is a multiple of so many elements: DeepSpeed wants a multiple of its NCCL alignment, which is 2."""
+"""Buckets are multiples of this number of elements; DeepSpeed requires a multiple of its NCCL alignment, 2."""
 LIVE = 1_000_000_000
-"""Elements that ZeRO-3 gathers ahead at most (`stage3_max_live_parameters`), its default."""
+"""Maximum elements that ZeRO-3 gathers ahead (`stage3_max_live_parameters`, its default)."""
 NCCL_CHANNELS = 24
 """Channels of an NCCL communicator over NVLink."""
 NCCL_CONNECTION = (4 << 20) + 120 * 640 * 8 * 8 + 8 * 512 * 8 * 16
-"""Bytes of one connection's buffers in NCCL 2.29: `Simple` has 4 MiB (`NCCL_BUFFSIZE`), `LL128` 120 elements of 8 bytes
+"""Buffer bytes of one connection in NCCL 2.29: `Simple` has 4 MiB (`NCCL_BUFFSIZE`), `LL128` 120 elements of 8 bytes
 for each of 640 threads in 8 steps, `LL` 8 lines of 16 bytes for each of 512 threads in 8 steps."""
 
 
@@ -30,13 +30,14 @@ def nccl_bytes(load: Workload) -> int:
 
 
 def buffer_bytes(size: ModelSize, load: Workload) -> int:
-    """Return the bytes of copies and buckets.
+    """Return the bytes of weight and gradient copies and of communication buckets.
 
-    ZeRO-0: autocast's half-precision weights (experts have a part of their own); gradients are views of DDP's
-    buckets. ZeRO-1 to 3: a bucket of gradients in their own format, two where communication overlaps with computation
-    (`setup_buckets` in `stage_1_and_2.py`; `stage3.py` has one), the float32 copy of the worker's share of the
-    gradients, and under ZeRO-3 gathered weights. All-gathers of ZeRO-1 and 2 write into the weights themselves,
-    whatever `allgather_bucket_size` is (`all_gather_dp_groups`).
+    - ZeRO-0: autocast's half-precision weights (`expert_copy_bytes` counts the experts). Gradients are views of DDP's
+      buckets.
+    - ZeRO-1 to 3: a gradient bucket, or two if communication overlaps with computation (`setup_buckets` in
+      `stage_1_and_2.py`; `stage3.py` has one), and the float32 copy of the worker's gradient partition. ZeRO-3 also has
+      gathered weights; ZeRO-1 and 2 all-gather into the weights, for any `allgather_bucket_size`
+      (`all_gather_dp_groups`).
     """
     count, half = trainable(size, load), load.dtype_bytes < MASTER
     if load.zero == 0:
@@ -49,10 +50,10 @@ def buffer_bytes(size: ModelSize, load: Workload) -> int:
 
 
 def gathered_bytes(size: ModelSize, load: Workload) -> int:
-    """Return the bytes of weights that ZeRO-3 has gathered: `LIVE` elements, or one layer where it is larger.
+    """Return the bytes of weights that ZeRO-3 gathers: `LIVE` elements, or the largest layer if it has more.
 
-    A module's own weights are gathered together, and an expert layer of a large mixture has more than `LIVE`. A
-    quantized base is not divided.
+    A module's weights are gathered together, and an expert layer of a large MoE model can exceed `LIVE`. A quantized
+    base is not partitioned.
     """
     if load.zero < 3 or load.quantized_bits is not None:
         return 0
@@ -60,12 +61,12 @@ def gathered_bytes(size: ModelSize, load: Workload) -> int:
 
 
 def bucket_size(trained: int | None) -> int:
-    """Return the elements of a communication bucket: no more than there are gradients.
+    """Return the elements of a communication bucket: the number of gradients, up to `BUCKET`.
 
-    DeepSpeed allocates a bucket in full, whatever is trained (`stage_1_and_2.py`, `setup_buckets`).
+    DeepSpeed allocates the whole bucket even for fewer gradients (`setup_buckets` in `stage_1_and_2.py`).
 
     Args:
-        trained: parameters with a gradient; None where unknown.
+        trained: parameters with a gradient, or None if unknown.
     """
     if trained is None:
         return BUCKET

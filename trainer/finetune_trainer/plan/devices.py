@@ -1,4 +1,4 @@
-"""What accelerators can do, and which device a worker of this machine has."""
+"""Peak FLOP/s and memory of accelerators, and detection of the local device."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from finetune_trainer.host_memory import host_memory
 
 @dataclass(frozen=True)
 class Peak:
-    """A device's dense peak in TFLOP/s, without sparsity; None where it has no such units.
+    """Dense peak of a device in TFLOP/s, without sparsity; None if the device does not support the dtype.
 
-    `half` has float32 accumulation, as torch uses; `float32` is without TF32, as torch computes by default.
+    The half-precision peaks have float32 accumulation, as in torch. The float32 peak is without TF32, torch's default.
     """
 
     pattern: str
-    """Regular expression searched in the name that `torch.cuda.get_device_name` gives."""
+    """Regular expression to search in the result of `torch.cuda.get_device_name`."""
     bfloat16: float | None
     float16: float | None
     float32: float
 
 
-# NVIDIA's and AMD's data sheets and architecture papers (Ampere GA102, Ada, Blackwell RTX), half of the figure «with
-# sparsity» where only that is given. The first match counts, so a variant comes before its family.
+# Sources: data sheets and architecture papers of NVIDIA (Ampere GA102, Ada, Blackwell RTX) and AMD; half of the figure
+# "with sparsity" if only that is published. The first match counts, so variants come before their family.
 PEAKS = (
     Peak(r"\bGB[23]00\b", 2500, 2500, 80),
     Peak(r"\bB[23]00\b", 2250, 2250, 75),
@@ -54,7 +54,7 @@ PEAKS = (
     Peak(r"\bMI300X\b", 1307.4, 1307.4, 163.4),
 )
 
-# Memory in GiB as a driver reports it, for devices that this machine doesn't have.
+# Memory in GiB as the driver reports it, for plans made on another machine.
 MEMORIES = {
     "T4": 15, "V100-16GB": 16, "V100-32GB": 32, "A10": 22, "A10G": 22, "A30": 24, "A40": 45, "L4": 22, "L40": 44,
     "L40S": 44, "A100-40GB": 40, "A100-80GB": 80, "H100 PCIe": 80, "H100": 80, "H100 NVL": 94, "H200": 140,
@@ -64,7 +64,7 @@ MEMORIES = {
 
 @dataclass(frozen=True)
 class Device:
-    """What one worker computes on. `kind` is `cuda` or `cpu`; `memory_bytes` is what that worker may use."""
+    """Device of one worker. `kind` is `cuda` or `cpu`; `memory_bytes` is the memory available to the worker."""
 
     name: str
     memory_bytes: int
@@ -72,7 +72,7 @@ class Device:
 
 
 def peak_flops(name: str, dtype: torch.dtype) -> float | None:
-    """Peak FLOP/s of the device in matrix products of `dtype`; None where unknown, or for a part of a device (MIG)."""
+    """Return the device's peak FLOP/s for matrix products in `dtype`, or None if unknown or for a MIG partition."""
     if " MIG " in name:
         return None
     peak = next((peak for peak in PEAKS if re.search(peak.pattern, name)), None)
@@ -81,7 +81,7 @@ def peak_flops(name: str, dtype: torch.dtype) -> float | None:
 
 
 def local_device(workers: int = 1) -> Device:
-    """This machine's first CUDA device, else the CPU with the memory free now, divided among its workers."""
+    """Return this machine's first CUDA device, else the CPU with the currently free memory divided by `workers`."""
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return Device(properties.name, properties.total_memory, "cuda")
@@ -89,7 +89,7 @@ def local_device(workers: int = 1) -> Device:
 
 
 def known_device(name: str) -> Device | None:
-    """An accelerator of `MEMORIES`, for a plan made on another machine; None where there is no such entry."""
+    """Return the accelerator of a name in `MEMORIES` (in any case), or None if there is no such entry."""
     folded = {known.lower(): known for known in MEMORIES}
     known = folded.get(name.lower())
     return None if known is None else Device(f"NVIDIA {known}", MEMORIES[known] << 30, "cuda")

@@ -1,4 +1,4 @@
-"""Memory of copies of stacked experts that a forward pass makes and autograd keeps, and what to say of them."""
+"""Memory of the copies of stacked experts that a forward pass makes and autograd saves, and warnings about them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def expert_copy_bytes(size: ModelSize, load: Workload) -> int:
     """Return the bytes of copies of stacked experts, and of the gradients of one layer's copies.
 
-    Autograd keeps the copies of all layers until the backward pass; with checkpointing those of one layer at a time.
+    Autograd saves the copies of all layers until the backward pass, or of one layer with gradient checkpointing.
     """
     if not size.expert_layers:
         return 0
@@ -25,10 +25,10 @@ def expert_copy_bytes(size: ModelSize, load: Workload) -> int:
 
 
 def copied_elements(size: ModelSize, load: Workload) -> int:
-    """Return the elements of all layers' copies, in the format that the stage computes in.
+    """Return the elements of all layers' copies, in the dtype of the computation.
 
-    LoRA on stacks: its factors (`model.expert_products`), or the sums `W + scaling * B @ A` where the family does not
-    compute experts by a grouped product (PEFT 0.21, `ParamWrapper`). Trained experts in float32: their casts.
+    For LoRA on stacked experts these are its factors (`model.expert_products`), or the sums `W + scaling * B @ A` for
+    families without grouped matrix products (PEFT 0.21, `ParamWrapper`). For float32 experts they are the casts.
     """
     if load.adapter is not None:
         return load.adapter.stack_weights if load.summed_stacks else load.adapter.stack_factors
@@ -36,17 +36,17 @@ def copied_elements(size: ModelSize, load: Workload) -> int:
 
 
 def cast_elements(size: ModelSize, load: Workload) -> int:
-    """Return the trained expert weights that are float32 and cast in each forward pass (ZeRO-0 in half precision)."""
+    """Return the number of float32 expert weights that each forward pass casts (ZeRO-0 in half precision)."""
     if load.zero or load.dtype_bytes >= MASTER or load.adapter is not None:
         return 0
     return size.expert if load.tuned is None else min(load.tuned, size.expert)
 
 
 def expert_warnings(size: ModelSize, load: Workload, path: str) -> Iterator[str]:
-    """Yield what costs memory or time with stacked experts, and what to set instead.
+    """Yield warnings about settings that cost memory or time with stacked experts, and their remedy.
 
     Args:
-        path: the stage's place in the job, such as `stages[1].sft`.
+        path: the stage's path in the job, such as `stages[1].sft`.
     """
     if load.adapter is not None and load.adapter.stack_weights:
         yield from _adapted(size, load, load.adapter, f"{path}.lora.targetModules")

@@ -1,4 +1,4 @@
-"""What an `esft` stage trains, before its scores are known, and what full fine-tuning and LoRA would need instead."""
+"""Estimate the weights that an `esft` stage trains, and compare its memory with full fine-tuning and LoRA."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ from finetune_trainer.plan.model_size import AdapterSize, ModelSize
 from finetune_trainer.plan.states import trainable
 
 COARSE = 16
-"""With so few experts a layer, choosing the least number of them still trains a large part of the model."""
+"""With fewer experts per layer than this, even one selected expert is a large part of the model."""
 
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """What an `esft` stage trains."""
+    """Trained weights of an `esft` stage."""
 
     tuned: int
-    """Trained weights; an upper bound where the experts are still to be selected by token scores."""
+    """Number of trained weights; an upper bound if token scores are yet to select the experts."""
     active: int
-    """Of the trained weights, those that an average token is multiplied by."""
+    """Number of trained weights that an average token is multiplied by."""
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """What another way of training the same stage would need."""
+    """Memory of another training method for the same stage."""
 
     method: str
     trainable: int
     optimizer: int
-    """Bytes of one worker's AdamW states."""
+    """Bytes of AdamW's states per worker."""
     total: int
-    """Bytes of one worker, all parts."""
+    """Total bytes per worker."""
 
 
 def expert_plan(spec: EsftSpec, model: PreTrainedModel, where: str, base_dir: str) -> ExpertPlan:
-    """The plan of a stage's trained weights.
+    """Return the plan of a stage's trained weights.
 
-    Token scores of a layer sum to 1, so the chosen experts are never more than p of them (rounded up): that many are
-    needed where load is even, and fewer where it is not.
+    The token scores of a layer sum to 1, so top-p selection takes at most the share p of its experts (rounded up): all
+    of these if the load is balanced, fewer if not.
 
     Args:
-        model: on the meta device.
+        model: the model, on the meta device.
 
     Raises:
-        UserError: the family has no experts of the common shape, experts given by hand don't fit, or there are no
-            shared experts to train.
+        UserError: the family is not supported, the configured experts do not match the model, or there are no shared
+            experts to train.
     """
     layers = expert_layers(model, where)
     _check_language(model, layers, where)
@@ -76,10 +76,10 @@ def expert_plan(spec: EsftSpec, model: PreTrainedModel, where: str, base_dir: st
 
 
 def _check_language(model: PreTrainedModel, layers: list[ExpertLayer], where: str) -> None:
-    """Refuse a composite model whose frozen parts have experts: they would share the numbers of their layers.
+    """Check that a composite model has experts in its language model only, as other layers reuse the layer numbers.
 
     Raises:
-        UserError: there are such experts.
+        UserError: a frozen part of the model has experts.
     """
     inside = language_names(model)
     other = next((layer.name for layer in layers if not inside(layer.name)), None)
@@ -89,7 +89,7 @@ def _check_language(model: PreTrainedModel, layers: list[ExpertLayer], where: st
 
 
 def compare(size: ModelSize, load: Workload, adapter: AdapterSize) -> tuple[Alternative, ...]:
-    """The same stage by ESFT, by full fine-tuning and by LoRA on everything, at the same ZeRO stage."""
+    """Return the memory of ESFT, full fine-tuning and LoRA with `adapter`, at the same ZeRO stage."""
     full = replace(load, tuned=None)
     loads = {"ESFT": load, "full": full, "LoRA r=16": replace(full, adapter=adapter)}
     return tuple(_alternative(method, size, one) for method, one in loads.items())

@@ -1,4 +1,4 @@
-"""What stages need that draw answers: sequences at a time, a cache of keys and values, reward models."""
+"""Memory of stages that generate completions: concurrent sequences, KV cache, reward models."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from finetune_trainer.plan.vllm_version import installed_vllm
 
 
 def answered_length(spec: TrainingSpec, longest: int | None, context: int | None) -> int | None:
-    """Return the tokens of the longest prompt with the longest answer, or None where no prompt's length is known.
+    """Return the tokens of the longest prompt with the longest completion, or None if no prompt length is known.
 
     Args:
         longest: tokens of the longest prompt, or None.
-        context: of the model, or None.
+        context: context length of the model, or None.
     """
     prompts = [limit for limit in (spec.row_limit, longest) if limit]
     if not prompts:
@@ -36,10 +36,10 @@ def answered_length(spec: TrainingSpec, longest: int | None, context: int | None
 def answering(
     size: ModelSize, load: Workload, spec: PromptSpec, run: RunConfig, index: int, config: PretrainedConfig
 ) -> tuple[Workload, list[str]]:
-    """Return the work with what drawing and scoring answers adds, and notes on what that is.
+    """Return the workload with generation and reward models added, and notes about them.
 
     Raises:
-        UserError: vLLM is installed in a version that does not fit.
+        UserError: the installed version of vLLM is not supported.
     """
     scorers, notes = 0, list[str]()
     for reward in spec.scorers.values():
@@ -68,7 +68,7 @@ def _counts(stage: Stage, workers: int) -> Iterator[str]:
 
 
 def _scorer(reward: Reward | Judge, run: RunConfig, config: PretrainedConfig) -> tuple[int, list[str]]:
-    """Parameters of a reward model, and why they are not known."""
+    """Return the number of parameters of a reward model, and a note if it is unknown."""
     if reward.stage is not None:
         return _parameters(config), []
     if reward.model is None:
@@ -79,7 +79,7 @@ def _scorer(reward: Reward | Judge, run: RunConfig, config: PretrainedConfig) ->
     try:
         return _parameters(load_config(ModelSource(str(path), None, None, ""), None)), []
     except UserError:
-        return 0, []  # preflight tells
+        return 0, []  # preflight reports it
 
 
 def _parameters(config: PretrainedConfig) -> int:

@@ -1,4 +1,4 @@
-"""Host memory of the node that needs most: the first worker's, which saves and merges."""
+"""Host memory of the node with the highest usage: that of rank 0, which saves and merges."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from finetune_trainer.plan.states import MASTER, trainable
 from finetune_trainer.storage.filesystem import Storage
 
 SHARD = 5_000_000_000
-"""Bytes of one file of a result (`model.weights.SHARD_SIZE`)."""
+"""Maximum bytes of one file of a saved model (`model.weights.SHARD_SIZE`)."""
 PROCESS = 3 << 30
-"""Of a worker on a GPU: torch, transformers, PEFT, DeepSpeed and CUDA's libraries. An allowance, not a measurement."""
+"""Bytes of a GPU worker for torch, transformers, PEFT, DeepSpeed and CUDA libraries. Assumed, not measured."""
 DRIVER = 2 << 30
-"""Of a node: Ray, its object store and the job's driver. An allowance, not a measurement."""
+"""Bytes of a node for Ray, its object store and the job's driver. Assumed, not measured."""
 DATA_WORKER = 300 << 20
-"""Of a process that loads data. An allowance, not a measurement."""
+"""Bytes of a dataloader worker process. Assumed, not measured."""
 
 
 @dataclass(frozen=True)
 class HostWork:
-    """What the host's memory depends on besides the device's workload."""
+    """Settings besides the device's workload that host memory depends on."""
 
     workers: int = 1
-    """On a node."""
+    """Workers per node."""
     data_workers: int = 0
-    """Processes that load data, for each worker."""
+    """Dataloader processes per worker."""
     saved_bytes: int = 2
-    """Bytes of a weight in the base's files."""
+    """Bytes per weight in the base model's files."""
     merges: bool = False
-    """Whether the result is the base with an adapter, or with trained experts, merged in."""
+    """Whether the stage merges an adapter, or trained experts, into the base model."""
     by_tensor: bool = True
-    """Whether the merge goes through the base's files; else it holds the base in float32."""
+    """Whether the merge reads the base model tensor by tensor; else it loads all of it in float32."""
     dequantizes: bool = False
-    """Whether a plain copy of quantized weights is made first, as a whole."""
+    """Whether a dequantized copy of the whole model is made first."""
     composite: bool = False
     largest: int = 0
     """Elements of the largest weight."""
@@ -59,23 +59,23 @@ class HostWork:
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes of a node's host memory by part. Loading, saving and merging are not at the same time.
+    """Bytes of a node's host memory by part. Loading, saving and merging happen at different times.
 
-    A worker on a CPU has its weights and all else of `Memory` in the host's memory too; that is not repeated here.
+    On CPU workers, the parts of `Memory` are in host memory too; they are not included here.
     """
 
     processes: int
     data: int
-    """Processes that load data."""
+    """Dataloader processes."""
     offloaded: int
-    """Optimizer states and weights that DeepSpeed keeps on the host, pinned on GPU nodes."""
+    """Optimizer states and weights that DeepSpeed offloads, in pinned memory on GPU nodes."""
     loading: int
     saving: int
     merging: int
 
     @property
     def total(self) -> int:
-        """Bytes at the peak."""
+        """Peak bytes."""
         return self.processes + self.data + self.offloaded + max(self.loading, self.saving, self.merging)
 
     def parts(self) -> dict[str, int]:
@@ -88,7 +88,7 @@ class HostMemory:
 
 
 def host_estimate(size: ModelSize, load: Workload, memory: Memory, work: HostWork) -> HostMemory:
-    """Return the host memory of the first worker's node."""
+    """Return the host memory of rank 0's node."""
     on_gpus = load.kind == "cuda"
     return HostMemory(
         processes=work.workers * PROCESS + DRIVER if on_gpus else 0,
@@ -103,12 +103,12 @@ def host_estimate(size: ModelSize, load: Workload, memory: Memory, work: HostWor
 def host_work(
     run: RunConfig, spec: TrainedSpec, config: PretrainedConfig, model: PreTrainedModel, workers: int, dtype_bytes: int
 ) -> HostWork:
-    """Return what a stage's host memory depends on.
+    """Return the settings of a stage that its host memory depends on.
 
     Args:
-        model: on the meta device.
-        workers: of the whole job.
-        dtype_bytes: of the dtype that the job computes in.
+        model: the model, on the meta device.
+        workers: world size of the job.
+        dtype_bytes: bytes per element of the job's compute dtype.
     """
     resources = run.job.spec.resources
     saved = getattr(config, "dtype", None) if run.job.spec.model.config is None else None
@@ -129,9 +129,9 @@ def host_work(
 
 
 def merges_by_tensor(run: RunConfig, config: PretrainedConfig) -> bool:
-    """Return whether the names in the base's files let a merge go through them tensor by tensor.
+    """Return whether the tensor names in the base model's files allow a merge tensor by tensor.
 
-    It is taken to be so where the files are not on this machine. What is wrong with them, preflight says.
+    Assume so if the files are not on this machine, or have errors, which preflight reports.
     """
     if run.job.spec.model.config is not None or quantization_method(config) is not None:
         return True
@@ -147,9 +147,9 @@ def merges_by_tensor(run: RunConfig, config: PretrainedConfig) -> bool:
 
 
 def _loading(size: ModelSize, load: Workload, work: HostWork) -> int:
-    """A tensor as it is read and as it is cast, for each worker that reads: under ZeRO-3 the first one alone.
+    """Return the bytes of one tensor as read and as cast, for each worker that reads (under ZeRO-3 only rank 0).
 
-    The files are mapped: their pages are the kernel's to drop, and all workers of a node share them.
+    The files are memory-mapped, so the kernel can evict their pages, and all workers of a node share them.
     """
     readers = 1 if load.zero == 3 else work.workers
     copy = size.total * work.saved_bytes if work.dequantizes else 0
@@ -157,11 +157,11 @@ def _loading(size: ModelSize, load: Workload, work: HostWork) -> int:
 
 
 def _saving(size: ModelSize, load: Workload, work: HostWork) -> int:
-    """The larger of a result and a checkpoint.
+    """Return the bytes for saving the stage's result or a checkpoint, whichever is larger.
 
-    A result of full training is one file on its way from a GPU at ZeRO-0, else the whole model in the dtype, as the
-    workers put it together on the first one; a composite model is written into a copy of its base. An adapter is its
-    own weights. A checkpoint of DeepSpeed's takes a worker's share of the master weights at a time.
+    The result of full training takes one file at ZeRO-0 on a GPU, else the whole model in the dtype, which is gathered
+    on rank 0; a composite model also takes a copy of its base. An adapter takes its own weights. A DeepSpeed checkpoint
+    takes each worker's partition of the master weights.
     """
     whole = size.total * load.dtype_bytes
     if load.frozen:
@@ -175,9 +175,10 @@ def _saving(size: ModelSize, load: Workload, work: HostWork) -> int:
 
 
 def _merging(size: ModelSize, load: Workload, work: HostWork) -> int:
-    """One file of the result; the largest merged weight as read, in float32, and what is added to it; the adapter.
+    """Return the bytes of a merge.
 
-    Where the merge can't go through the files: the base in float32, and PEFT's copy of a weight with what is added.
+    Tensor by tensor: one output file, the adapter, and the largest merged weight as read, in float32, and its delta.
+    Otherwise: the base model in float32, the adapter, and PEFT's copy of the largest merged weight with its delta.
     """
     adapter = trainable(size, load) * (MASTER if load.adapter is not None else work.saved_bytes)
     if not work.by_tensor:

@@ -1,4 +1,4 @@
-"""What a stage needs that only reads a model: weights, keys and values of answers, logits of texts."""
+"""Memory of inference: weights, the KV cache of completions, logits of texts."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from finetune_trainer.plan.quantities import human_bytes
 from finetune_trainer.plan.states import MASTER, weight_bytes
 
 MOST_TOKENS = 8192
-"""Of one forward pass over texts, padding included, unless one text has more: all their logits are held at once."""
+"""Maximum tokens of a forward pass over texts, with padding, to bound the logits; a longer text is passed alone."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What of an evaluation the memory depends on."""
+    """Inference workload: settings that its memory depends on."""
 
     batch: int
-    """Rows of one batch of a worker."""
+    """Rows per batch and worker."""
     length: int
-    """Tokens of a row, its answer included."""
+    """Tokens per row, completion included."""
     dtype_bytes: int
     kind: str
     """`cuda` or `cpu`."""
     scores_texts: bool
-    """Whether logits of whole texts are needed (perplexity)."""
+    """Whether logits of whole texts are computed (perplexity)."""
     generates: bool
     quantization: Quantization | None = None
 
 
 def inference_memory(size: ModelSize, load: Reading) -> Memory:
-    """Peak memory of one worker that holds the whole model."""
+    """Return the peak memory of one worker, which loads the whole model."""
     work = _workload(load)
     read = max(min(MOST_TOKENS, load.batch * load.length), load.length)
     tokens = max(read if load.scores_texts else 0, load.batch * load.length if load.generates else 0)
@@ -62,7 +62,7 @@ def inference_memory(size: ModelSize, load: Reading) -> Memory:
 
 
 def reading(spec: EvaluateSpec, length: int, dtype_bytes: int, kind: str) -> Reading:
-    """An evaluation of rows of `length` tokens."""
+    """Return the workload of an evaluation on rows of `length` tokens."""
     return Reading(
         batch=spec.per_device_eval_batch_size,
         length=length,
@@ -75,7 +75,7 @@ def reading(spec: EvaluateSpec, length: int, dtype_bytes: int, kind: str) -> Rea
 
 
 def reading_faults(spec: EvaluateSpec, config: PretrainedConfig, path: str) -> Iterator[Problem]:
-    """What of the model makes an evaluation impossible."""
+    """Yield the reasons why a model cannot be evaluated."""
     if _fills_masks(config):
         yield Problem(path, f"a {config.model_type} model fills masks: it has no perplexity and answers nothing")
     context, most = context_length(config), spec.generation.max_new_tokens
@@ -85,7 +85,7 @@ def reading_faults(spec: EvaluateSpec, config: PretrainedConfig, path: str) -> I
 
 
 def reading_length(spec: EvaluateSpec, config: PretrainedConfig, longest: int | None) -> int:
-    """Tokens of a row and its answer: those of the longest row where it is known, else the model's context."""
+    """Return the tokens of the longest row with its completion if known, else the model's context length."""
     context = context_length(config)
     answer = spec.generation.max_new_tokens if spec.generates else 0
     wanted = context or 1024 if longest is None else longest + answer
@@ -93,7 +93,7 @@ def reading_length(spec: EvaluateSpec, config: PretrainedConfig, longest: int | 
 
 
 def reading_advice(size: ModelSize, load: Reading, path: str, limit: int) -> Iterator[str]:
-    """What to change where the models don't fit, most harmless first."""
+    """Yield the cheapest change of settings after which the models fit in `limit` bytes."""
     if (fitting := smaller_batch(size, load, limit)) is not None:
         yield f"{path}.perDeviceEvalBatchSize: {fitting}"
         return
@@ -105,14 +105,14 @@ def reading_advice(size: ModelSize, load: Reading, path: str, limit: int) -> Ite
 
 
 def check_reading(spec: EvaluateSpec, config: PretrainedConfig, path: str) -> None:
-    """Raises UserError with all of `reading_faults`."""
+    """Raise UserError with all problems that `reading_faults` yields."""
     found = list(reading_faults(spec, config, path))
     if found:
         raise UserError(found)
 
 
 def smaller_batch(size: ModelSize, load: Reading, limit: int) -> str | None:
-    """The first of half the batch, a quarter, … that fits in `limit` bytes, and what it takes; None where none does."""
+    """Halve the batch until it fits in `limit` bytes; return its size and memory as text, or None if none fits."""
     batch = load.batch
     while batch > 1:
         batch //= 2
@@ -122,7 +122,7 @@ def smaller_batch(size: ModelSize, load: Reading, limit: int) -> str | None:
 
 
 def _workload(load: Reading) -> Workload:
-    """The same as a training workload whose adapter has no weights: all of the model is frozen."""
+    """Return the equivalent training workload: a frozen model with an empty adapter."""
     quantization = load.quantization
     return Workload(
         batch=load.batch,
@@ -136,7 +136,10 @@ def _workload(load: Reading) -> Workload:
 
 
 def _logits(size: ModelSize, load: Reading, tokens: int) -> int:
-    """Of texts: all of a pass in the dtype, one text's as float32 and their log-softmax. Of answers: one token's."""
+    """Return the bytes of logits: of one token when generating; of all tokens of a pass when scoring texts.
+
+    A text's logits and their log-softmax are in float32, one text at a time.
+    """
     texts = size.vocab * (tokens * load.dtype_bytes + 2 * load.length * MASTER) if load.scores_texts else 0
     return max(texts, load.batch * size.vocab * 2 * MASTER if load.generates else 0)
 

@@ -1,4 +1,4 @@
-"""The plan of a job: one record per stage, of plain values."""
+"""Plan a job: one record of plain values per stage."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ if TYPE_CHECKING:
 
 
 def plan_job(run: RunConfig, context: PlanContext, rows: Rows | None = None) -> JobPlan:
-    """Return the plan of every trained stage of a job. No model is allocated.
+    """Return the plan of all stages of a job that train or run a model. No model is allocated.
 
     Args:
-        rows: returns the size of a stage's data, which takes reading and tokenising; without it, steps may be unknown.
+        rows: returns the size of a stage's data by reading and tokenizing it; without it, steps may be unknown.
 
     Raises:
-        UserError: it has all faults: a model that can't be built, an adapter that matches no module, an invalid
-            sharding.
+        UserError: all problems together: a model cannot be built, an adapter matches no module, or sharding is invalid.
     """
     config = context.config or job_config(run)
     dtype = plan_dtype(run, context.device)
@@ -58,16 +57,16 @@ def plan_job(run: RunConfig, context: PlanContext, rows: Rows | None = None) -> 
 
 
 def _synthesis(run: RunConfig, index: int, spec: SynthesizeSpec) -> SynthesisPlan:
-    from finetune_trainer.synthesis.estimate import plan_synthesis  # few jobs need one
+    from finetune_trainer.synthesis.estimate import plan_synthesis  # imported here, as few jobs need it
 
     return plan_synthesis(spec, index, run.job.spec.stages[index].title, place(run, index), **directories(run))
 
 
 def job_config(run: RunConfig) -> PretrainedConfig:
-    """Return the configuration of the job's model, with the vocabulary of its tokenizer.
+    """Return the configuration of the job's model, with the vocabulary size of its tokenizer.
 
     Raises:
-        UserError: as `load_config`.
+        UserError: see `load_config`.
     """
     source = stage_source(run, 0, Storage(run.root))
     tokenizer = load_tokenizer(source) if source.config is not None and source.tokenizer else None
@@ -79,7 +78,7 @@ def job_config(run: RunConfig) -> PretrainedConfig:
 
 
 def plan_dtype(run: RunConfig, device: Device) -> torch.dtype:
-    """Return the dtype of the job's `model.dtype` on a device, which may be another machine's."""
+    """Return the dtype that the job's `model.dtype` selects on a device, local or not."""
     named = run.job.spec.model.dtype
     if named != "auto":
         dtype = getattr(torch, named)

@@ -1,4 +1,4 @@
-"""Memory of one worker, by part, as pure functions of a model's size and a stage's settings."""
+"""Estimate a worker's memory by part, from a model's size and a stage's settings."""
 
 from __future__ import annotations
 
@@ -12,102 +12,101 @@ from finetune_trainer.plan.model_size import AdapterSize, ModelSize
 from finetune_trainer.plan.states import gradient_bytes, optimizer_bytes, reference_bytes, weight_bytes
 
 CONTEXT = {"cuda": 640 << 20, "cpu": 700 << 20}
-"""What a process takes before it holds a model: CUDA's context with its kernels and cuBLAS's workspaces; on a CPU the
-libraries. `memory_context` in the metrics has the measured value."""
+"""Bytes of a process before it loads a model: the CUDA context with kernels and cuBLAS workspaces; on a CPU the
+libraries. The metric `memory_context` is the measured value."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What of a stage the memory depends on. Bytes are per element."""
+    """Settings of a stage that its memory depends on."""
 
     batch: int
-    """Sequences in one forward pass of a worker (DPO: chosen and rejected, so twice the rows)."""
+    """Sequences per forward pass of a worker (DPO: chosen and rejected, so twice the rows)."""
     length: int
     """Tokens per sequence."""
     dtype_bytes: int = 2
-    """Of the dtype it computes in: 2 for half precision, 4 for float32."""
+    """Bytes per element of the compute dtype: 2 for half precision, 4 for float32."""
     zero: int = 0
     workers: int = 1
     adapter: AdapterSize | None = None
-    """None where weights of the model itself are trained."""
+    """Size of the adapter, or None if weights of the model itself are trained."""
     tuned: int | None = None
-    """Weights of the model that are trained while the others are frozen (ESFT); None: all of them, or an adapter."""
+    """Number of trained weights if the others are frozen (ESFT); None for full training or an adapter."""
     tuned_embeddings: bool = False
-    """Whether those include the embeddings and norms."""
+    """Whether `tuned` includes the embeddings and norms."""
     quantized_bits: int | None = None
     double_quant: bool = True
     accumulation: int = 1
     """Forward and backward passes of a worker per optimizer step."""
     checkpointing: bool = False
     eager: bool = False
-    """Attention that materialises its scores."""
+    """Whether attention materializes its scores."""
     summed_stacks: bool = False
-    """LoRA on stacked experts by sums `W + BA`; else by its factors."""
+    """Whether LoRA on stacked experts computes the sums `W + BA`; else it uses the factors."""
     masked: MaskedLayers = field(default_factory=MaskedLayers)
     """Attention layers under `sdpa` that get a mask."""
     full_logits: bool = False
-    """Logits of the whole batch at once (masked language modelling); else TRL's tiles."""
+    """Whether logits of the whole batch are computed at once (masked language modeling); else in TRL's tiles."""
     no_logits: bool = False
-    """One number for each sequence in place of logits (reward models)."""
+    """Whether the model returns one score per sequence instead of logits (reward models)."""
     reference: bool = False
-    """A second model with the weights of the first, as the reference."""
+    """Whether a second model of the same size is loaded as the reference."""
     drawn: int = 0
-    """Answers drawn at a time, each with its prompt `length` tokens long; 0 in stages that draw none."""
+    """Completions generated concurrently, each `length` tokens long with its prompt; 0 without generation."""
     scorers: int = 0
-    """Parameters of reward models, which every worker holds whole in the dtype."""
+    """Parameters of the reward models, which every worker loads whole in the compute dtype."""
     offload_optimizer: bool = False
     offload_param: bool = False
     kind: str = "cuda"
     engine: int = 0
-    """Bytes that an inference engine holds all the time beside the training (vLLM); 0: transformers draws."""
+    """Bytes that vLLM reserves throughout the training; 0 if transformers generates."""
 
     @property
     def frozen(self) -> bool:
-        """Whether most of the model is frozen."""
+        """Whether only an adapter or selected weights are trained."""
         return self.adapter is not None or self.tuned is not None
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one worker's device by part, and of the host where something is offloaded."""
+    """Bytes of a worker by part, on its device and offloaded to the host."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     loss: int
-    """Working set of the loss: logits or tiles of them, and their gradients."""
+    """Working set of the loss: logits, or tiles of them, and their gradients."""
     reference: int
     buffers: int
     """Communication buckets, gathered weights, copies in another dtype."""
     context: int
-    """CUDA's context; on a CPU the process with its libraries."""
+    """CUDA context; on a CPU the process with its libraries."""
     nccl: int = 0
     """Buffers of NCCL, which torch's allocator does not count."""
     experts: int = 0
-    """Copies of stacked experts: casts of float32 weights, LoRA's factors, or its sums with the weights."""
+    """Copies of stacked experts: casts of float32 weights, LoRA's factors, or their sums with the weights."""
     drawing: int = 0
-    """What drawing answers needs beyond the activations and the loss, which are not there at the same time; or all that
-    an inference engine (vLLM) holds."""
+    """Memory of vLLM, or of generation in excess of activations and loss, which are not allocated at the same time."""
     scorers: int = 0
     """Reward models."""
     attention_masks: int = 0
-    """Masks under `sdpa`, and the bias that torch makes of them for each layer."""
+    """Masks under `sdpa`, and the bias that torch makes from them in each layer."""
     host: int = 0
-    """On the host, beside the device."""
+    """Offloaded to the host."""
 
     @property
     def total(self) -> int:
-        """Bytes on the device."""
+        """Total bytes on the device."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        """The device's parts by name."""
+        """Return the bytes on the device by part."""
         return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "host"}
 
 
 def estimate(size: ModelSize, load: Workload) -> Memory:
-    """Peak memory of a training step of one worker: what stays, and the larger of activations and loss on top."""
+    """Return the peak memory of a worker in a training step."""
     weights, gradients, optimizer = (
         weight_bytes(size, load),
         gradient_bytes(size, load),
@@ -134,5 +133,5 @@ def estimate(size: ModelSize, load: Workload) -> Memory:
 
 
 def with_zero(load: Workload, zero: int) -> Workload:
-    """The same work at another ZeRO stage."""
+    """Return the workload at another ZeRO stage."""
     return replace(load, zero=zero)

@@ -1,4 +1,4 @@
-"""How large a model is, from its configuration alone: built on torch's meta device, nothing is allocated."""
+"""Sizes of a model and its adapter, computed on torch's meta device from the configuration, without allocation."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from finetune_trainer.model.task import Task, as_reward, auto_class
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """What an adapter adds, summed over all adapted layers. A stack is one tensor with the weights of all experts."""
+    """Size of an adapter, summed over all adapted layers. A stack is one tensor with the weights of all experts."""
 
     parameters: int
-    """Trainable parameters, modules trained in full included."""
+    """Trainable parameters, including fully trained modules."""
     input_features: int
-    """Input features of all adapted linear layers."""
+    """Sum of the input features of adapted linear layers."""
     rank_features: int
-    """Ranks of all adapted linear layers."""
+    """Sum of the ranks of adapted linear layers."""
     stack_parameters: int = 0
     """Trainable parameters on stacks."""
     stack_factors: int = 0
-    """Elements of their factors as they are computed with, the rank padded."""
+    """Elements of the stacks' LoRA factors with padded ranks, as they are multiplied."""
     stack_ranks: int = 0
-    """Padded ranks of all adapted stacks."""
+    """Sum of the padded ranks of adapted stacks."""
     stack_weights: int = 0
-    """Elements of the adapted stacks."""
+    """Elements of adapted stacks."""
 
     def active(self, size: ModelSize) -> int:
         """Return the trainable parameters that one token is multiplied by."""
@@ -49,17 +49,17 @@ class AdapterSize:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Counts of parameters, each shared one counted once, and the shape that activations depend on."""
+    """Parameter counts, with shared parameters counted once, and the dimensions that activations depend on."""
 
     family: str
     total: int
     embedding: int
-    """Parameters of input embeddings (all tables; a tied head shares the first)."""
+    """Parameters of all embedding tables."""
     head: int
-    """Parameters of the output head's matrix, also where it is tied."""
+    """Parameters of the output head's matrix, also if tied to the input embedding."""
     tied: bool
     linear: int
-    """Weights in linear layers but the head: what bitsandbytes quantizes (stacked experts are not)."""
+    """Weights of linear layers without the head, which bitsandbytes quantizes (unlike stacked experts)."""
     largest_layer: int
     """Parameters of the largest decoder or encoder layer."""
     expert: int
@@ -74,18 +74,18 @@ class ModelSize:
     key_value_heads: int
     head_dim: int
     intermediate: int
-    """Width of the (dense) MLP."""
+    """Width of the dense MLP."""
     expert_intermediate: int
     gated: bool
     """Whether the MLP has a gate (SwiGLU, GeGLU)."""
     query_key_norm: bool
     layer_norm: bool
-    """LayerNorm, as BERT has it, in place of RMSNorm."""
+    """Whether the norms are LayerNorm, as in BERT, instead of RMSNorm."""
     vocab: int
     attention_dropout: bool
     hidden_dropout: bool
     frozen: int = 0
-    """Parameters of a composite model's parts that text does not pass through, in `total`; they are never trained."""
+    """Parameters of a composite model outside its language model; included in `total`, never trained."""
 
     @property
     def active(self) -> int:
@@ -97,15 +97,15 @@ class ModelSize:
 
     @property
     def matmul(self) -> int:
-        """Parameters that one token is multiplied by: the active ones without embedding look-ups, with the head."""
+        """Parameters that one token is multiplied by: the active ones without embedding lookups, with the head."""
         return self.active - self.embedding + (self.head if self.tied else 0)
 
 
 def meta_model(config: PretrainedConfig, task: Task = "causal") -> PreTrainedModel:
-    """The model of a configuration, on the meta device.
+    """Return the model of a configuration on the meta device.
 
     Raises:
-        UserError: the family has no such head, or its fields contradict each other.
+        UserError: the family has no head for the task, or the configuration is inconsistent.
     """
     if task == "reward":
         config = as_reward(deepcopy(config), None)
@@ -119,7 +119,7 @@ def meta_model(config: PretrainedConfig, task: Task = "causal") -> PreTrainedMod
 
 
 def model_size(model: PreTrainedModel) -> ModelSize:
-    """Sizes of a model, which may be on the meta device; of a composite one, the shape of its language model."""
+    """Return the sizes of a model, on any device; dimensions of a composite model are those of its language model."""
     config, inside = model.config.get_text_config(), language_names(model)
     named = [(name, module) for name, module in model.named_modules() if inside(name)]
     embeddings = [module for _, module in named if isinstance(module, nn.Embedding)]
@@ -164,15 +164,15 @@ def model_size(model: PreTrainedModel) -> ModelSize:
 
 
 def adapter_size(model: PreTrainedModel, spec: Lora, path: str = "lora") -> AdapterSize:
-    """What `spec` adds to a model on the meta device, by attaching it; the model is changed.
+    """Return the size of the adapter of `spec`. Attaches it to `model`, which must be on the meta device.
 
     Raises:
-        UserError: as `lora_config`.
+        UserError: see `lora_config`.
     """
-    from peft import get_peft_model  # takes seconds to import, and only adapters need it
+    from peft import get_peft_model  # slow to import
     from peft.tuners.lora.layer import ParamWrapper
 
-    with warnings.catch_warnings(), torch.device("meta"):  # else PEFT draws every weight on the CPU first
+    with warnings.catch_warnings(), torch.device("meta"):  # else PEFT initializes on the CPU
         warnings.simplefilter("ignore")
         adapted = get_peft_model(model, lora_config(spec, model, path))
     trained = [(name, weight) for name, weight in adapted.named_parameters() if weight.requires_grad]
@@ -193,13 +193,13 @@ def adapter_size(model: PreTrainedModel, spec: Lora, path: str = "lora") -> Adap
 
 
 def without_experts(model: PreTrainedModel, spec: Lora) -> tuple[AdapterSize, list[str]]:
-    """Return the size of an adapter on the linear layers alone, without stacked experts, and the layers' names."""
+    """Return the size of an adapter on linear layers only, without stacked experts, and the names of the layers."""
     names = sorted({name.rpartition(".")[2] for name in find_targets(model).linears})
     return adapter_size(model, spec.model_copy(update={"target_modules": names})), names
 
 
 def _layer_lists(modules: list[nn.Module]) -> list[nn.Module]:
-    """The repeated layers: the longest list of modules by parameters."""
+    """Return the layers of the `ModuleList` with the most parameters."""
     lists = [module for module in modules if isinstance(module, nn.ModuleList)]
     return [*max(lists, key=lambda modules: _count(modules), default=nn.ModuleList())]
 
@@ -219,6 +219,6 @@ def _positive(config: PretrainedConfig, *names: str) -> bool:
 
 
 def _first(config: PretrainedConfig, *names: str, default: int = 0) -> int:
-    """The first of the fields that the configuration has as a number."""
+    """Return the first of the configuration's fields that is a nonzero number."""
     values = (getattr(config, name, None) for name in names)
     return next((math.ceil(value) for value in values if isinstance(value, (int, float)) and value), default)

@@ -1,4 +1,4 @@
-"""Kubernetes quantities: `64Gi`, `500m`, `1.5G`."""
+"""Parse Kubernetes quantities (`64Gi`, `500m`, `1.5G`), and format numbers for people."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SCALES: dict[str | None, Decimal] = {
 
 
 def parse_quantity(text: str) -> int:
-    """The whole number a quantity means, rounded up as Kubernetes' `Quantity.Value()` does (`500m` is 1).
+    """Return the value of a quantity, rounded up as by Kubernetes' `Quantity.Value()` (`500m` is 1).
 
     Raises:
-        ValueError: the text is no quantity.
+        ValueError: the text is not a quantity.
     """
     match = _FORM.fullmatch(text)
     if match is None:
@@ -29,7 +29,7 @@ def parse_quantity(text: str) -> int:
 
 
 def human_bytes(count: float) -> str:
-    """Bytes for people, in binary units: `1.5 GiB`."""
+    """Format bytes in binary units: `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{_short(count)} {unit}"
@@ -38,7 +38,7 @@ def human_bytes(count: float) -> str:
 
 
 def human_count(count: float) -> str:
-    """A number for people: `8.03 B`."""
+    """Format a number in thousands (k), millions (M), billions (B) or trillions (T): `8.03 B`."""
     for unit in ("", " k", " M", " B"):
         if abs(count) < 1000:
             return f"{count:.0f}" if not unit else f"{_short(count)}{unit}"
@@ -47,5 +47,5 @@ def human_count(count: float) -> str:
 
 
 def _short(count: float) -> str:
-    """Three digits, and never as a power of ten."""
+    """Format a number with three significant digits, never in scientific notation."""
     return f"{count:.0f}" if abs(count) >= 100 else f"{count:.3g}"

@@ -1,4 +1,4 @@
-"""What a plan is made from, and what it says: plain values."""
+"""Records of plain values: the inputs of a plan, and the plan."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ Rows = Callable[[int], DataSize | tuple[int, ...] | None]
 
 @dataclass(frozen=True)
 class PlanContext:
-    """What a job runs on. `workers` are all of them together."""
+    """Hardware and model configuration to plan a job for."""
 
     device: Device
     workers: int = 1
+    """World size."""
     config: PretrainedConfig | None = None
-    """The model's configuration. Default: the job's own, read from where its model is."""
+    """Configuration of the model. Default: read from the job's model."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage needs; None means: not known before its data is read."""
+    """Resources of one stage. None means unknown before its data is read."""
 
     index: int
     title: str
@@ -53,7 +54,7 @@ class StagePlan:
     parameters: int
     trainable: int
     length: int
-    """Tokens per row that memory is counted for."""
+    """Tokens per row that memory is estimated for."""
     rows: int | None
     tokens: int | None
     tokens_per_step: int | None
@@ -65,57 +66,57 @@ class StagePlan:
     """Reason for this ZeRO stage."""
     fits: bool
     spare: int
-    """Bytes left of what may be filled; negative where it does not fit."""
+    """Bytes left of `HEADROOM` of the device; negative if the stage does not fit."""
     advice: tuple[str, ...]
     """Changes to make if it does not fit."""
     notes: tuple[str, ...]
-    """Why something is not known."""
+    """Assumptions, and reasons why values are unknown."""
     checkpoint: int = 0
-    """Bytes of a checkpoint; 0 where the stage saves none."""
+    """Bytes of a checkpoint; 0 if the stage saves none."""
     comparison: tuple[Alternative, ...] = ()
-    """What other ways to train the same would need (ESFT)."""
+    """Memory of other training methods (ESFT only)."""
     warnings: tuple[str, ...] = ()
-    """What costs memory or time and need not. `finetune validate` prints them too."""
+    """Settings that waste memory or time. `finetune validate` prints them too."""
     host: HostMemory | None = None
-    """Host memory of a node; None for a stage that only reads models."""
+    """Host memory of a node; None for a stage without training."""
 
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """What a model needs that makes data on the job's own workers, each of which holds all of it."""
+    """Resources of a teacher model on the job's own workers, each of which loads the whole model."""
 
     index: int
-    """Of its stage."""
+    """Index of its stage."""
     parameters: int
     length: int
-    """Tokens of a prompt with its answer that memory is counted for."""
+    """Tokens of a prompt with its completion that memory is estimated for."""
     memory: Memory
     spare: int
-    """Bytes left of what may be filled; negative where it does not fit."""
+    """Bytes left of `HEADROOM` of the device; negative if the teacher does not fit."""
     advice: tuple[str, ...] = ()
     """Changes to make if it does not fit."""
 
     @property
     def fits(self) -> bool:
-        """Whether the device holds it."""
+        """Whether the teacher fits on the device."""
         return self.spare >= 0
 
 
 @dataclass(frozen=True)
 class JobPlan:
-    """What a job needs. Only the stages that train or read a model have an entry."""
+    """Resources of a job. Only stages that train or run a model have an entry."""
 
     name: str
     device: Device
     workers: int
     dtype: str
     peak: float | None
-    """FLOP/s of one device in that dtype, where known."""
+    """Peak FLOP/s of one device in that dtype, or None if unknown."""
     stages: tuple[StagePlan, ...]
     syntheses: tuple[SynthesisPlan, ...] = ()
-    """What stages that make data will ask of their teachers at most."""
+    """Upper bounds of the requests of `synthesize` stages to their teachers."""
     teachers: tuple[TeacherPlan, ...] = ()
-    """Teachers on the job's own workers, where their models are known."""
+    """Teachers on the job's own workers, if their models are known."""
 
     @property
     def fits(self) -> bool:
@@ -124,7 +125,7 @@ class JobPlan:
 
     @property
     def host_bytes(self) -> int | None:
-        """Host memory of a node in the stage that needs most; None where no stage trains."""
+        """Maximum host memory of a node over all stages, or None if no stage trains."""
         return max((stage.host.total for stage in self.stages if stage.host is not None), default=None)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A job's plan for a terminal."""
+"""Render a job's plan for the terminal."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from finetune_trainer.plan.saving import saving, saving_words
 from finetune_trainer.synthesis.estimate import SynthesisPlan
 
 BAR = 32
-"""Characters of a bar that spans the whole device."""
+"""Width in characters of a bar for the whole device memory."""
 
 
 def render(plan: JobPlan) -> RenderableType:
-    """One panel per stage: size, steps, memory by part with bars, the ZeRO stage and why, and whether it fits."""
+    """Return one panel per stage: size, steps, memory by part, the ZeRO stage with its reason, and whether it fits."""
     peak = "" if plan.peak is None else f", {plan.peak / 1e12:.0f} TFLOP/s in {plan.dtype}"
     head = f"{plan.name}: {_plural(plan.workers, 'worker')} on {plan.device.name}, "
     head += f"{human_bytes(plan.device.memory_bytes)} each{peak}; computes in {plan.dtype}"
@@ -94,7 +94,7 @@ def _facts(stage: StagePlan) -> Table:
 
 
 def _checkpoint(stage: StagePlan) -> str:
-    """Its size and, where a store takes a while, how long one node at an assumed speed would write it."""
+    """Return the size of a checkpoint, and how long one node writes it at the assumed speed."""
     found = saving([(stage.checkpoint, stage.zero)], 1, None)
     return "" if found is None else saving_words(found)
 

@@ -1,4 +1,4 @@
-"""How the steps of an `online` stage fall into rounds, and which prompts and pairs belong to which. Pure."""
+"""Schedule of the rounds of an `online` stage: their steps, prompts and pairs, as pure functions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Schedule:
 
     rounds: int
     steps: int
-    """Optimizer steps of a round."""
+    """Optimizer steps per round."""
     prompts: int
-    """Prompts of a round."""
+    """Prompts per round."""
     rows: int
-    """Prompts in all."""
+    """Prompts in the data."""
     seed: int
 
     @property
@@ -29,11 +29,11 @@ class Schedule:
         return self.rounds * self.steps
 
     def at(self, step: int) -> tuple[int, int]:
-        """The round that the step after `step` steps belongs to, from 0, and its number in that round."""
+        """Return the round of optimizer step `step`, and the step's index in that round; all count from 0."""
         return divmod(step, self.steps)
 
     def prompts_of(self, number: int) -> list[int]:
-        """Rows of a round, in order: where the last round left off in endless passes over the data."""
+        """Return the rows of a round, in order. Rounds continue through shuffled epochs over the data."""
         first = number * self.prompts
         passes = range(first // self.rows, (first + self.prompts - 1) // self.rows + 1)
         drawn = torch.cat([_shuffled(self.rows, self.seed + one) for one in passes])
@@ -42,7 +42,7 @@ class Schedule:
         return found
 
     def pairs_of(self, number: int, step: int, count: int, batch: int) -> list[int]:
-        """Which of a round's `count` pairs are trained on at one of its steps: `batch` of them, in endless passes."""
+        """Return the `batch` pairs of a step, out of the round's `count` pairs, in shuffled epochs over them."""
         first, seed = step * batch, self.seed * 1_000_003 + number
         passes = range(first // count, (first + batch - 1) // count + 1)
         drawn = torch.cat([_shuffled(count, seed + one) for one in passes])
@@ -52,11 +52,11 @@ class Schedule:
 
 
 def schedule(spec: OnlineSpec, rows: int, batch: int) -> Schedule:
-    """The rounds of a stage.
+    """Return the schedule of a stage.
 
     Args:
-        rows: prompts that are there.
-        batch: pairs of one optimizer step.
+        rows: prompts in the data.
+        batch: pairs per optimizer step (global batch size).
     """
     prompts = min(spec.prompts_per_round or rows, rows)
     steps = math.ceil(spec.num_train_epochs * prompts / batch)

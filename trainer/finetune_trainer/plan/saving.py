@@ -1,4 +1,4 @@
-"""What a checkpoint takes: bytes, and the time in which a node that is to stop must write them (pure)."""
+"""Estimate the size of a checkpoint and the time to write it, which the grace period of a pod must allow."""
 
 from __future__ import annotations
 
@@ -11,36 +11,35 @@ from finetune_trainer.plan.quantities import human_bytes
 from finetune_trainer.plan.states import MASTER, MOMENTS, trainable
 
 WRITE_BYTES_PER_SECOND = 200e6
-"""Assumed of a store that was not measured: an NFS share or one stream to S3 writes about 200 MB/s."""
+"""Assumed write speed if it was not measured: an NFS share or one stream to S3 writes about 200 MB/s."""
 MARGIN = 1.5
-"""How much longer a save may take than it should: the step under way ends first, and stores slow down."""
+"""Factor on the estimated time: the current step ends before the save, and storage can be slower."""
 ROUND_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Saving:
-    """The largest checkpoint of a job. Sizes in bytes."""
+    """Size and write time of a job's largest checkpoint."""
 
     size: int
-    """Of the whole checkpoint."""
+    """Bytes of the whole checkpoint."""
     node: int
-    """The most that one node writes."""
+    """Maximum bytes that one node writes."""
     seconds: float
-    """How long that takes."""
+    """Time to write `node` bytes."""
     bytes_per_second: float
     measured: bool
-    """Whether the store's speed was measured; else it is `WRITE_BYTES_PER_SECOND`."""
+    """Whether `bytes_per_second` was measured; else it is `WRITE_BYTES_PER_SECOND`."""
 
 
 def checkpoint_bytes(size: ModelSize, load: Workload) -> int:
-    """Return the bytes of a checkpoint: weights and AdamW's states, by the files that each ZeRO stage writes.
+    """Return the bytes of a checkpoint: weights and AdamW's states, which depend on the ZeRO stage.
 
-    - ZeRO-0: the trained weights as float32 (adapters or trained experts alone, where only these train; else the whole
-      model), and two float32 moments of each.
-    - ZeRO-1 and 2: DeepSpeed's module states in the dtype it computes in, and a float32 master copy and two moments of
-      each trained weight. Of a PEFT model the frozen base is left out; of trained experts it is not.
-    - ZeRO-3: the same without the module states, which the master copies are; and the frozen weights of a model that is
-      not PEFT's.
+    - ZeRO-0: the trained weights in float32 and their two float32 moments. Frozen weights are saved only with full
+      training of a composite model.
+    - ZeRO-1 and 2: DeepSpeed's module states in the compute dtype, and a float32 master copy and two moments of each
+      trained weight. Frozen weights are saved except the base of a PEFT model.
+    - ZeRO-3: the same without module states of the trained weights.
     """
     trained, dtype = trainable(size, load), load.dtype_bytes
     frozen = 0 if load.adapter is not None else size.total - trained
@@ -52,16 +51,16 @@ def checkpoint_bytes(size: ModelSize, load: Workload) -> int:
 
 
 def node_bytes(total: int, zero: int, nodes: int) -> int:
-    """Return the most that one node writes: ZeRO-0's first worker writes all, above it every worker its share."""
+    """Return the maximum bytes that one node writes: at ZeRO-0 rank 0 writes all, else every worker its partition."""
     return total if zero == 0 else -(-total // max(nodes, 1))
 
 
 def saving(sizes: list[tuple[int, int]], nodes: int, bytes_per_second: float | None) -> Saving | None:
-    """Return what the slowest checkpoint of a job's stages takes; None where no stage has any.
+    """Return the slowest checkpoint of a job's stages, or None if no stage saves any.
 
     Args:
-        sizes: of each stage, bytes and ZeRO stage.
-        bytes_per_second: as measured; None where it was not.
+        sizes: checkpoint bytes and ZeRO stage of each stage.
+        bytes_per_second: measured write speed, or None.
     """
     speed = bytes_per_second or WRITE_BYTES_PER_SECOND
     whole = [(node_bytes(total, zero, nodes), total) for total, zero in sizes if total]
@@ -72,12 +71,12 @@ def saving(sizes: list[tuple[int, int]], nodes: int, bytes_per_second: float | N
 
 
 def grace_seconds(found: Saving) -> int:
-    """Return a grace period that is enough, in whole minutes."""
+    """Return a sufficient grace period in seconds, in whole minutes."""
     return math.ceil(found.seconds * MARGIN / ROUND_SECONDS + 1) * ROUND_SECONDS
 
 
 def grace_warning(found: Saving, grace: int) -> str:
-    """Return what to set where a checkpoint takes longer than a node that is to stop may take; empty where it fits."""
+    """Return a warning if a checkpoint takes longer than the grace period of `grace` seconds, else an empty string."""
     if found.seconds <= grace:
         return ""
     how = "measured" if found.measured else "assumed, the store was not measured"
@@ -90,7 +89,7 @@ def grace_warning(found: Saving, grace: int) -> str:
 
 
 def saving_words(found: Saving) -> str:
-    """Return the checkpoint in one line, with the time that one node needs for all of it."""
+    """Return the checkpoint's size and write time in one line."""
     how = "measured" if found.measured else "assumed"
     return (
         f"{human_bytes(found.size)}, which one node writes in about {found.seconds:.0f} s at "

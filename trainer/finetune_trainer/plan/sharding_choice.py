@@ -1,4 +1,4 @@
-"""Which ZeRO stage a job gets, and why."""
+"""Choose the ZeRO stage of a job, with a reason."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from finetune_trainer.plan.memory import Memory
 from finetune_trainer.plan.quantities import human_bytes
 
 HEADROOM = 0.9
-"""Share of the device's memory that a plan may fill: allocators fragment, and estimates err."""
+"""Usable fraction of the device memory; the rest allows for fragmentation and estimation errors."""
 
 Estimate = Callable[[int], Memory]
-"""Memory of one worker by ZeRO stage."""
+"""Returns the memory of one worker at a ZeRO stage."""
 
 
 def choose_zero(
@@ -25,14 +25,14 @@ def choose_zero(
     *,
     casts_experts: bool = False,
 ) -> tuple[int, str]:
-    """Return the ZeRO stage, and one sentence that says why, with the figures.
+    """Return the ZeRO stage, and one sentence with its reason and the estimated memory.
 
-    `auto` is the least that fits in `HEADROOM` of the device's memory, or the one that needs least where none does;
-    quantized bases stop at 2, since ZeRO-3 doesn't divide them.
+    `auto` selects the lowest stage that fits in `HEADROOM` of the device memory, else the one with the least memory. It
+    excludes ZeRO-3 for quantized bases, which ZeRO-3 does not partition.
 
     Args:
-        casts_experts: whether ZeRO-0 would keep all experts in float32 and cast them in each forward pass. Then `auto`
-            takes ZeRO-0 only where no other stage fits.
+        casts_experts: whether ZeRO-0 keeps all experts in float32 and casts them in each forward pass. If so, `auto`
+            selects ZeRO-0 only if no other stage fits.
     """
     if spec.zero != "auto":
         need = human_bytes(estimate(spec.zero).total)
@@ -47,7 +47,7 @@ def choose_zero(
 
 
 def sharding_problems(spec: Sharding, quantized_bits: int | None) -> list[Problem]:
-    """Combinations that can't work."""
+    """Return the invalid combinations of settings."""
     problems = []
     if spec.zero == 3 and quantized_bits == 8:
         message = "ZeRO-3 can't divide 8-bit weights (bitsandbytes): set sharding.zero to 2, or quantization.bits to 4"
@@ -60,7 +60,7 @@ def sharding_problems(spec: Sharding, quantized_bits: int | None) -> list[Proble
 
 
 def sharding_warnings(spec: Sharding, quantized_bits: int | None) -> list[str]:
-    """Combinations that work but don't do what they seem to."""
+    """Return warnings about valid combinations of settings that have no benefit."""
     if spec.zero == 3 and quantized_bits == 4:
         return ["ZeRO-3 does not divide a 4-bit base: each worker holds all of it; ZeRO-2 does it with less traffic"]
     return []

@@ -1,4 +1,4 @@
-"""The plan of one stage that trains or reads a model."""
+"""Plan one stage that trains or evaluates a model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from finetune_trainer.stage_graph import place
 
 @dataclass(frozen=True)
 class StagePlanner:
-    """Plans one stage of a job."""
+    """Planner of one stage of a job."""
 
     run: RunConfig
     context: PlanContext
@@ -89,7 +89,7 @@ class StagePlanner:
         return replace(plan, host=host_estimate(size, with_zero(load, plan.zero), plan.memory, work))
 
     def evaluation(self, spec: EvaluateSpec, rows: Rows | None) -> StagePlan:
-        """Return the plan of a stage that reads models, one after the other; each worker loads the whole model."""
+        """Return the plan of an `evaluate` stage, in which each worker loads one whole model after the other."""
         check_reading(spec, self.config, self.path)
         size, device, workers = model_size(meta_model(self.config)), self.context.device, self.context.workers
         data = rows(self.index) if rows is not None else None
@@ -194,7 +194,7 @@ class StagePlanner:
         )
 
     def length(self, data: DataSize | None) -> tuple[int, list[str]]:
-        """Return the tokens per row, and a note where they are only the model's context."""
+        """Return the tokens per row, and a note if they are only the model's context length."""
         spec = self.spec
         if spec.fills_rows:
             assert spec.row_limit is not None
@@ -209,7 +209,7 @@ class StagePlanner:
         return length, [f"the longest example is not known: memory is for the model's context, {length} tokens"]
 
     def _answered_length(self, spec: TrainedSpec, data: DataSize | None) -> tuple[int, list[str]]:
-        """Return the tokens of the longest prompt with the longest answer, and a note where they are not known."""
+        """Return the tokens of the longest prompt with the longest completion, and a note if they are unknown."""
         context = context_length(self.config)
         length = answered_length(spec, data.longest if data else None, context)
         if length is not None:
@@ -233,14 +233,14 @@ class StagePlanner:
         return without_experts(meta_model(self.config, self.spec.task), lora)
 
     def _attention(self, model: Any) -> str:
-        """Return the implementation that the job asks for, or transformers picks."""
+        """Return the attention implementation that the job sets, else transformers' default."""
         requested = self.run.job.spec.model.attn_implementation
         return requested if requested != "auto" else str(model.config._attn_implementation)
 
     @property
     def spec(self) -> TrainedSpec:
         spec = self.stage.spec
-        return cast(TrainedSpec, spec)  # `plan_job` plans other stages elsewhere
+        return cast(TrainedSpec, spec)  # `plan_job` calls `plan` for trained stages only
 
     @property
     def path(self) -> str:

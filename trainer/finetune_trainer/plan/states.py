@@ -1,4 +1,4 @@
-"""Memory of weights, gradients and AdamW's states, and how ZeRO divides them."""
+"""Memory of weights, gradients and AdamW's states, partitioned by ZeRO."""
 
 from __future__ import annotations
 
@@ -23,12 +23,10 @@ def trainable(size: ModelSize, load: Workload) -> int:
 
 
 def weight_bytes(size: ModelSize, load: Workload) -> int:
-    """Weights: float32 masters where torch alone trains them (ZeRO-0), else the dtype's; divided by ZeRO-3.
+    """Return the bytes of the weights: float32 if trained at ZeRO-0, else the compute dtype; partitioned by ZeRO-3.
 
-    A composite model's frozen parts are always in the dtype.
-
-    A quantized base has its linear layers in 4 or 8 bits and all else in the dtype; adapters, and weights trained while
-    the others are frozen, are float32 at ZeRO-0.
+    The frozen base of an adapter or of trained experts, and frozen parts of a composite model, are in the compute
+    dtype. A quantized base has linear layers in 4 or 8 bits.
     """
     if load.tuned is not None:
         masters = load.tuned * (MASTER - load.dtype_bytes) if load.zero == 0 else 0
@@ -40,14 +38,15 @@ def weight_bytes(size: ModelSize, load: Workload) -> int:
     if load.quantized_bits is not None:
         base -= round(size.linear * (load.dtype_bytes - quantized_weight(load.quantized_bits, load.double_quant)))
     else:
-        base = share(base, load, 3)  # a quantized base is not divided: transformers loads it whole on each worker
+        base = share(base, load, 3)  # transformers loads a quantized base whole on each worker
     return base + share(load.adapter.parameters * (MASTER if load.zero == 0 else load.dtype_bytes), load, 3)
 
 
 def quantized_weight(bits: int, double_quant: bool) -> float:
-    """Bytes of a quantized weight with its constants (QLoRA, arXiv 2305.14314, section 3).
+    """Return the bytes per quantized weight with its quantization constants (QLoRA, arXiv 2305.14314, section 3).
 
-    4 bits: one float32 constant per 64 weights, or 8 bits and one float32 per 256 of those; 8 bits: one per row.
+    4 bits have one float32 constant per 64 weights; double quantization stores it in 8 bits, with one float32 per 256
+    constants. 8 bits have one constant per row, which is negligible.
     """
     if bits == 8:
         return 1.0
@@ -55,27 +54,27 @@ def quantized_weight(bits: int, double_quant: bool) -> float:
 
 
 def gradient_bytes(size: ModelSize, load: Workload) -> int:
-    """Gradients: float32 at ZeRO-0, else the dtype's; divided by ZeRO-2 and 3, which add up several in float32."""
+    """Return the bytes of the gradients; float32 at ZeRO-0, and with gradient accumulation at ZeRO-2 and 3."""
     summed = load.zero >= 2 and load.accumulation > 1
     each = MASTER if load.zero == 0 or summed else load.dtype_bytes
     return share(trainable(size, load) * each, load, 2)
 
 
 def optimizer_bytes(size: ModelSize, load: Workload) -> int:
-    """AdamW's states: two float32 moments, and DeepSpeed's float32 master copy; divided by ZeRO-1 to 3.
+    """Return the bytes of AdamW's two float32 moments and DeepSpeed's float32 master weights, partitioned by ZeRO.
 
-    DeepSpeed keeps that copy of float32 weights too (`stage_1_and_2.py`, `single_partition_of_fp32_groups`).
+    DeepSpeed copies float32 weights too (`single_partition_of_fp32_groups` in `stage_1_and_2.py`).
     """
     each = MOMENTS if load.zero == 0 else MASTER + MOMENTS
     return share(trainable(size, load) * each, load, 1)
 
 
 def reference_bytes(size: ModelSize, load: Workload) -> int:
-    """The reference's own model, in the format that the model in training is loaded in, divided by ZeRO-3."""
+    """Return the bytes of the reference model, in the dtype that the policy is loaded in; partitioned by ZeRO-3."""
     each = MASTER if load.zero == 0 and not load.frozen else load.dtype_bytes
     return share(size.total * each, load, 3) if load.reference else 0
 
 
 def share(count: int, load: Workload, least_zero: int) -> int:
-    """A worker's share of what ZeRO divides from stage `least_zero` on."""
+    """Return a worker's partition of `count`, which ZeRO partitions from stage `least_zero` on."""
     return -(-count // load.workers) if load.zero >= least_zero else count

@@ -1,4 +1,4 @@
-"""How many optimizer steps a stage takes, and how much arithmetic a token costs."""
+"""Count the optimizer steps of a stage and the FLOPs of a token."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from finetune_trainer.plan.rounds import schedule
 
 @dataclass(frozen=True)
 class Steps:
-    """Optimizer steps of a stage; None where the number of rows is not known."""
+    """Optimizer steps of a stage; None if the number of rows is unknown."""
 
     total: int | None
     per_epoch: int | None
     warmup: int | None
     rows_per_step: int
-    """Rows of a full step, all workers together."""
+    """Global batch size: rows of a full step on all workers."""
 
 
 def count_steps(spec: TrainingSpec, rows: int | None, workers: int = 1) -> Steps:
-    """Return the steps of a stage, counted as transformers 5.23 does, of the batches that `training.batches` makes.
+    """Return the steps of a stage, as transformers 5.23 counts the batches of `training.batches`.
 
-    See `Trainer.set_initial_training_values` and `get_warmup_steps`. The last rows of a pass over the data make a step
-    of their own where they are too few for a full one.
+    See `Trainer.set_initial_training_values` and `get_warmup_steps`. The last step of an epoch may have fewer rows.
     """
     per_step = rows_per_step(spec, workers)
     if isinstance(spec, OnlineSpec):
@@ -52,7 +51,7 @@ def rows_per_step(spec: TrainingSpec, workers: int) -> int:
 
 
 def warmup_steps(spec: TrainingSpec, total: int | None) -> int | None:
-    """Return the steps of warm-up: `warmupSteps` where set, else the share `warmupRatio`, rounded up."""
+    """Return the warmup steps: `warmupSteps` if set, else the fraction `warmupRatio` of all steps, rounded up."""
     if spec.warmup_steps is not None:
         return spec.warmup_steps
     return None if total is None else math.ceil(total * spec.warmup_ratio)
@@ -63,13 +62,13 @@ def flops_per_token(
 ) -> float:
     """Return the FLOPs of one training token: `6 N + 12 L H Q T` (PaLM, arXiv 2204.02311, appendix B).
 
-    N are the active parameters that a token is multiplied by, L layers, H heads of dimension Q, T tokens per row
-    (attention over the whole row, as is the convention). A frozen weight has no gradient of its own, so with an
-    adapter the base costs 4 N, the adapter 6 N. Recomputed activations don't count.
+    N is the number of active parameters that a token is multiplied by, L layers, H heads of dimension Q, T tokens per
+    row. By convention attention covers the whole row, and recomputed activations do not count. Frozen weights have no
+    weight gradients, so with an adapter the base costs 4 N and the adapter 6 N.
 
     Args:
-        adapter_parameters: trainable parameters of an adapter; None where every weight is trained.
-        extra_forwards: forward passes without gradients, such as the reference's.
+        adapter_parameters: trainable parameters of an adapter; None if every weight is trained.
+        extra_forwards: forward passes without gradients, such as those of the reference model.
     """
     attention = 4 * size.layers * size.heads * size.head_dim * length
     forward = 2 * size.matmul + attention
@@ -78,10 +77,10 @@ def flops_per_token(
 
 
 def mfu(flops_per_token: float, tokens_per_second: float, peak: float | None, workers: int = 1) -> float | None:
-    """Return the model FLOPs utilization of `workers` devices, 0 to 1; None where the peak is unknown.
+    """Return the model FLOPs utilization of `workers` devices, from 0 to 1, or None if the peak is unknown.
 
     Args:
-        tokens_per_second: of all workers together.
-        peak: FLOP/s of one device.
+        tokens_per_second: throughput of all workers together.
+        peak: peak FLOP/s of one device.
     """
     return flops_per_token * tokens_per_second / (peak * workers) if peak else None

@@ -1,4 +1,4 @@
-"""What a stage needs whose teacher is a model on the job's own workers."""
+"""Plan the teacher model of a `synthesize` stage on the job's own workers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from finetune_trainer.synthesis.estimate import SynthesisPlan
 
 LONGEST = 2
-"""A teacher's longest prompt is taken to be so many times as long as its mean one."""
+"""Assumed ratio of a teacher's longest prompt to its mean prompt."""
 
 
 def plan_teacher(
@@ -34,14 +34,14 @@ def plan_teacher(
     index: int,
     asked: SynthesisPlan | None,
 ) -> TeacherPlan | None:
-    """The plan of a local teacher; None where the teacher is an endpoint, or its model is not here to be read.
+    """Return the plan of a local teacher, or None if the teacher is an endpoint or a model in remote storage.
 
     Args:
-        job_model: the configuration of the job's model, which every earlier stage's result has, too.
-        asked: what the teacher will be asked, where that is known.
+        job_model: configuration of the job's model, which the results of earlier stages share.
+        asked: estimated requests to the teacher, or None if unknown.
 
     Raises:
-        UserError: the teacher's model can't be read.
+        UserError: the configuration of the teacher's model cannot be read.
     """
     spec = run.job.spec.stages[index].synthesize
     assert spec is not None
@@ -60,7 +60,7 @@ def plan_teacher(
 
 
 def _config(given: TeacherModel, run: RunConfig, path: str) -> PretrainedConfig | None:
-    """The teacher's own; None where it is the job's model."""
+    """Return the configuration of the teacher's own model, or None if the teacher is the job's model."""
     if given.hub is None and given.path is None:
         return None
     name = given.hub or str(local_path(str(given.path), run.base_dir))
@@ -72,13 +72,13 @@ def _config(given: TeacherModel, run: RunConfig, path: str) -> PretrainedConfig 
 
 
 def _dtype(config: PretrainedConfig, dtype: torch.dtype) -> torch.dtype:
-    """A teacher is loaded in the precision that it was saved in."""
+    """Return the dtype that a teacher is saved and therefore loaded in, else `dtype`."""
     saved = getattr(config, "dtype", None)
     return saved if isinstance(saved, torch.dtype) else dtype
 
 
 def _length(spec: SynthesizeSpec, config: PretrainedConfig, asked: SynthesisPlan | None) -> int:
-    """Tokens of a long prompt with its answer: the model's context where prompts are not known."""
+    """Return the tokens of a long prompt with its completion, or the model's context length if prompts are unknown."""
     context, answer = context_length(config), spec.teacher.generation.max_new_tokens
     if asked is None or not asked.calls:
         return context or 1024 + answer

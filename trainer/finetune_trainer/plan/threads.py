@@ -1,4 +1,4 @@
-"""CPU threads of a worker."""
+"""Number of CPU threads per worker."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from finetune_trainer.plan.quantities import parse_quantity
 
 
 def threads_per_worker(resources: Resources, sharers: int | None = None) -> int:
-    """A worker's share of its machine's CPUs.
+    """Return the number of CPU threads of a worker: its share of the machine's CPUs.
 
     Args:
-        sharers: workers of that machine. Default: those of a node.
+        sharers: number of workers on the machine. Default: workers per node.
     """
     workers = sharers or workers_per_node(resources)
     return max(1, _cpus(resources) // workers)

@@ -1,7 +1,7 @@
-"""Whether vLLM generates the answers of an `rlhf` stage, why, and which share of the GPU it takes.
+"""Choose whether vLLM generates the completions of an `rlhf` stage, and its share of the GPU memory.
 
-vLLM runs in the worker's own process (TRL's `colocate` mode), so it must be built for the same torch. The plan and the
-worker ask the same functions, so what is planned is what is set.
+vLLM runs in the worker's own process (TRL's `colocate` mode), so it must be built for the same torch. Both the plan and
+the worker call these functions, so they agree.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from finetune_trainer.plan.vllm_version import REQUIREMENT, TORCH, VERSION, fits
 from finetune_trainer.stage_graph import place, stage_before
 
 PROFILED_TOKENS = 4096
-"""Tokens of the pass by which vLLM measures its working memory: TRL's `max_num_batched_tokens`."""
+"""Tokens of vLLM's profiling pass, which measures its working memory: TRL's `max_num_batched_tokens`."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What generates the answers."""
+    """Engine that generates the completions: vLLM or transformers."""
 
     vllm: bool
     why: str
-    """One sentence for the plan."""
+    """Reason for the choice, for the plan."""
 
 
 def choose_engine(run: RunConfig, index: int, kind: str, found: str | None) -> Engine:
-    """Return what generates the answers of a stage. The same job in the same image always gets the same engine.
+    """Return the engine that generates a stage's completions. It depends only on the job, the device and the image.
 
     Args:
-        index: of an `rlhf` stage.
-        kind: `cuda` or `cpu`.
-        found: the installed version of vLLM, or None.
+        index: index of an `rlhf` stage.
+        kind: device kind, `cuda` or `cpu`.
+        found: installed version of vLLM, or None.
 
     Raises:
-        UserError: vLLM would be used, but is of a version that was not made for this torch.
+        UserError: vLLM would be used, but its installed version is not built for this torch.
     """
     spec = run.job.spec.stages[index].rlhf
     assert spec is not None
@@ -56,7 +56,7 @@ def choose_engine(run: RunConfig, index: int, kind: str, found: str | None) -> E
 
 
 def _against(run: RunConfig, index: int, spec: RlhfSpec, kind: str, found: str | None) -> str | None:
-    """Return why vLLM is not used, or None. The order is fixed: what the job says, the device, the image."""
+    """Return the reason not to use vLLM, or None."""
     if spec.vllm == "off":
         return "vllm is off"
     if kind != "cuda":
@@ -69,7 +69,7 @@ def _against(run: RunConfig, index: int, spec: RlhfSpec, kind: str, found: str |
 
 
 def _unreadable(run: RunConfig, index: int) -> str | None:
-    """Return why vLLM can't load the model that the stage starts from, which it reads from disk by itself."""
+    """Return why vLLM cannot load the stage's starting model, which it reads from disk by itself, or None."""
     model, before = run.job.spec.model, stage_before(run, index)
     if before is None or run.job.spec.stages[before].tokenizer is not None:
         if model.dequantize:
@@ -82,22 +82,21 @@ def _unreadable(run: RunConfig, index: int) -> str | None:
 
 
 def vllm_bytes(size: ModelSize, load: Workload) -> int:
-    """Return the bytes of one worker's vLLM.
+    """Return the bytes of vLLM on one worker.
 
-    These are its copy of the weights, the keys and values of the completions of one forward pass at their maximum length,
-    and the working memory of its profiling pass (no gradients).
-    vLLM queues answers for which there is no room, so further answers of a step cost time and not memory.
+    These are its copy of the weights, the KV cache of the completions of one forward pass at their maximum length, and
+    the working memory of its profiling pass. vLLM queues further completions, which cost time but no memory.
 
     Args:
-        load: `drawn` answers of `length` tokens, prompt included.
+        load: workload with `drawn` completions of `length` tokens, prompt included.
     """
     weights = size.total * load.dtype_bytes
     width = 4 * size.hidden + 3 * max(size.intermediate, size.expert_intermediate * size.experts_per_token)
-    logits = 3 * MASTER * load.drawn * size.vocab  # float32: as given, sorted, and their probabilities
+    logits = 3 * MASTER * load.drawn * size.vocab  # float32: logits, sorted logits, probabilities
     working = PROFILED_TOKENS * width * load.dtype_bytes + logits
     return weights + load.drawn * key_value_bytes(size, load.length, load.dtype_bytes) + working + CONTEXT["cuda"]
 
 
 def utilization(bytes_: int, device_bytes: int) -> float:
-    """Return vLLM's `gpu_memory_utilization` for so many bytes: a share of the whole device, rounded up to 0.001."""
+    """Return vLLM's `gpu_memory_utilization` for `bytes_`: a fraction of the device memory, rounded up to 0.001."""
     return min(math.ceil(1000 * bytes_ / device_bytes) / 1000, 1.0)

@@ -6,7 +6,7 @@ from finetune_api.slots import SLOT
 
 
 def asked() -> dict[str, float]:
-    """Return the custom resources of a worker: one slot of its node, or nothing if the nodes declare no slots."""
+    """Return the custom resources of a worker: one slot, or nothing if the nodes declare no slots."""
     import ray
 
     slots = SLOT in ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no type for it

@@ -1,4 +1,4 @@
-"""The number of Ray Train workers of a job, and the CPU threads of each."""
+"""Plan the number of Ray Train workers of a job, and their CPU threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune_trainer.plan.threads import threads_per_worker
 
 @dataclass(frozen=True)
 class Workers:
-    """How many Ray Train workers a job has and what each gets."""
+    """Number of Ray Train workers of a job, and the resources of each."""
 
     least: int
     most: int
@@ -26,7 +26,7 @@ class Workers:
 
 
 def plan_workers(resources: Resources) -> Workers:
-    """The workers a job asks for, on this machine where it leaves the question open."""
+    """Return the workers that a job requests; without `gpusPerNode`, count this machine's GPUs."""
     gpus = resources.gpus_per_node if resources.gpus_per_node is not None else _gpus()
     per_node = workers_per_node(resources, gpus)
     nodes = resources.nodes or 1
@@ -41,5 +41,5 @@ def _gpus() -> int:
 
 
 def _sharers(per_node: int, most: int) -> int:
-    """Workers that share a machine's CPUs: a node's, or all of them where every node is this machine."""
+    """Return the number of workers that share a machine's CPUs: all workers if Ray runs on this machine only."""
     return per_node if os.environ.get("RAY_ADDRESS") else most
