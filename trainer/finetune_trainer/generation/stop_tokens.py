@@ -1,7 +1,7 @@
 """Write the stop tokens of a saved model to `generation_config.json`.
 
-`generate`, pipelines and vLLM stop at the tokens in this file. They do not look for them in the chat template, so
-without it a model that was trained on conversations would generate beyond the end of its turn.
+`generate`, pipelines and vLLM stop at the tokens in this file. They ignore the chat template, so without these
+a model that was trained on conversations would generate beyond the end of its turn.
 """
 
 from __future__ import annotations

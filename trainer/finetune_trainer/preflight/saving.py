@@ -52,7 +52,7 @@ def measured_speed(storage: Storage, plan: JobPlan) -> float | None:
 def room_problems(run: RunConfig, plan: JobPlan, *, on_node: bool) -> Iterator[Problem]:
     """Yield a problem if a disk is too small for one checkpoint of the unfinished stages.
 
-    A remote store is not checked, but the cache of a node, to which it writes its part before it uploads it.
+    For a remote store, the cache is checked: each node writes its part there before the upload.
 
     Args:
         on_node: whether this process runs on a node of the job. A preflight pod does not, and has its own cache.
