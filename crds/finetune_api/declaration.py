@@ -10,7 +10,7 @@ from finetune_api.base import ApiModel
 Task = Literal["causal", "masked", "reward"]
 """Causal language modeling, masked language modeling, or scoring of texts with one number."""
 Produces = Literal["model", "tokenizer", "rewardModel", "data", "nothing"]
-"""What later stages can use of a stage. The next stage starts from its `model` or has its `tokenizer`."""
+"""What a stage provides to later stages: the next one starts from its `model` or uses its `tokenizer`."""
 RowKind = str
 """The kind of rows that a stage reads: the name of a module of `finetune_trainer.data.row_kinds`."""
 Updates = Literal["nothing", "weights", "adapter", "experts"]
@@ -37,7 +37,7 @@ class StageDeclaration(ApiModel):
     @property
     @abstractmethod
     def produces(self) -> Produces:
-        """What later stages can use of this one."""
+        """What the stage provides to later stages."""
 
     @property
     def produces_model(self) -> bool:
@@ -83,17 +83,17 @@ class TrainingDeclaration(StageDeclaration):
     @property
     @abstractmethod
     def row_limit(self) -> int | None:
-        """Most tokens of a row, without an answer that the stage generates. None: what the model's context allows."""
+        """Maximum number of tokens of a row, without a generated answer. None: the model's context is the limit."""
 
     @property
     @abstractmethod
     def row_overflow(self) -> str:
-        """What happens to a longer row, `auto` resolved: `error`, `truncate`, `drop` or `split`."""
+        """How a longer row is handled, with `auto` resolved: `error`, `truncate`, `drop` or `split`."""
 
     @property
     @abstractmethod
     def sequences_per_row(self) -> int:
-        """Sequences that are trained on for each row: 2 for a pair."""
+        """Number of sequences that are trained on per row: 2 for a pair."""
 
     @property
     @abstractmethod
@@ -103,16 +103,16 @@ class TrainingDeclaration(StageDeclaration):
     @property
     @abstractmethod
     def extra_forwards(self) -> int:
-        """Forward passes without gradients for each trained token, such as the reference's."""
+        """Number of forward passes without gradients per trained token, such as that of the reference model."""
 
     @property
     @abstractmethod
     def token_loss(self) -> bool:
-        """Whether the loss is a mean over tokens, so that its level can be judged."""
+        """Whether the loss is a mean over tokens, so that its value has a known scale."""
 
     @property
     def packs(self) -> bool:
-        """Whether a row holds several examples, which the model must keep apart."""
+        """Whether a row contains several examples, between which the model must mask attention."""
         return False
 
     @property
@@ -122,7 +122,7 @@ class TrainingDeclaration(StageDeclaration):
 
     @property
     def answer_length(self) -> int:
-        """Most tokens of an answer that the stage generates to a row, behind the row's own."""
+        """Maximum number of tokens of the answer that the stage generates to a row, in addition to the row."""
         return 0
 
     @property

@@ -1,4 +1,4 @@
-"""Log lines about what the operator applies and about the attempts of a job (pure)."""
+"""Format log lines on the operations that the operator applies and on the attempts of a job. Pure."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def attempt_lines(before: Json, after: Json) -> Iterator[str]:
 
 
 def _end(record: Json) -> str:
-    """Return how an attempt ended: a failure is an end that counts towards `runPolicy.backoffLimit`."""
+    """Return how an attempt ended; it `failed` if it counts towards `runPolicy.backoffLimit`, else it `ended`."""
     if record["reason"] == Reason.COMPLETED.value:
         return f"ended: {record['reason']}"
     code = f" (exit code {record['exitCode']})" if record.get("exitCode") is not None else ""

@@ -1,4 +1,4 @@
-"""Keys of the cache: equal exactly where the prepared data would be equal.
+"""Cache keys of prepared data: equal if and only if the prepared data is equal.
 
 Keys are derived from all fields of the specs except those listed here, so that a field that is added later cannot reuse
 data that was prepared without it.
@@ -25,13 +25,13 @@ from finetune_trainer.data.row_formats import Kind
 from finetune_trainer.data.sources import Located, hub_dataset
 
 FORMAT_VERSION = 3
-"""Raised with every change of what is written, or of what a row means."""
+"""Incremented with every change of the files' format or of the meaning of a row."""
 ROWS_CHOSEN_BY = {"limit", "validation_split", "shuffle", "seed", "streaming"}
-"""Fields of a `DataSpec` that choose and order the rows of a table, and do not change what is in it."""
+"""Fields of a `DataSpec` that select and order the rows of a table, and do not change its contents."""
 FILES_FOUND_BY = {"file", "directory", "uri", "stage", "format"}
-"""Fields of a `DataSource` that find its files, whose contents and formats are part of a key."""
+"""Fields of a `DataSource` that locate its files, whose contents and formats are part of the key."""
 HUB_FIELDS = {"hub", "subset", "split", "revision"}
-"""Fields of a `DataSource` that choose a dataset on the hub."""
+"""Fields of a `DataSource` that select a dataset on the Hub."""
 WHOLE, SAMPLE, SAMPLES = 64 << 20, 1 << 20, 16
 
 
@@ -47,7 +47,7 @@ def hash_of(*values: Any) -> str:
 
 
 def rows_key(located: list[Located], spec: DataSpec, kind: Kind) -> str:
-    """Return the key of a spec's table: contents of its files and how rows are read from them, not their order."""
+    """Return the key of a spec's table, from the contents of its files and the settings for reading rows."""
     return digest(kind, TEXT_PIECE, [_source(one) for one in located], reading_fields(spec, ROWS_CHOSEN_BY))
 
 
@@ -59,7 +59,7 @@ def reading_fields(spec: DataSpec, excluded: Set[str]) -> Json:
 def source_fields(located: Located, excluded: Set[str]) -> list[Any]:
     """Return all fields of a data source by name, without the excluded ones, and the joined table, as JSON values.
 
-    A joined table is known by its contents and not by its file.
+    A joined table is identified by its contents, not by its file.
     """
     source = located.source
     fields = source.model_dump(mode="json", exclude={*excluded, "join"})
@@ -68,12 +68,12 @@ def source_fields(located: Located, excluded: Set[str]) -> list[Any]:
 
 
 def prepared_key(drawn: dict[str, list[str]], encoding: Encoding, packed: bool, tokenizer: str) -> str:
-    """Return the key of a stage's prepared data: which rows of which tables, and how they become tokens."""
+    """Return the key of a stage's prepared data, from the rows of its tables, the encoding and the tokenizer."""
     return digest(drawn, vars(encoding), packed, tokenizer)
 
 
 def content_digest(indices: NDArray[np.int64]) -> str:
-    """Return the hash of the rows' numbers, in order."""
+    """Return the hash of row indices, in order."""
     return hashlib.blake2b(indices.tobytes(), digest_size=16).hexdigest()
 
 
@@ -98,8 +98,8 @@ def _source(located: Located) -> Any:
 def content_hash(file: DataFile) -> str:
     """Return the hash of a file's bytes.
 
-    Of a file over 64 MiB, hash its size, its modification time (local) or tag (elsewhere) and 16 blocks of 1 MiB spread
-    over it, so that a key does not need a whole pass over large data.
+    Of a file over 64 MiB, hash its size, its modification time (local) or tag (remote) and 16 evenly spaced blocks of
+    1 MiB, to avoid reading all of it.
     """
     fs, path = fsspec.core.url_to_fs(file.url)
     size = int(fs.size(path))

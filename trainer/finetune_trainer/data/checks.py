@@ -1,4 +1,4 @@
-"""Quick checks of a spec's data before a job takes resources: no tokenizer, and a sample of large files."""
+"""Check a spec's data before a job requests resources: without a tokenizer, and on a sample of large files."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class _Seen:
 def inspect(spec: DataSpec, kind: Kind, where: str, base_dir: Path, *, referenced: bool = False) -> list[Problem]:
     """Return every fault found in a spec's data.
 
-    Files of up to 64 MiB per source are read to their end; of larger ones and of hub datasets, the first 1000 rows are
-    read. Faults of the user are returned, not raised.
+    Sources of up to 64 MiB are read completely; of larger ones and of Hub datasets, the first 1000 rows are read.
+    Faults in the data are returned, not raised.
 
     Args:
         where: the spec's path, such as `stages[1].sft.data`.
@@ -167,7 +167,7 @@ def _name(located: Located) -> str:
 
 
 def column_problems(stage: PromptSpec, column: str, where: str, place: str, base_dir: Path) -> list[Problem]:
-    """Return the faults of a column that a stage's prompts must have, by their first rows.
+    """Return a problem for each data field of a stage whose first prompts lack a required column.
 
     Args:
         where: the field that names the column.

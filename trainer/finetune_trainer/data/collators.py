@@ -1,4 +1,4 @@
-"""Batches from prepared rows."""
+"""Collators of prepared rows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ IGNORED = -100
 class PackedCollator:
     """Make a batch [B, max_length] of packed rows: int64 `input_ids`, `labels` and `position_ids`.
 
-    Positions start again at 0 with each document; the padding is a document of its own. The first token of a document
-    has no label, because the token before it belongs to another one. transformers reads the documents off the
-    positions (`masking_utils.find_packed_sequence_indices`, for any B) and keeps them apart, with eager and sdpa
-    attention alike, but only where no attention mask and no cache is given: call the model with `use_cache=False`.
+    Positions restart at 0 in each document; the padding is a separate document. The first token of a document has no
+    label, because the token before it belongs to another document. transformers detects documents from the positions
+    (`masking_utils.find_packed_sequence_indices`, for any B) and masks attention between them, with eager and sdpa,
+    but only without an attention mask and a cache: call the model with `use_cache=False`.
 
     Args:
-        padding_mask: whether batches hold an int64 `attention_mask` [B, max_length], 0 for padding. Only for a model
-            that `model.document_masks.separate_documents` has prepared: others would read no documents off positions.
+        padding_mask: whether batches have an int64 `attention_mask` [B, max_length], 0 for padding. Only for a model
+            prepared by `model.document_masks.separate_documents`: others would ignore the documents.
     """
 
     pad_token_id: int
@@ -48,17 +48,17 @@ class PackedCollator:
         return torch.tensor([[*value, *[filler] * (self.max_length - len(value))] for value in values])
 
     def _documents(self, lengths: list[int]) -> list[int]:
-        """The lengths of a row's documents, with its padding as the last one."""
+        """Return the lengths of a row's documents, with its padding as the last one."""
         padding = self.max_length - sum(lengths)
         return [*lengths, padding] if padding else list(lengths)
 
 
 @dataclass
 class PreferenceCollator:
-    """Make a batch of pairs as TRL's `DataCollatorForPreference` does, with prepared masks of the tokens with loss.
+    """Make a batch of pairs as TRL's `DataCollatorForPreference` does, with prepared loss masks.
 
     The batch has int64 `input_ids`, `attention_mask` and `completion_mask` [2B, L], the chosen answers first, and
-    `ref_*_logps` [B] where the rows have them. In `completion_mask`, user turns after the prompt are 0, while TRL
+    `ref_*_logps` [B] if the rows have them. In `completion_mask`, user turns after the prompt are 0, while TRL
     counts every token after the prompt.
     """
 
@@ -79,7 +79,7 @@ class PreferenceCollator:
 
 @dataclass
 class RewardCollator:
-    """Make a batch of whole texts for a reward model: int64 `input_ids` and `attention_mask` [2B, L].
+    """Make a batch of complete texts for a reward model: int64 `input_ids` and `attention_mask` [2B, L].
 
     Texts are padded on the right; the chosen answers come first.
     """

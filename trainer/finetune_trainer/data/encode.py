@@ -1,4 +1,4 @@
-"""Normalised rows as tokens: a tokenizer with the helpers that the kinds of rows (`row_kinds`) encode by."""
+"""Tokenize normalised rows: the encoder that the kinds of rows (`row_kinds`) share."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TEXT_BATCH = 256 * 1024
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a stage's rows become tokens. `limit` is in tokens; for text it is the block's length."""
+    """How a stage's rows are tokenized. `limit` is the maximum length in tokens, for text the block size."""
 
     kind: Kind
     limit: int | None
@@ -48,7 +48,7 @@ class Encoding:
 
 
 class Encoder:
-    """A tokenizer at work for one stage."""
+    """Tokenizes the rows of one stage."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, encoding: Encoding) -> None:
         self.encoding = encoding
@@ -76,7 +76,7 @@ class Encoder:
                 stats.faults.append((number, str(error)))
 
     def blocks(self, texts: Iterable[str], stats: Stats) -> Iterator[Columns]:
-        """Yield blocks of the joined documents, each with its end-of-text token; the rest is dropped."""
+        """Yield blocks of the concatenated documents, each with its end-of-text token; the remainder is dropped."""
         size = self.encoding.limit or 1
         rest: Tokens = np.zeros(0, np.int32)
         for batch in _batches(texts):
@@ -101,10 +101,10 @@ class Encoder:
         stats.trained_tokens += size - 1 if share == 1 else round(size * share)
 
     def prompt(self, example: Example) -> Ids:
-        """Return the tokens of a dialogue up to the start of its last answer, as training has them.
+        """Return the tokens of a dialogue up to the start of its last answer, the same as in training.
 
         Raises:
-            ChatError: the chat template refuses the conversation, or there is none.
+            ChatError: the chat template rejects the conversation, or there is none.
         """
         asked = prompt_of(example) or {}
         if "messages" not in asked:
@@ -114,10 +114,10 @@ class Encoder:
         return self.prompt_ids(asked["messages"], example.get("tools"))
 
     def dialogue(self, example: Example) -> Encoded:
-        """Return the tokens of a dialogue, and which of them have loss.
+        """Return the tokens of a dialogue and its loss mask.
 
         Raises:
-            ChatError: the chat template refuses the conversation, or there is none.
+            ChatError: the chat template rejects the conversation, or there is none.
         """
         if "text" in example:
             ids = self._plain(example["text"])
@@ -128,15 +128,15 @@ class Encoder:
         return self._reply(prompt, completion, example.get("tools"))
 
     def answers(self, example: Example, names: Sequence[str], stats: Stats) -> tuple[Ids, list[tuple[Ids, Ids]]]:
-        """Return the tokens of a prompt, and of each of its answers with the mask of the tokens that have loss.
+        """Return the tokens of a prompt, and the tokens and loss mask of each of its answers.
 
-        The prompt ends where the tokens of the answers, each rendered with the prompt, start to differ.
+        The prompt ends where the answers, each tokenized together with the prompt, start to differ.
 
         Args:
             names: keys of the answers in the example.
 
         Raises:
-            ChatError: the chat template refuses the conversation, or there is none.
+            ChatError: the chat template rejects the conversation, or there is none.
         """
         prompt, *answers = self.texts(example, *names)
         plain = isinstance(prompt, str)
@@ -144,16 +144,16 @@ class Encoder:
         stats.note({note for side in sides for note in side.notes})
         start = min(side.prompt for side in sides)
         shared = min([start, *(_common_prefix(sides[0].ids[:start], side.ids) for side in sides[1:])])
-        # Of plain texts, all behind the shared prompt has loss: a prompt's last token may differ between the answers.
+        # In plain text every token after the shared prompt has loss: the prompt's last token may differ by answer.
         masks = [[1] * len(side.ids) if plain else side.mask for side in sides]
         return sides[0].ids[:shared], [
             (side.ids[shared:], mask[shared:]) for side, mask in zip(sides, masks, strict=True)
         ]
 
     def texts(self, example: Example, *names: str) -> list[Any]:
-        """Return the prompt and the answers under these names.
+        """Return the prompt and the named answers of an example.
 
-        Texts made by a template are plain strings where the tokenizer has no chat template.
+        Conversations made by `template` become plain strings if the tokenizer has no chat template.
         """
         values = [example["prompt"], *(example[name] for name in names)]
         if not example.get("templated") or self.chat.template is not None:
@@ -161,11 +161,11 @@ class Encoder:
         return ["\n\n".join(message["content"] for message in value) for value in values]
 
     def may_cut(self, number: int, length: int, stats: Stats) -> bool:
-        """Return whether a row that is too long may be cut; count it as refused or dropped where it may not.
+        """Return whether a row that is too long may be truncated; if not, count it as too long or dropped.
 
         Args:
-            number: of the row.
-            length: of the row, in tokens.
+            number: index of the row.
+            length: length of the row in tokens.
         """
         if self.encoding.overflow == "error":
             stats.too_long.append((number, length))
@@ -174,10 +174,10 @@ class Encoder:
         return self.encoding.overflow == "truncate"
 
     def whole(self, prompt: str | list[Message], answer: str | list[Message], tools: Tools = None) -> Ids:
-        """Return prompt and answer as a stage that trains on the pair sees them, end token included.
+        """Return the tokens of a prompt and its answer as in training, end token included.
 
         Raises:
-            ChatError: the chat template refuses them.
+            ChatError: the chat template rejects them.
         """
         if isinstance(prompt, str):
             assert isinstance(answer, str)
@@ -189,12 +189,12 @@ class Encoder:
         """Return the tokens of a prompt, up to the start of its answer.
 
         Raises:
-            ChatError: it is a conversation and the tokenizer has no chat template, or one that refuses it.
+            ChatError: it is a conversation and the chat template rejects it, or there is none.
         """
         return self._opening(prompt) if isinstance(prompt, str) else self._ids(self.chat.prompt(prompt, tools))
 
     def _reply(self, prompt: Any, answer: Any, tools: Tools) -> Encoded:
-        """Return the tokens of a prompt with its answer; loss is on the answer."""
+        """Return the tokens of a prompt with its answer; only the answer has loss."""
         if not isinstance(prompt, str):
             return self.chat.reply(prompt, answer, tools)
         ids = self._plain(prompt + answer)
@@ -213,7 +213,7 @@ class Encoder:
 
 
 def cut_blocks(tokens: list[Tokens], size: int) -> tuple[Tokens, Tokens]:
-    """Return the joined tokens cut into blocks [n, size], and the rest."""
+    """Return the concatenated tokens as blocks [n, size], and the remainder."""
     joined = np.concatenate(tokens)
     full = len(joined) // size * size
     return joined[:full].reshape(-1, size), joined[full:]

@@ -1,4 +1,4 @@
-"""Preparation of a stage's data: tokenised once, into a cache that is keyed by content."""
+"""Prepare a stage's data: tokenize it once, into a cache keyed by content."""
 
 from __future__ import annotations
 
@@ -93,14 +93,14 @@ def prepare(
     - rlhf: `prompt_ids` and `row`, the text of a JSON object with `prompt` (a string or messages) and `columns`
     - dpo, reward: `prompt_ids`, `chosen_ids`, `rejected_ids`, `chosen_mask`, `rejected_mask`
 
-    The result is the same bytes for any `num_proc`. With `streaming`, `train` is a `streaming.StreamedRows`.
+    The result is byte-identical for any `num_proc`. With `streaming`, `train` is a `streaming.StreamedRows`.
 
     Args:
         context: the model's context in tokens, or None.
         where: the stage's path, such as `stages[1].sft`.
 
     Raises:
-        UserError: the data can't be read or does not fit the stage; it has all faults that were found.
+        UserError: the data can't be read or does not suit the stage; it lists the faults.
     """
     log = on_progress or (lambda message: None)
     encoding, packed = encoding_of(stage, context, where)
@@ -126,10 +126,10 @@ def _key(plan: Plan, hashes: dict[str, str], rows: int | None) -> DataKey:
 
 
 def encoding_of(stage: TrainingSpec, context: int | None, where: str) -> tuple[Encoding, bool]:
-    """Return how the stage's rows become tokens, and whether they are packed.
+    """Return the encoding of the stage's rows, and whether they are packed.
 
     Raises:
-        UserError: the stage's limit, with the answer that it generates, is more than the model's context.
+        UserError: the stage's limit plus the length of a generated answer exceeds the model's context.
     """
     limit, answer = stage.row_limit, stage.answer_length
     room = None if context is None else context - answer
@@ -153,13 +153,13 @@ def _check_loader(stage: TrainingSpec, where: str) -> None:
 
 
 def open_table(spec: DataSpec, kind: Kind, where: str, cache_dir: Path, base_dir: Path, log: Log) -> RowStore:
-    """Return the spec's table, from the cache or read into it. A table that another node named needs no sources.
+    """Return the spec's table from the cache, or read it; a table named by another node needs no sources.
 
     Args:
-        log: called with what is read without settings that name it.
+        log: receives a note for each source whose columns were detected.
 
     Raises:
-        UserError: sources are missing, or rows are not in the form that `kind` needs.
+        UserError: sources are missing, or rows do not have the format of `kind`.
     """
     named = named_table(spec, kind)
     if named is not None and (cache_dir / ROWS / named).is_dir():
@@ -176,13 +176,13 @@ def open_table(spec: DataSpec, kind: Kind, where: str, cache_dir: Path, base_dir
 
 
 def training_rows(stage: TrainingSpec, where: str, cache_dir: Path, base_dir: Path) -> list[int]:
-    """Return the rows of the stage's table that it trains on, in the order in which they are prepared."""
+    """Return the indices of the table rows that the stage trains on, in the order of preparation."""
     parts = _parts(stage, where, cache_dir, base_dir, lambda line: None)
     return [int(row) for row in parts["train"].indices]
 
 
 def _parts(stage: TrainingSpec, where: str, cache_dir: Path, base_dir: Path, log: Log) -> dict[str, Part]:
-    """Return the parts to tokenise ahead: `train`, unless it is streamed, and `eval` where rows are held out."""
+    """Return the parts to tokenize in advance: `train`, unless it is streamed, and `eval` if rows are held out."""
     kind, parts = stage.row_kind, {}
     if not stage.data.streaming:
         table = open_table(stage.data, kind, f"{where}.data", cache_dir, base_dir, log)
@@ -244,7 +244,7 @@ def _check(stats: Stats, plan: Plan, part: Part) -> None:
 
 
 def stats_problems(stats: Stats, encoding: Encoding, where: str, data_where: str) -> list[Problem]:
-    """Return what is wrong with rows by what tokenising them counted.
+    """Return the problems of rows according to the statistics of their tokenization.
 
     Args:
         where: the stage's path, such as `stages[1].sft`.
@@ -262,7 +262,7 @@ def stats_problems(stats: Stats, encoding: Encoding, where: str, data_where: str
 
 
 def _row_faults(stats: Stats, where: str) -> list[Problem]:
-    """Return one problem for each reason, which names the first row."""
+    """Return one problem for each kind of fault, with its first row."""
     reasons: dict[str, list[int]] = {}
     for row, reason in stats.faults:
         reasons.setdefault(reason, []).append(row)

@@ -1,21 +1,21 @@
-"""Row formats: what a row of the data means to a stage, in the normal form of the stage's kind of rows.
+"""Normalise rows of the data to the normal form of the stage's kind of rows.
 
-Names and forms are TRL's. The normal forms, all JSON-able (`row_kinds` has a module for each):
+Names and formats follow TRL. The normal forms, all JSON-serializable (`row_kinds` has a module for each):
 
 - text: `{text}`
 - sft: `{text}`, `{messages}` or `{prompt, completion}`, the last two of strings or of lists of messages
 - preference: `{prompt, chosen, rejected}`, all strings or all lists of messages
 - prompt: `{prompt, columns}`, the prompt a string or a list of messages, the columns for reward functions:
-  the row's other columns and, as `reference`, the answer that the row itself gives to the prompt
+  the row's other columns and, as `reference`, the answer in the row if it has one
 
-Messages are in the normal form of `messages`. Where the row offers tools, the example has them as `tools`, a list of
-schemas in the normal form of `tools`, for the chat template; else the key is absent. A message without loss has
-`"train": False`, in `messages`, completions and answers, never in a prompt.
+Messages are in the normal form of `messages`. If the row has tools, the example has the key `tools`, a list of schemas
+in the normal form of `tools`, for the chat template. A message without loss has `"train": False`, in `messages`,
+completions and answers, never in a prompt.
 
 As in TRL, strings in `prompt`/`completion` columns are plain text (prompt, completion, end of text), because nothing
-marks them as turns of a chat. Texts made by `template`, Alpaca rows and strings with a `system` column are marked: they
-become a conversation (system, user, assistant) with the key `templated`. A tokenizer without a chat template reads such
-a conversation as plain text.
+marks them as turns of a conversation. Texts made by `template`, Alpaca rows and strings with a `system` column become a
+conversation (system, user, assistant) with the key `templated`. Without a chat template, such a conversation is
+tokenized as plain text.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def normalise(row: Row, spec: DataSpec, kind: Kind) -> Example:
 
 
 def reading(row: Row, spec: DataSpec, kind: Kind) -> str | None:
-    """Return a text on what is recognised in a row without settings that name it; None where nothing is.
+    """Return a text on what was detected in a row without settings that name it, or None.
 
     Raises:
         FormError, EmptyRow: as `normalise`.

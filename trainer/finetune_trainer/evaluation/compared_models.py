@@ -24,14 +24,14 @@ from finetune_trainer.training.context import StageContext
 
 @dataclass(frozen=True)
 class Contender:
-    """One model, by the name that the report and the gate know it by."""
+    """A model and its name in the report and the gate."""
 
     name: str
     source: ModelSource
 
 
 def contenders(run: RunConfig, index: int, spec: EvaluateSpec, storage: Storage) -> list[Contender]:
-    """The evaluated model first, then those that it is compared with, each once."""
+    """Return the evaluated model, then each model that it is compared with once."""
     found = [Contender(evaluated(run, index), stage_source(run, index, storage))]
     for name in dict.fromkeys(spec.compare_with):
         source = base_source(run, storage) if name == BASE else named_source(run, name, storage)
@@ -40,12 +40,12 @@ def contenders(run: RunConfig, index: int, spec: EvaluateSpec, storage: Storage)
 
 
 def form_note(contender: Contender, forms: Sequence[Form]) -> str | None:
-    """Return what to know of a model that is measured on rows of another form than it was trained in.
+    """Return a note if a model is measured on rows of another format than it was trained on, else None.
 
-    Plain text is left out: any model may be measured on how likely it finds a text.
+    Rows of plain text are ignored, because the perplexity of text is meaningful for any model.
 
     Args:
-        forms: of the rows, one of each.
+        forms: format of each row.
     """
     trained = None if contender.source.name is None else read_form(contender.source.name)
     other = [form for form in forms if "text" not in (form, trained) and form != trained]
@@ -58,14 +58,14 @@ def form_note(contender: Contender, forms: Sequence[Form]) -> str | None:
 
 
 def evaluated(run: RunConfig, index: int) -> str:
-    """Name of the model that stage `index` finds: the stage's that made it, or `base`."""
+    """Return the name of the model that stage `index` starts from: the stage that produced it, or `base`."""
     before = stage_before(run, index)
     stages = run.job.spec.stages
     return BASE if before is None or stages[before].tokenizer is not None else stages[before].title
 
 
 def open_model(contender: Contender, context: StageContext, spec: EvaluateSpec) -> Any:
-    """The whole model on this worker's device, in the precision that the job computes in, in evaluation mode.
+    """Load a complete model onto this worker's device, in the job's precision and in evaluation mode.
 
     An adapter is not merged, because it cannot be merged into a quantized base.
     """

@@ -52,7 +52,7 @@ def _manager(spec: EvaluateSpec, base_dir: str) -> Any:
 
 
 def task_metrics(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The harness's results (`{"hellaswag": {"acc,none": 0.3, "acc_stderr,none": ...}}`) by metric name.
+    """Return the harness's results (`{"hellaswag": {"acc,none": 0.3, "acc_stderr,none": ...}}`) by metric name.
 
     A filter other than `none` is part of the name: `gsm8k.exact_match.strict-match`.
     """

@@ -20,7 +20,7 @@ from finetune_trainer.queries.result import QueryFailed
 from finetune_trainer.queries.sandbox import DatabaseError, Sandbox, make_database
 
 MOST_ROWS = 10_000
-"""A query that returns more counts as failed."""
+"""A query that returns more rows counts as failed."""
 _FENCE = re.compile(r"```(?:\w+\n)?(.*?)(?:```|\Z)", re.DOTALL)
 _QUOTED = re.compile(r"'(?:[^']|'')*'")
 _PARENTHESES = re.compile(r"\([^()]*\)")
@@ -30,13 +30,13 @@ Rows = list[tuple[Any, ...]]
 
 
 def open_database(database: Database, where: str, base_dir: Path, cache_dir: Path) -> Sandbox:
-    """The database, made of its statements once, in the cache. A relative path starts at the job's file.
+    """Open the database, created once in the cache; a relative path is relative to the job's file.
 
     Args:
-        where: the database's path in the job, for errors.
+        where: the path of the field in the job, for errors.
 
     Raises:
-        UserError: a file is not there, the statements don't run, or it is no database.
+        UserError: a file is missing, a statement fails, or a file is not a database.
     """
     field = next(name for name in ("file", "script", "sql") if getattr(database, name) is not None)
     try:
@@ -70,7 +70,7 @@ def execution(database: Sandbox, answer: str, reference: str) -> tuple[float, st
 
 
 def returned(database: Sandbox, query: str) -> Rows:
-    """All rows of a query.
+    """Return all rows of a query.
 
     Raises:
         QueryFailed: the query is invalid, not read-only, exceeds the timeout or returns too many rows.
@@ -93,7 +93,7 @@ def same(reference: str, expected: Rows, got: Rows) -> bool:
 
 
 def _path(database: Database, field: str, base_dir: Path, cache_dir: Path) -> Path:
-    """Raises FileNotFoundError or DatabaseError."""
+    """Return the database's file. Raises FileNotFoundError or DatabaseError."""
     if database.sql is not None:
         return _made(database, database.sql, cache_dir)
     path = local_path(getattr(database, field), str(base_dir))

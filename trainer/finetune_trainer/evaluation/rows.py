@@ -1,4 +1,4 @@
-"""The rows that a model is measured on: what it is asked, what it should answer, what it is to find likely."""
+"""Read the rows of an evaluation: tokens for perplexity, prompts to complete, and reference answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens that are read at once, with the labels of those that count (-100: not)."""
+    """A sequence of one forward pass, with labels (-100 for tokens that are not measured)."""
 
     ids: list[int]
     labels: list[int]
@@ -38,29 +38,29 @@ class Piece:
 
 @dataclass(frozen=True)
 class EvalRow:
-    """One row. `number` is its place among the rows of the evaluation."""
+    """One row. `number` is its index among the rows of the evaluation."""
 
     number: int
     pieces: tuple[Piece, ...]
-    """For perplexity: the row, cut where the model's context ends."""
+    """For perplexity: the row, split at the length of the model's context."""
     prompt: tuple[int, ...]
-    """For answers: tokens up to where one starts."""
+    """For generation: token ids up to the start of the answer."""
     shown: Any
-    """The prompt as people read it: a text, or messages."""
+    """The prompt in readable form: a string or messages."""
     reference: str
     cut: bool
-    """Whether the prompt's beginning was left out, to leave room for an answer."""
+    """Whether the start of the prompt was cut off, to leave room for an answer."""
     form: Form
-    """How the model is asked."""
+    """Format in which the row is presented to the model."""
 
     @property
     def length(self) -> int:
-        """Tokens of the longest thing that the model reads."""
+        """Number of tokens of the longest sequence that the model reads."""
         return max([len(self.prompt), *(len(piece.ids) for piece in self.pieces)])
 
     @property
     def key(self) -> str:
-        """Hash of what the model reads and should answer: what was measured on another row does not count for it."""
+        """Hash of the row's tokens and reference, by which stored results are matched to rows."""
         return hash_of([[piece.ids, piece.labels] for piece in self.pieces], self.prompt, self.reference)
 
 
@@ -72,13 +72,13 @@ def eval_rows(
     cache_dir: Path,
     base_dir: Path,
 ) -> list[EvalRow]:
-    """The rows of an evaluation: the held-out ones where the data has a `validationSplit`, else all.
+    """Return the rows of an evaluation: the held-out ones if the data has a `validationSplit`, else all.
 
     Args:
         where: the stage's path, such as `stages[2].evaluate`.
 
     Raises:
-        UserError: the data can't be read or does not suit the metrics; all faults that were found.
+        UserError: the data can't be read or does not suit the metrics.
     """
     if spec.data is None:
         return []
@@ -101,7 +101,7 @@ def eval_rows(
 
 
 def batches(rows: Sequence[EvalRow], size: int) -> list[list[EvalRow]]:
-    """Rows of like length together, the longest first: the same batches for any number of workers."""
+    """Return batches of rows of similar length, longest first, independent of the number of workers."""
     ordered = sorted(rows, key=lambda row: (-row.length, row.number))
     return [ordered[at : at + size] for at in range(0, len(ordered), size)]
 
@@ -111,10 +111,10 @@ class _Reader:
     spec: EvaluateSpec
     encoder: Encoder
     room: int | None
-    """Most tokens of a prompt."""
+    """Maximum number of tokens of a prompt."""
 
     def read(self, number: int, example: Example) -> EvalRow:
-        """Raises ChatError or ValueError for a row that does not suit the metrics."""
+        """Return the row. Raises ChatError or ValueError if it does not suit the metrics."""
         pieces = self._pieces(example) if PERPLEXITY in self.spec.metrics else ()
         form = form_of(example, self.encoder.chat.template is not None)
         if not self.spec.generates:
@@ -147,7 +147,7 @@ def _shown(example: Example) -> Any:
 
 
 def _room(spec: EvaluateSpec, context: int | None, where: str) -> int | None:
-    """Tokens that a prompt may have, so that an answer has all that it may have."""
+    """Return the maximum length of a prompt that leaves room for `maxNewTokens`; None if there is no limit."""
     if context is None or not spec.generates:
         return None
     room = context - spec.generation.max_new_tokens
@@ -158,7 +158,7 @@ def _room(spec: EvaluateSpec, context: int | None, where: str) -> int | None:
 
 
 def _check_references(database: Database, rows: list[EvalRow], where: str, base_dir: Path, cache_dir: Path) -> None:
-    """A reference that does not run can be matched by no answer."""
+    """Raise UserError if a reference query fails, because no answer could match it."""
     problems = []
     with open_database(database, f"{where}.database", base_dir, cache_dir) as sandbox:
         for row in rows:

@@ -1,4 +1,4 @@
-"""How well answers match references: each answer's scores, and those of all answers together."""
+"""Score answers against references, one by one and all together."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from finetune_trainer.evaluation.query_execution import execution
 from finetune_trainer.queries.sandbox import Sandbox
 
 Row = dict[str, Any]
-"""What is measured of one row: `row`, and as far as they are asked for `nll` (nats), `tokens`, `answer`, `finished`,
-`scores` by metric and `error`, why a query failed."""
+"""Measurements of one row: `row` and, depending on the metrics, `nll` (nats), `tokens`, `answer`, `finished`, `scores`
+by metric and `error`, the reason why a query failed."""
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Scorer:
-    """Scores of single answers, from 0 to 1, for the metrics that have some."""
+    """Scores single answers from 0 to 1 by the metrics that are defined on single answers."""
 
     def __init__(self, spec: EvaluateSpec, database: Sandbox | None) -> None:
         self.spec, self.database = spec, database
@@ -32,7 +32,7 @@ class Scorer:
         self.rouge = RougeScorer(kinds, use_stemmer=False) if kinds else None
 
     def score(self, answer: str, reference: str) -> Row:
-        """`scores` by metric and, where a query failed, `error`.
+        """Return `scores` by metric and, if a query failed, `error`.
 
         ROUGE is the F measure of rouge-score without stemming, as Hugging Face's `evaluate` computes it.
         """
@@ -48,7 +48,7 @@ class Scorer:
         return {"scores": ordered, **({"error": error} if error else {})}
 
     def _plain(self, text: str) -> str:
-        """As `exactMatch` compares: Unicode NFC, each run of white space one space, none at the ends."""
+        """Normalize text for `exactMatch`: Unicode NFC, stripped, with each run of white space as one space."""
         text = unicodedata.normalize("NFC", text)
         text = text.casefold() if self.spec.ignore_case else text
         text = text.translate(_PUNCTUATION) if self.spec.ignore_punctuation else text
@@ -56,13 +56,13 @@ class Scorer:
 
 
 def totals(spec: EvaluateSpec, rows: Sequence[Row], references: Sequence[str]) -> dict[str, float]:
-    """The metrics of a whole set, in the order that the job names them. `references` are the rows' own, in order."""
+    """Return each metric over all rows, in the order of the job. `references` has one text per row."""
     answers = [str(row.get("answer", "")) for row in rows]
     return {metric: _total(metric, rows, answers, references) for metric in spec.metrics}
 
 
 def perplexity(nlls: Iterable[float], tokens: Iterable[int]) -> float:
-    """Exp of the mean negative log-likelihood of a token; the sums are exact, so the order of the rows is nothing."""
+    """Return exp of the mean negative log-likelihood per token; sums are exact, so the order of rows has no effect."""
     count = sum(tokens)
     mean = math.fsum(nlls) / count if count else math.nan
     return math.exp(mean) if mean < 700 else math.inf

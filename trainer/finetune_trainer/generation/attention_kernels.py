@@ -1,4 +1,4 @@
-"""Which attention kernels generate answers."""
+"""Select the attention kernels for generation."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from contextlib import contextmanager
 import torch
 
 VARIABLE = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
-"""torch's own variable. `0` keeps cuDNN for generation; `1` also takes its preference away in training."""
+"""torch's environment variable: `0` keeps cuDNN for generation, `1` deprioritizes it in training, too."""
 
 
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """Disable cuDNN's attention kernel inside; torch then takes flash attention or the memory-efficient kernel.
+    """Disable cuDNN attention in the context; torch then selects flash or memory-efficient attention.
 
     On compute capability 9.0 and 10.0 torch 2.13 prefers cuDNN, which builds an execution plan for every new shape
     (23 to 37 ms on Hopper, as measured outside this project). A growing answer has a new length at every token, so
     almost all of the time is spent on plans. Training repeats its shapes and keeps torch's choice.
 
-    Nothing changes where the user has set `VARIABLE`.
+    It has no effect if the user has set `VARIABLE`.
     """
     enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]  # torch has no type for it
     if VARIABLE in os.environ or not enabled:

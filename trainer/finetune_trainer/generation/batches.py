@@ -45,23 +45,23 @@ def generate_batch(
     raw: bool = False,
     **extra: Any,
 ) -> list[Completion]:
-    """Answers to all prompts at once, padded on the left: `samples` of each prompt, one prompt after the other.
+    """Generate `samples` completions per prompt in one batch padded on the left; return them grouped by prompt.
 
-    The model is in evaluation mode meanwhile, and no global random state is used. Under ZeRO-3 every worker calls this
-    equally often; their prompts may differ.
+    The model is in evaluation mode during the call, and no global random state is used. Under ZeRO-3 every worker must
+    call this equally often; their prompts may differ.
 
     Args:
-        model: a causal language model of transformers, of PEFT's, or DeepSpeed's engine around one.
-        prompts: token ids, or texts and conversations as `generation.prompts.encode` takes them.
-        seed: of sampling. A sample depends on the seed, its prompt's key and its number alone, so it is the same in
-            every batch and on every worker (but for rounding in the model itself).
-        keys: a number of each prompt's own, from 0. Default: its place among the prompts.
-        raw: continue a text as it stands, without the chat template.
-        extra: for transformers' `generate`, such as a streamer.
+        model: a causal language model of transformers or PEFT, or a DeepSpeed engine that wraps one.
+        prompts: token ids, or texts and conversations for `generation.prompts.encode`.
+        seed: seed of sampling. A sample depends only on the seed, its prompt's key and its index, so it is the same in
+            every batch and on every worker (except for rounding in the model).
+        keys: a unique integer of at least 0 for each prompt. Default: its index.
+        raw: continue texts without the chat template.
+        extra: passed to transformers' `generate`, such as a streamer.
 
     Raises:
         UserError: prompts that can't be encoded.
-        ValueError: a prompt fills the model's whole context, or greedy decoding is asked for several samples.
+        ValueError: a prompt fills the model's context, or several samples are requested with greedy decoding.
     """
     if not prompts:
         return []
@@ -153,7 +153,7 @@ def _completion(
     text = str(tokenizer.decode(tokens, skip_special_tokens=True))
     cuts = [at for at in map(text.find, options.stop) if at >= 0]
     if cuts:
-        # Rows that are done are padded until the last one is: nothing after the stop text is an answer.
+        # Finished rows are padded until all rows are finished, so everything after a stop string is dropped.
         text, tokens = text[: min(cuts)], _until_stop(tokenizer, tokens, options.stop)
     return Completion(text, tokens, prompt, finished=end is not None or bool(cuts))
 
@@ -180,8 +180,8 @@ class Beats(LogitsProcessor):
 def _answering(model: Any) -> Iterator[None]:
     """Prepare the model for generation, and restore it afterwards.
 
-    Inside, the model is in evaluation mode, attends without cuDNN, computes no router logits, and computes in half
-    precision where only some of its weights are (a frozen base, with modules in training).
+    In the context, the model is in evaluation mode, without cuDNN attention and router logits, and with autocast to
+    half precision if only some of its weights have it (a frozen base with trained modules).
     """
     training = model.training
     model.eval()

@@ -13,10 +13,10 @@ _SHOWN = 12
 
 
 def find_result(path: str) -> Path:
-    """The directory to load: `path` itself, its `result`, or the result of a job's last finished stage that answers.
+    """Return the directory to load: `path`, its `result`, or that of a job's last finished stage (no reward model).
 
     Raises:
-        UserError: there is no model; the message says what is there instead.
+        UserError: there is no model; the message lists what was found.
     """
     directory = Path(path).expanduser()
     if not directory.is_dir():

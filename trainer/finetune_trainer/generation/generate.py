@@ -28,16 +28,16 @@ def generate(
 ) -> list[str]:
     """Return one answer per prompt, in order, without special tokens.
 
-    Prompts are padded on the left in batches of `batch_size`. A batch stops at the model's context, measured by its
-    longest prompt.
+    Prompts are padded on the left in batches of `batch_size`. The longest prompt of a batch limits how many tokens fit
+    in the model's context.
 
     Args:
-        raw: true continues texts as they stand; false makes each a user's message where the tokenizer has a chat
-            template; None asks in the form that the model was trained in, which is the template's if it isn't known.
+        raw: true continues texts without the chat template; false makes each text a user message if there is a chat
+            template; None uses the format of the training data, or the chat template if that is not known.
 
     Raises:
-        UserError: a masked model, an empty prompt, one that fills the whole context, or a conversation without a chat
-            template; all of them at once.
+        UserError: a masked language model, an empty prompt, a prompt that fills the context, or a conversation without
+            a chat template.
     """
     options = options or GenerationOptions()
     encoded = _checked(loaded, prompts, options, raw)
@@ -52,7 +52,7 @@ def stream(
 ) -> Iterator[str]:
     """Yield the pieces of one answer as they are generated; with beam search, the complete answer as one piece.
 
-    Closing the iterator stops the model after the token it is at. Errors are `generate`'s, raised at the first piece.
+    Closing the iterator stops generation after the current token. The first piece raises the errors of `generate`.
     """
     options = options or GenerationOptions()
     encoded = _checked(loaded, [prompt], options, raw)

@@ -59,8 +59,7 @@ def load(result_dir: str, device: str = "auto", dequantize_in: str | None = None
     the first accelerator, else the CPU.
 
     Args:
-        dequantize_in: a directory for the copy of a base whose weights were saved quantized. Default: it is used as it
-            is.
+        dequantize_in: directory for a dequantized copy of a base with quantized weights. Default: no dequantization.
 
     Raises:
         UserError: there is no loadable model at `result_dir`, or no such device.
@@ -87,12 +86,12 @@ def _read(directory: Path, dequantize_in: str | None, device: torch.device) -> L
 
 
 def open_result(directory: Path, dequantize_in: str) -> tuple[SavedBase | None, PreTrainedTokenizerFast]:
-    """Return the base of an adapter, of PEFT's or of experts, to be merged tensor by tensor, and the tokenizer.
+    """Open the base of a PEFT or expert adapter for a merge tensor by tensor, and load the tokenizer.
 
-    The base is None where it has to be merged as a whole.
+    The base is None if it can only be merged as a complete model.
 
     Args:
-        dequantize_in: a directory for the copy of a base whose weights were saved quantized.
+        dequantize_in: directory for a dequantized copy of a base with quantized weights.
 
     Raises:
         UserError: as `load`.
@@ -108,16 +107,16 @@ def open_result(directory: Path, dequantize_in: str) -> tuple[SavedBase | None, 
 def read_whole(
     name: str, revision: str | None = None, job: JobModel | None = None, device: torch.device | None = None
 ) -> tuple[PreTrainedModel, Kind]:
-    """Return a whole model, or an expert adapter on its base, wherever a moved job now has it, in its own precision.
+    """Load a complete model, or an expert adapter with its base, in the saved precision.
 
     Args:
         revision: branch, tag or commit of a hub model.
-        job: whose changes the model is loaded with. Default: as it was saved.
-        device: that the weights are read onto. Default: the CPU.
+        job: settings that change the model on loading. Default: as saved.
+        device: device of the weights. Default: the CPU.
 
     Raises:
         UserError: the checkpoint lacks weights, or the adapter does not fit.
-        Outage: the hub does not answer.
+        Outage: the Hub does not respond.
     """
     config = read_config(root_of(name), revision)
     kind = _kind(config, root_of(name))
@@ -135,7 +134,7 @@ def _device(name: str) -> torch.device:
 
 
 def _kind(config: PretrainedConfig, name: str) -> Kind:
-    """By the saved class; where none is recorded, causal before masked."""
+    """Return the kind by the saved class, else by the family; a family with both is causal."""
     family, saved = str(config.model_type), " ".join(config.architectures or [])
     if "ForSequenceClassification" in saved:
         raise UserError(f"{name} holds a reward model, which scores texts and continues none")
@@ -160,13 +159,13 @@ def _with_adapter(model: PreTrainedModel, directory: Path, tokenizer: PreTrained
 
 
 def added_rows_of(directory: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return how many rows an adapter needs in the embeddings, or None where the base has as many."""
+    """Return the number of embedding rows that an adapter needs, or None if the base has as many."""
     rows = _saved_rows(directory) or needed_rows(tokenizer)
     return rows if rows > config.get_text_config().vocab_size else None
 
 
 def _saved_rows(directory: Path) -> int | None:
-    """Return how many embedding rows an adapter brings, which PEFT saves with it where they were added; else None."""
+    """Return the number of embedding rows in an adapter's weights, where PEFT saves added rows, or None."""
     path = directory / ADAPTER_WEIGHTS
     if not path.is_file():
         return None

@@ -23,14 +23,14 @@ def fill(loaded: Loaded, text: str, top_k: int = 5) -> list[list[Prediction]]:
     """Return the `top_k` most likely tokens for each mask token in `text`, the most likely first.
 
     Raises:
-        UserError: the model is no masked language model, or `text` has no mask token.
+        UserError: the model is not a masked language model, or `text` has no mask token.
     """
     if loaded.kind != "masked":
         raise UserError("this model continues text and fills no masks: use generate")
     mask = str(loaded.tokenizer.mask_token)
     if mask not in text:
         raise UserError(f"got {text!r}, expected a text with the mask token {mask}")
-    # transformers' stubs ask for one tokenizer class; the pipeline takes any.
+    # transformers' stubs require one tokenizer class; the pipeline accepts any.
     filler: Any = pipeline("fill-mask", model=loaded.model, tokenizer=loaded.tokenizer, device=loaded.model.device)  # type: ignore[call-overload]
     found = filler(text, top_k=top_k)
     masks = found if text.count(mask) > 1 else [found]

@@ -1,4 +1,4 @@
-"""An adapter and its base written as one whole model."""
+"""Merge an adapter into its base and save the result as a complete model."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from finetune_trainer.model.saved_model import is_adapter
 
 
 def merge(result_dir: str, out: Path) -> None:
-    """Write the model that an adapter and its base make, with the tokenizer, in the base's own precision.
+    """Save an adapter merged into its base, with the tokenizer, in the precision of the base.
 
-    Trained experts replace the base's; a low-rank sum is formed in float32 and rounded once. A base whose weights were
-    saved quantized is dequantized.
+    Trained experts replace those of the base; LoRA updates are added in float32 and rounded once. A quantized base is
+    dequantized.
 
     Raises:
         UserError: there is no adapter at `result_dir`, it does not fit its base, transformers can't dequantize the
-            base, or `out` is there already.
+            base, or `out` exists.
     """
     directory = find_result(result_dir)
     if out.exists():
@@ -51,16 +51,16 @@ def merge(result_dir: str, out: Path) -> None:
 
 
 def _by_tensor(directory: Path, out: Path, plain: str) -> PreTrainedTokenizerBase | None:
-    """Merge through the base's files, tensor by tensor; returns the tokenizer, or None where that is not possible.
+    """Merge tensor by tensor from the base's files; return the tokenizer, or None if that is not possible.
 
     Args:
-        plain: a directory for the copy of a base whose weights were saved quantized.
+        plain: directory for a dequantized copy of a base with quantized weights.
     """
     try:
         base, tokenizer = open_result(directory, plain)
         merge = None if base is None else plan_merge(base, directory if is_adapter(directory) else None)
     except (OSError, ValueError, KeyError, SafetensorError):
-        return None  # `load` says what it is
+        return None  # `load` reports the cause
     if merge is None:
         return None
     merge.base.model.config.get_text_config().use_cache = True
@@ -69,7 +69,7 @@ def _by_tensor(directory: Path, out: Path, plain: str) -> PreTrainedTokenizerBas
 
 
 def _whole(directory: Path, out: Path, plain: str) -> PreTrainedTokenizerBase:
-    """Merge the whole model in memory; returns the tokenizer."""
+    """Merge the complete model in memory; return the tokenizer."""
     loaded = load(str(directory), device="cpu", dequantize_in=plain)
     model = loaded.model
     if isinstance(model, PeftModel):

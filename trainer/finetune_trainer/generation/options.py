@@ -1,4 +1,4 @@
-"""How text is generated, checked before a model is loaded."""
+"""Options of text generation, validated before a model is loaded."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ SAMPLING_FIELDS = ("temperature", "top_p", "top_k")
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """Greedy decoding unless a field says otherwise; the names are those of transformers' `GenerationConfig`.
+    """Generation options, named as in transformers' `GenerationConfig`; greedy decoding by default.
 
-    The model's own `generation_config.json` does not change what is set here: greedy is greedy with every model.
+    The model's `generation_config.json` does not override them.
 
     Raises:
-        UserError: with every field that is out of range or contradicts another.
+        UserError: lists every field that is out of range or conflicts with another.
     """
 
     max_new_tokens: int = 256
-    """Most tokens of one answer; fewer where the model's context ends."""
+    """Maximum number of tokens of one answer; fewer if the model's context ends."""
     do_sample: bool = False
-    """Draw each token by its probability; false takes the likeliest one."""
+    """Sample each token by its probability; false takes the most likely one."""
     temperature: float | None = None
-    """Divides the logits before sampling: below 1 safer, above 1 wilder. None: 1."""
+    """Divides the logits before sampling: below 1 less random, above 1 more random. None: 1."""
     top_p: float | None = None
-    """Sample among the likeliest tokens that together have this probability (arXiv 1904.09751). None: all."""
+    """Sample from the most likely tokens whose probabilities sum to this (arXiv 1904.09751). None: all."""
     top_k: int | None = None
-    """Sample among so many of the likeliest tokens. None: all."""
+    """Sample from this number of most likely tokens. None: all."""
     num_beams: int = 1
-    """Beams of beam search; 1 is none."""
+    """Number of beams of beam search; 1 disables it."""
     repetition_penalty: float = 1.0
-    """Divides the scores of tokens that occurred (arXiv 1909.05858); 1 is none."""
+    """Divides the scores of tokens that occurred (arXiv 1909.05858); 1 disables it."""
     seed: int | None = None
-    """Seed of sampling: the same seed, prompts and options give the same answers. None: new ones each time."""
+    """Seed of sampling: the same seed, prompts and options give the same answers. None: a random seed."""
     system: str | None = None
-    """System message put before each conversation that has none."""
+    """System message that is prepended to each conversation without one."""
     stop: tuple[str, ...] = ()
     """Strings that end an answer, in addition to the end-of-text and end-of-turn tokens. The answer does not include
     them."""
@@ -61,14 +61,14 @@ class GenerationOptions:
     def config(self, *, stop_ids: list[int], pad_id: int, max_new_tokens: int) -> GenerationConfig:
         """Return the options as GenerationConfig, with an explicit value for every field that a model may override.
 
-        `generation.sampling` does the sampling: for transformers, decoding is always greedy or beam search.
+        `generation.sampling` does the sampling, so decoding in transformers is always greedy or beam search.
         """
         return GenerationConfig(  # type: ignore[no-untyped-call]  # transformers has no types for it
             max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=1.0,
             top_p=1.0,
-            top_k=50,  # transformers' own: any other one makes greedy decoding warn
+            top_k=50,  # transformers' default: greedy decoding warns about any other value
             num_beams=self.num_beams,
             repetition_penalty=self.repetition_penalty,
             stop_strings=list(self.stop) or None,

@@ -28,17 +28,17 @@ def encode(
     form: Form | None = None,
     tools: Tools = None,
 ) -> list[list[int]]:
-    """Return the token ids of each prompt, up to where the answer begins, the same as training has them.
+    """Return the token ids of each prompt up to the start of the answer, the same as in training.
 
     Args:
-        raw: true continues texts as they stand; false makes each a user's message, where there is a chat template;
-            None asks in the form that the model was trained in. A conversation goes through the chat template then.
-        form: how the model was trained; None where that is not known, which asks by the chat template.
-        tools: JSON schemas of the tools that the conversations offer.
+        raw: true continues texts without the chat template; false makes each text a user message if there is a chat
+            template; None uses the format of the training data for texts, and the chat template for conversations.
+        form: format of the training data; None if it is not known: texts then use the chat template.
+        tools: JSON schemas of the tools in the conversations.
 
     Raises:
-        UserError: an empty prompt, a conversation that the chat template refuses, or a conversation or system message
-            without a chat template to write it in.
+        UserError: an empty prompt, a conversation that the chat template rejects, or a conversation or system message
+            without a chat template.
     """
     template = template_of(tokenizer)
     plain = form_is_plain(form) if raw is None else raw

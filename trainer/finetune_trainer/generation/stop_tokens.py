@@ -1,7 +1,7 @@
-"""Where a saved model's answers end, written where plain transformers reads it: `generation_config.json`.
+"""Write the stop tokens of a saved model to `generation_config.json`.
 
-`generate`, pipelines and vLLM stop at the tokens that this file names. They read no chat template, so a model that was
-trained on chats would talk on after its turn.
+`generate`, pipelines and vLLM stop at the tokens in this file. They ignore the chat template, so without these
+a model that was trained on conversations would generate beyond the end of its turn.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Settings = dict[str, Any]
 def write_stops(directory: Path, tokenizer: PreTrainedTokenizerBase, settings: Settings | None = None) -> None:
     """Add the stop tokens and the padding token to the directory's `generation_config.json`.
 
-    A directory without that file holds a model that continues no text, and is left alone. The file is changed as JSON,
-    because transformers refuses to write some files that other versions of it have written.
+    A directory without that file contains a model that does not generate text, and is not changed. The file is edited
+    as JSON, because transformers refuses to save some files that other versions of it have written.
 
     Args:
-        settings: of a file that is not there yet: an adapter is saved without one.
+        settings: contents of a new file if there is none, because an adapter is saved without one.
     """
     path = directory / GENERATION_CONFIG_NAME
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings

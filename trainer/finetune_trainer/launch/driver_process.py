@@ -1,8 +1,8 @@
-"""The driver as a process of its own, watched by the process that starts it.
+"""Run the driver as a separate process, watched by its parent process.
 
-The driver watches its own work (`driver_watch`), but a process that is stopped by a signal, or held by a debugger, runs
-no thread that could. So the pod's first process looks at the state of its driver, and ends one that stays stopped. No
-network is in between, so an outage of the network never ends a driver.
+The driver watches its own work (`driver_watch`), but a process that is stopped by a signal or a debugger runs no
+threads. So the pod's first process polls the state of the driver, and kills it if it stays stopped. This needs no
+network, so a network outage never ends a driver.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOOK_SECONDS = 1.0
 
 
 class StoppedWatch:
-    """Ends a process that stays stopped for too long, from a thread. A context manager.
+    """A context manager that kills a process that stays stopped for too long, from a thread.
 
     Args:
         timeout: `runPolicy.stallTimeout`.
@@ -34,7 +34,7 @@ class StoppedWatch:
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self.found = ""
-        """What is said of the process; empty where it was not ended."""
+        """Why the process was killed; empty if it was not."""
 
     def __enter__(self) -> StoppedWatch:
         return self
@@ -64,9 +64,9 @@ class StoppedWatch:
 
 
 def run_watched(argv: Sequence[str], watch: StoppedWatch) -> int:
-    """Run a script as a fork where there is a fork server, else as a child; return its exit status.
+    """Run a script as a fork if there is a fork server, else as a child; return its exit status.
 
-    SIGTERM and SIGINT are passed on to it.
+    SIGTERM and SIGINT are forwarded to it.
 
     Args:
         argv: path of the script and its arguments.

@@ -1,6 +1,6 @@
-"""Watches the driver's own work: preparing data, training a tokenizer, reading storage, writing the report.
+"""Watch the driver's own work: preparing data, training a tokenizer, reading storage, writing the report.
 
-A thread that hangs in a read cannot be interrupted, so the process of a driver that makes no progress ends itself.
+A thread that hangs in a read cannot be interrupted, so a driver that makes no progress ends its own process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class DriverWatch:
-    """Calls `hung` from another thread once this process makes no progress. A context manager.
+    """A context manager that calls `hung` from another thread if this process makes no progress.
 
     Args:
         timeout: `runPolicy.stallTimeout`.
@@ -54,7 +54,7 @@ class DriverWatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Pause the watch while the driver waits for workers, which have a watch of their own."""
+        """Pause the watch while the driver waits for workers, which are watched separately."""
         self._watch = None
         try:
             yield

@@ -1,8 +1,8 @@
-"""The last collective operation of a worker, by torch's flight recorder, read from outside of the process.
+"""Read the last collective operations of another process from torch's flight recorder.
 
-torch keeps the newest operations of each process group, with NCCL and with gloo alike (`TORCH_FR_BUFFER_SIZE`). It also
-has a server in C++ that hands them out at a Unix socket (`torch.distributed.debug` is made of it). That server needs
-neither the GIL nor the thread that trains, so a worker answers while it hangs in a collective.
+torch keeps the newest operations of each process group, with NCCL and with gloo (`TORCH_FR_BUFFER_SIZE`). A C++ server
+of torch, which `torch.distributed.debug` uses, serves them at a Unix socket. It needs neither the GIL nor the training
+thread, so a worker responds while it hangs in a collective.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ UNNAMED = ("", "undefined")
 Json = dict[str, Any]
 log = logging.getLogger(__name__)
 _servers: list[Any] = []
-"""A server ends with its Python object."""
+"""References to the servers: a server ends when its Python object is deleted."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ class Collective:
     group: str
     """Name of the process group: the same in all of its processes."""
     number: int
-    """How many operations the group had when it began, this one included."""
+    """Sequence number of the operation in its group."""
     finished: bool
     words: str
-    """The operation with its number, sizes and state, for people."""
+    """Readable text with the operation's name, number, sizes and state."""
 
 
 def answer_questions(path: Path) -> None:
-    """Let other processes of this user read this process's flight recorder at a Unix socket.
+    """Serve this process's flight recorder to other processes of this user at a Unix socket.
 
-    A process that cannot offer it (a path that is too long, a full disk) trains all the same.
+    If that fails (the path is too long, the disk is full), a warning is logged and training is not affected.
     """
     from torch._C._distributed_c10d import _WorkerServer
 
@@ -57,12 +57,12 @@ def answer_questions(path: Path) -> None:
 
 
 def last_collectives(path: Path, now: float | None = None) -> list[Collective]:
-    """Return the newest operation of each process group of the process that answers at a socket.
+    """Return the newest operation of each process group of the process that serves a socket.
 
-    Empty where it does not answer within `ANSWER_SECONDS`, or has had none.
+    Empty if it does not respond within `ANSWER_SECONDS`, or has no operations.
 
     Args:
-        now: seconds since the epoch; by default those of this machine's clock.
+        now: seconds since the epoch. Default: the clock of this machine.
     """
     entries = [entry for handler in HANDLERS for entry in _entries(path, handler)]
     return newest(entries, time.time() if now is None else now)
@@ -72,7 +72,7 @@ def newest(entries: Iterable[Json], now: float) -> list[Collective]:
     """Return the newest operation of each group, unfinished ones first.
 
     Args:
-        entries: of the flight recorder's dump, version 2 (`FlightRecorder.hpp`).
+        entries: entries of the flight recorder's dump, version 2 (`FlightRecorder.hpp`).
         now: seconds since the epoch.
     """
     last = {entry["process_group"][0]: entry for entry in sorted(entries, key=lambda one: int(one["record_id"]))}
@@ -81,10 +81,10 @@ def newest(entries: Iterable[Json], now: float) -> list[Collective]:
 
 
 def behind(found: dict[int, list[Collective]]) -> int | None:
-    """Return the rank that began the fewest operations of a group in which another rank waits; None where all are even.
+    """Return the rank with the fewest operations in a group in which a rank waits; None if all have equally many.
 
     Args:
-        found: by rank. Only groups that all of these ranks belong to are compared.
+        found: newest operations by rank. Only groups of all these ranks are compared.
     """
     groups = [{one.group: one for one in some} for some in found.values()]
     for group in [name for name in groups[0] if all(name in one for one in groups)] if groups else []:

@@ -1,4 +1,4 @@
-"""Preparation before training: tokenises every stage's data, and plans memory and steps."""
+"""Prepare a job before training: tokenize the data of every stage, and plan memory and steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from finetune_trainer.storage.filesystem import Storage
 
 
 class Preparation:
-    """Tokenises all data ahead, so that faults in any stage's data are reported before the first stage trains.
+    """Tokenises all data in advance, so that faults in any stage's data are reported before the first stage trains.
 
     Args:
         log: receives a line of text for each event.
@@ -41,7 +41,7 @@ class Preparation:
 
     def __init__(self, run: RunConfig, workers: Workers, storage: Storage, log: Callable[[str], None]) -> None:
         self.run, self.workers, self.storage, self.log = run, workers, storage, log
-        # All trained stages of a job have the tokenizer and the architecture that the first of them starts from.
+        # All trained stages of a job use the tokenizer and the architecture that the first of them starts from.
         first = 1 if run.job.spec.stages[0].tokenizer is not None else 0
         source = stage_source(run, first, storage)
         self.tokenizer = load_tokenizer(source)
@@ -51,7 +51,7 @@ class Preparation:
         """Prepare the stages' data and return the plan of all trained stages.
 
         Raises:
-            UserError: every fault in every stage's data.
+            UserError: lists every fault in the data of all stages.
             Interrupted: `stop` was set between two stages.
         """
         sizes: dict[int, DataSize | None] = {}
@@ -75,10 +75,10 @@ class Preparation:
         return reads and not waits
 
     def prepare(self, index: int) -> DataSize | None:
-        """Prepare one stage's data and return its size, or None where it is not known.
+        """Prepare one stage's data and return its size, or None if it is not known.
 
         Raises:
-            UserError: every fault in it.
+            UserError: lists every fault in the data.
         """
         spec, stage = spec_of(self.run, index), self.run.job.spec.stages[index]
         if isinstance(spec, EvaluateSpec):
@@ -112,7 +112,7 @@ class Preparation:
             self.log(f"{layout.title}: {note}")
 
     def _form_note(self, spec: TrainingSpec, report: DataReport) -> str | None:
-        """Return what to know of a stage that does not train in chats though the tokenizer has a chat template."""
+        """Return a note if the stage does not use the tokenizer's chat template, else None."""
         form = main_form(report.forms)
         if row_kind(spec.row_kind).joined or form in (None, "chat") or not self.tokenizer.chat_template:
             return None
@@ -133,7 +133,7 @@ class Preparation:
 
 
 def data_size(report: DataReport | None) -> DataSize | None:
-    """Return the size of prepared data for a plan; None where it is not known."""
+    """Return the size of prepared data for a plan; None if it is not known."""
     if report is None or report.streaming:
         return None
     return DataSize(report.packed_rows or report.kept, report.tokens, report.longest)

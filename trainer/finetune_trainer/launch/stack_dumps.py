@@ -1,4 +1,4 @@
-"""Collects the stacks of workers that hang, from another process: the worker itself need not run any Python code."""
+"""Collect the stacks of hanging workers from another process, without running Python code in the worker."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _STATES = {
     "": "gone",
 }
 STOPPED = ("T", "t")
-"""States of a process that runs no code until another one lets it go on."""
+"""States of a process that does not run until another process resumes it."""
 log = logging.getLogger(__name__)
 _files: list[Any] = []
 """Files of faulthandler, which must stay open."""
@@ -45,7 +45,7 @@ class Stacks:
     """State as in /proc/PID/stat, such as `R`, `S` or `T`; empty if the process has ended."""
     text: str
     last: tuple[Collective, ...] = ()
-    """The newest collective operation of each of its process groups; empty where that is not known."""
+    """The newest collective operation of each of its process groups; empty if unknown."""
 
     @property
     def told(self) -> str:
@@ -54,7 +54,7 @@ class Stacks:
 
 
 def answer_inquiries() -> None:
-    """Let other processes of this user read where this process hangs: its Python stacks and its collective operations.
+    """Let other processes of this user read the Python stacks and the collective operations of this process.
 
     The process writes the stacks of its threads to a file whenever it receives `SIGNAL`. The handler of faulthandler is
     native: it needs neither the GIL nor the main thread. Forked children inherit it.
@@ -105,7 +105,7 @@ def _python(pid: int) -> str:
 
 
 def _asked(pid: int, file: Path) -> str:
-    """What a process appends to a file after the signal."""
+    """Return what a process appends to a file after the signal."""
     before = file.stat().st_size
     try:
         os.kill(pid, SIGNAL)
@@ -129,7 +129,7 @@ def _written(file: Path, start: int) -> str:
 
 
 def _catches(pid: int) -> bool:
-    """Whether a process has a handler for the signal. Without one the signal would end it."""
+    """Return whether a process has a handler for the signal. Without one the signal would end it."""
     with suppress(OSError, ValueError, IndexError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("SigCgt:"):

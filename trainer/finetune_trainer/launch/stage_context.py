@@ -31,10 +31,10 @@ def stage_context(
     storage: Storage,
     files: NodeFiles | None = None,
 ) -> StageContext:
-    """Return the context of a stage; its data is prepared, or found in the cache.
+    """Return the context of a stage; its data is read from the cache or prepared.
 
     Args:
-        files: of the nodes, where the stage runs in a worker group.
+        files: shared files of the nodes if the stage runs in a worker group.
     """
     index = work.index
     layout, spec = layouts(run)[index], spec_of(run, index)

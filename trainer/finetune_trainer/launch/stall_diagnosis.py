@@ -1,4 +1,4 @@
-"""Diagnoses a stall: collects the stacks of all workers, names the one that is behind, and ends the workers."""
+"""Diagnose a stall: collect the stacks of all workers, name the one that is behind, and kill the workers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from finetune_trainer.storage.filesystem import Storage
 ASK_SECONDS = 30.0
 """A node that has not responded within this time counts as unreachable."""
 WRITE_SECONDS = 10.0
-"""Timeout of a write to storage, whose hanging may be the cause of the stall."""
+"""Timeout of a write to storage, which may itself be the cause of the stall."""
 
 
 class Stalled(Exception):
@@ -44,7 +44,7 @@ def inquire(stall: Stall, report: Callable[[str], None]) -> Finding:
 
     Args:
         stall: the stall.
-        report: receives the whole record, with stacks.
+        report: receives the full record, with stacks.
     """
     found = _everywhere(stall, collect)
     report(record(stall, found))
@@ -58,7 +58,7 @@ def inquire(stall: Stall, report: Callable[[str], None]) -> Finding:
 def culprit(stall: Stall, found: dict[int, Stacks]) -> int:
     """Return the rank that is behind: a worker that cannot run at all, else the one with the least progress.
 
-    Where all are in the same phase of the same step, it is the one that began the fewest collective operations.
+    If all are in the same phase of the same step, it is the one that started the fewest collective operations.
 
     Args:
         stall: the stall.
@@ -84,7 +84,7 @@ def record(stall: Stall, found: dict[int, Stacks]) -> str:
 
 
 def end_workers(stall: Stall) -> None:
-    """Kill the workers' processes, on other nodes as far as these respond."""
+    """Kill the workers' processes on all nodes that respond."""
     _everywhere(stall, kill)
 
 

@@ -1,4 +1,4 @@
-"""Decides when a group of workers counts as stalled, and which of them is behind. Pure: it does no I/O."""
+"""Decide when a group of workers counts as stalled, and which of them is behind. Pure: no I/O."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune_trainer.progress.heartbeats import WorkerHeartbeat
 
 LEAST_SECONDS = 600.0
 BEGIN_SECONDS = 600.0
-"""Workers that Ray has placed may take so long to say their first word: they import the libraries, and meet."""
+"""Minimum timeout of the first heartbeat after Ray has placed the workers: they import libraries and rendezvous."""
 STEPS = 30
 """The automatic timeout is the median duration of a step times this, and at least `LEAST_SECONDS`."""
 WINDOW = 50
@@ -30,12 +30,12 @@ class Stall:
 
     @property
     def begun(self) -> bool:
-        """Whether any worker has said a word."""
+        """Whether any worker has sent a heartbeat."""
         return bool(self.beats)
 
     @property
     def culprit(self) -> int:
-        """The rank that is behind: one that never began, else the lowest step and phase of those that do not wait."""
+        """The rank that is behind: one without a heartbeat, else the lowest step and phase of those not waiting."""
         missing = [rank for rank in range(self.workers) if rank not in self.beats]
         if missing:
             return missing[0]
@@ -51,11 +51,11 @@ class Stall:
 
 
 class StallWatch:
-    """Detects from the workers' heartbeats that there has been no progress for too long.
+    """Detects a stall from the workers' heartbeats.
 
     Args:
         timeout: `runPolicy.stallTimeout`.
-        workers: how many there are, as far as is known before their first word.
+        workers: number of workers, as far as it is known before the first heartbeat.
     """
 
     def __init__(self, timeout: int | str, workers: int = 1) -> None:
@@ -77,13 +77,13 @@ class StallWatch:
     def look(self, now: float, beats: Mapping[int, WorkerHeartbeat], queued: bool = False) -> Stall | None:
         """Return the stall, or None if there is none.
 
-        Before the first heartbeat of any worker the limit is at least `BEGIN_SECONDS`, counted from the time at which
-        the workers no longer wait for room.
+        Before the first heartbeat of any worker the limit is at least `BEGIN_SECONDS`, counted from when the workers
+        are no longer queued.
 
         Args:
             now: seconds of a monotonic clock.
             beats: the latest heartbeat of each worker, by rank.
-            queued: whether the workers still wait for room.
+            queued: whether the workers still wait for resources of the cluster.
         """
         progress = {rank: beat.progress for rank, beat in beats.items()}
         if progress != self._progress:

@@ -1,4 +1,4 @@
-"""Stages that pack rows for a model that would mix their documents: found on a small model of the same structure."""
+"""Test on a small model of the same structure whether a model keeps the documents of packed rows apart."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from finetune_trainer.stage_graph import place
 from finetune_trainer.training.packing_probe import Finding, Probe, packed_rows, packing_problem
 
 MOST_PARAMETERS = 200_000_000
-"""Of a model that is built to be probed: 800 MB, a few seconds."""
+"""Maximum number of parameters of the small model: 800 MB in float32, built in a few seconds."""
 SPREAD = 0.6
-"""Standard deviation of the small model's weights, in units of 1/sqrt(input width): documents that mix show clearly."""
+"""Standard deviation of the small model's weights in units of 1/sqrt(input width), enough to detect mixing."""
 VERSION = 2
-"""Raised when the probe changes, so that no older finding is read from the cache."""
+"""Incremented when the probe changes, to invalidate cached findings."""
 LIBRARIES = ("torch", "transformers", "kernels", "flash-attn", "causal-conv1d", "mamba-ssm", "flash-linear-attention")
-"""What decides how packed rows are treated, besides the configuration. The kernels need not be installed."""
+"""Libraries whose versions affect how packed rows are processed. The kernels need not be installed."""
 
 
 def packing_problems(run: RunConfig, config: PretrainedConfig, accelerator: bool) -> Iterator[Problem]:
     """Yield a problem for each stage that packs rows for a model that does not keep their documents apart.
 
-    What can't be tried here (a family that can't be built small, a kernel that needs another device) is no problem:
+    A model that can't be tested here (its family can't be built small, or a kernel needs another device) is accepted:
     the workers check the real model before its first step (`training.packing_check`).
 
     Args:
-        config: of the job's model.
+        config: configuration of the job's model.
         accelerator: whether the job's workers have GPUs.
     """
     device = "cuda" if accelerator and torch.cuda.is_available() else "cpu"
@@ -58,11 +58,11 @@ def packing_problems(run: RunConfig, config: PretrainedConfig, accelerator: bool
 
 @dataclass(frozen=True)
 class Trial:
-    """Packed rows tried on a small model with the structure of a configuration.
+    """A test of packed rows on a small model with the structure of a configuration.
 
     Args:
         attention: the job's `attnImplementation`.
-        rows: packed rows in a batch.
+        rows: number of packed rows in a batch.
     """
 
     config: PretrainedConfig
@@ -71,7 +71,7 @@ class Trial:
     device: str
 
     def cached(self, directory: Path) -> Finding | None:
-        """Return what `find` returns, from a file of the directory where it is known."""
+        """Return the result of `find`, cached in a file of the directory."""
         path = directory / f"{self._key()}.json"
         if path.exists():
             known = json.loads(path.read_text())
@@ -82,12 +82,12 @@ class Trial:
         return finding
 
     def find(self) -> Finding | None:
-        """Return the probe's finding; None where no small model can be built or called here."""
+        """Return the probe's finding; None if no small model can be built or run here."""
         with torch.random.fork_rng(devices=[]), _quiet():
             model = self._model()
             try:
                 return None if model is None else Probe(model, self.rows, torch.float32).find()
-            except Exception:  # a kernel that does not work on this device has errors of its own
+            except Exception:  # kernels that do not work on this device raise their own error classes
                 return None
 
     def _key(self) -> str:
@@ -101,14 +101,14 @@ class Trial:
         text = self.config.get_text_config()
         try:
             kinds = _kinds(meta_model(text))
-        except Exception:  # the plan has told what is wrong with the configuration
+        except Exception:  # the plan reports faults of the configuration
             return None
         for small in small_configs(text):
             try:
                 shape = meta_model(small)
                 if shape.num_parameters() <= MOST_PARAMETERS and kinds <= _kinds(shape):
                     return self._built(small)
-            except Exception:  # fields that don't fit together fail wherever a family's code uses them
+            except Exception:  # inconsistent fields raise any error in the code of the family
                 continue
         return None
 
@@ -128,7 +128,7 @@ class Trial:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from warning of the small model's configuration, and of kernels that it does without."""
+    """Suppress transformers' warnings about the small model's configuration and missing kernels."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers has no type for it
     try:
@@ -149,7 +149,7 @@ def _version(library: str) -> str | None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file at once, because other processes may read it."""
+    """Write a file atomically, because other processes may read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile("w", dir=path.parent, delete=False) as part:
         part.write(text)

@@ -35,7 +35,7 @@ def row_problems(run: RunConfig) -> list[Problem]:
 
 
 def first_row_problems(run: RunConfig) -> list[Problem]:
-    """Return the faults that tokenizing the first rows shows, for each stage whose data is available."""
+    """Return the faults found by tokenizing the first rows of each stage whose data is available."""
     try:
         return list(_sample(run))
     except UserError as error:
@@ -43,7 +43,7 @@ def first_row_problems(run: RunConfig) -> list[Problem]:
 
 
 def _sample(run: RunConfig) -> Iterator[Problem]:
-    """A tokenizer that is yet to be trained can't show any."""
+    """Yield the faults of the first rows; none if the tokenizer is not trained yet."""
     stages = run.job.spec.stages
     if stages[0].tokenizer is not None:
         return
@@ -62,7 +62,7 @@ def _sample(run: RunConfig) -> Iterator[Problem]:
 def _rows(
     run: RunConfig, index: int, spec: EvaluateSpec, tokenizer: PreTrainedTokenizerFast, context: int | None
 ) -> list[Problem]:
-    """Faults in the rows of an evaluation, which are read whole."""
+    """Return the faults of an evaluation's rows, all of which are read."""
     try:
         eval_rows(spec, tokenizer, context, place(run, index), Path(run.cache_dir), Path(run.base_dir))
     except UserError as error:
@@ -74,7 +74,7 @@ def _writable(run: RunConfig) -> None:
     """Write a file into the job's directory and delete it again.
 
     Raises:
-        UserError: the store can't be reached or doesn't let the job write.
+        UserError: the store can't be reached or rejects the write.
     """
     name = f".preflight-{uuid.uuid4().hex[:8]}"
     field = "storage.uri" if run.job.spec.storage.uri else "storage.path"
@@ -82,5 +82,5 @@ def _writable(run: RunConfig) -> None:
         storage = Storage(run.root, retry_seconds=PREFLIGHT_SECONDS)
         storage.write_text(name, "")
         storage.delete(name)
-    except Exception as error:  # every store has errors of its own
+    except Exception as error:  # each store has its own error classes
         raise UserError([Problem(field, f"can't write to {run.root}: {type(error).__name__}: {error}")]) from error

@@ -1,4 +1,4 @@
-"""Whether checkpoints find room, and time within a node's grace period."""
+"""Estimate size and duration of checkpoints, and check that disks have room for them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from finetune_trainer.storage.filesystem import Storage
 
 PROBE_BYTES = 32 << 20
 WORTH_BYTES = 1 << 30
-"""Checkpoints below this size are saved in time by any store: nothing is measured."""
+"""Any store saves smaller checkpoints in time, so its speed is not measured."""
 _PROBE = ".write-probe-"
 
 
 def job_saving(run: RunConfig, plan: JobPlan, bytes_per_second: float | None = None) -> Saving | None:
-    """Return what the job's slowest checkpoint takes; None where no stage saves any."""
+    """Return size and duration of the job's largest checkpoint; None if no stage saves any."""
     resources = run.job.spec.resources
     nodes = resources.min_nodes or resources.nodes or 1
     return saving([(stage.checkpoint, stage.zero) for stage in plan.stages], nodes, bytes_per_second)
 
 
 def measured_speed(storage: Storage, plan: JobPlan) -> float | None:
-    """Return the bytes per second that the job's storage takes, by writing a file of 32 MiB and deleting it.
+    """Return the write speed of the job's storage in bytes per second, measured with a file of 32 MiB.
 
-    None where the job's checkpoints are small, or where the store did not take the file: other checks tell of that.
+    None if the job's checkpoints are small, or if the write fails, which other checks report.
     """
     if max((stage.checkpoint for stage in plan.stages), default=0) < WORTH_BYTES:
         return None
@@ -50,12 +50,12 @@ def measured_speed(storage: Storage, plan: JobPlan) -> float | None:
 
 
 def room_problems(run: RunConfig, plan: JobPlan, *, on_node: bool) -> Iterator[Problem]:
-    """Yield a fault where a disk is too small for one checkpoint of the stages that are left.
+    """Yield a problem if a disk is too small for one checkpoint of the unfinished stages.
 
-    In a store that is elsewhere there is room; each node writes its share into its cache first, and uploads it.
+    For a remote store, the cache is checked: each node writes its part there before the upload.
 
     Args:
-        on_node: whether this process runs where the job will. A preflight pod does not, and has a cache of its own.
+        on_node: whether this process runs on a node of the job. A preflight pod does not, and has its own cache.
     """
     storage = Storage(run.root)
     places = layouts(run)
@@ -88,6 +88,6 @@ def _cache_problems(run: RunConfig, found: Saving, sees_cache: bool) -> Iterator
 
 
 def _free(place: Path) -> int:
-    """Return the free bytes of the disk that a directory is, or will be, on."""
+    """Return the free bytes on the disk of a directory that need not exist yet."""
     there = next(path for path in (place, *place.parents) if path.exists())
     return shutil.disk_usage(there).free

@@ -1,4 +1,4 @@
-"""Faults that the job alone shows: orders of stages and settings that can't work together."""
+"""Check the job itself, without model and data: the order of stages, and settings that conflict."""
 
 from __future__ import annotations
 

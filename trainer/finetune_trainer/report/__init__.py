@@ -1,4 +1,4 @@
-"""`report.html`: what a run did, in one file that opens offline."""
+"""Write `report.html`, a self-contained report of a run that opens offline."""
 
 from finetune_trainer.report.page import write_report
 

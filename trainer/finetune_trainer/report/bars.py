@@ -1,4 +1,4 @@
-"""One metric of several models as horizontal bars, in plain HTML: it scales, prints and follows the page's colours."""
+"""Horizontal bars of one metric for several models, in plain HTML: they scale, print and use the page's colours."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Bars:
     def shares(self) -> list[tuple[str, str, float]]:
         """Name, value and length (0 to 100) of each bar.
 
-        Lengths are linear from 0, or logarithmic if values differ by a factor of 100, so that the smallest is visible.
+        Lengths are linear from 0, or logarithmic if values differ by more than 100 times, so that all are visible.
         """
         finite = [value for value in self.values.values() if math.isfinite(value)]
         return [(name, number(value), self._length(value, finite)) for name, value in self.values.items()]
 
     @property
     def by_logarithm(self) -> bool:
-        """Whether lengths are logarithms."""
+        """Whether lengths are logarithmic."""
         finite = [value for value in self.values.values() if math.isfinite(value)]
         return bool(finite) and min(finite) > 0 and max(finite) / min(finite) > 100
 

@@ -1,4 +1,4 @@
-"""What storage knows of a run, read into plain values; what is missing or broken becomes a note, never an error."""
+"""Read a run's files from storage into plain values; an unreadable file becomes a note, not an error."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ _USER_INFO = re.compile(r"(://)[^/@\s]+@")
 
 @dataclass(frozen=True)
 class StageRecord:
-    """All that one stage left behind. Empty values mean: not there."""
+    """The files of one stage in storage. A value is empty if its file is missing."""
 
     layout: StageLayout
     kind: str
     rows: list[Json] = field(default_factory=list)
-    """Metrics by rising step, the stage's own flattened in beside the common ones."""
+    """Rows of the metrics log in step order, with the nested `metrics` of each row merged into it."""
     data: Json = field(default_factory=dict)
     samples: Json = field(default_factory=dict)
     experts: Json = field(default_factory=dict)
-    """Scores of the experts, the chosen ones and their balance (`esft`)."""
+    """Scores of the experts, the selected experts and their load balance (`esft`)."""
     expert_load: bytes = b""
-    """Their picture, a PNG."""
+    """Plot of the expert load, a PNG."""
     synthesis: Json = field(default_factory=dict)
-    """How the rows of a stage that makes data came about (`synthesize`)."""
+    """Statistics and samples of the generated rows (`synthesize`)."""
     evaluation: Json = field(default_factory=dict)
-    """Metrics by model and samples of their answers (`evaluate`)."""
+    """Metrics and sample answers by model (`evaluate`)."""
     rounds: Json = field(default_factory=dict)
-    """What the rounds of an `online` stage made and measured."""
+    """Generated pairs and metrics of each round (`online`)."""
     done: Json = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    """Files that are there but can't be read."""
+    """One note for each file that can't be read."""
 
     @property
     def state(self) -> str:
@@ -53,7 +53,7 @@ class StageRecord:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The final metrics: of a finished stage its own, else the last ones logged."""
+        """The final metrics of a finished stage, else the last logged value of each evaluation metric."""
         given = self.done.get("metrics")
         if isinstance(given, dict):
             return {str(name): value for name, value in given.items() if is_number(value)}
@@ -71,11 +71,11 @@ class StageRecord:
 
     @property
     def tokens(self) -> float | None:
-        """Tokens trained on."""
+        """Number of tokens trained on."""
         return _first_number(*self._column("tokens")[-1:])
 
     def points(self, name: str) -> Points:
-        """The finite values of one metric with their steps."""
+        """Return the finite values of one metric with their steps."""
         return [(row["step"], row[name]) for row in self.rows if is_number(row.get(name)) and math.isfinite(row[name])]
 
     def _column(self, name: str) -> list[float]:
@@ -113,7 +113,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def without_user_info(value: Any) -> Any:
-    """The same JSON value with `user:password@` taken out of every URI in it."""
+    """Return the JSON value with `user:password@` removed from every URI."""
     if isinstance(value, dict):
         return {name: without_user_info(member) for name, member in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What the page shows of an evaluation: metrics by model, the gate's word, answers side by side. Pure."""
+"""Build the view of an evaluation: metrics by model, results of the gate, answers side by side. Pure."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LESS_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_
 class Cell:
     """One model's value of one metric; empty if it has none.
 
-    For other models than the evaluated one it includes the difference to the evaluated model.
+    The cell of a model that is compared includes the difference to the evaluated model.
     """
 
     value: str
     change: str = ""
     """Evaluated model minus this one."""
     better: bool | None = None
-    """Whether the evaluated model is better than this one; None: as good, or not comparable."""
+    """Whether the evaluated model is better than this one; None if they are equal or not comparable."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Answer:
     model: str
     text: Excerpt | None
     right: bool | None
-    """Whether it counts as right; None where no metric says right or wrong."""
+    """Whether the answer is correct; None if no metric decides it."""
     scores: str
     error: str
 
@@ -62,7 +62,7 @@ class Evaluation:
     metrics: list[tuple[str, list[Cell]]]
     """Each metric with a cell for each model, the evaluated one first."""
     gate: list[tuple[str, bool]]
-    """What each bound says, and whether it is passed."""
+    """Text of each bound, and whether it is passed."""
     questions: list[Question]
     facts: list[tuple[str, str]]
     bars: list[Bars]
@@ -75,10 +75,10 @@ class Evaluation:
 
 
 def evaluation(stage: StageRecord, gates: Any) -> Evaluation | None:
-    """The stage's evaluation; None where it has none.
+    """Return the evaluation of a stage, or None if it has none.
 
     Args:
-        gates: the stage's `gate` as the configuration has it.
+        gates: the stage's `gate` field in the configuration.
     """
     given, model = stage.evaluation, stage.evaluation.get("model")
     models = {str(name): _numbers(values) for name, values in _object(given.get("models")).items()}
@@ -102,7 +102,7 @@ def _verdicts(gates: Any, models: dict[str, dict[str, float]], model: str) -> li
     try:
         bounds = [Gate.model_validate(gate) for gate in _rows(gates)]
         return verdicts(bounds, models, model)
-    except (ValidationError, KeyError, TypeError):  # a configuration of another version
+    except (ValidationError, KeyError, TypeError):  # the configuration is of another version
         return []
 
 
@@ -140,7 +140,7 @@ def _facts(given: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _bars(metrics: list[str], models: dict[str, dict[str, float]], names: list[str]) -> list[Bars]:
-    """One picture for each metric that several models have."""
+    """Return one bar chart for each metric if several models were measured."""
     if len(names) < 2:
         return []
     return [

@@ -1,4 +1,4 @@
-"""`report.html`: rendered from what storage holds, written back to it."""
+"""Render `report.html` from a run's files in storage, and write it there."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ TEMPLATE = "report.html.j2"
 
 
 def write_report(storage: Storage, stages: Sequence[StageLayout], run: RunConfig) -> str:
-    """Write `report.html` at the run's root and return its path as the store knows it.
+    """Write `report.html` at the run's root and return its path in the store.
 
-    One file that loads nothing: styles and pictures are inside. The same files in storage give the same bytes. A
-    stage that has not run, or a file that is missing or broken, costs its section and is said so in one line.
+    The file embeds its styles and pictures. The same files in storage give the same bytes. The section of a stage that
+    has not run, or of a file that is missing or invalid, is replaced by a note of one line.
 
     Raises:
         OSError: storage can't be read or written.
@@ -37,7 +37,7 @@ def write_report(storage: Storage, stages: Sequence[StageLayout], run: RunConfig
 
 
 def render(record: RunRecord) -> str:
-    """The page of a run."""
+    """Return the HTML page of a run."""
     environment = Environment(
         loader=FunctionLoader(_source), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -53,10 +53,10 @@ def render(record: RunRecord) -> str:
 
 
 def _gates(record: RunRecord, stage: StageRecord) -> object:
-    """The bounds that the job sets on what the stage measures."""
+    """Return the gate of an evaluation stage, or None if it has none."""
     try:
         return record.config["job"]["spec"]["stages"][stage.layout.index]["evaluate"]["gate"]
-    except (KeyError, IndexError, TypeError):  # another kind of stage, or a configuration of another version
+    except (KeyError, IndexError, TypeError):  # not an evaluation, or the configuration is of another version
         return None
 
 
@@ -81,7 +81,7 @@ def _section(stage: StageRecord, gates: object) -> dict[str, object]:
 
 def _figures(stage: StageRecord) -> list[tuple[str, Markup]]:
     panels = views.round_panels(stage) + views.panels(stage)
-    # to_svg escapes what comes from outside, so its result is markup as it stands.
+    # to_svg escapes text from storage, so its result is safe markup.
     return [(panel.title, Markup(to_svg(panel, f"{stage.layout.root}/{panel.title}"))) for panel in panels]
 
 

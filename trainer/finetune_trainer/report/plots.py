@@ -1,7 +1,7 @@
-"""Curves as inline SVG that follows the page's colours; the same points give the same bytes.
+"""Draw curves as inline SVG in the page's colours; the same points give the same bytes.
 
 Colours are CSS variables (`--line-1`, `--line-2`, `--faint`) and `currentColor`, so that dark mode needs no second
-picture. matplotlib can't write those, so it gets stand-in colours, which are replaced in its output.
+picture. matplotlib does not support them, so it draws in placeholder colours, which are replaced in its output.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from finetune_trainer.progress.formatting import count, number, percent, size
 from finetune_trainer.report.collect import Points
 
 SMOOTH_ABOVE = 200
-"""A curve of more points gets a smoothed line over its raw points."""
+"""A noisy curve with more points gets a smoothed line over its raw points."""
 DRAWN_MAX = 2000
-"""A curve of more points is thinned to the least and the greatest of each of half as many spans."""
+"""A curve with more points is split into half as many spans, of which the minimum and the maximum are drawn."""
 LOG_RATIO = 100
-"""A positive curve that spans more than this factor gets a logarithmic axis, where its panel allows one."""
+"""A panel that allows it gets a logarithmic axis if its values are positive and span more than this factor."""
 
 _WIDTH, _HEIGHT = 5.0, 2.5
 _TEXT, _FAINT, _LINES = "#010203", "#040506", ("#070809", "#0a0b0c")
@@ -54,21 +54,21 @@ _STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture: a few named curves over steps."""
+    """One plot: a few named curves over steps."""
 
     title: str
     curves: dict[str, Points] = field(default_factory=dict)
     axis: str = "step"
-    """What the points are numbered by."""
+    """Label of the horizontal axis."""
     unit: str = "number"
-    """`number`, `count`, `share` or `bytes`: how the vertical axis is labelled."""
+    """Number format of the vertical axis: `number`, `count`, `share` or `bytes`."""
     may_be_log: bool = False
     is_noisy: bool = True
     """Whether a long curve is smoothed; a schedule is not, because smoothing bends its corners."""
 
     @property
     def shown(self) -> dict[str, Points]:
-        """The curves that have a point."""
+        """The curves that have at least one point."""
         return {name: points for name, points in self.curves.items() if points}
 
 
@@ -94,13 +94,13 @@ def to_svg(panel: Panel, salt: str) -> str:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """The centred moving average over a fiftieth of the curve, over what is there at its ends; same shape [n]."""
+    """Return the centred moving average over 1/50 of the curve, shape [n]; the window is truncated at the ends."""
     window = np.ones(max(len(values) // 50, 1) | 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 def thinned(steps: np.ndarray, values: np.ndarray, most: int = DRAWN_MAX) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` of n points, every extreme kept: the least and the greatest of each of `most / 2` spans."""
+    """Return at most `most` of n points: the minimum and the maximum of each of `most / 2` spans."""
     if len(values) <= most:
         return steps, values
     spans = np.array_split(np.arange(len(values)), most // 2)
@@ -153,7 +153,7 @@ def _inline(svg: str, title: str) -> str:
 
 @cache
 def _unwanted() -> list[re.Pattern[str]]:
-    """Addresses of namespaces, a style that would reach the whole page, fonts, and ids that repeat in each picture."""
+    """Return patterns of what to remove: metadata, styles of the whole page, fonts and ids that repeat in each plot."""
     return [
         re.compile(r"<metadata>.*?</metadata>", re.DOTALL),
         re.compile(r"<style.*?</style>", re.DOTALL),

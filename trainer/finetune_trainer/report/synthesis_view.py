@@ -1,4 +1,4 @@
-"""What the page shows of a stage that made data: the yield, why the rest was rejected, the cost, and examples."""
+"""Build the view of a stage that generates data: the yield, rejections by reason, the cost and examples."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class SynthesisView:
     reasons: Bars | None
     """Generated rows, and rejections by reason."""
     operators: list[tuple[str, str, str]]
-    """Operator, level or method; rows made; rejected."""
+    """Name of the operator, level or method; rows generated; rows rejected."""
     samples: list[tuple[Excerpt | None, Excerpt | None]]
     """Prompt and answer of the first rows."""
     examples: list[tuple[str, list[Excerpt | None]]]
-    """What was rejected, by reason."""
+    """Rejected answers by reason."""
 
 
 def synthesis(stage: StageRecord) -> SynthesisView | None:

@@ -1,4 +1,4 @@
-"""Texts from outside as the page shows them: cleaned, shortened, and what they are JSON of where they are no text."""
+"""Clean and shorten values for the report page; values that are not text are shown as JSON."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 from finetune_trainer.progress.formatting import clean
 
 SHORT_TEXT = 1_200
-"""Characters of a sample that are shown at once."""
+"""Characters of a sample that are shown before it is expanded."""
 LONGEST_TEXT = 100_000
-"""Characters of a sample that the page holds at all."""
+"""Maximum number of characters of a sample on the page."""
 
 
 @dataclass(frozen=True)
 class Excerpt:
-    """A text in two lengths; `whole` is empty where `short` is all of it."""
+    """A text and its shortened form; `whole` is empty if `short` is complete."""
 
     short: str
     whole: str = ""
     length: int = 0
     cut: bool = False
-    """Whether even `whole` leaves something out."""
+    """Whether `whole` is shortened, too."""
 
 
 def excerpt(value: Any) -> Excerpt | None:
-    """A sample's text, shortened: a string, a list of messages or any JSON value; None where it is not given."""
+    """Return a sample as shortened text: a string, a list of messages or any JSON value; None for None."""
     if value is None:
         return None
     text = as_text(value)
@@ -41,14 +41,14 @@ class Turn:
     """One message of a prompt."""
 
     role: str
-    """Empty where the prompt is a plain text."""
+    """Empty if the prompt is plain text."""
     text: Excerpt
     asked: bool
-    """Whether it is what the answer answers: the last user's message, or the whole of a plain text."""
+    """Whether the answer responds to this turn: the last user message, or a plain text."""
 
 
 def turns(prompt: Any) -> list[Turn]:
-    """Return a prompt's messages in order; a prompt that is no conversation is one turn, and None is none."""
+    """Return the messages of a prompt in order: one turn if it is not a conversation, none if it is None."""
     if not _is_conversation(prompt):
         text = excerpt(prompt)
         return [] if text is None else [Turn("", text, asked=True)]
@@ -60,7 +60,7 @@ def turns(prompt: Any) -> list[Turn]:
 
 
 def as_text(value: Any) -> str:
-    """A string as it is, messages turn by turn, anything else as JSON."""
+    """Return a string unchanged, messages turn by turn, and anything else as JSON."""
     if isinstance(value, str):
         return value
     if _is_conversation(value):
@@ -73,7 +73,7 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _said(message: dict[str, Any]) -> str:
-    """Return a message's text and, as JSON, what else is in it: parts that are no text, and calls of tools."""
+    """Return the content and the tool calls of a message as text; parts that are not text become JSON."""
     content = message.get("content")
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text", part) if isinstance(part, dict) else part for part in parts]

@@ -1,4 +1,4 @@
-"""What the page shows of a record: pure, in the order and the words of the page."""
+"""Build the values that the page shows of a run and its stages, in the order of the page. Pure."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _DATA_LABELS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with what the model wrote before and after the stage; None: not there."""
+    """One prompt with the model's completions before and after the stage; None if missing."""
 
     prompt: list[Turn]
     before: Excerpt | None
@@ -69,7 +69,7 @@ class Sample:
 
 
 def verdict(record: RunRecord) -> str:
-    """`All 3 stages done in 4 min 20 s.` or how far the run came, from the metrics' last losses."""
+    """Return a sentence on how many stages are done, how long they took and which step is current."""
     finished = [stage for stage in record.stages if stage.state == "done"]
     took = duration(sum(stage.seconds or 0.0 for stage in record.stages))
     total = len(record.stages)
@@ -81,7 +81,7 @@ def verdict(record: RunRecord) -> str:
 
 
 def final_losses(record: RunRecord) -> list[tuple[str, str]]:
-    """Stage and its last loss, held-out where it is known: `("sft", "held-out loss 1.23")`."""
+    """Return each stage's last loss, held-out if known, such as `("sft", "held-out loss 1.23")`."""
     found = []
     for stage in record.stages:
         held_out, trained = _before_after(stage)[1], _last(stage.points("loss"))
@@ -93,7 +93,7 @@ def final_losses(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def overview(stage: StageRecord) -> dict[str, str]:
-    """The stage's row in the pipeline table; an empty text where a value is not known."""
+    """Return the stage's row in the pipeline table; a value is empty if it is not known."""
     losses = stage.points("loss")
     return {
         "state": stage.state,
@@ -107,7 +107,7 @@ def overview(stage: StageRecord) -> dict[str, str]:
 
 
 def key_metrics(stage: StageRecord) -> list[tuple[str, str]]:
-    """The few final metrics that tell most of a stage, beside its losses; other models' that it measured left out."""
+    """Return the most informative final metrics of the stage's own model, without losses."""
     models = _object(stage.evaluation.get("models"))
     compared = {f"{model}.{name}" for model in models for name in stage.metrics}
     own = [name for name in stage.metrics if name not in compared]
@@ -116,12 +116,12 @@ def key_metrics(stage: StageRecord) -> list[tuple[str, str]]:
 
 
 def final_metrics(stage: StageRecord) -> list[tuple[str, str]]:
-    """Every final metric but timings."""
+    """Return every final metric except timings."""
     return [(clean(name), number(value)) for name, value in stage.metrics.items() if not name.endswith(_TIMING)]
 
 
 def expert_facts(experts: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the page says of a stage's experts: how many are trained, and how evenly they are used."""
+    """Return facts about a stage's experts: how many are trained, and how even their load is."""
     selected, before = _object(experts.get("selected")), _object(experts.get("balance"))
     if not selected and not before:
         return []
@@ -138,7 +138,7 @@ def expert_facts(experts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _largest_drop(before: dict[Any, Any], after: dict[Any, Any]) -> list[tuple[str, str]]:
-    """The layer whose balance fell most."""
+    """Return the layer whose entropy of load decreased most."""
     drops = {layer: before[layer] - after[layer] for layer in before if is_number(after.get(layer))}
     if not drops:
         return []
@@ -147,7 +147,7 @@ def _largest_drop(before: dict[Any, Any], after: dict[Any, Any]) -> list[tuple[s
 
 
 def panels(stage: StageRecord) -> list[Panel]:
-    """The stage's pictures: the common ones, then the stage's own metrics; those without a point left out."""
+    """Return the stage's plots that have points: the common ones, then those of its own metrics."""
     common = [
         Panel("Loss", {"train": stage.points("loss"), "held-out": stage.points("eval_loss")}, may_be_log=True),
         Panel("Learning rate", {"learning rate": stage.points("learning_rate")}, is_noisy=False),
@@ -184,7 +184,7 @@ def memory_facts(stage: StageRecord) -> list[tuple[str, str]]:
 
 
 def round_panels(stage: StageRecord) -> list[Panel]:
-    """Pictures of an `online` stage by its rounds, the first being 1."""
+    """Return the plots of an `online` stage over its rounds, numbered from 1."""
     rounds = [row for row in stage.rounds.get("rounds", []) if isinstance(row, dict) and is_number(row.get("round"))]
 
     def points(name: str) -> Points:
@@ -199,7 +199,7 @@ def round_panels(stage: StageRecord) -> list[Panel]:
 
 
 def data_summary(data: dict[str, Any]) -> str:
-    """One sentence on what was cut and dropped; empty where the report does not say."""
+    """Return a summary of truncated and dropped rows; empty if the report has no such counts."""
     if data.get("streaming") or not is_number(data.get("truncated_examples")):
         return ""
     dropped = sum(value for value in _counts(data.get("dropped")).values())
@@ -209,13 +209,13 @@ def data_summary(data: dict[str, Any]) -> str:
 
 
 def data_facts(data: dict[str, Any]) -> list[tuple[str, str]]:
-    """Label and value of every field that is set, known ones first."""
+    """Return the label and value of every field that is set, known fields first."""
     names = [name for name in _DATA_LABELS if name in data] + [name for name in data if name not in _DATA_LABELS]
     return [(_DATA_LABELS.get(name, clean(name)), _fact(name, data[name])) for name in names if data[name] is not None]
 
 
 def samples(given: dict[str, Any]) -> list[Sample]:
-    """Generations before and after, side by side where their prompts are the same."""
+    """Return the generations before and after the stage, paired if their prompts are the same."""
     before, after = _rows(given.get("before")), _rows(given.get("after"))
     if list(map(_asked, before)) == list(map(_asked, after)):
         pairs: Iterable[tuple[Any, Any]] = zip(before, after, strict=True)
@@ -225,13 +225,13 @@ def samples(given: dict[str, Any]) -> list[Sample]:
 
 
 def transport(stage: StageRecord) -> dict[str, str]:
-    """Return how the GPUs of several nodes reached each other (`words`) and what made it slow (`warning`), if known."""
+    """Return the transport between the GPUs of several nodes (`words`) and why it is slow (`warning`), if known."""
     found = _object(stage.done.get("transport"))
     return {name: str(found.get(name, "")) for name in ("words", "warning")} if found.get("words") else {}
 
 
 def environment(record: RunRecord) -> list[tuple[str, str]]:
-    """Versions that the stages ran with; several where they differ."""
+    """Return the versions that the stages ran with; several if they differ."""
     seen: dict[str, dict[str, None]] = {}
     for stage in record.stages:
         for name, value in _object(stage.done.get("environment")).items():

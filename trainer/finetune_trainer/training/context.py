@@ -35,7 +35,7 @@ class Placement:
     world_size: int
     accelerator: bool
     context_bytes: int = 0
-    """Of the device, before the workers' first exchange: `training.memory.context_bytes`."""
+    """Bytes of the device's context before the first collective: `training.memory.context_bytes`."""
 
     def usage(self) -> Usage:
         """Return the memory that this process has used in the stage."""
@@ -49,9 +49,9 @@ class ResumePoint:
     step: int
     directory: Path
     universal: bool = False
-    """Whether DeepSpeed's shards in it were converted for another number of workers."""
+    """Whether its DeepSpeed shards were converted to a universal checkpoint for another world size."""
     other_rows: bool = False
-    """Whether the user resumes with other training rows than those of the checkpoint."""
+    """Whether the user resumes with training rows that differ from those of the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,15 @@ class StageContext:
     rows_per_step: int
     """The global batch size, for any number of workers."""
     shards: int
-    """Shards that a stream is read in."""
+    """Number of shards in which streamed data is read."""
     trained: int | None = None
-    """Parameters with a gradient, as planned; None: unknown."""
+    """Number of parameters with a gradient according to the plan; None if unknown."""
     resumed: ResumePoint | None = None
 
     @cached_property
     def spec(self) -> TrainedSpec:
-        """The stage's own part of the job."""
-        # A stage that trains nothing reads its spec's own fields by itself.
+        """The spec of the stage's kind."""
+        # Stages that train nothing have specs of other classes, and read their fields themselves.
         return cast(TrainedSpec, spec_of(self.run, self.layout.index))
 
     @property
@@ -114,7 +114,7 @@ class StageContext:
 
     @property
     def division(self) -> Division:
-        """This worker's rows of a step."""
+        """The share of each step's rows that this worker processes."""
         most, place = self.spec.per_device_train_batch_size, self.placement
         return Division(self.rows_per_step, most, place.world_size, place.rank)
 
@@ -139,7 +139,7 @@ class StageContext:
 
     @property
     def load_device(self) -> torch.device | None:
-        """The device to which a saved model's weights are loaded; None where ZeRO-3 divides them as they load.
+        """The device to which a saved model's weights are loaded; None if ZeRO-3 partitions them while loading.
 
         It is known once the stage's `TrainingArguments` are created.
         """
@@ -149,7 +149,7 @@ class StageContext:
 
     @property
     def trains_base(self) -> bool:
-        """Whether every weight trains, and not adapters or some experts alone."""
+        """Whether all weights are trained, not only an adapter or some experts."""
         return self.spec.updates == "weights"
 
     @property

@@ -1,4 +1,4 @@
-"""The kinds of rows that stages train on, one module each: how a row is read, and how it becomes tokens.
+"""The kinds of rows that stages train on, one module each, which normalises and tokenizes rows.
 
 A stage's spec names its kind (`row_kind`). A new kind is a new module here whose `KIND` is a `RowKind`.
 The modules import neither torch nor transformers, so that a job's data can be checked without them.
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 Example = dict[str, Any]
 """A row in the normal form of its kind."""
 Columns = dict[str, Any]
-"""A row as tokens."""
+"""The columns of a tokenized row."""
 IGNORED = -100
-"""Label of a token that has no loss."""
+"""Label of a token without loss."""
 TOO_LONG, NOTHING, IDENTICAL = "too long", "nothing to learn", "identical pair"
 UNANSWERED = "no assistant turn"
-"""Why rows are dropped."""
+"""Reasons why rows are dropped."""
 
 
 @dataclass(frozen=True)
 class RowKind:
-    """How rows of one kind are read and encoded."""
+    """Functions and settings of one kind of rows."""
 
     needed: str
-    """The columns that a row needs, for messages."""
+    """The columns that a row needs, as text for messages."""
     normalise: Callable[[Fields], Example]
     """Returns a row in the kind's normal form.
 
@@ -43,28 +43,28 @@ class RowKind:
         EmptyRow: the row has nothing to train on.
     """
     encode: Callable[[Encoder, int, Example, Stats], Iterator[Columns]] | None = None
-    """Yields the rows of tokens that one example makes, and counts it in `Stats`. None: examples are texts, which are
-    joined and cut into blocks."""
+    """Yields the tokenized rows of one example, and counts it in `Stats`. None: examples are texts, which are
+    concatenated and cut into blocks."""
     pairs: Literal["no", "yes", "only"] = "no"
-    """Whether a row may be a pair of a chosen and a rejected answer, or must be."""
+    """Whether a row may (`yes`) or must (`only`) be a pair of a chosen and a rejected answer."""
     needs_answer: bool = True
     """Whether a row without an answer has nothing to train on."""
     limit_field: str = "maxLength"
     """The stage's field that limits the length of a row."""
     rows: str = "examples"
-    """The rows' name in messages."""
+    """Name of the rows in messages."""
     overflow_hint: str = "Set maxLength up to the model's context to cut them, or overflow: truncate, drop"
-    """How a user makes rows that are too long fit."""
+    """Hint to the user on rows that are too long."""
 
     @property
     def joined(self) -> bool:
-        """Whether rows are texts that are joined and cut into blocks."""
+        """Whether rows are texts that are concatenated and cut into blocks."""
         return self.encode is None
 
 
 @cache
 def row_kind(name: str) -> RowKind:
-    """Return the kind of rows of this name.
+    """Return the kind of rows with this name.
 
     Raises:
         LookupError: there is no such kind.

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from finetune_trainer.data.report import Stats
 
 RESERVED = {"prompt", "prompts", "completion", "completions", "completion_ids", "image", "images"}
-"""Names that mean something else to TRL's reward functions, or that TRL fills itself."""
+"""Column names that TRL sets itself or that have another meaning in its reward functions."""
 
 
 def normalise(fields: Fields) -> Example:
-    """Return the row as `{prompt, columns}`, and the answer that the row itself gives in the column `reference`."""
+    """Return the row as `{prompt, columns}`; an answer in the row becomes the column `reference`."""
     prompt, reference, templated = _prompt_and_reference(fields)
     if not prompt:
         raise EmptyRow("empty")
@@ -37,7 +37,7 @@ def normalise(fields: Fields) -> Example:
 
 
 def _prompt_and_reference(fields: Fields) -> tuple[Any, Any, bool]:
-    """Return the prompt, the row's own answer to it (None where it has none), and whether both are `templated`."""
+    """Return the prompt, the answer in the row (None if it has none), and whether both are `templated`."""
     values = fields.values
     if "messages" in values and fields.column != fields.spec.columns.messages:
         return *_split_messages(conversation(fields)), False
@@ -52,9 +52,9 @@ def _prompt_and_reference(fields: Fields) -> tuple[Any, Any, bool]:
 
 
 def _single_prompt(fields: Fields) -> tuple[Any, Any, bool]:
-    """Return `_prompt_and_reference` of a row that is no pair.
+    """Return `_prompt_and_reference` of a row that is not a pair.
 
-    A string is a turn where its answer is a chat, or where a template marks it as one.
+    A string becomes a user message if its answer is a conversation or if `template` made it.
     """
     name = next((name for name in ("completion", "chosen") if fields.values.get(name)), "")
     reference, prompt = fields.values.get(name), prompt_value(fields)
@@ -69,14 +69,14 @@ def _single_prompt(fields: Fields) -> tuple[Any, Any, bool]:
 
 
 def _split_messages(messages: list[Message]) -> tuple[list[Message], Any]:
-    """Return all before the last message and its text, where it is an assistant's; else all messages and None."""
+    """Return the messages before a final assistant message, and its text; else all messages and None."""
     if messages[-1]["role"] == "assistant":
         return messages[:-1], answer_text(messages[-1])
     return messages, None
 
 
 def _reference(answer: Any) -> Any:
-    """Return an answer's text: a string, or the text of the first assistant's message of a list."""
+    """Return an answer's text: a string, or the text of the first assistant message of a list."""
     if isinstance(answer, str):
         return answer
     return next((answer_text(message) for message in answer if message["role"] == "assistant"), None)

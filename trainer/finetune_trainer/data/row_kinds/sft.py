@@ -48,7 +48,7 @@ def conversation(fields: Fields) -> list[Message]:
 
 
 def plain_or_transcript(fields: Fields) -> Example:
-    """Return the row's text as `{text}`, or the dialogue that it holds as `{messages}`."""
+    """Return the row's text as `{text}`, or its parsed transcript as `{messages}`."""
     text = plain_text(fields.values["text"])
     if fields.spec.transcript is None:
         return {"text": text}
@@ -78,7 +78,7 @@ def _likeliest_column(fields: Fields) -> str:
 
 
 def prompt_value(fields: Fields) -> str | list[Message] | None:
-    """Return the row's prompt: a text, messages, or None."""
+    """Return the row's prompt: a string, messages, or None."""
     prompt = fields.values.get("prompt")
     if prompt is None or (isinstance(prompt, str) and fields.spec.transcript is None):
         return prompt
@@ -100,12 +100,12 @@ def encode(encoder: Encoder, number: int, example: Example, stats: Stats) -> Ite
         stats.tokens += len(piece)
         stats.trained_tokens += trained
         tokens, keep = np.array(piece, np.int32), np.array(piece_mask, bool)
-        keep[0] = False  # nothing precedes it; in a packed row it would be predicted from another document
+        keep[0] = False  # it has no predecessor; in a packed row it would be predicted from another document
         yield {"input_ids": tokens, "labels": np.where(keep, tokens, IGNORED).astype(np.int32)}
 
 
 def _pieces(encoder: Encoder, number: int, ids: Ids, mask: Ids, stats: Stats) -> list[tuple[Ids, Ids]]:
-    """Return the dialogue within the limit: whole, cut, in pieces, or not at all."""
+    """Return the pieces of a dialogue within the limit: all of it, a truncated piece, several pieces, or none."""
     limit = encoder.encoding.limit
     if limit is None or len(ids) <= limit:
         return [(ids, mask)]

@@ -17,10 +17,10 @@ def normalise(fields: Fields) -> Example:
 
 
 def plain_text(value: Any) -> str:
-    """Return a value that is a text.
+    """Return the value, which must be a string.
 
     Raises:
-        FormError: it is no string.
+        FormError: it is not a string.
         EmptyRow: it is empty.
     """
     if not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Single answers labelled good or bad: `{prompt, completion, label}`, or a pair, which is one answer of each.
+"""Single answers labelled good or bad: `{prompt, completion, label}`, or a pair, which has one of each.
 
 A labelled row is normalised to `{prompt, completion, label}` with a bool `label`, a pair as in `preference`.
 """
@@ -25,7 +25,7 @@ _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.
 
 
 def normalise(fields: Fields) -> Example:
-    """Return the row as `{prompt, completion, label}`, or as `{prompt, chosen, rejected}` where it is a pair."""
+    """Return the row as `{prompt, completion, label}`, or as `{prompt, chosen, rejected}` if it is a pair."""
     if {"chosen", "rejected"} <= fields.values.keys() and LABEL not in fields.row:
         return preference.normalise(fields)
     example = sft.normalise(fields)
@@ -37,7 +37,7 @@ def normalise(fields: Fields) -> Example:
 
 
 def read_label(row: dict[str, Any]) -> bool:
-    """Return a row's label, which is a bool, 0 or 1, or one of these as text.
+    """Return a row's label as a bool: it is a bool, 0 or 1, or one of these as text.
 
     Raises:
         FormError: it is something else, or there is none.
@@ -53,7 +53,7 @@ def read_label(row: dict[str, Any]) -> bool:
 
 
 def _last_answer(messages: list[Message]) -> Example:
-    """Return a conversation as its last message, which is the answer, and all before it."""
+    """Return a conversation split into its last message, the answer, and the messages before it."""
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise FormError("the conversation does not end with an assistant's answer to label")
     return {"prompt": without_train(messages[:-1]), "completion": messages[-1:]}
