@@ -1,4 +1,4 @@
-"""A valid job of every kind of stage, for the tests to break."""
+"""A fixture with a valid job that has one stage of each kind."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from support.api.sample_job import JOB
 
 @pytest.fixture
 def job() -> dict[str, Any]:
-    """A fresh copy of a valid job with one stage of each kind."""
+    """Return a fresh copy of the valid job, which a test may change."""
     return copy.deepcopy(JOB)

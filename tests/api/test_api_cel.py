@@ -1,4 +1,4 @@
-"""Every CEL rule of the CRD accepts one job and refuses another, and pydantic agrees with it on both."""
+"""Each CEL rule of the CRD accepts one job and rejects another, and pydantic gives the same result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def program(rule: str) -> Any:
 
 
 def typed(schema: dict[str, Any], value: Any) -> Any:
-    """A value as the API server gives it to CEL: defaults filled in, numbers by the type of their field."""
+    """Convert a value as the API server does for CEL: with defaults, and numbers of the field's type."""
     if isinstance(value, list):
         return celpy.celtypes.ListType([typed(schema.get("items", {}), item) for item in value])
     if isinstance(value, dict):
@@ -38,7 +38,7 @@ def typed(schema: dict[str, Any], value: Any) -> Any:
 
 
 def bindings(schema: dict[str, Any], value: Any, old: Any = None) -> Iterator[tuple[str, Any, Any]]:
-    """Each rule with the values that it is about."""
+    """Yield each CEL rule with the value it validates and the old value."""
     for rule in schema.get("x-kubernetes-validations", []):
         yield rule["rule"], value, old
     for name, inner in schema.get("properties", {}).items():
@@ -49,7 +49,7 @@ def bindings(schema: dict[str, Any], value: Any, old: Any = None) -> Iterator[tu
 
 
 def refused(job: dict[str, Any], old: dict[str, Any] | None = None) -> list[str]:
-    """The rules that refuse a job, or a change to it. Transition rules run on a change only."""
+    """Return the rules that reject a job or an update of it. Transition rules run on updates only."""
     before = None if old is None else typed(ROOT, old)
     found = []
     for rule, value, previous in bindings(ROOT, typed(ROOT, job), before):

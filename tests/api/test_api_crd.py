@@ -1,4 +1,4 @@
-"""The CRD is a structural schema, bounded, described, and says what the models say."""
+"""The CRD is a structural schema with bounds and descriptions, and it matches the pydantic models."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ALLOWED = {
     "x-kubernetes-validations",
 }
 CLIENT_SIDE_APPLY_LIMIT = 262_144
-"""Bytes of a manifest that `kubectl apply` can keep in its annotation, as JSON without spaces."""
+"""Maximum bytes of a manifest that `kubectl apply` can keep in its annotation, as JSON without spaces."""
 
 
 def nodes(schema: dict[str, Any], path: str = "spec") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -59,7 +59,7 @@ NODES = dict(nodes(SPEC))
 
 
 def with_defaults(schema: dict[str, Any], value: Any) -> Any:
-    """`value` with defaults filled in as the API server does: from the outside in."""
+    """Return `value` with defaults filled in from the outside in, as the API server does it."""
     if isinstance(value, list):
         return [with_defaults(schema.get("items", {}), item) for item in value]
     if not isinstance(value, dict) or "properties" not in schema:
@@ -132,7 +132,7 @@ def test_every_field_has_a_docstring_and_a_stated_default(model: type[BaseModel]
         field = schema["properties"][info.alias or name]
         assert info.is_required() or info.get_default() is None or "default" in field, name
         assert not info.is_required() or (info.alias or name) in schema["required"], name
-        assert info.default_factory is None, name  # pydantic writes no default for it
+        assert info.default_factory is None, name  # pydantic writes no default of a factory into the schema
 
 
 @pytest.mark.parametrize("model", sorted(models(), key=lambda model: model.__name__), ids=lambda model: model.__name__)
@@ -189,7 +189,7 @@ def test_the_committed_file_is_what_the_models_make(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("written", "read"), [({}, "auto"), ({"stallTimeout": None}, 0), ({"stallTimeout": 90}, 90)])
 def test_null_switches_the_stall_timeout_off_and_survives_json(written: dict[str, Any], read: Any) -> None:
-    """JSON of a job leaves null out, so a null that were kept as it is would become the default again."""
+    """The JSON of a job omits null, so a stored null would be read back as the default."""
     policy = RunPolicy.model_validate(written)
     assert policy.stall_timeout == read
     assert RunPolicy.model_validate(policy.to_json()).stall_timeout == read

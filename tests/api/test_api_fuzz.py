@@ -1,4 +1,4 @@
-"""`check_job` and `apply_overrides` on random junk: a message each time, never another exception."""
+"""`check_job` and `apply_overrides` report random invalid input with a message and raise no other exception."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ROUNDS = 1000
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) of a document."""
+    """Return every (container, key) of a document."""
     if isinstance(value, dict):
         return [pair for key in value for pair in [(value, key), *places(value[key])]]
     if isinstance(value, list):
@@ -59,7 +59,7 @@ def mutate(job: dict[str, Any], rng: random.Random) -> dict[str, Any]:
         action = rng.randrange(4)
         if action == 0:
             container[key] = rng.choice(JUNK)
-            return job  # junk may be cyclic: no further walk
+            return job  # the random value may be cyclic, so it is not searched
         if action == 1 and isinstance(container, dict):
             container[rng.choice(["x", "Lr", "", 5, None, str(key).upper(), "a.b[0]", "é" * 200])] = container[key]
         elif action == 2:

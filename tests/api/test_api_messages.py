@@ -1,4 +1,4 @@
-"""Each fault of a job gives its message, all of them at once, in the order of the document."""
+"""Each error in a job has its message, and all are reported at once, in the order of the document."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ FAULTS = [
     ),
     (["stages[1].name=a", "stages[2].name=a"], ["2 stages are named 'a': names of stages must be unique"]),
     (["model={hub: a/b}"], ["a tokenizer stage needs model.config: an existing model"]),
-    # rules are judged beside wrong values, and not on what is wrong itself
+    # a rule between fields is evaluated although other fields are invalid, but not on invalid fields
     (
         ["resources.nodes=x", "stages[2].sft.packing=true", "stages[2].sft.seed=-1"],
         ["stages[2].sft: packing needs", "stages[2].sft.seed: got -1", "resources.nodes: got 'x'"],

@@ -1,4 +1,4 @@
-"""`--set` assignments: where they go, and what is refused."""
+"""The `--set` option sets fields of a job, and rejects invalid assignments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/architecture.md names files and folders that exist."""
+"""The files and folders that docs/architecture.md names exist."""
 
 from __future__ import annotations
 

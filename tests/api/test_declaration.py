@@ -1,4 +1,4 @@
-"""What each stage's spec declares about its stage, and that a spec cannot leave it out."""
+"""Each stage's spec declares the properties of its stage, and a spec without them is rejected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEEDED: dict[str, dict[str, Any]] = {
 
 
 class Undeclared(TrainingSpec):
-    """A stage's spec that declares nothing of its own."""
+    """A spec of a stage without declarations of its own."""
 
 
 def spec_of(kind: str, **fields: Any) -> Any:
@@ -58,7 +58,7 @@ def test_every_stage_declares_rows_and_products(kind: str) -> None:
     ],
 )
 def test_the_reference_of_each_stage(kind: str, fields: dict[str, Any], holds: bool, forwards: int) -> None:
-    """What the memory plan and the FLOPs of a step depend on."""
+    """The memory plan and the FLOPs of a step depend on the reference model."""
     spec = spec_of(kind, **fields)
     assert (spec.holds_reference, spec.extra_forwards) == (holds, forwards)
 

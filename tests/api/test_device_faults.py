@@ -1,4 +1,4 @@
-"""What error texts of devices mean, for both that read them."""
+"""Error texts of devices are classified alike for the trainer and the operator."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_every_class_has_a_text_and_a_place_in_the_order() -> None:
 
 
 def test_a_cause_outweighs_what_it_causes() -> None:
-    """One worker's GPU breaks, and the others lose their connection to it."""
+    """The GPU of one worker fails, and the other workers lose their connection to it."""
     lost = next(case.text for case in TEXTS if case.kind is FaultKind.NCCL_TIMEOUT)
     broken = next(case.text for case in TEXTS if case.kind is FaultKind.GPU)
     for text in (f"{lost}\n{broken}", f"{broken}\n{lost}"):
@@ -31,5 +31,5 @@ def test_a_cause_outweighs_what_it_causes() -> None:
 
 
 def test_advice_is_not_taken_for_an_error() -> None:
-    """A driver's log holds advice, and the operator reads the end of that log."""
+    """The operator reads the end of the driver's log, which may contain advice."""
     assert [fault.kind for fault in DEVICE_FAULTS if device_fault(fault.advice) is not None] == []

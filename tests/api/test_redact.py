@@ -1,4 +1,4 @@
-"""What counts as a secret in a text, and what doesn't."""
+"""Secrets in a text are redacted, and other text is not."""
 
 from __future__ import annotations
 

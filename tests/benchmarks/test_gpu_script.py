@@ -1,4 +1,4 @@
-"""The check script for GPUs: all of its code runs on a CPU, a check that hangs or fails is reported as failed."""
+"""The GPU check script runs all of its code on a CPU, and reports a check that hangs or fails as failed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GPU_ALONE = {"imports", "collectives", "generation", "memory_table"}
 
 
 def test_every_check_runs_on_a_cpu(tmp_path: Path) -> None:
-    """Without Ray's modules, as on a machine that has none. What a CPU can't tell is skipped after its code has run."""
+    """The script runs without Ray's modules; it skips what a CPU cannot measure after the code has run."""
     gcc = shutil.which("gcc") is not None
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--tiny", "--no-ray", "--work", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=290)
@@ -47,7 +47,7 @@ def options(tmp_path: Path) -> Options:
 
 
 def run(options: Options, *works: Any, seconds: float = 60) -> list[Result]:
-    """The results of checks with these functions, within so many seconds; the last one is the table's."""
+    """Return the results of checks with these functions and a time limit; the last one is the table's."""
     checks = [Check(f"check{number}", 1, 1, work) for number, work in enumerate(works)]
     return list(gpu.run_all(checks, options, time.monotonic() + seconds))
 
@@ -67,7 +67,7 @@ def test_a_check_that_hangs_is_killed_with_all_that_it_started(options: Options,
     assert hung.ok is False and hung.error is not None and hung.error["class"] == "TimeLimit"
     assert "waits" in hung.error["output"] and after.ok
     state = Path("/proc", pids.read_text(), "stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"  # dead, if not yet reaped
+    assert not state.exists() or state.read_text().split()[2] == "Z"  # dead, possibly not yet reaped
 
 
 def test_failures_have_their_class_and_the_exit_code(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +117,7 @@ def test_the_table_flags_what_is_outside_its_bounds() -> None:
 
 
 def test_networks_of_nccl() -> None:
-    """Lines in the format of NCCL 2.29's log."""
+    """The lines are in the format of NCCL 2.29's log."""
     log = "NCCL INFO NET/Plugin: Could not find: libnccl-net.so\nNCCL INFO NET/Socket : Using [0]eth0:10.0.0.2<0>\n"
     assert networks(log + "NCCL INFO Using network Socket\n") == ["Socket"]
     assert networks("NCCL INFO NET/IB : Using [0]mlx5_0:1/RoCE [RO]; OOB eth0\n") == ["IB"]

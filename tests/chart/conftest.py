@@ -1,4 +1,4 @@
-"""Fixtures of the tests that render the chart with the real helm, without a cluster."""
+"""Fixtures that render the chart with the real helm, without a cluster."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def helm_there() -> None:
 
 @pytest.fixture
 def rendered(tmp_path: Path) -> Render:
-    """`rendered(values)`: the chart's manifests with these values over its own."""
+    """Return a function that renders the chart's manifests with other values."""
     return lambda values=None, *options, **arguments: render(tmp_path, values, *options, **arguments)
 
 
 @pytest.fixture(scope="session")
 def default(tmp_path_factory: pytest.TempPathFactory) -> list[Json]:
-    """The manifests with the chart's own values."""
+    """Return the manifests with the chart's default values."""
     return render(tmp_path_factory.mktemp("default"))

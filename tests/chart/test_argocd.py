@@ -1,11 +1,11 @@
-"""The health check for Argo CD, run by Lua, says of each phase what Argo CD understands."""
+"""The Lua health check for Argo CD maps each phase of a job to a health status of Argo CD."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from lupa.lua51 import LuaRuntime  # the Lua of Argo CD's gopher-lua
+from lupa.lua51 import LuaRuntime  # the Lua version of gopher-lua, which Argo CD uses
 from support.cluster.helm_chart import CHART
 
 Json = dict[str, Any]

@@ -1,4 +1,4 @@
-"""The dashboard's queries are PromQL, about series and labels that the operator has; every metric of it is shown."""
+"""The dashboard's PromQL queries use series and labels that the operator exports, and show every metric."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RUNNING: Json = {"phase": "Running", "startTime": "2026-01-01T00:00:05Z", "attem
 
 
 def exported() -> dict[str, set[str]]:
-    """Every series of an operator that has seen a job run and an attempt end, and its labels."""
+    """Return the series with their labels that an operator exports after an attempt of a job."""
     metrics, key = Metrics(), ("team", "tiny")
     body = {"metadata": {"creationTimestamp": "2026-01-01T00:00:00Z"}, "status": {}}
     metrics.seen(key, body, RUNNING)
@@ -35,7 +35,7 @@ def exported() -> dict[str, set[str]]:
 
 
 def parsed(query: str) -> promql.Expr:
-    """With a value in the place of Grafana's own variable."""
+    """Parse a query after replacing Grafana's variable."""
     return promql.parse(query.replace("$__rate_interval", "5m"))
 
 
@@ -46,7 +46,7 @@ def selectors(query: str) -> list[promql.VectorSelector]:
 
 
 def grouped(query: str) -> set[str]:
-    """Labels that it groups by."""
+    """Return the labels that a query groups by."""
     found: set[str] = set()
 
     def look(node: promql.Expr) -> None:
@@ -69,7 +69,7 @@ def test_a_query_is_about_what_is_exported(query: str) -> None:
 def test_every_metric_is_shown() -> None:
     shown = {selector.name for query in QUERIES for selector in selectors(query)}
     hidden = {name for name in exported() if name not in shown}
-    assert all(name.endswith(("_sum", "_count")) for name in hidden), hidden  # a histogram's are with its buckets
+    assert all(name.endswith(("_sum", "_count")) for name in hidden), hidden  # panels show a histogram's buckets
 
 
 def test_reasons_that_are_left_out_are_reasons() -> None:

@@ -1,4 +1,4 @@
-"""What the chart renders fits the operator: its settings, its metrics, its labels, its definition, its versions."""
+"""The rendered chart matches the operator's settings, metrics, labels, CRD and versions."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def test_lint_has_nothing_to_say(tmp_path: Path) -> None:
 
 def test_every_setting_is_set_and_by_default_as_the_operator_has_it(default: list[Json]) -> None:
     given = environment(default, "finetune")
-    by_itself = {"token_key", "identity"}  # from its Secret, and from its pod's name
+    by_itself = {"token_key", "identity"}  # set by a Secret and by the pod's name
     fields = {field.name for field in dataclasses.fields(Settings)} - by_itself
     assert set(given) == {PREFIX + name.upper() for name in fields}
     version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
-    engines = {"default_engine": next(iter(ENGINES)), "engines": tuple(ENGINES)}  # the chart names all of them
+    engines = {"default_engine": next(iter(ENGINES)), "engines": tuple(ENGINES)}  # the chart enables every engine
     image = f"finetune-trainer:{version}"
     expected = Settings(image=image, operator_namespace="finetune", ray_version=locked("ray"), **engines)
     assert from_environment(given) == expected
@@ -95,7 +95,7 @@ def test_settings_of_all_values(everything: list[Json]) -> None:
 
 
 def locked(package: str) -> str:
-    """The package's version in uv.lock, which the images are built from."""
+    """Return the version in uv.lock of a package; the images are built from that file."""
     lock = tomllib.loads((ROOT / "uv.lock").read_text())
     return next(str(item["version"]) for item in lock["package"] if item["name"] == package)
 

@@ -1,4 +1,4 @@
-"""The schema of the chart's values is closed: a misspelt name or a wrong value stops helm, wherever it is."""
+"""The schema of the chart's values is closed: helm rejects an unknown name or an invalid value at any level."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Render = Callable[..., list[Json]]
 SCHEMA: Json = json.loads((CHART / "values.schema.json").read_text())
 VALUES: Json = yaml.safe_load((CHART / "values.yaml").read_text())
 OPEN = {"/properties/global", "/$defs/kubernetes"}
-"""What helm gives to every chart below another, and what the API server checks."""
+"""Schemas that are open: helm adds the values of subcharts to one, and the API server validates the other."""
 
 
 def objects(node: Any, path: str = "") -> Iterator[tuple[str, Json]]:
-    """Every schema of an object, with where it is."""
+    """Yield the schema of each object with its path."""
     if isinstance(node, dict):
         if node.get("type") == "object":
             yield path, node
@@ -47,7 +47,7 @@ def sections(values: Json, path: str = "") -> Iterator[str]:
 @pytest.mark.parametrize("section", list(sections(VALUES)))
 def test_a_misspelt_name_is_refused_everywhere(rendered: Render, section: str) -> None:
     if section == "resources.requests." or section == "resources.limits.":
-        section += "cpu."  # their names are free, as extended resources are
+        section += "cpu."  # resource names are free, because extended resources are allowed
     with pytest.raises(HelmError, match=r"additional properties 'enabld' not allowed|got object, want"):
         rendered(None, f"--set={section}enabld=true")
 

@@ -1,4 +1,4 @@
-"""What the cluster commands make of a job's status, of options and of an API server's refusals, without any cluster."""
+"""The output of the cluster commands for job statuses, options and API errors, without a cluster."""
 
 from __future__ import annotations
 

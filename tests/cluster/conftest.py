@@ -24,9 +24,9 @@ STARTED = pytest.StashKey[float]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test's time limit leaves out its fixtures: the first may have to build Kubernetes.
+    """Exclude fixtures from the time limits of tests, because the first fixture may build Kubernetes.
 
-    Tests with the operator come last: it takes every job in hand, those of tests that write statuses themselves too.
+    Tests with the operator run last: it reconciles all jobs, also those of tests that write statuses themselves.
     """
     items.sort(key=lambda item: "operator" in getattr(item, "fixturenames", ()))
     for item in items:
@@ -41,7 +41,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def control_plane(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[ControlPlane]:
-    """etcd, kube-apiserver and kube-controller-manager, for the whole session."""
+    """Start etcd, kube-apiserver and kube-controller-manager for the whole session."""
     try:
         definition = yaml.safe_load(CRD_FILE.read_text())
         made = ControlPlane(tmp_path_factory.mktemp("control-plane"), definitions=[definition])
@@ -54,20 +54,20 @@ def control_plane(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest
 
 @pytest.fixture(scope="session")
 def admin(control_plane: ControlPlane) -> Access:
-    """Access with every right."""
+    """Return cluster-admin access."""
     return control_plane.admin
 
 
 @pytest.fixture(scope="session")
 def api(admin: Access) -> Iterator[client.ApiClient]:
-    """The administrator's client: `client.BatchV1Api(api)` and the like."""
+    """Return the administrator's client, for example for `client.BatchV1Api(api)`."""
     with admin.client() as made:
         yield made
 
 
 @pytest.fixture(scope="session")
 def core(api: client.ApiClient) -> client.CoreV1Api:
-    """Pods, Nodes, Events and the other kinds of the core group."""
+    """Return the API of the core group: pods, Nodes, Events and others."""
     return client.CoreV1Api(api)
 
 
@@ -81,7 +81,7 @@ def finetune_jobs(api: client.ApiClient) -> client.CustomObjectsApi:
 def release(
     admin: Access, finetune_jobs: client.CustomObjectsApi, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Installed]:
-    """The chart as helm installs it, for all namespaces; the CRD is that of `finetune_jobs`."""
+    """Install the chart with helm for all namespaces; the CRD is that of `finetune_jobs`."""
     try:
         with installed(admin, tmp_path_factory.mktemp("helm"), {"crds": {"enabled": False}}) as made:
             yield made
@@ -91,7 +91,7 @@ def release(
 
 @pytest.fixture(scope="session")
 def operator_access(release: Installed) -> Access:
-    """The operator's own access: a token of the chart's service account, with the chart's RBAC and no more."""
+    """Return the operator's access: a token of the chart's service account, with only the chart's RBAC rules."""
     return release.access
 
 
@@ -99,7 +99,7 @@ def operator_access(release: Installed) -> Access:
 def operator(
     release: Installed, operator_access: Access, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[OperatorProcess]:
-    """The operator over all namespaces, with the chart's settings and the chart's rights."""
+    """Run the operator for all namespaces, with the settings and the RBAC rules of the chart."""
     directory = tmp_path_factory.mktemp("operator")
     with OperatorProcess(operator_access, directory, **(release.environment | FAST)) as running:
         yield running
@@ -107,25 +107,25 @@ def operator(
 
 @pytest.fixture
 def jobs(finetune_jobs: client.CustomObjectsApi, namespace: str, operator: OperatorProcess) -> Jobs:
-    """FineTuneJobs in the test's namespace, with the operator at work."""
+    """Return the FineTuneJobs of the test's namespace while the operator runs."""
     return Jobs(finetune_jobs, namespace)
 
 
 @pytest.fixture
 def namespace(admin: Access) -> Iterator[str]:
-    """A namespace of the test's own."""
+    """Create a namespace for one test."""
     with namespace_of(admin, "test") as name:
         yield name
 
 
 @pytest.fixture
 def kubelet(core: client.CoreV1Api) -> KubeletStandIn:
-    """Moves pods through their states, as a scheduler and a kubelet would."""
+    """Return a stand-in of scheduler and kubelet that changes the states of pods."""
     return KubeletStandIn(core)
 
 
 @pytest.fixture
 def proxy(control_plane: ControlPlane) -> Iterator[FaultyProxy]:
-    """A proxy in front of the API server that counts, and fails what it is told to fail."""
+    """Start a proxy in front of the API server that counts requests and injects faults."""
     with FaultyProxy(control_plane.url, control_plane.ca_file, control_plane.key_file) as made:
         yield made

@@ -1,4 +1,4 @@
-"""Many pods move by themselves."""
+"""The automatic kubelet moves many pods at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chart on a real API server: installed, used, uninstalled; its rules allow what the operator does, and no more."""
+"""The chart is installed, used and uninstalled on a real API server; its RBAC rules match the operator's requests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WATCHED = {(GROUP, PLURAL), ("", "pods"), *((engine.group, engine.plural) for en
 
 
 def rights(rules: list[Json]) -> set[Right]:
-    """What rules allow, each right by itself."""
+    """Return each right that RBAC rules grant."""
     return {
         (group, resource, verb)
         for rule in rules
@@ -41,7 +41,7 @@ def rights(rules: list[Json]) -> set[Right]:
 
 
 def needed(operation: Operation) -> Right:
-    """The right that an operation asks for, from its path."""
+    """Return the right that an operation needs, from its path."""
     parts = operation.path.removeprefix("/apis/").removeprefix("/api/").split("/")
     group = parts[0] if operation.path.startswith("/apis/") else ""
     resource = "/".join(part for i, part in enumerate(parts[parts.index("namespaces") + 2 :]) if i != 1)
@@ -50,7 +50,7 @@ def needed(operation: Operation) -> Right:
 
 
 def all_operations(settings: Settings) -> Iterator[Operation]:
-    """All that the operator ever asks of the API server in writing, on both engines."""
+    """Return all write operations of the operator, for both engines."""
     for engine in ENGINES:
         body = job(kubernetes={"engine": engine})
         body["metadata"] |= {"namespace": "a", "uid": "00000000-0000-0000-0000-000000000000", "resourceVersion": "1"}
@@ -62,9 +62,9 @@ def all_operations(settings: Settings) -> Iterator[Operation]:
 
 
 def watching() -> set[Right]:
-    """Kopf lists and watches what it has handlers for; a run is also read by name, ahead of the watch."""
+    """Return the rights to list and watch the kinds that kopf watches, and to read runs by name."""
     seen = {(group, resource, verb) for group, resource in WATCHED for verb in ("list", "watch")}
-    events = ("", "events", "list")  # of a run that does not begin
+    events = ("", "events", "list")  # of a run that does not start
     queue = ("kueue.x-k8s.io", "workloads", "list")  # of a run that a queue holds
     return seen | {events, queue} | {(group, resource, "get") for group, resource in WATCHED if resource != "pods"}
 
@@ -84,7 +84,7 @@ def test_without_kuberay_there_is_no_right_to_rayjobs(tmp_path: Path) -> None:
 
 
 def may(access: Access, namespace: str, verb: str, *what: str) -> bool:
-    """Whether the API server's authorizer says yes."""
+    """Whether the API server authorizes a request."""
     return access.kubectl("auth", "can-i", verb, *what, f"--namespace={namespace}", check=False).stdout == "yes\n"
 
 
@@ -104,7 +104,7 @@ def test_what_the_operator_may_not_do(operator_access: Access, release: Installe
 def test_the_operator_runs_as_the_chart_sets_it_up(
     release: Installed, finetune_jobs: client.CustomObjectsApi, kubelet: KubeletStandIn, namespace: str, tmp_path: Path
 ) -> None:
-    """Its own environment, its own token key, all namespaces."""
+    """The operator uses the chart's environment and token key, and watches all namespaces."""
     with OperatorProcess(release.access, tmp_path, own_key=True, **release.environment):
         jobs = Jobs(finetune_jobs, namespace)
         jobs.create(job())
@@ -162,7 +162,7 @@ def test_an_operator_of_one_namespace(
 def test_every_manifest_is_taken(
     admin: Access, finetune_jobs: client.CustomObjectsApi, namespace: str, tmp_path: Path
 ) -> None:
-    """With all that can be switched on, but for kinds of the Prometheus operator; unknown fields are errors."""
+    """Everything optional is enabled, except kinds of the Prometheus operator; unknown fields are errors."""
     values = {
         "watchNamespaces": [namespace],
         "networkPolicy": {"enabled": True},
@@ -188,7 +188,7 @@ def test_the_pod_is_let_into_a_restricted_namespace(admin: Access, release: Inst
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory, control_plane: ControlPlane) -> Iterator[Access]:
-    """A cluster that has never seen a FineTuneJob."""
+    """Start a cluster without the FineTuneJob CRD."""
     with ControlPlane(tmp_path_factory.mktemp("fresh")) as made:
         yield made.admin
 

@@ -1,4 +1,4 @@
-"""`finetune submit`, `status`, `suspend`, `resume`, `delete` and `wait` on a real API server."""
+"""`finetune submit`, `status`, `suspend`, `resume`, `delete` and `wait` work on a real API server."""
 
 from __future__ import annotations
 

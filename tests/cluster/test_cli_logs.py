@@ -1,4 +1,4 @@
-"""`finetune logs`: the right pod, its log through the real API server, and the errors where there is none."""
+"""`finetune logs` selects the right pod and reads its log through the real API server, or reports why not."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def logs(control_plane: ControlPlane, core: client.CoreV1Api, kubelet: KubeletSt
 
 
 class Pods:
-    """Pods with the labels that the operator gives them."""
+    """Pods with the labels that the operator sets."""
 
     def __init__(self, core: client.CoreV1Api, kubelet: KubeletStandIn, namespace: str) -> None:
         self.core, self.kubelet, self.namespace = core, kubelet, namespace
@@ -164,7 +164,7 @@ def test_an_attempt_that_is_gone_is_not_followed(finetune: Finetune, jobs: Jobs)
 def test_with_kuberay_the_driver_s_lines_are_in_the_head_s_log(
     finetune: Finetune, jobs: Jobs, pods: Pods, logs: dict[str, PodLog], core: client.CoreV1Api
 ) -> None:
-    """The head's process starts the driver, as in a Job's pod 0 (`finetune_trainer.launch.node`)."""
+    """The head's process starts the driver, as pod 0 of a Job does (`finetune_trainer.launch.node`)."""
     write_status(jobs, {"phase": "Running", "attempt": 1})
     log_of(logs, pods.running(1), "pretrain: step 1")
     labels = {"ray.io/node-type": "head", "batch.kubernetes.io/job-completion-index": None}

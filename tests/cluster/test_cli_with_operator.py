@@ -1,4 +1,4 @@
-"""The command line and the operator together: submitted, watched, suspended, resumed and waited for."""
+"""The command line submits, watches, suspends, resumes and waits for jobs of a running operator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The control plane of the tests does what tests rely on: Jobs make pods, owners take children along, RBAC says no."""
+"""The test control plane creates pods of Jobs, deletes owned objects, and enforces RBAC."""
 
 from __future__ import annotations
 

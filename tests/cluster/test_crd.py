@@ -1,4 +1,4 @@
-"""The committed CRD on a real API server: it is accepted, and each rule of it accepts one job and refuses another."""
+"""The API server accepts the committed CRD, and each rule of it accepts one job and rejects another."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from finetune_api.job import GROUP, PLURAL, VERSION, FineTuneJobSpec
 KIND = (GROUP, VERSION)
 DRY = {"dry_run": "All"}
 ROOT = "<nil>"
-"""What the API server calls the document's root."""
+"""The API server's name for the root of the document."""
 VALUE = re.compile('^Invalid value: ("[^"]*"|[^:]*): ')
 
 
 @pytest.fixture(scope="module")
 def place(admin: Access) -> Iterator[str]:
-    """A namespace for all of this module's dry runs."""
+    """Create a namespace for the dry runs of this module."""
     with namespace_of(admin, "crd") as name:
         yield name
 
 
 @pytest.fixture(scope="module")
 def stored(finetune_jobs: client.CustomObjectsApi, place: str) -> dict[str, Any]:
-    """The sample job as the API server has it."""
+    """Return the sample job as the API server stores it."""
     made: dict[str, Any] = finetune_jobs.create_namespaced_custom_object(*KIND, place, PLURAL, base_job())
     return made
 
 
 def causes(refusal: client.ApiException) -> list[tuple[str, str]]:
-    """Field and message of each fault that the API server names."""
+    """Return field and message of each cause in an error of the API server."""
     found = json.loads(refusal.body)["details"]["causes"]
     return [(cause["field"], VALUE.sub("", cause["message"], count=1)) for cause in found]
 
@@ -71,7 +71,7 @@ def test_a_rule_accepts_one_change_and_refuses_another(
 
 
 def changed(job: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-    """`job` as an update of what is stored."""
+    """Return `job` as an update of the stored job."""
     version = stored["metadata"]["resourceVersion"]
     return {**job, "metadata": {**job["metadata"], "resourceVersion": version}}
 

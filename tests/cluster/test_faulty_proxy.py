@@ -1,4 +1,4 @@
-"""The proxy passes everything through, counts it, and fails what a rule picks, exactly so."""
+"""The proxy forwards and counts all requests, and injects exactly the faults of its rule."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_seed_gives_the_same_faults_again() -> None:
 
 @pytest.fixture
 def through(proxy: FaultyProxy, admin: Access) -> Iterator[client.CoreV1Api]:
-    """A client behind the proxy that tries everything once."""
+    """Return a client of the proxy that sends each request once, without retries."""
     with admin.at(proxy.url).client("tester/1") as api:
         api.rest_client.pool_manager.connection_pool_kw["retries"] = False
         yield client.CoreV1Api(api)

@@ -1,4 +1,4 @@
-"""Hostile jobs, hostile pods and hostile users on a real API server: each is refused or harmless."""
+"""Hostile jobs, pods and users on a real API server: each is rejected or harmless."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from finetune_operator.core.names import JOB_LABEL, MANAGED_BY, OPERATOR, RUN_LA
 Json = dict[str, Any]
 SELECTOR = "finetune.dev/job={},finetune.dev/run={}"
 IP, OTHER_IP = "127.0.7.1", "127.0.7.2"
-"""Of this module's own pods: other tests have theirs."""
+"""Addresses for the pods of this module only."""
 SECRET = "hunter2-hunter2-hunter2"
 
 
@@ -260,7 +260,7 @@ def test_the_operator_s_own_key_is_not_to_be_had(
 def test_a_user_of_one_namespace_gains_nothing_in_another(
     admin: Access, api: client.ApiClient, release: Installed, jobs: Jobs, kubelet: KubeletStandIn
 ) -> None:
-    """The chart's own `edit` rules, bound in one namespace."""
+    """The user has the chart's `edit` rules, bound in one namespace."""
     with namespace_of(admin, "other") as other:
         core, rbac = client.CoreV1Api(api), client.RbacAuthorizationV1Api(api)
         core.create_namespaced_service_account(jobs.namespace, {"metadata": {"name": "user"}})

@@ -1,4 +1,4 @@
-"""Where the binaries come from, and what is said where there are none."""
+"""Binaries are found or built, and an error explains what to do where neither is possible."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support.cluster.kube_assets import ETCD, HELM, KUBERNETES, MissingAsset, as
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A machine with no binaries, no cache and no Go."""
+    """Return a machine without binaries, cache and Go."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("KUBEBUILDER_ASSETS", raising=False)

@@ -1,4 +1,4 @@
-"""What the API server has of a pod after each move of the stand-in is what a kubelet leaves."""
+"""Each method of the stand-in leaves the pod in the state that a kubelet would leave on the API server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Pod = client.V1Pod
 
 @pytest.fixture
 def pod(core: client.CoreV1Api, namespace: str) -> Callable[[], Pod]:
-    """A pod of two containers and an init container, made; calling it reads the pod again."""
+    """Create a pod of two containers and an init container; return a function that reads it again."""
     containers = [client.V1Container(name=name, image="registry.example/i:1") for name in ("trainer", "sidecar")]
     first = client.V1Container(name="first", image="registry.example/i:1")
     spec = client.V1PodSpec(restart_policy="Never", containers=containers, init_containers=[first])

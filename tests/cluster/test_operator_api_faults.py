@@ -1,4 +1,4 @@
-"""The API server at its worst, by a seeded schedule and by its own death: nothing is lost, nothing done twice."""
+"""Seeded faults and restarts of the API server lose no job of the operator and repeat no work."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ pytestmark = pytest.mark.timeout(400, func_only=True)
 def faults(seed: int) -> Rule:
     """Return a rule that injects faults into the operator's calls.
 
-    A watch may be cut or expire. Its response never ends, so it cannot be lost after the end. A read is never in conflict
-    or expired: no API server responds so to a list, and kopf's watch would end until the probe restarts the operator.
+    A watch may be cut or expire. Its response never ends, so it cannot be lost after the end. A list gets no "conflict"
+    and no "expired": the API server never sends them, and kopf's watch would end until the probe restarts the operator.
     """
     any_fault = schedule(seed, RATE, FAULTS)
 
@@ -50,14 +50,14 @@ def faults(seed: int) -> Rule:
 
 
 def live(plane: ControlPlane, directory: Path, rule: Rule | None, block: int) -> tuple[dict[str, Any], FaultyProxy]:
-    """The end states of lives that go on at the same time, under one operator; drivers at 127.0.`block`.x."""
+    """Run several jobs under one operator and return their end states; drivers listen at 127.0.`block`.x."""
     with ExitStack() as stack:
         namespace = stack.enter_context(namespace_of(plane.admin, "faults"))
         proxy = stack.enter_context(FaultyProxy(plane.url, plane.ca_file, plane.key_file))
         api = stack.enter_context(plane.admin.client())
         settings = {"FINETUNE_NAMESPACES": namespace, "FINETUNE_BACKOFF_SECONDS": "0"}
         operator = OperatorProcess(plane.admin.at(proxy.url), directory, **settings)
-        stack.enter_context(operator.kept_up())  # an answer that breaks off while kopf looks for its kinds ends it
+        stack.enter_context(operator.kept_up())  # kopf exits if an answer is cut during API discovery
         proxy.rule = rule
         jobs = Jobs(client.CustomObjectsApi(api), namespace)
         lives = []
@@ -88,7 +88,7 @@ def test_faults_of_every_kind_change_nothing_of_the_end(
 def test_an_expired_watch_misses_nothing_that_went_meanwhile(
     control_plane: ControlPlane, finetune_jobs: client.CustomObjectsApi, tmp_path: Path, admin: Access
 ) -> None:
-    """A Job deleted while no watch is open: kopf's way, no event ever tells of it; a new list does."""
+    """A Job is deleted while no watch is open: kopf receives no event for it, but a new list shows it."""
     blocked = False
 
     def rule(call: Call) -> Fault | None:
@@ -110,7 +110,7 @@ def test_an_expired_watch_misses_nothing_that_went_meanwhile(
             jobs.until_phase("Running")
             blocked = True
             proxy.rule = rule
-            control_plane.restart_apiserver()  # cuts the watches that are open
+            control_plane.restart_apiserver()  # cuts the open watches
             client.BatchV1Api(api).delete_namespaced_job("tiny-1", namespace, propagation_policy="Background")
             kubelet.end_deletion(namespace, pod)
             blocked = False
@@ -123,7 +123,7 @@ def test_an_expired_watch_misses_nothing_that_went_meanwhile(
 def test_without_a_watch_of_pods_it_is_known_how_they_ended(
     control_plane: ControlPlane, finetune_jobs: client.CustomObjectsApi, tmp_path: Path, admin: Access
 ) -> None:
-    """Jobs tell that they have ended, pods alone how: what is planned, and whose mistake it was."""
+    """Jobs show only that they ended; the plan and the cause of a failure are read from their pods."""
 
     def blind(call: Call) -> Fault | None:
         return Fault("drop") if (call.verb, call.resource) == ("watch", "pods") else None
@@ -146,7 +146,7 @@ def test_without_a_watch_of_pods_it_is_known_how_they_ended(
 
 
 def _expire_once() -> Rule:
-    """Each kind's next watch is told that it is too old."""
+    """Return a rule that answers the next watch of each kind with 410 Gone."""
     told: set[str] = set()
 
     def rule(call: Call) -> Fault | None:
@@ -166,7 +166,7 @@ def test_the_api_server_goes_and_comes_again(
         jobs, kubelet = Jobs(client.CustomObjectsApi(api), namespace), KubeletStandIn(client.CoreV1Api(api))
         stack.enter_context(OperatorProcess(admin, tmp_path, FINETUNE_NAMESPACES=namespace))
         made = [jobs.create(job(name)) for name in NAMES]
-        control_plane.restart_apiserver(kill=kill)  # while the operator makes their objects
+        control_plane.restart_apiserver(kill=kill)  # while the operator creates their objects
         for number, body in enumerate(made, 1):
             name, ip = body["metadata"]["name"], f"127.0.{20 + kill}.{number}"
             trainer = stack.enter_context(driver(body["metadata"]["uid"], 1, ip))

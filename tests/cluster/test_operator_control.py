@@ -1,4 +1,4 @@
-"""Changes of a job by its user at unusual moments, on a real API server.
+"""Users change a job at unusual moments on a real API server.
 
 The moments are before it starts, during preflight, and while no operator runs.
 """
@@ -26,7 +26,7 @@ def pods_of(kubelet: KubeletStandIn, namespace: str, run: int | str, count: int 
 
 
 def events_of(core: client.CoreV1Api, namespace: str) -> list[str]:
-    """Reasons of the operator's events, oldest first; those of one second in the order of their messages."""
+    """Return the reasons of the operator's events, oldest first; within one second, in the order of their messages."""
     found = core.list_namespaced_event(namespace, field_selector="reportingComponent=finetune-operator").items
     return [item.reason for item in sorted(found, key=lambda item: item.metadata.creation_timestamp)]
 
@@ -110,7 +110,7 @@ def test_it_runs_on_and_is_found_again_after_an_operator_s_absence(
 def test_what_ends_while_no_operator_is_there_is_told_afterwards(
     jobs: Jobs, kubelet: KubeletStandIn, operator: OperatorProcess, namespace: str
 ) -> None:
-    """The last word waits in the pod's termination message."""
+    """The operator reads the pod's termination message after its restart."""
     jobs.create(job())
     (pod,) = pods_of(kubelet, namespace, 1)
     kubelet.running(namespace, pod)
@@ -126,7 +126,7 @@ def test_what_ends_while_no_operator_is_there_is_told_afterwards(
 def test_a_queue_takes_an_attempt_back_that_saves_a_checkpoint(
     jobs: Jobs, kubelet: KubeletStandIn, api: client.ApiClient, namespace: str
 ) -> None:
-    """Kueue's preemption: the Job is suspended, its driver saves and ends with 75; the same attempt goes on later."""
+    """Kueue suspends the Job, its driver saves and exits with 75, and the same attempt continues later."""
     batch = client.BatchV1Api(api)
     queued = job()
     queued["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "gpus", "kueue.x-k8s.io/priority-class": "high"}
@@ -166,13 +166,13 @@ def test_events_tell_the_story(jobs: Jobs, kubelet: KubeletStandIn, core: client
     done = jobs.until_phase("Succeeded")
     assert condition(done, "Planned")["reason"] == "PreflightPassed"
     expected = {"PreflightPassed", "Starting", "Training", "TrainingFailed", "BackOff", "StageSucceeded", "Completed"}
-    eventually(lambda: set(events_of(core, namespace)) - {"Stopping"} == expected)  # that one may pass too quickly
+    eventually(lambda: set(events_of(core, namespace)) - {"Stopping"} == expected)  # may be too brief to be recorded
     told = events_of(core, namespace)
     assert (told.count("Starting"), told.count("Training"), told.count("StageSucceeded")) == (2, 2, 1)
 
 
 def test_columns_of_kubectl(jobs: Jobs, kubelet: KubeletStandIn, admin: Access, namespace: str) -> None:
-    """With as many stages as a job may have, each with as long a name as it may have."""
+    """The job has the maximum number of stages, with names of the maximum length."""
     data = {"sources": [{"inline": [{"text": "to be or not to be"}] * 4}]}
     names = [f"{'s' * 37}-{n:02}" for n in range(31)]
     pretrain = {"pretrain": {"data": data, "maxSteps": 10}}
@@ -194,7 +194,7 @@ def test_columns_of_kubectl(jobs: Jobs, kubelet: KubeletStandIn, admin: Access, 
 def test_pods_of_a_job_are_let_into_a_restricted_namespace(
     admin: Access, finetune_jobs: client.CustomObjectsApi, kubelet: KubeletStandIn, operator: OperatorProcess
 ) -> None:
-    """Preflight, driver and worker, with a sidecar and an init container of the user's own, RDMA and a claim."""
+    """The pods of preflight, driver and worker have a sidecar, an init container, RDMA and a claim."""
     side = {"name": "side", "image": "x", "restartPolicy": "Always"}
     own = {"name": "trainer", "resources": {"limits": {"rdma/ib": "1"}},
            "securityContext": {"capabilities": {"drop": ["ALL"]}}}  # fmt: skip
@@ -220,7 +220,7 @@ def test_pods_that_may_not_be_made_are_told_of(
     admin: Access, finetune_jobs: client.CustomObjectsApi, core: client.CoreV1Api, kubelet: KubeletStandIn,
     operator: OperatorProcess,
 ) -> None:  # fmt: skip
-    """The Job is there, and its pods are refused: only the Job controller's events say why."""
+    """The Job exists but its pods are rejected, which only the events of the Job controller explain."""
     with namespace_of(admin, "quota") as namespace:
         held = Jobs(finetune_jobs, namespace)
         spec = client.V1ResourceQuotaSpec(hard={"pods": "0"})
@@ -230,7 +230,7 @@ def test_pods_that_may_not_be_made_are_told_of(
         seen = held.until(lambda status: "exceeded quota" in str(status.get("conditions")))
         assert condition(seen, "Running")["reason"] == "Forbidden" and seen["status"]["phase"] == "Pending"
         core.delete_namespaced_resource_quota("none", namespace)
-        # The Job controller tries again after pauses that double.
+        # The Job controller retries with pauses that double.
         (pod,) = kubelet.pods(namespace, 1, selector=SELECTOR.format(1), timeout=90)
         kubelet.running(namespace, pod)
         assert condition(held.until_phase("Running"), "Running")["message"] == ""
@@ -246,7 +246,7 @@ def test_a_volume_that_cannot_be_mounted_is_told_of(jobs: Jobs, kubelet: Kubelet
 
 
 def test_a_preflight_that_could_not_be_made_to_work(jobs: Jobs, kubelet: KubeletStandIn, namespace: str) -> None:
-    """Kubernetes tries it again; the last of them counts."""
+    """Kubernetes retries the preflight; the last pod counts."""
     jobs.create(job(kubernetes={}))
     done: set[str] = set()
     while len(done) <= HELPER_RETRIES:
@@ -323,7 +323,7 @@ def test_a_policy_that_cannot_be_asked_is_told_of_and_waited_for(
 
 
 def _refused(jobs: Jobs, api: client.ApiClient) -> bool:
-    """Whether the API server asks the webhook by now."""
+    """Whether the API server already calls the webhook."""
     pod = {"spec": {"containers": [{"name": "x", "image": "x"}], "restartPolicy": "Never"}}
     body = {"metadata": {"name": "probe"}, "spec": {"template": pod}}
     try:

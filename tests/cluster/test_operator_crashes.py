@@ -1,4 +1,4 @@
-"""The operator killed between every two of its writes: the job ends as if nothing had happened."""
+"""The operator is killed after each of its writes, and the job ends in the same state as without a crash."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1200, func_only=True)]
 
 
 class Lives:
-    """Lives of a job, each in a namespace of its own with an operator of its own behind a proxy of its own."""
+    """Runs of a job, each in a separate namespace with a separate operator and proxy."""
 
     def __init__(self, control_plane: ControlPlane, directory: Path) -> None:
         self.plane, self.admin, self.directory = control_plane, control_plane.admin, directory
 
     def live(self, kill_at: int) -> tuple[dict[str, Any], int]:
-        """The end state and the number of the operator's writes; killed right after write `kill_at` (0: never)."""
+        """Return the end state and the number of the operator's writes; kill it after write `kill_at` (0: never)."""
         plane = self.plane
         with (
             namespace_of(self.admin, f"life-{kill_at}") as namespace,

@@ -1,4 +1,4 @@
-"""Every class of failure on a real API server: what the status says of it, and whether the job is tried again."""
+"""Each class of failure on a real API server has its status, and is retried or not."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_worker_s_end_outweighs_what_the_driver_saw(jobs: Jobs, kubelet: Kubel
 
 
 def test_a_broken_gpu_s_node_is_kept_away_from(jobs: Jobs, kubelet: KubeletStandIn, namespace: str) -> None:
-    """The worker's node, which its driver names; the API server takes the pod of the next attempt."""
+    """The driver names the node of the failed worker, and the API server accepts the pod of the next attempt."""
     jobs.create(job(resources={"nodes": 2, "gpusPerNode": 1}))
     first, second = pods_of(kubelet, namespace, 1, 2)
     kubelet.running(namespace, first)
@@ -147,7 +147,7 @@ def test_attempts_without_progress_are_counted_and_progress_sets_the_count_back(
             if step:
                 trainer.reporter.checkpoint_saved(1, step, f"/pvc/c-{step}")
                 jobs.until(lambda status, n=step: status.get("lastCheckpoint", {}).get("step") == n)  # type: ignore[misc]
-        ended(1, f"RuntimeError: the {word} crash")(kubelet, namespace, pod)  # the same one twice would be final
+        ended(1, f"RuntimeError: the {word} crash")(kubelet, namespace, pod)  # the same error twice would be final
     failed = jobs.until_phase("Failed")
     assert len(failed["status"]["attempts"]) == 3
     assert "2 attempts without progress (backoffLimit 1)" in condition(failed, "Failed")["message"]

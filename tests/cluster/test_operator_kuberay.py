@@ -1,4 +1,4 @@
-"""The engine `kuberay` on a real API server, with a stand-in that does to RayJobs what KubeRay does."""
+"""The engine `kuberay` runs jobs on a real API server with a stand-in for KubeRay's operator."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def kuberay(
     operator: OperatorProcess,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[OperatorProcess]:
-    """An operator that found no KubeRay when it started, and started again when it came."""
+    """Run an operator that starts without KubeRay's CRDs, and restart it after they are installed."""
     directory = tmp_path_factory.mktemp("kuberay")
-    operator.kill()  # no two operators may watch one namespace
+    operator.kill()  # only one operator may watch a namespace
     extensions = client.ApiextensionsV1Api(api)
     with OperatorProcess(operator_access, directory, **(release.environment | FAST | QUICK)) as running:
         admin.kubectl("create", "namespace", "waits-for-kuberay")
@@ -48,7 +48,7 @@ def kuberay(
         waiting.create(job("early", kubernetes=KUBERAY))
         waiting.until(lambda status: "EngineMissing" in str(status.get("conditions")), "early")
         admin.define(ray_job_crd(), ray_cluster_crd())
-        waiting.patch("early", {"runPolicy": {"backoffLimit": 2}})  # a reason to look again before the minute is over
+        waiting.patch("early", {"runPolicy": {"backoffLimit": 2}})  # triggers a reconciliation before the next minute
         assert running.wait_for_death(30), "it did not start again"
         running.start()
         waiting.until(lambda status: status.get("attempt") == 1, "early")
@@ -72,18 +72,18 @@ def ray(api: client.ApiClient, ray_jobs: Jobs) -> Iterator[KubeRayStandIn]:
 
 
 class Pods:
-    """The pods of an attempt, with the kubelet that moves them."""
+    """The pods of an attempt, with the kubelet that changes their states."""
 
     def __init__(self, kubelet: KubeletStandIn, namespace: str) -> None:
         self.kubelet, self.namespace = kubelet, namespace
 
     def head(self, attempt: int = 1) -> str:
-        """Name of its head pod, once it is there."""
+        """Return the name of the attempt's head pod once it exists."""
         selector = f"finetune.dev/run={attempt},ray.io/node-type=head"
         return self.kubelet.pods(self.namespace, 1, selector=selector)[0]
 
     def run(self, attempt: int = 1, count: int = 1, ip: str = "127.0.0.1") -> str:
-        """Have all of them run; the head's name."""
+        """Start all pods of the attempt and return the name of the head."""
         for name in self.kubelet.pods(self.namespace, count, selector=f"finetune.dev/run={attempt}"):
             self.kubelet.running(self.namespace, name, ip=ip)
         return self.head(attempt)
@@ -92,7 +92,7 @@ class Pods:
         self.kubelet.finished(self.namespace, name, code, **how)
 
     def end_all(self, attempt: int) -> None:
-        """What a kubelet does for pods that are being deleted."""
+        """End all pods that are being deleted, as a kubelet does."""
         for pod in self.kubelet.core.list_namespaced_pod(self.namespace).items:
             if pod.metadata.labels.get("finetune.dev/run") == str(attempt) and pod.metadata.deletion_timestamp:
                 self.kubelet.end_deletion(self.namespace, pod.metadata.name)
@@ -104,7 +104,7 @@ def pods(kubelet: KubeletStandIn, namespace: str) -> Pods:
 
 
 def ray_objects(jobs: Jobs, plural: str = "rayjobs") -> dict[str, Json]:
-    """Objects of KubeRay in the test's namespace, by name."""
+    """Return KubeRay's objects in the test's namespace by name."""
     found = jobs.api.list_namespaced_custom_object("ray.io", "v1", jobs.namespace, plural)["items"]
     return {item["metadata"]["name"]: item for item in found}
 
@@ -125,7 +125,7 @@ def test_a_ray_job_s_life(ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods) -> No
 def test_no_worker_waits_in_kuberay_s_init_container(
     ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods, tmp_path: Path
 ) -> None:
-    """Its `ray health-check` takes 15 to 30 s of a start: it has a fifth of a CPU, and is tried every 5 s."""
+    """KubeRay's `ray health-check` takes 15 to 30 s with a fifth of a CPU, and is retried every 5 s."""
     ray_jobs.create(job(kubernetes=KUBERAY, resources={"nodes": 2}))
     core, place = pods.kubelet.core, ray_jobs.namespace
     (name,) = pods.kubelet.pods(place, 1, selector="ray.io/node-type=worker")
@@ -147,7 +147,7 @@ def test_no_worker_waits_in_kuberay_s_init_container(
 
 
 def test_a_variable_that_user_and_operator_set_is_no_conflict(ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods) -> None:
-    """The CRD refuses a RayJob whose containers have a variable twice."""
+    """The CRD rejects a RayJob whose containers set a variable twice."""
     mine = {"name": "BASH_ENV", "value": "/mine"}
     template = {"spec": {"containers": [{"name": "trainer", "env": [mine]}]}}
     ray_jobs.create(job(kubernetes=KUBERAY, resources={"nodes": 1, "gpusPerNode": 1, "podTemplate": template}))
@@ -156,7 +156,7 @@ def test_a_variable_that_user_and_operator_set_is_no_conflict(ray_jobs: Jobs, ra
 
 
 def test_what_kuberay_refuses_is_told_and_ends_after_a_limit(ray_jobs: Jobs, pods: Pods, api: client.ApiClient) -> None:
-    """No KubeRay takes the RayJobs up, as where its operator is away: the attempts end, and so does the job."""
+    """The attempts and the job fail if no KubeRay operator accepts the RayJobs, for example while it is down."""
     with KubeRayStandIn(api, ray_jobs.namespace, away=True):
         ray_jobs.create(job(kubernetes=KUBERAY, runPolicy={"backoffLimit": 0}))
         failed = ray_jobs.until_phase("Failed")
@@ -167,7 +167,7 @@ def test_what_kuberay_refuses_is_told_and_ends_after_a_limit(ray_jobs: Jobs, pod
 def test_a_ray_job_without_a_dashboard_port_is_refused_by_the_stand_in(
     ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods
 ) -> None:
-    """As KubeRay does, which says so in its log alone."""
+    """KubeRay rejects it too, and reports this only in its log."""
     ray_jobs.create(job(kubernetes=KUBERAY))
     pods.run()
     eventually(lambda: "tiny-1" in ray_objects(ray_jobs))
@@ -185,7 +185,7 @@ def test_a_ray_job_without_a_dashboard_port_is_refused_by_the_stand_in(
 
 
 def test_a_user_error_by_the_head_s_termination_message(ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods) -> None:
-    """The RayJob tells of the end first; the head pod tells why, a moment later."""
+    """The RayJob reports the end first, and the head pod reports the cause a moment later."""
     ray_jobs.create(job(kubernetes=KUBERAY))
     head = pods.run()
     ray_jobs.until_phase("Running")
@@ -214,7 +214,7 @@ def test_memory_that_runs_out_in_the_head(ray_jobs: Jobs, ray: KubeRayStandIn, p
 
 @pytest.mark.parametrize("annotated", [True, False])
 def test_a_lost_head_ends_the_attempt(ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods, annotated: bool) -> None:
-    """Where KubeRay makes a new one, as its older versions do, and where it makes none."""
+    """Older versions of KubeRay replace a lost head; others do not."""
     ray_jobs.create(job(kubernetes=KUBERAY))
     head = pods.run()
     ray_jobs.until_phase("Running")
@@ -231,7 +231,7 @@ def test_a_lost_head_ends_the_attempt(ray_jobs: Jobs, ray: KubeRayStandIn, pods:
 
 
 def test_a_queue_holds_a_ray_job(ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods) -> None:
-    """Suspended by a queue while it trains, it goes on in the same attempt once the queue lets it."""
+    """A queue suspends the RayJob during training, and the same attempt continues once the queue admits it."""
     ray_jobs.create(job(kubernetes=KUBERAY))
     head = pods.run()
     ray_jobs.until_phase("Running")
@@ -252,7 +252,7 @@ def _suspend(jobs: Jobs, wanted: bool) -> None:
 
 
 def test_a_deleted_job_leaves_nothing(ray_jobs: Jobs, ray: KubeRayStandIn, pods: Pods, core: client.CoreV1Api) -> None:
-    """KubeRay needs the Secret until the RayJob has gone; the garbage collector takes it after that."""
+    """KubeRay needs the Secret until the RayJob is deleted; then the garbage collector deletes the Secret."""
     ray_jobs.create(job(kubernetes=KUBERAY))
     head = pods.run()
     ray_jobs.until_phase("Running")
@@ -266,7 +266,7 @@ def test_a_deleted_job_leaves_nothing(ray_jobs: Jobs, ray: KubeRayStandIn, pods:
 def test_a_secret_that_the_operator_did_not_get_to_make(
     ray_jobs: Jobs, pods: Pods, core: client.CoreV1Api, ray: KubeRayStandIn
 ) -> None:
-    """The operator ended between the RayJob and its Secret: the pods' kubelet says what is missing."""
+    """The operator ended between the RayJob and its Secret: the kubelet reports the missing Secret."""
     ray_jobs.create(job(kubernetes=KUBERAY))
     head = pods.head()
     (secret,) = core.list_namespaced_secret(ray_jobs.namespace).items
@@ -295,7 +295,7 @@ FULL = {
 def test_kuberay_s_own_fields_and_no_others(
     kuberay: OperatorProcess, finetune_jobs: client.CustomObjectsApi, core: client.CoreV1Api, admin: Access
 ) -> None:
-    """A RayJob is taken where unknown fields are errors; its pods are, where Pod Security is at its strictest."""
+    """The RayJob is accepted with strict field validation, and its pods under the restricted Pod Security level."""
     body = job("a" * 40, kubernetes={"engine": "kuberay"}, resources=FULL)
     body["metadata"] |= {"uid": "0123abcd-0000-0000-0000-000000000000"}
     settings = Settings(token_key=b"k", ray_version="2.60.0", image="trainer:1")
@@ -312,7 +312,7 @@ def test_kuberay_s_own_fields_and_no_others(
 
 
 def test_the_first_container_is_ray_s(ray_jobs: Jobs) -> None:
-    """KubeRay takes it for that, whatever its name is."""
+    """KubeRay uses the first container as Ray's, under any name."""
     ray_jobs.create(job(kubernetes=KUBERAY, resources={"podTemplate": {"spec": {"containers": [SIDE]}}}))
     eventually(lambda: "tiny-1" in ray_objects(ray_jobs))
     spec = ray_objects(ray_jobs)["tiny-1"]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]

@@ -1,4 +1,4 @@
-"""Two operators: one holds the Lease and acts, the other waits for it."""
+"""Of two operators, one holds the Lease and acts, and the other one waits for it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ LEASE = "finetune-operator-twins"
 
 
 def twin(release: Installed, access: Access, directory: Path, name: str) -> OperatorProcess:
-    """Return an operator with a Lease of these tests' own: the session's operator holds the chart's."""
+    """Return an operator with a separate Lease, because the session's operator holds the chart's."""
     own = {"FINETUNE_IDENTITY": name, "FINETUNE_LEASE": LEASE, "FINETUNE_NAMESPACES": "nowhere"}
     return OperatorProcess(access, directory / name, **(release.environment | FAST | TIMES | own))
 
 
 def test_the_second_waits_and_follows(release: Installed, admin: Access, tmp_path: Path) -> None:
-    """It acts when the Lease has expired after the first was killed, and at once after the first has been stopped."""
+    """The second acts after the Lease of a killed operator expires, or at once after the first was stopped."""
     one, two = (twin(release, admin, tmp_path, name) for name in ("one", "two"))
     with one:
         two._server.start(lambda: "waiting" in two.log(), timeout=30)

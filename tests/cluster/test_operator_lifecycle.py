@@ -1,4 +1,4 @@
-"""The life of a job on a real API server: what the operator makes, what the status says, what control does."""
+"""The lifecycle of a job on a real API server: objects, status, and changes by its user."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_storage_is_emptied_before_the_job_goes(
 def test_a_queue_holds_an_attempt_and_takes_it_back(
     jobs: Jobs, kubelet: KubeletStandIn, api: client.ApiClient, namespace: str
 ) -> None:
-    """Kueue suspends a Job and lets it go on by `spec.suspend`; the attempt stays the same one."""
+    """Kueue suspends and resumes a Job by `spec.suspend`, and the attempt stays the same."""
     batch = client.BatchV1Api(api)
     queued = job()
     queued["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "gpus"}

@@ -1,4 +1,4 @@
-"""Two operators, one of which a network partition cuts off from the API server: only one acts at any time."""
+"""A network partition cuts one of two operators off from the API server, and only one acts at any time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def twin(access: Access, namespace: str, directory: Path, name: str) -> Operator
 def test_an_operator_that_is_cut_off_stops_before_the_next_begins(
     admin: Access, proxy: FaultyProxy, finetune_jobs: client.CustomObjectsApi, namespace: str, tmp_path: Path
 ) -> None:
-    """A status that the first operator sends into the partition arrives late, and the API server refuses it."""
+    """A status that the first operator writes during the partition arrives late, and the API server rejects it."""
     jobs = Jobs(finetune_jobs, namespace)
     with admin.client() as api, twin(admin.at(proxy.url), namespace, tmp_path, "one") as one:
         kubelet = KubeletStandIn(client.CoreV1Api(api))
@@ -70,7 +70,7 @@ def test_an_operator_that_is_cut_off_stops_before_the_next_begins(
 
 
 def late_status(proxy: FaultyProxy) -> int | None:
-    """Return the API server's answer to the status that the partition held back."""
+    """Return the API server's answer to the status that the partition delayed."""
     return next((code for call, code in proxy.late if call.resource == STATUS), None)
 
 

@@ -1,4 +1,4 @@
-"""The liveness probe tells a watch that has died from one that has nothing to tell."""
+"""The liveness probe fails for a dead watch, and not for a watch without events."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_dead_watch_fails_the_probe_and_a_silent_one_does_not(
     proxy.rule = hang
     settings = {"FINETUNE_NAMESPACES": namespace, "FINETUNE_WATCH_SILENCE_SECONDS": "1"}
     with OperatorProcess(admin.at(proxy.url), tmp_path, **settings) as operator:
-        eventually(lambda: proxy.faults, timeout=60)  # the watch hangs: what was there before it has been listed
+        eventually(lambda: proxy.faults, timeout=60)  # the watch hangs after its initial list
         lists = len([call for call in proxy.calls if call.verb == "list"])
         eventually(lambda: operator.healthy() and len([c for c in proxy.calls if c.verb == "list"]) > lists, timeout=60)
         Jobs(finetune_jobs, namespace).create(job())

@@ -1,4 +1,4 @@
-"""An engine that only registers itself runs jobs from creation to deletion: nothing else in the operator knows it."""
+"""An engine that only registers itself runs jobs from creation to deletion without other changes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# These tests also run here, with this module's fixture `jobs`.
+# This module's fixture `jobs` applies to these imported tests too.
 from cluster.test_operator_lifecycle import test_a_user_error_is_told_and_never_retried as test_a_user_error  # noqa: F401
 from cluster.test_operator_lifecycle import test_deletion_takes_the_children_along as test_deletion  # noqa: F401
 from cluster.test_operator_lifecycle import test_storage_is_emptied_before_the_job_goes as test_cleanup  # noqa: F401
@@ -26,7 +26,7 @@ from support.cluster.operator_process import OperatorProcess
 def operator_with_pods(
     admin: Access, operator: OperatorProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[OperatorProcess]:
-    """The operator with the engine `pods` as its default engine, in place of the session's."""
+    """Run the operator with the engine `pods` as its default engine, in place of the session's operator."""
     operator.kill()  # only one operator may reconcile the jobs of a namespace
     program = [str(Path(pods_engine.__file__))]
     directory = tmp_path_factory.mktemp("third-engine")
@@ -38,7 +38,7 @@ def operator_with_pods(
 
 @pytest.fixture
 def jobs(finetune_jobs: client.CustomObjectsApi, namespace: str, operator_with_pods: OperatorProcess) -> Jobs:
-    """FineTuneJobs in the test's namespace, which run on the third engine."""
+    """Return the FineTuneJobs of the test's namespace, which run on the third engine."""
     return Jobs(finetune_jobs, namespace)
 
 

@@ -1,4 +1,4 @@
-"""`finetune doctor`, as a program."""
+"""The program `finetune doctor`."""
 
 from __future__ import annotations
 

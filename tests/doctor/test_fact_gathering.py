@@ -1,4 +1,4 @@
-"""Facts that are read from a machine: files of the kernel, and programs that ask Triton and torch."""
+"""Facts of a machine are read from kernel files and from programs that query Triton and torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Rele
 
 
 def machine(root: Path, **files: str) -> Path:
-    """A root with files of the kernel; `__` in a name stands for a slash."""
+    """Return a root with files of the kernel; `__` in a name means a slash."""
     for name, text in files.items():
         path = root / name.replace("__", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def test_nothing_of_nvidia_s(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("effective", "locks"), [("0000000000000000", False), ("00000000a80465fb", True)])
 def test_a_capability_counts_where_it_is_in_effect(tmp_path: Path, effective: str, locks: bool) -> None:
-    """A container that does not run as root has what Kubernetes adds in its bounding set alone."""
+    """Kubernetes adds capabilities to a container of a non-root user only in the bounding set."""
     status = f"CapPrm:\t{effective}\nCapEff:\t{effective}\nCapBnd:\t00000000a80465fb\n"
     root = machine(tmp_path, proc__self__status=status, dev__infiniband__uverbs0="", sys__class__infiniband__mlx5_0="")
     (root / "sys/module/nvidia_peermem").mkdir(parents=True)
@@ -59,7 +59,7 @@ def test_a_capability_counts_where_it_is_in_effect(tmp_path: Path, effective: st
 def test_triton_s_launcher_compiles_here_and_not_without_a_compiler(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """By Triton's own build function and its own source."""
+    """The test runs Triton's build function on Triton's source."""
     pytest.importorskip("triton")
     monkeypatch.delenv("CC", raising=False)
     if shutil.which("gcc") is not None:
@@ -71,7 +71,7 @@ def test_triton_s_launcher_compiles_here_and_not_without_a_compiler(
 
 
 def test_headers_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A compiler that finds no headers of Python, as in an image with gcc alone, says so on its standard error."""
+    """A compiler without Python headers, as in an image with only gcc, reports them on its standard error."""
     pytest.importorskip("triton")
     compiler = tmp_path / "gcc"
     compiler.write_text(
@@ -90,7 +90,7 @@ def test_the_driver_s_library_is_looked_for_as_triton_does(monkeypatch: pytest.M
 
 
 def test_torch_on_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Torch's own words, from libraries that stand in for NVIDIA's."""
+    """The message is torch's own, with libraries that stand in for NVIDIA's."""
     for name, value in fake_driver.build(tmp_path).items():
         monkeypatch.setenv(name, value)
     answer = run_program(TORCH, "no_such_package", "json")
@@ -112,7 +112,7 @@ def test_a_program_that_dies_is_an_answer(tmp_path: Path, program: str, says: st
 
 
 def test_all_facts_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With a package that is installed and does not load, as a flash-attn that was built for another torch."""
+    """One package is installed but does not load, such as a flash-attn that was built for another torch."""
     (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c104cuda')")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -128,7 +128,7 @@ def test_all_facts_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_the_hub_is_not_asked_where_the_environment_says_offline() -> None:
-    """Of the tests' own environment, where it is set; huggingface_hub reads it at its import."""
+    """huggingface_hub reads the variable at import, so the test needs it in the environment of the test run."""
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:

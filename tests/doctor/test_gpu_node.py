@@ -1,4 +1,4 @@
-"""The doctor's checks where jobs run: before any GPU is claimed, on one machine, and on the nodes of an attempt."""
+"""The doctor checks a node before a GPU is allocated, on one machine, and on all nodes of an attempt."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ BROKEN = "AcceleratorError: CUDA error: uncorrectable ECC error encountered"
     ids=["an old driver", "an old driver without a version", "no compiler", "an old GPU", "two things"],
 )  # fmt: skip
 def test_a_node_that_is_set_up_wrong_is_a_user_error(facts: Facts, told: list[str]) -> None:
-    """Each cause once: without a driver there is no CUDA, and only the driver is reported."""
+    """Each cause is reported once: a missing driver is reported, and the missing CUDA is not."""
     fault = fault_of(examine(facts, NEEDS), "gpu-7")
     assert isinstance(fault, UserError) and len(fault.problems) == len(told)
     for problem, words in zip(fault.problems, told, strict=True):
@@ -74,7 +74,7 @@ def without_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where a pod's termination message goes; what its commands set in the environment goes again."""
+    """Return the path of the termination message; afterwards, restore the environment."""
     monkeypatch.setattr(drive, "TERMINATION_LOG", tmp_path / "termination-log")
     for name in list(os.environ):
         monkeypatch.setenv(name, os.environ[name])
@@ -96,7 +96,7 @@ def run_config(tmp_path: Path, stages: list[dict[str, Any]] | None = None, gpus:
 def test_an_image_without_a_compiler_is_found_before_a_gpu_is_claimed(
     tmp_path: Path, log: Path, without_compiler: None
 ) -> None:
-    """In the preflight's pod, which has no GPU: exit code 2, and the remedy."""
+    """The preflight's pod, which has no GPU, ends with exit code 2 and the remedy."""
     data = {"sources": [{"inline": [{"text": "to be or not to be, that is the question"}] * 40}]}
     stages = [
         {"tokenizer": {"data": data, "vocabSize": 300}},
@@ -121,7 +121,7 @@ def test_a_machine_without_gpus_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_gpus_on_an_old_driver_are_a_user_error_on_one_machine(tmp_path: Path) -> None:
-    """Torch counts the GPU by NVML, and would train on CPUs by NCCL: `validate` says what was found and is needed."""
+    """NVML counts the GPU, so torch would train on CPUs; `validate` reports the driver found and needed."""
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(JOB | {"spec": JOB["spec"] | {"resources": {"gpusPerNode": 1}}}))
     command = [sys.executable, "-c", "from finetune_cli.main import main; main()", "validate", "job.yaml"]
     environment = os.environ | fake_driver.build(tmp_path)
@@ -134,7 +134,7 @@ def test_gpus_on_an_old_driver_are_a_user_error_on_one_machine(tmp_path: Path) -
 def test_gpus_on_an_old_driver_are_a_user_error_in_every_pod(
     index: str, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the driver's, and in one that would only join: its own word tells, and it never joins."""
+    """A driver and a worker pod both write the termination message, and the worker does not join."""
     for name, value in fake_driver.build(tmp_path).items():
         monkeypatch.setenv(name, value)
     run = run_config(tmp_path)

@@ -1,4 +1,4 @@
-"""NCCL's transport, from logs in the formats of several of its versions."""
+"""NCCL's transport is read from logs in the formats of several NCCL versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each check says of facts that a machine may have, as a table."""
+"""A table of facts of a machine and of the results of each check."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ GUIDE = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
 
 
 def first_cells(heading: str) -> set[str]:
-    """The words in the first column of the table below a heading of the guide."""
+    """Return the words in the first column of the table below a heading of the guide."""
     section = GUIDE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     return set(re.findall(r"^\| ([^|]+) \|", section, re.MULTILINE)[1:])
 

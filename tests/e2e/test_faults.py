@@ -1,6 +1,6 @@
-"""Jobs that faults befall, one after the other, at random moments: they lose nothing and need no hand.
+"""Jobs recover without manual work and without lost steps from faults at random moments.
 
-`benchmarks/faults.py` does the same with every kind of fault, many times over.
+`benchmarks/faults.py` does the same with every kind of fault, many times.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def test_a_job_comes_through_faults_as_if_there_were_none(
 
 
 def samples(*positions: tuple[int, int]) -> list[Sample]:
-    """One a second, (attempt, step), in the second stage."""
+    """Return one sample (attempt, step) per second of the second stage."""
     return [Sample(float(at), attempt, 1, step) for at, (attempt, step) in enumerate(positions)]
 
 

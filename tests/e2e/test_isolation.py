@@ -1,6 +1,6 @@
-"""Two jobs of two namespaces side by side: neither reaches the other's ports, objects or storage.
+"""Of two jobs in two namespaces, neither can reach the other's ports, objects or storage.
 
-A NetworkPolicy is a wish until something enforces it; here that is kube-router. What holds without it is tested first.
+The tests run first without and then with enforcement of NetworkPolicies by kube-router.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ except BaseException as error:
 
 @dataclass(frozen=True)
 class Team:
-    """A namespace with a job on its way, and the job's pod."""
+    """A namespace with a running job, and the job's pod."""
 
     admin: Access
     namespace: str
@@ -77,7 +77,7 @@ class Team:
     address: str
 
     def python(self, program: str, *arguments: str) -> str:
-        """Run a program in the job's own container."""
+        """Run a Python program in the container of the job."""
         done = self.admin.kubectl(
             "exec", f"--namespace={self.namespace}", self.pod, "--", "python", "-c", program, *arguments
         )
@@ -86,7 +86,7 @@ class Team:
 
 @pytest.fixture(scope="module")
 def teams(cluster: Cluster, operator: OperatorPod, s3: S3Server) -> Iterator[tuple[Team, Team]]:
-    """Two teams whose jobs have the same name."""
+    """Start two jobs of the same name in two namespaces."""
     with namespace_of(cluster.admin, "red") as red, namespace_of(cluster.admin, "blue") as blue:
         for namespace in (red, blue):
             give_credentials(cluster.admin, namespace, s3)
@@ -106,7 +106,7 @@ def _team(admin: Access, api: client.ApiClient, namespace: str) -> Team:
 
 @pytest.mark.timeout(900, func_only=True)
 def test_tokens_keep_others_out_where_no_policy_is_enforced(teams: tuple[Team, Team]) -> None:
-    """The report answers to its run's token alone, and so does Ray."""
+    """The report port and Ray accept only the token of their own run."""
     red, blue = teams
     assert red.python(REPORT, red.address, "own") == "200"
     assert blue.python(REPORT, red.address, "own") == "401" and blue.python(REPORT, red.address, "x") == "401"

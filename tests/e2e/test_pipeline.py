@@ -1,4 +1,4 @@
-"""A whole pipeline as one job on two pods, its results on S3; nothing that ran stays behind in the cluster."""
+"""A pipeline runs as one job on two pods, writes its results to S3, and leaves nothing in the cluster."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_tokenizer_to_esft_on_two_pods(
 
 
 def _until_all_work(pods: list[dict[str, dict[str, str]]]) -> None:
-    """Each pod has a worker of its own, at one time."""
+    """Wait until every pod has a worker at the same time."""
     deadline, working = time.monotonic() + SECONDS, [0]
     while working != [1] * len(pods):
         assert time.monotonic() < deadline, f"workers in the pods: {working}"
@@ -47,7 +47,7 @@ def _until_all_work(pods: list[dict[str, dict[str, str]]]) -> None:
 
 
 def _answers(result: Path) -> None:
-    """With nothing of this project."""
+    """Check that a model generates text without any code of this project."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(result), AutoTokenizer.from_pretrained(result)

@@ -1,6 +1,6 @@
-"""Workers that hang on real pods: noticed in time, told, and mended without help; and no alarm where nothing hangs.
+"""Stalled workers on real pods are detected in time, reported and restarted; running jobs raise no alarm.
 
-With `FINETUNE_LONG_TESTS=1` five random rounds of each cause, and ten undisturbed jobs.
+With `FINETUNE_LONG_TESTS=1`, five random rounds of each cause and ten undisturbed jobs run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from support.e2e.stalls import SAVE, STALLS, StallRound, stall_job, strike
 from support.storage.s3_server import S3Server
 
 ROUNDS = int(os.environ.get("FINETUNE_STALL_ROUNDS", "5"))
-"""Of each cause."""
+"""Rounds of each cause."""
 STEPS, STEPS_A_ROUND, STEPS_BETWEEN = 300, 100, 5
-"""Of a job, and how many must be left for one more round: it must not end with the job."""
+"""Steps of a job, steps that must remain for another round, and steps between two rounds."""
 BEGIN_SECONDS, GO_ON_SECONDS, END_SECONDS = 900, 600, 2400
 CALM_JOBS, LANES, CALM_STEPS = 10, 3, 300
 
@@ -53,13 +53,13 @@ def test_four_causes_of_a_stall(
 
 
 def _job(victim: Victim, kinds: deque[str]) -> list[StallRound]:
-    """One job that stalls at random moments while it has steps left, and its end."""
+    """Run one job that stalls at random moments until it has no steps left, and wait for its success."""
     apply(victim.admin, victim.namespace, stall_job(victim.name, victim.cluster.pod_template, steps=STEPS))
     rounds = []
     with victim.following as following:
         following.until_step(SAVE + 1, BEGIN_SECONDS)
         while kinds and following.samples[-1].step < STEPS - STEPS_A_ROUND:
-            time.sleep(victim.chance.uniform(0, 5))  # the random moment
+            time.sleep(victim.chance.uniform(0, 5))
             rounds.append(strike(victim, kinds.popleft()))
             print(replace(rounds[-1], stacks=[f"{len(text)} characters" for text in rounds[-1].stacks]), flush=True)
             following.until_step(following.samples[-1].step + STEPS_BETWEEN, GO_ON_SECONDS)
@@ -68,7 +68,7 @@ def _job(victim: Victim, kinds: deque[str]) -> list[StallRound]:
 
 
 def _told(round: StallRound) -> bool:
-    """Whether storage has the stacks, with the last collective operation; a store that hangs cannot take them."""
+    """Whether storage has the stacks with the last collective; a store that hangs cannot save them."""
     text = "\n".join(round.stacks)
     if round.kind == "hanging-store":
         return True

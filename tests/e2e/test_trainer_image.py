@@ -1,4 +1,4 @@
-"""The trainer's image has what compiles Triton's kernel launcher, which every loss on a GPU needs."""
+"""The trainer's image has the compiler for Triton's kernel launcher, which every loss on a GPU needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMPILER = ("gcc", "libc6-dev")
 
 @pytest.fixture(scope="module")
 def packages() -> list[str]:
-    """What the Dockerfile's trainer has of Debian's; the test makes an image of it where it can."""
+    """Return the Debian packages of the Dockerfile's trainer stage, or skip where no root can be made."""
     pytest.importorskip("triton")
     found = packages_of("trainer")
     if why := missing_packages(found):
@@ -26,7 +26,7 @@ def packages() -> list[str]:
 
 
 def test_the_image_s_packages_compile_triton_s_launcher(packages: list[str], tmp_path: Path) -> None:
-    """Compiled, linked with a stand-in of the driver's library, and loaded, in a root that holds nothing else."""
+    """The launcher compiles, links with a stand-in of the driver's library, and loads in a root of these packages."""
     root = make_root(tmp_path / "root", packages)
     done = run_inside(root, sys.executable, "-P", str(LAUNCHER))
     assert json.loads(done.stdout)["error"] == "", done.stderr
@@ -41,7 +41,7 @@ def test_an_image_without_a_compiler_fails_as_triton_says(packages: list[str], t
 
 
 def test_the_dockerfile_installs_a_compiler_and_proves_it() -> None:
-    """Also where this machine can't make the root: the build of the image itself compiles the launcher."""
+    """The build of the image compiles the launcher too, which also covers machines that cannot make the root."""
     assert set(COMPILER) <= set(packages_of("trainer"))
     trainer = DOCKERFILE.read_text().partition("\nFROM base AS trainer\n")[2]
     assert 'RUN ["python", "-m", "finetune_trainer.doctor.launcher"]' in trainer

@@ -1,7 +1,7 @@
-"""Build Triton's launcher whole, as on a GPU node, and load it: `python triton_launcher.py DIRECTORY`.
+"""Build and load Triton's launcher as on a GPU node: `python triton_launcher.py DIRECTORY`.
 
-Only the driver's library is a stand-in, made of the functions that the launcher calls: without a GPU there is none to
-link with. Runs inside the image's root, and imports nothing of the project's.
+A stand-in replaces the driver's library, which a machine without a GPU lacks. It has the functions that the launcher
+calls. The program runs in the image's root and imports nothing of the project.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main(directory: Path) -> None:
-    """Raise what Triton raises on a node whose image can't compile."""
+    """Compile and load the launcher; raise Triton's error where the image cannot compile."""
     os.environ |= {"TRITON_CACHE_DIR": str(directory / "cache"), "TRITON_LIBCUDA_PATH": str(directory)}
     from triton.backends.nvidia import driver
     from triton.runtime.build import _build
@@ -26,7 +26,7 @@ def main(directory: Path) -> None:
     source.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in called))
     stand_in = str(directory / "libcuda.so.1")
     subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", stand_in, str(source)], check=True)
-    ctypes.CDLL(stand_in, ctypes.RTLD_GLOBAL)  # the loader finds the driver's own by ldconfig
+    ctypes.CDLL(stand_in, ctypes.RTLD_GLOBAL)  # on a GPU node, ldconfig makes the driver's library known to the loader
     utils = driver.CudaUtils()
     print(len(called), callable(utils.launch))
 

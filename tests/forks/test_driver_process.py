@@ -1,4 +1,4 @@
-"""A driver that is stopped by a signal: ended by the process that started it, with and without the fork server."""
+"""Its parent process stops the driver by a signal, with and without the fork server."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ while True: signal.pause()
 
 @pytest.fixture(params=["fork", "child"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """How the driver is started."""
+    """Start the driver with or without the fork server."""
     if request.param == "child":
         monkeypatch.delenv(wire.SOCKET_VARIABLE, raising=False)
         yield request.param
@@ -49,7 +49,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture
 def node(way: str, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
-    """The pod's first process and its driver."""
+    """Start the first process of a pod and its driver."""
     (tmp_path / "driver.py").write_text(DRIVER)
     command = [sys.executable, "-c", NODE, str(tmp_path / "driver.py"), str(tmp_path / "last-word")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as first:
@@ -83,6 +83,6 @@ def test_a_driver_that_goes_on_in_time_lives_and_gets_its_signals(
         driver.suspend()
         time.sleep(TIMEOUT * 0.6)
         driver.resume()
-        time.sleep(1.2)  # long enough to be seen
+        time.sleep(1.2)  # long enough to be detected
     first.send_signal(signal.SIGTERM)
     assert first.wait(timeout=30) == ExitCode.INTERRUPTED

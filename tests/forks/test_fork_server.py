@@ -1,4 +1,4 @@
-"""Processes forked from one that has its libraries imported: what they inherit, what they don't, how they end."""
+"""The fork server forks processes with imported libraries: what they inherit, and how they end."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PROGRAM = "import sys; from finetune_trainer.forks.client import run_fork; sys.e
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that has imported something that no plain process has."""
+    """Start a server that has imported a module that a new Python process has not."""
     monkeypatch.setenv(wire.SOCKET_VARIABLE, "")
     monkeypatch.setenv("SECRET", "the server's own")
     with client.fork_server(["json.tool", "numpy", "no_such_module"], ["wave"]) as started:
@@ -53,7 +53,7 @@ def script(tmp_path: Path, text: str) -> str:
 
 
 def asked(path: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a script as a fork, from a process of its own: streams are passed on as they are."""
+    """Run a script as a fork from a separate process, with its streams passed on unchanged."""
     program = (
         f"import sys; from finetune_trainer.forks.client import run_fork; sys.exit(run_fork({[path, *arguments]}))"
     )
@@ -119,7 +119,7 @@ def test_a_server_that_dies_is_told_from_a_process_that_does(server: subprocess.
 
 @pytest.mark.parametrize("end", ["kill", "close"])
 def test_a_fork_ends_with_the_server(server: subprocess.Popen[bytes], tmp_path: Path, end: str) -> None:
-    """However that ends: a killed driver's workers must not train on beside the next one's."""
+    """The workers of a killed driver must not continue to train while those of the next driver run."""
     path = script(tmp_path, "import os, time; print(os.getpid(), flush=True); time.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", PROGRAM, path], stdout=subprocess.PIPE, text=True) as asker:
         assert asker.stdout is not None and server.stdin is not None
@@ -133,7 +133,7 @@ def test_a_fork_ends_with_the_server(server: subprocess.Popen[bytes], tmp_path: 
 def test_a_worker_of_ray_gets_its_own_arguments_and_environment(
     server: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
-    """Ray's two options for its own script may stand anywhere."""
+    """Ray's two options for its own script may be at any position."""
     path = tmp_path / "default_worker.py"
     path.write_text(TELL)
     context = json.dumps({"env_vars": {"WORD": "of the runtime environment"}, "command_prefix": []})
@@ -146,7 +146,7 @@ def test_a_worker_of_ray_gets_its_own_arguments_and_environment(
 
 
 def test_what_needs_ray_is_imported_for_the_first_worker(server: subprocess.Popen[bytes], tmp_path: Path) -> None:
-    """And a worker of another Ray is refused, for the library has read whose it is."""
+    """A worker of another raylet is rejected, because the imported library has already read its session."""
     path = script(tmp_path, "import os, sys; print('wave' in sys.modules, os.environ.get('RAY_JOB_ID'))")
     assert asked(path).stdout.split() == ["False", "None"]
     ours, others = ({"RAY_JOB_ID": "01", "RAY_RAYLET_PID": pid} for pid in ("7", "8"))
@@ -156,7 +156,7 @@ def test_what_needs_ray_is_imported_for_the_first_worker(server: subprocess.Pope
 
 
 def test_without_a_server_ray_starts_its_workers_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's own script refuses arguments that Ray would never give it, in its own words."""
+    """Ray's script rejects arguments that Ray never passes, with its own message."""
     monkeypatch.delenv(wire.SOCKET_VARIABLE, raising=False)
     done = subprocess.run([sys.executable, str(WORKER), "--language=NONE"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "setup_worker.py" in done.stderr
@@ -206,7 +206,7 @@ def test_gpus_are_hidden_from_what_the_server_imports_and_not_from_a_fork(
 def test_bitsandbytes_asks_no_driver_where_the_server_imports_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a machine with a GPU, which libraries stand in for: by itself it opens the GPU at its import."""
+    """On a GPU machine, for which libraries stand in, an import of bitsandbytes opens the GPU by default."""
     for name, value in fake_driver.build(tmp_path).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv(wire.SOCKET_VARIABLE, "")
@@ -264,7 +264,7 @@ def test_why_there_is_no_server_is_said(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_environment_switches_the_server_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither does a server start, nor is `0` taken for the path of a socket, by processes that inherit it."""
+    """No server starts, and processes that inherit the value `0` do not use it as the path of a socket."""
     monkeypatch.setenv(wire.SOCKET_VARIABLE, "0")
     said: list[str] = []
     with fork_imports.forks(config(0), said.append) as server:
@@ -275,7 +275,7 @@ def test_the_environment_switches_the_server_off(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_server_ends_with_whoever_started_it(tmp_path: Path) -> None:
-    """Also where that is killed: nothing of it must stay behind."""
+    """The server also ends when its parent is killed."""
     program = """
 import sys, time
 from finetune_trainer.forks.client import fork_server
@@ -290,7 +290,7 @@ with fork_server(["json.tool"], []) as server:
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
-        return  # it was faster
+        return  # it has already ended
     try:
         ended, _, _ = select.select([descriptor], [], [], 30)
         assert ended, "the server lives on"

@@ -1,4 +1,4 @@
-"""Ray as jobs start it: its workers are forks, and what no job needs does not run."""
+"""Ray starts its workers as forks in jobs, and without the processes that no job needs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, object]:
-    """Of a Ray of its own, in a process of its own."""
+    """Return the report of a separate process that starts its own Ray."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
@@ -73,7 +73,7 @@ AGENT = Path(start.__file__).with_name("agent.py")
 
 @pytest.mark.parametrize("watched", [True, False])
 def test_the_idle_agent_answers_kuberay_s_probes(tmp_path: Path, watched: bool) -> None:
-    """It says that the node is well while its raylet lives, and ends with it."""
+    """The agent reports the node as healthy while its raylet is alive, and ends with it."""
     port = free_port()
     options = [f"--session-dir={tmp_path}", "--node-id=n", f"--listen-port={port}"]
     environment = os.environ | ({start.WATCHED_VARIABLE: start.NODE} if watched else {})
@@ -91,7 +91,7 @@ def test_the_idle_agent_answers_kuberay_s_probes(tmp_path: Path, watched: bool) 
 
 
 def test_kuberay_s_head_tells_the_ports_before_ray_s_agent_has_imported_anything(tmp_path: Path) -> None:
-    """The raylet would abort after 15 seconds, in which a busy machine does not get that far."""
+    """The raylet aborts after 15 seconds without the ports, and imports may take longer on a busy machine."""
     agent = tmp_path / "agent.py"
     agent.write_text("import json, sys, pathlib; pathlib.Path(sys.argv[0] + '.told').write_text(json.dumps(sys.argv))")
     options = [f"--session-dir={tmp_path}", "--node-id=n", "--listen-port=52365", "--grpc-port=0", "--minimal"]

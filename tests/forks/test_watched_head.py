@@ -1,4 +1,4 @@
-"""A head that KubeRay watches takes jobs over HTTP, with no more of Ray's dashboard than that needs."""
+"""A Ray head under KubeRay accepts jobs over HTTP with only the necessary parts of Ray's dashboard."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Json = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[tuple[int, int]]:
-    """The dashboard's port and the process of `ray start`, whose sockets need a short path."""
+    """Yield the dashboard's port and the process of `ray start`, in a short path because of its sockets."""
     dashboard = free_port()
     with tempfile.TemporaryDirectory(prefix="head-", dir="/tmp") as directory:
         options = ["--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
@@ -46,7 +46,7 @@ def head() -> Iterator[tuple[int, int]]:
 
 
 def call(port: int, path: str, body: Json | None = None) -> Json:
-    """The answer of the dashboard; empty where it has none yet."""
+    """Return the answer of the dashboard, or an empty one if it is not ready."""
     data = json.dumps(body).encode() if body else None
     request = urllib.request.Request(f"http://127.0.0.1:{port}/api/jobs/{path}", data=data)
     request.add_header("Content-Type", "application/json")
@@ -67,7 +67,7 @@ def test_a_job_is_taken_and_its_end_is_told(head: tuple[int, int]) -> None:
 
 
 def commands(pid: int) -> Iterator[str]:
-    """Command lines of all processes below one."""
+    """Return the command lines of all descendants of a process."""
     for child in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has just ended
             yield " ".join(child.cmdline())

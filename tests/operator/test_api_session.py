@@ -1,4 +1,4 @@
-"""The API client's HTTP session."""
+"""The HTTP session of the API client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked for where one watch tells of what another has not told yet."""
+"""The operator reads an object from the API server where the watch cache may be stale."""
 
 from __future__ import annotations
 

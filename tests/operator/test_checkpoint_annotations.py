@@ -1,4 +1,4 @@
-"""The last checkpoint on a run's objects: written once for each checkpoint, and on what lacks it."""
+"""The operator writes the last checkpoint to a run's objects once per checkpoint, where it is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a run ended, and what to change about it, as tables: what the driver said and what Kubernetes saw of its pods."""
+"""The failure reason and the advice follow from the driver's message and from the state of the pods."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_traceback_that_is_torn_off_below_some_code(text: str, message: str) -
 
 
 def test_the_log_s_end_of_a_driver_that_was_cut_off() -> None:
-    """The kubelet puts it where a termination message would be."""
+    """The kubelet uses the end of the log where there is no termination message."""
     found = classify(FAILED, (pod(exit_code=1, termination_message=FRAMES + "KeyError: 'x'\n"),), None)
     assert found.message == "KeyError: 'x'" and "loss.backward" in found.traceback
 

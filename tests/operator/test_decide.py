@@ -1,4 +1,4 @@
-"""Decisions as a table: what is seen of a job, and what is done about it."""
+"""A table of observed jobs and of the decisions that follow from them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def failed(*records: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def kuberay(state: RunState = RunState.RUNNING, **fields: Any) -> RunView:
-    """An attempt as engine `kuberay` observes it."""
+    """Return an attempt as the engine `kuberay` observes it."""
     return run(state=state, engine="kuberay", ends_with_driver=True, **fields)
 
 
 def own_error(number: int, ended: float, **fields: Any) -> dict[str, Any]:
-    """An attempt that an error of the trainer's own has ended; its message has a number that changes."""
+    """Return an attempt that failed with an error of the trainer, whose message contains a number that differs."""
     error = {"message": f"RuntimeError: {number} elements", "exitCode": 1, "stage": 0, "step": 7}
     return attempt(number, "TrainingFailed", ended, **error | fields)
 
@@ -244,7 +244,7 @@ def test_decision(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_deciding_again_from_the_result_settles(name: str) -> None:
-    """A second look at a world in which nothing happened but the write of the status asks for nothing new."""
+    """A second decision after only the status was written requests no action."""
     world, _, actions = CASES[name]
     first = decide(world, SETTINGS, NOW)
     again = Observed({**world.body, "status": first.status}, world.runs, world.pods)
@@ -258,7 +258,7 @@ def test_deciding_again_from_the_result_settles(name: str) -> None:
 
 
 def test_the_secret_that_an_operator_did_not_get_to_make() -> None:
-    """It ended between a RayJob and its Secret: the pods' kubelet says what is missing, until it is there."""
+    """The operator ended between the RayJob and its Secret: the kubelet reports the missing Secret until it exists."""
     message = f'secret "{TOKEN}" not found'
     waits = pod(phase="Pending", waiting=("CreateContainerConfigError", message))
     assert decide(seen(STARTING, kuberay(RunState.PENDING), waits), SETTINGS, NOW).actions == (StartRun(1),)
@@ -277,7 +277,7 @@ def test_of_the_pods_of_a_preflight_the_newest_counts() -> None:
 
 
 def test_a_repeated_error_is_told_with_its_reason() -> None:
-    """Two attempts that end as real ones do: the step is the reported one, the message the driver's last line."""
+    """The step comes from the report, and the message is the last line of the driver."""
     text = "Traceback (most recent call last):\n  step()\nRuntimeError: shape [{}] is invalid"
     report = {"current": 1, "step": {"step": 3, "total": 10}, "stages": []}
     status: dict[str, Any] = {"conditions": VALID}
@@ -357,7 +357,7 @@ def test_a_status_of_many_attempts_stays_small() -> None:
 
 
 def test_what_an_ended_attempt_said_does_not_outweigh_the_newest() -> None:
-    """Its pod stays, and so does its last word, while the next attempt is further."""
+    """The pod of the ended attempt still exists, with its termination message, while the next attempt is further."""
     old = {"checkpoint": {"stage": 1, "step": 2, "uri": "c-2"}}
     new = {"current": 1, "checkpoint": {"stage": 1, "step": 3, "uri": "c-3"}}
     status = RUNNING | {"attempts": [attempt(1, "Interrupted", 50), attempt(2)], "attempt": 2}
@@ -440,13 +440,13 @@ PREEMPTED = Complaint("Queued", "Preempted: to accommodate a workload")
 
 
 def told(world: Observed, kind: str, settings: Settings = SETTINGS) -> dict[str, Any]:
-    """A condition as decided."""
+    """Return one condition of the status that a decision writes."""
     conditions: list[dict[str, Any]] = decide(world, settings, NOW).status["conditions"]
     return next(item for item in conditions if item["type"] == kind)
 
 
 def test_a_queue_s_own_words_and_no_deadline_while_it_holds_the_attempt() -> None:
-    """The deadline begins again with the admission, as after a suspension."""
+    """The deadline restarts with the admission, as after a suspension."""
     policy = {"activeDeadlineSeconds": 60}
     world = seen(RUNNING | {"startTime": ago(59)}, run(state=RunState.QUEUED), pod(), runPolicy=policy)
     world = replace(world, complaints=(PREEMPTED,))
@@ -459,7 +459,7 @@ def test_a_queue_s_own_words_and_no_deadline_while_it_holds_the_attempt() -> Non
 
 
 def test_a_queue_s_time_is_not_the_image_s() -> None:
-    """Image patience begins when the pods are made, and not while a queue holds the run that is older."""
+    """The timeout of image pulls starts when the pods are created, not while a queue holds the run."""
     since = ago(10)
     pulls = pod(phase="Pending", created=since, waiting=("ImagePullBackOff", "no such image"))
     world = seen(QUEUED, run(state=RunState.PENDING, age=5000), pulls)
@@ -479,7 +479,7 @@ def test_a_queue_may_not_hold_a_preflight_for_ever() -> None:
 
 
 def deleted(*things: Any) -> Observed:
-    """A job that is deleted and whose storage is to be emptied."""
+    """Return a job that is being deleted and whose storage must be removed."""
     world = seen({"conditions": VALID}, *things, storage={"uri": "s3://b/runs", "deletionPolicy": "Delete"})
     marks = {"deletionTimestamp": ago(10), "finalizers": [FINALIZER]}
     return replace(world, body={**world.body, "metadata": {**world.body["metadata"], **marks}})
@@ -498,7 +498,7 @@ def test_a_deleted_job_says_what_it_waits_for_and_a_queue_may_not_hold_it_for_ev
 
 @pytest.mark.parametrize(("status", "number"), [(STARTING, 1), ({"conditions": VALID[:1]}, 0)])
 def test_a_job_that_its_queue_sends_to_another_cluster_is_refused(status: dict[str, Any], number: int) -> None:
-    """Its preflight too, whose pods would be as far away: Kueue holds a Job here as long as it runs there."""
+    """MultiKueue runs the pods elsewhere, also those of the preflight, and holds the Job here meanwhile."""
     away = run(number, RunState.QUEUED, elsewhere=ELSEWHERE)
     world = seen(status, away, kubernetes={"preflight": not number})
     decision = decide(world, SETTINGS, NOW)

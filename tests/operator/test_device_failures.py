@@ -1,4 +1,4 @@
-"""What the operator makes of device faults: the class, the advice, the retry, and the node to keep away from."""
+"""The operator handles device faults: class, advice, retry, and the node that the next attempt avoids."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ REASONS = {
     FaultKind.NCCL_TIMEOUT: (Reason.RENDEZVOUS, True),
     FaultKind.NCCL_SYSTEM: (Reason.RENDEZVOUS, True),
 }
-"""The reason in the status, and whether it is tried again."""
+"""The reason in the status, and whether the job is retried."""
 
 
 def ended(message: str, code: int = 1, **fields: Any) -> PodView:
@@ -96,7 +96,7 @@ def test_no_other_fault_blames_the_node() -> None:
 
 
 def test_a_node_beside_the_driver_s_that_found_itself_unfit() -> None:
-    """Its word is the cause; the driver was told to stop, and would be started again for ever."""
+    """The node's report is the cause: the driver was only stopped, and a retry would fail in the same way."""
     unfit = pod(
         index=1, node="node-b", exit_code=2, phase="Failed", termination_message=said(2, "driver 550 is too old")
     )

@@ -1,4 +1,4 @@
-"""No part of the product but an engine's own module names the engine: a new engine then changes no other module."""
+"""Only the module of an engine names it, so that a new engine changes no other module of the product."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from finetune_operator.engines.registry import AUTO
 ROOT = Path(__file__).parents[2]
 ENGINES_FOLDER = ROOT / "operator" / "finetune_operator" / "engines"
 NODE_ROLE = ROOT / "trainer" / "finetune_trainer" / "launch" / "node_role.py"
-"""The place in the trainer that reads what an engine puts into the environment of its pods."""
+"""The trainer's module that reads the environment variables that engines set in their pods."""
 COMMON_WORDS = {"job", "jobs", "batch"}
-"""Names of the engine `job` that also mean a FineTuneJob: found as values that code compares, passes or returns."""
+"""Names of the engine `job` that also mean a FineTuneJob; the test searches them only as values in code."""
 EVERYWHERE = ("operator", "cli")
 WORDS = {word for engine in ENGINES.values() for word in (engine.name, engine.kind, engine.plural, engine.group)}
 KINDS = [engine.kind for engine in ENGINES.values()] + ["RayCluster", "Indexed"]
@@ -28,18 +28,18 @@ KIND = re.compile(r"\b(" + "|".join(KINDS) + r")\b")
 
 
 def modules(*packages: str) -> list[Path]:
-    """The Python files of packages without the places where engines may be named."""
+    """Yield the Python files of packages, without those where engines may be named."""
     found = (path for package in packages for path in (ROOT / package).rglob("*.py"))
     return sorted(path for path in found if not path.is_relative_to(ENGINES_FOLDER) and path != NODE_ROLE)
 
 
 def named_in_text(source: str) -> list[str]:
-    """The lines that name an engine, its kind, plural or API group: code, comments and docstrings."""
+    """Return the lines (code, comments, docstrings) that name an engine, its kind, plural or API group."""
     return [line.strip() for line in source.splitlines() if DISTINCT.search(line) or KIND.search(line)]
 
 
 def named_in_code(source: str) -> list[str]:
-    """The string constants that name an engine. Keys of mappings, such as `job` of a RunConfig, are no engine."""
+    """Return the string constants that name an engine, without keys of mappings such as `job` of a RunConfig."""
     tree = ast.parse(source)
     skipped = {id(node) for node in _keys_and_docstrings(tree)}
     constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in skipped)
@@ -94,7 +94,7 @@ def test_the_search_finds_text() -> None:
 
 
 def test_the_api_offers_the_registered_engines() -> None:
-    """The only other place with their names: a value of `kubernetes.engine` is an engine, and the other way round."""
+    """The values of `kubernetes.engine` are exactly the registered engines; no other part of the API names them."""
     offered = get_args(Kubernetes.model_fields["engine"].annotation)
     assert set(offered) - {AUTO} == set(ENGINES)
     assert [engine.name for engine in ENGINES.values() if engine.runs_helpers] == ["job"]

@@ -1,4 +1,4 @@
-"""What the registered engines say about objects and pods, and what a decision learns of a job's engine."""
+"""The registered engines describe their objects and pods, and decisions use the engine of the job."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_settings_that_name_an_unknown_engine_are_refused(settings: Settings) ->
 
 
 def test_pods_that_their_engine_does_not_number_have_a_role() -> None:
-    """`finetune logs` finds the driver by it."""
+    """`finetune logs` finds the driver's pod by its role."""
     job = body(kubernetes={"preflight": False, "engine": "kuberay"}, resources={"nodes": 2})
     (main,) = (item for item in plan(job, (StartRun(1),), Settings()) if isinstance(item, Create) and item.run)
     cluster = main.body["spec"]["rayClusterSpec"]

@@ -1,4 +1,4 @@
-"""The settings of leader election."""
+"""The settings of leader election are validated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operator's log lines about operations and attempts."""
+"""The operator logs its operations and the attempts of jobs."""
 
 from __future__ import annotations
 

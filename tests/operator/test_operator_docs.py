@@ -1,4 +1,4 @@
-"""What is documented is what there is."""
+"""The operator's documentation matches its code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODULES = Path(__file__).parents[2] / "operator" / "finetune_operator"
 
 
 def first_cells(heading: str) -> set[str]:
-    """The words in the first column of the table below a heading."""
+    """Return the words in the first column of the table below a heading."""
     section = TEXT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| ([^|]+) \|", section, re.MULTILINE)[1:]
     return {word.strip() for row in rows for word in row.split(",")}

@@ -1,4 +1,4 @@
-"""What is rendered for a run: by either engine, with the user's pod template, within limits."""
+"""Both engines render the objects of a run with the user's pod template, within limits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Json = dict[str, Any]
 
 
 def objects(number: int = 1, settings: Settings = SETTINGS, **spec: Any) -> dict[str, Json]:
-    """Manifests by kind."""
+    """Return the manifests of a run by kind."""
     made = plan(body(**spec), (StartRun(number),), settings)
     return {item.body["kind"]: item.body for item in made if isinstance(item, Create)}
 
@@ -235,7 +235,7 @@ def test_a_network_policy_lets_in_the_run_and_the_operator() -> None:
 
 
 def test_a_variable_of_the_user_s_is_set_once_under_kuberay() -> None:
-    """KubeRay's CRD refuses a name that comes twice."""
+    """KubeRay's CRD rejects a container that sets a variable twice."""
     mine = {"name": "BASH_ENV", "value": "/mine"}
     template = {"spec": {"containers": [{"name": "trainer", "env": [mine, {"name": "RAY_AUTH_MODE", "value": "x"}]}]}}
     made = objects(kubernetes={"engine": "kuberay"}, resources={"nodes": 2, "podTemplate": template})["RayJob"]
@@ -279,7 +279,7 @@ def test_kuberay_takes_the_attempt_s_own_token() -> None:
 
 
 def test_a_ray_job_owns_its_secret_which_comes_after_it() -> None:
-    """KubeRay reads it while the RayJob is being deleted."""
+    """KubeRay reads the Secret while the RayJob is being deleted."""
     made = plan(body(kubernetes={"engine": "kuberay"}), (StartRun(1),), SETTINGS)
     secret = made[-1]
     assert isinstance(secret, Create) and secret.with_run and secret.body["kind"] == "Secret"
@@ -344,7 +344,7 @@ def test_what_a_ray_job_waits_for_is_in_kuberay_s_words() -> None:
 
 @pytest.mark.parametrize(("said", "code"), [(2, 2), (-9, 137), (-15, 143)])
 def test_a_ray_job_s_exit_code(said: int, code: int) -> None:
-    """Ray tells a process that a signal has ended by the signal's negative number."""
+    """Ray reports a process that a signal ended by the negative number of the signal."""
     message = f"Job entrypoint command failed with exit code {said}, last available logs (truncated to 20,000 chars): …"
     ended = ENGINES["kuberay"].observe(ray_job({"jobDeploymentStatus": "Failed", "message": message}))
     assert ended is not None and ended.exit_code == code
@@ -353,7 +353,7 @@ def test_a_ray_job_s_exit_code(said: int, code: int) -> None:
 @pytest.mark.parametrize(("own", "queue"), [("", "gpu"), ("cpu", "cpu")])
 @pytest.mark.parametrize("number", [names.PREFLIGHT_RUN, names.CLEANUP_RUN])
 def test_preflight_and_clean_up_are_queued_too(number: int, own: str, queue: str) -> None:
-    """Else a cluster that queues every Job suspends them for ever."""
+    """A cluster that queues every Job would otherwise suspend them forever."""
     queued = body()
     queued["metadata"]["labels"] = {names.QUEUE_LABEL: "gpu", "kueue.x-k8s.io/priority-class": "high"}
     made = plan(queued, (StartRun(number),), replace(SETTINGS, helper_queue=own))
@@ -363,7 +363,7 @@ def test_preflight_and_clean_up_are_queued_too(number: int, own: str, queue: str
 
 
 def test_an_interruption_does_not_fail_the_job() -> None:
-    """A Job that Kueue suspends ends its pods by exit code 75, and must go on once it is admitted again."""
+    """A Job that Kueue suspends ends its pods with exit code 75 and must continue after its next admission."""
     rules = objects()["Job"]["spec"]["podFailurePolicy"]["rules"]
     codes = [code for rule in rules for code in rule.get("onExitCodes", {}).get("values", [])]
     assert codes == [2, 3, 4]

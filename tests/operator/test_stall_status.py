@@ -1,4 +1,4 @@
-"""A stalled attempt: what the status says, how it counts, and which node the next one would rather not have."""
+"""A stalled attempt: its status, the backoff count, and the node that the next attempt avoids."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ OWN = {"weight": 1, "preference": {"matchExpressions": [{"key": "a", "operator":
 
 
 def found_in(value: Any, name: str) -> Any:
-    """The first value of that name in nested JSON."""
+    """Return the first value of that name in nested JSON."""
     if isinstance(value, dict):
         if name in value:
             return value[name]

@@ -1,4 +1,4 @@
-"""Events are asked for seldom: of runs that are old enough, and so many a minute of all jobs together."""
+"""The operator lists events only for runs of a minimum age, with a limit per minute for all jobs together."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MESSAGE = "pods are forbidden: exceeded quota"
 
 
 class Events:
-    """An API server with one event, made at `NOW`, and a count of the questions."""
+    """An API server with one event from `NOW` that counts its requests."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -67,7 +67,7 @@ def test_pods_that_explain_themselves_and_runs_that_go_well_are_not_asked_about(
 
 
 def test_a_run_that_a_queue_holds_is_told_in_the_queue_s_words() -> None:
-    """Those of Kueue 0.19's Workload, which is found by the run's uid."""
+    """The message is that of Kueue 0.19's Workload, which is found by the uid of the run."""
     preempted = "Preempted to accommodate a workload (UID: 1, JobUID: 2) due to prioritization in the ClusterQueue"
     quota = "couldn't assign flavors to pod set main: insufficient unused quota for cpu in flavor default"
     found = {"status": {"conditions": [

@@ -1,4 +1,4 @@
-"""The last collective operations of real processes, read from outside while one of them hangs."""
+"""The last collectives of real processes are read from outside while one of the processes hangs."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_process_that_does_not_answer_has_no_operations(tmp_path: Path) -> Non
 
 
 def test_an_operation_of_nccl_says_whether_its_kernel_has_started() -> None:
-    """As NCCL's recorder has it: `retired` only once torch's watchdog has seen the end of the operation."""
+    """NCCL's recorder sets `retired` only after torch's watchdog has seen the end of the operation."""
     entries: list[dict[str, Any]] = [
         nccl(7, state="completed"),
         nccl(8, state="started"),

@@ -1,4 +1,4 @@
-"""Pulses of real processes, some of which hang: what counts as progress, and what is found of them from outside."""
+"""Heartbeats of real processes, some of which hang: what counts as progress, and what a report contains."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ globals()[sys.argv[2]]()
 
 @pytest.fixture
 def begin(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
-    """Starts a process that does what its word says; `a_read_that_hangs` reads a pipe that nothing is written to."""
+    """Return a function that starts a process with one of the faults of `WORKER`."""
     import os
 
     pipe, begun = tmp_path / "pipe", []
@@ -120,7 +120,7 @@ def test_work_shows_in_the_kernel_s_accounts_and_waiting_does_not(
 
 
 class Heard:
-    """Receives beats."""
+    """A receiver of heartbeats."""
 
     def __init__(self) -> None:
         self.beats: list[WorkerHeartbeat] = []
@@ -147,7 +147,7 @@ def test_a_beat_and_a_phase_are_told() -> None:
 
 
 def test_work_counts_outside_of_measured_phases_alone() -> None:
-    """A worker that waits in NCCL spins: there its CPU time is no progress. A merge has no other progress to tell."""
+    """A worker that waits in NCCL spins, so its CPU time is no progress there; a merge has only its CPU time."""
     heard, own = Heard(), Heartbeat()
     with HeartbeatThread(first_heartbeat(0, 1, "a", "id"), own, heard):
         heard.next()
@@ -165,7 +165,7 @@ def test_work_counts_outside_of_measured_phases_alone() -> None:
 
 
 def test_a_phase_within_a_phase_keeps_its_place_and_gives_it_back() -> None:
-    before = process_heartbeat().phase  # of whatever ran in this process before
+    before = process_heartbeat().phase  # left by an earlier test in this process
     with in_phase("saving", step=7, order=3), in_phase("waiting", measured=True, waits=True):
         assert process_heartbeat().phase == Phase("waiting", True, True, 7, 3)
     assert process_heartbeat().phase == before
@@ -282,7 +282,7 @@ def test_a_driver_that_never_gets_an_answer_about_its_workers_is_told_and_one_th
     with DriverWatch(2, hung) as watch, watch.paused():
         until = time.monotonic() + 3.5
         while time.monotonic() < until:
-            with watch.listening():  # each look is short
+            with watch.listening():  # each wait is short
                 pass
             assert not ended.wait(0.2)
         with watch.listening():

@@ -15,7 +15,7 @@ from finetune_trainer.progress.reporter import Progress, Reporter
 
 
 class Clock:
-    """A clock that stands until it is moved."""
+    """A clock that changes only when a test sets it."""
 
     now = 0.0
 
@@ -145,7 +145,7 @@ def test_console_survives_calls_out_of_order() -> None:
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     encoding = "utf-8"  # type: ignore[assignment]
 
@@ -171,7 +171,7 @@ def test_the_stream_decides(
 
 
 class Broken(PlainReporter):
-    """Raises at every log line."""
+    """A log that raises at every line."""
 
     def log(self, message: str) -> None:
         raise BrokenPipeError("gone")
@@ -205,7 +205,7 @@ def test_what_an_attempt_waits_for_is_in_its_report_while_it_waits(monkeypatch: 
 def test_why_workers_start_again_is_in_the_report_until_they_train() -> None:
     reporter = AttemptReporter(["sft"])
     reporter.restarting("error: OSError: [Errno 28] No space left on device")
-    reporter.stage_started(0, "sft", 1, "2 workers")  # they are there, and may fail at once
+    reporter.stage_started(0, "sft", 1, "2 workers")  # the workers run and may fail from here on
     assert reporter.report().restarting == "error: OSError: [Errno 28] No space left on device"
     reporter.progress(step(1))
     assert reporter.report().restarting is None

@@ -1,4 +1,4 @@
-"""The quickstart's data: the same each time, valid, and its held-out questions really held out."""
+"""The quickstart's data is reproducible and valid, and its evaluation questions are not in its training data."""
 
 from __future__ import annotations
 

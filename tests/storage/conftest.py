@@ -1,4 +1,4 @@
-"""A real S3 server for the tests of storage, and the environment that leads every process to it."""
+"""A real S3 server for the storage tests, and the environment that configures it for every process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Storage and checkpoints at `gs://`, on a server that speaks Google Cloud Storage's API (fake-gcs-server)."""
+"""Storage and checkpoints at `gs://`, on a server with Google Cloud Storage's API (fake-gcs-server)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from finetune_trainer.layout import MANIFEST, StageLayout
 from finetune_trainer.storage.checkpoints import CheckpointStore
 from finetune_trainer.storage.filesystem import Storage
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(120, func_only=True)]  # the first has the server built
+pytestmark = [pytest.mark.long, pytest.mark.timeout(120, func_only=True)]  # the first test builds the server
 BUCKET = "models"
 MIB = 1 << 20
 
 
 class GcsServer:
-    """A context manager: entering starts it with a bucket, leaving stops it."""
+    """A context manager that starts the server with a bucket and stops it."""
 
     def __init__(self, program: Path, directory: Path) -> None:
         port = free_port()
@@ -62,7 +62,7 @@ def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GcsServer]:
 
 @pytest.fixture
 def storage(gcs: GcsServer, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    """As a job has it: by its environment."""
+    """Return the storage that the environment configures, as in a job."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs.endpoint)
     return Storage(f"gs://{BUCKET}/{uuid4().hex}", token="anon", endpoint_url=gcs.endpoint)
 

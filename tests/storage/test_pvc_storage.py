@@ -1,4 +1,4 @@
-"""`pvc://` URIs in the trainer: the place where the operator mounts the claim."""
+"""The trainer resolves `pvc://` URIs to the path where the operator mounts the claim."""
 
 from __future__ import annotations
 

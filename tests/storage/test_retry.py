@@ -1,4 +1,4 @@
-"""What is told of waits for a store that go on at the same time."""
+"""Waits for a store that overlap are reported until the last of them ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_trainer.storage import retry
 
 def test_a_wait_is_told_until_the_last_of_several_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr(retry._waits, "report", None)  # what listened before listens again afterwards
+    monkeypatch.setattr(retry._waits, "report", None)  # monkeypatch restores the previous listener
     monkeypatch.setattr(retry, "FIRST_SECONDS", 0.01)
     retry.on_waiting(told.append)
     back = {name: threading.Event() for name in "ab"}
@@ -21,7 +21,7 @@ def test_a_wait_is_told_until_the_last_of_several_ends(monkeypatch: pytest.Monke
 
     def work(name: str) -> None:
         if tries[name] > 0:
-            tried_again[name].set()  # so its wait has been told, or stands behind another's
+            tried_again[name].set()  # its wait has been reported, or another wait is being reported
         tries[name] += 1
         if not back[name].is_set():
             raise TimeoutError(name)

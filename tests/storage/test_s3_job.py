@@ -1,4 +1,4 @@
-"""A whole job with its corpus and its storage on S3: killed, gone on with, loaded by plain transformers."""
+"""A job with its corpus and storage on S3 is killed, resumes, and plain transformers loads its result."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def job() -> dict[str, Any]:
 
 @pytest.mark.timeout(600)
 def test_a_job_on_s3_is_killed_and_goes_on(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine is another one afterwards: its cache, with all that was not in storage, is gone."""
+    """The job resumes on another machine: the cache, with everything that was not in storage, is lost."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     s3.fs.pipe_file(f"{BUCKET}/corpus/a.jsonl", "\n".join(json.dumps({"text": text}) for text in TEXTS).encode())
@@ -78,7 +78,7 @@ def test_a_job_on_s3_is_killed_and_goes_on(s3: S3Server, tmp_path: Path, monkeyp
 
 
 def _check_results(s3: S3Server, tmp_path: Path) -> None:
-    """The curve is whole, though two machines drew it; the model speaks its tokenizer."""
+    """Check that the loss curve of both machines is complete and that the model matches its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     stages = f"{BUCKET}/runs/tiny/stages"

@@ -1,4 +1,4 @@
-"""Storage and checkpoints on a real S3 server: whole or not there, and patient while the server is away."""
+"""Checkpoints on a real S3 server are complete or absent, and clients wait during an outage of the server."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def store(storage: Storage, tmp_path: Path) -> CheckpointStore:
 
 
 def written(store: CheckpointStore, step: int, size: int = 1000) -> Path:
-    """A checkpoint's files where a worker writes them, as yet on its machine alone."""
+    """Write the files of a checkpoint to the local disk, as a worker does."""
     place = store.local_directory(step)
     (place / "inner").mkdir(parents=True)
     (place / "model.safetensors").write_bytes(random.Random(step).randbytes(size))
@@ -101,7 +101,7 @@ def test_a_checkpoint_counts_once_its_manifest_is_there(store: CheckpointStore) 
 
 
 def test_parts_of_an_upload_that_never_ended_go_too(store: CheckpointStore, s3: S3Server) -> None:
-    """Those of this stage: another's upload may be on its way."""
+    """Only uploads of this stage are removed, because another stage's upload may be in progress."""
     bucket, _, root = store.storage.path("").partition("/")
     own, others = f"{root}/{store.layout.checkpoint(9)}/model.safetensors", f"{root}-other/model.safetensors"
     for key in (own, others):
@@ -141,9 +141,9 @@ def test_a_download_has_just_what_storage_has(storage: Storage, tmp_path: Path) 
 def test_a_server_that_is_away_in_the_middle_of_a_save_loses_no_checkpoint(
     store: CheckpointStore, s3: S3Server, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is killed once the upload has begun (or a little later), and comes back after a while; the wait is told."""
+    """The server is killed during or after the start of an upload and restarts later; the wait is reported."""
     told: list[str] = []
-    monkeypatch.setattr(retry._waits, "report", None)  # what listened before listens again afterwards
+    monkeypatch.setattr(retry._waits, "report", None)  # monkeypatch restores the previous listener
     retry.on_waiting(told.append)
     place = written(store, 30, 200 * MIB)
     content = (place / "model.safetensors").read_bytes()
@@ -188,9 +188,9 @@ def test_rows_of_a_bucket_as_a_source(storage: Storage, tmp_path: Path) -> None:
 
 
 def test_an_attempt_that_a_later_one_has_followed_saves_no_more(storage: Storage) -> None:
-    """As on a node that the cluster has given up, which is alive all the same."""
+    """The old attempt may still run, for example on a node that the cluster has given up."""
     first, second = AttemptFence(storage, 1), AttemptFence(storage, 2)
-    first.check()  # nobody has begun: nothing to lose
+    first.check()  # no later attempt has begun, so the check passes
     storage.write_text(RUN_CONFIG, json.dumps({"attempt": 1}))
     first.check()
     storage.write_text(RUN_CONFIG, json.dumps({"attempt": 2}))

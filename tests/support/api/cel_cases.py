@@ -1,6 +1,6 @@
-"""One table of objects that the CRD's CEL rules accept and refuse, for cel-python and for a real API server.
+"""A table of objects that the CRD's CEL rules accept and reject, for cel-python and for a real API server.
 
-A case says what to set below the node that has the rule; it is tried at every node that has it (the rules of a data
+A case contains assignments below the node of a rule; it is tested at every node with the rule (the rules of a data
 source, say, at `data` and `evalData` of every stage). A rule without a case, and a case without a rule, are errors.
 """
 
@@ -27,7 +27,7 @@ OPTIONAL = {
     "expertConfig": "{file: x}",
     "decontaminate": "{sources: [{file: x}]}",
 }
-"""Nodes that the sample job lacks, as they are made for a case below them."""
+"""Values of optional nodes that the sample job lacks, for cases below them."""
 SCORED = {
     "data": DATA,
     "metrics": ["rougeL", "executionAccuracy"],
@@ -41,25 +41,25 @@ SYNTHESES: dict[str, Job] = {
     "text2cypher": {"text2cypher": {"database": {"file": "x"}}, "teacher": TEACHER},
     "text2sql": {"text2sql": {"database": {"file": "x"}}, "teacher": TEACHER},
 }
-"""A stage that makes data, by its method."""
+"""Values of a stage that synthesizes data, by its method."""
 PLAIN = {
     "evaluate": SCORED,
     "synthesize": SYNTHESES["evolve"],
     **{kind: {"data": DATA} | more for kind, more in MORE.items()},
 }
-"""Stages that need more than data."""
+"""Values of stages that need more than data."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Assignments below a rule's node (`=value` sets the node itself) that it accepts, and others that it refuses."""
+    """Assignments below a rule's node (`=value` sets the node itself) that it accepts, and others that it rejects."""
 
     rule: str
     """A part of the rule's text."""
     accepted: tuple[str, ...]
     refused: tuple[str, ...]
     only: str = ""
-    """What the schema path of the node ends with, where the case is not for every node that has the rule."""
+    """Suffix of the node's schema path, where the case is not for every node that has the rule."""
 
 
 CASES = (
@@ -170,10 +170,10 @@ CHANGES = tuple(
 
 @dataclass(frozen=True)
 class Example:
-    """A case at one node: two whole jobs, and what is said about the second."""
+    """A case at one node: an accepted job, a rejected job, and the message of the rejection."""
 
     node: str
-    """The node's place in the job, such as `spec.stages[2].sft.data`."""
+    """The path of the node in the job, such as `spec.stages[2].sft.data`."""
     rule: str
     message: str
     accepted: Job
@@ -184,7 +184,7 @@ class Example:
 
 
 def rules(schema: Job = ROOT, path: str = "") -> Iterator[tuple[str, str, str]]:
-    """Schema path (such as `.spec.stages[].sft.data`), text and message of every rule of the CRD."""
+    """Yield schema path (such as `.spec.stages[].sft.data`), text and message of every rule of the CRD."""
     for rule in schema.get("x-kubernetes-validations", []):
         yield path, rule["rule"], rule["message"]
     for name, inner in schema.get("properties", {}).items():
@@ -196,7 +196,7 @@ def rules(schema: Job = ROOT, path: str = "") -> Iterator[tuple[str, str, str]]:
 
 
 def base_job() -> Job:
-    """The sample job, with a plain stage of each kind that it lacks."""
+    """Return the sample job with a plain stage of each kind that it lacks."""
     job = copy.deepcopy(JOB)
     stages: list[Job] = job["spec"]["stages"]
     present = {kind for stage in stages for kind in stage}
@@ -207,7 +207,7 @@ def base_job() -> Job:
 
 
 def examples(cases: tuple[Case, ...] = CASES) -> list[Example]:
-    """Every case at every node that has its rule."""
+    """Return every case at every node that has its rule."""
     return [
         _example(case, path, rule, message)
         for path, rule, message in rules()
@@ -217,7 +217,7 @@ def examples(cases: tuple[Case, ...] = CASES) -> list[Example]:
 
 
 def without_case() -> list[str]:
-    """What to add to this table: each rule that no case is for, and each case that no rule is for."""
+    """Return an error for each rule without a case, and for each case without a rule."""
     everything = list(rules())
     tried = {(path, rule) for path, rule, _ in everything for case in (*CASES, *CHANGES) if _is_for(case, path, rule)}
     missing = [
@@ -245,7 +245,7 @@ def _example(case: Case, path: str, rule: str, message: str) -> Example:
 
 
 def _node(path: str, job: Job) -> str:
-    """Where the sample job has the node of a schema path."""
+    """Return the path in the sample job of the node with this schema path."""
     head, _, rest = path.removeprefix(".").partition("stages[]")
     if not rest:
         return head + ("stages[1]" if "stages[]" in path else "")
@@ -255,13 +255,13 @@ def _node(path: str, job: Job) -> str:
 
 
 def _parents(node: str) -> list[str]:
-    """Assignments that make the optional nodes on the way to `node`."""
+    """Return assignments that create the optional parents of `node`."""
     parts = node.split(".")
     return [*_synthesis(parts), *_optional(parts)]
 
 
 def _synthesis(parts: list[str]) -> list[str]:
-    """A stage that makes data in the way that a node below it is about."""
+    """Return an assignment of a synthesis stage with the method of a node below it."""
     if "synthesize" not in parts:
         return []
     at = parts.index("synthesize")

@@ -15,21 +15,21 @@ ASYNC = (
     "incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA` to enable "
     "device-side assertions.\n"
 )
-"""What torch adds to each CUDA error. It speaks of device-side assertions, whatever the error is."""
+"""Text that torch adds to each CUDA error; it mentions device-side assertions for any error."""
 _NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, "
 _NCCL_VERSION = " (run with NCCL_DEBUG=INFO for details), NCCL version 2.29.7\n"
 
 
 @dataclass(frozen=True)
 class DeviceText:
-    """One text. `error` is the class that raises it, by its name in torch, subprocess or builtins."""
+    """One error text. `error` is the class that raises it, by its name in torch, subprocess or builtins."""
 
     name: str
     error: str
     text: str
     kind: FaultKind | None
     advises: str = ""
-    """Words that the advice must have."""
+    """Words that the advice must contain."""
 
 
 def _oom(wanted: str) -> str:

@@ -1,4 +1,4 @@
-"""A valid job of every kind of stage, for tests to break."""
+"""A valid job that has one stage of each kind."""
 
 from __future__ import annotations
 
@@ -23,4 +23,4 @@ MORE: dict[str, dict[str, Any]] = {
     "rlhf": {"rewards": [{"stage": "reward"}]},
     "online": {"judge": {"stage": "reward"}},
 }
-"""What stages need beside data, of the kinds that `JOB` lacks."""
+"""Fields that stages need in addition to data, of the kinds that `JOB` lacks."""

@@ -1,4 +1,4 @@
-"""How to reach an API server as somebody: a client, a kubeconfig, kubectl; and namespaces to work in."""
+"""Access to an API server as a user (client, kubeconfig, kubectl), and test namespaces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Access:
-    """An address, the authority behind its certificate, and a bearer token."""
+    """An API server's address, its CA, and a bearer token."""
 
     url: str
     ca_file: Path
@@ -26,11 +26,11 @@ class Access:
     kubectl_path: Path
 
     def at(self, url: str) -> Access:
-        """The same credentials at another address, such as a proxy's."""
+        """Return the same credentials for another address, such as a proxy's."""
         return replace(self, url=url)
 
     def client(self, user_agent: str = "") -> client.ApiClient:
-        """A client of the official library; close it, or use it as a context manager."""
+        """Return a client of the official library; close it, or use it as a context manager."""
         configuration = client.Configuration()
         configuration.host = self.url
         configuration.ssl_ca_cert = str(self.ca_file)
@@ -41,7 +41,7 @@ class Access:
         return made
 
     def kubeconfig(self, path: Path, namespace: str = "default") -> Path:
-        """Write a kubeconfig (JSON, which is YAML) readable by its owner alone, and return where it is."""
+        """Write a kubeconfig (JSON, which is YAML) that only its owner can read, and return its path."""
         cluster = {"server": self.url, "certificate-authority": str(self.ca_file)}
         context = {"cluster": "test", "user": "test", "namespace": namespace}
         content = {
@@ -60,7 +60,7 @@ class Access:
         """Run kubectl as this user.
 
         Raises:
-            AssertionError: it failed and `check` is set; the message is what it said.
+            AssertionError: it failed and `check` is set; the message is its output.
         """
         options = [f"--server={self.url}", f"--certificate-authority={self.ca_file}", f"--token={self.token}"]
         command = [str(self.kubectl_path), "--kubeconfig=/dev/null", *options, *arguments]
@@ -69,7 +69,7 @@ class Access:
         return done
 
     def apply(self, *manifests: Json, namespace: str = "default") -> None:
-        """Server-side apply of manifests; a namespace of their own wins over `namespace`."""
+        """Apply manifests on the server side; a namespace in a manifest overrides `namespace`."""
         items = {"apiVersion": "v1", "kind": "List", "items": list(manifests)}
         options = ["--server-side", "--force-conflicts", f"--namespace={namespace}"]
         self.kubectl("apply", *options, "--filename=-", stdin=json.dumps(items))
@@ -83,7 +83,7 @@ class Access:
                 until(listing, _established, field_selector=f"metadata.name={definition['metadata']['name']}")
 
     def service_account(self, namespace: str, name: str, *, seconds: int = 3600) -> Access:
-        """The access that a pod of this service account has, by a token of its own (TokenRequest)."""
+        """Return the access of a pod with this service account, with a new token (TokenRequest)."""
         spec = client.V1TokenRequestSpec(audiences=[], expiration_seconds=seconds)
         request = client.AuthenticationV1TokenRequest(spec=spec)
         with self.client() as api:
@@ -98,16 +98,16 @@ def _established(definition: client.V1CustomResourceDefinition) -> bool:
 
 @contextmanager
 def namespace_of(access: Access, prefix: str, labels: dict[str, str] | None = None) -> Iterator[str]:
-    """A namespace with its default service account there; at the end it is deleted, without waiting.
+    """Create a namespace with its default service account; delete it at the end without waiting.
 
-    Its pods go at once: on a node without a kubelet they would hold it for ever.
+    Its pods are deleted at once, because they would block the deletion forever on a node without a kubelet.
     """
     name = f"{prefix[:40].strip('-')}-{uuid.uuid4().hex[:8]}"
     with access.client() as api:
         core = client.CoreV1Api(api)
         core.create_namespace(client.V1Namespace(metadata=client.V1ObjectMeta(name=name, labels=labels)))
         accounts = core.list_namespaced_service_account
-        # The controllers come back slowly from an API server that was away.
+        # The controllers may take long to recover after an outage of the API server.
         until(accounts, lambda found: found.metadata.name == "default", timeout=120, namespace=name)
         try:
             yield name
@@ -117,7 +117,7 @@ def namespace_of(access: Access, prefix: str, labels: dict[str, str] | None = No
 
 
 def until(listing: Callable[..., Any], wanted: Callable[[Any], bool], *, timeout: float = 30, **query: Any) -> Any:
-    """The first object that `wanted` says yes to, of those that `listing(**query)` has or comes to have: by a watch.
+    """Watch the objects of `listing(**query)` until `wanted` accepts one, and return it.
 
     `listing` is a list method of the official client.
 
@@ -133,16 +133,16 @@ def until(listing: Callable[..., Any], wanted: Callable[[Any], bool], *, timeout
 
 
 def _in_short(item: Any) -> str:
-    """The rest of an object would hide that among a failed test's words."""
+    """Return name and status as JSON, so that a test's failure message is short."""
     whole = client.ApiClient().sanitize_for_serialization(item) or {}
     return json.dumps({"name": whole.get("metadata", {}).get("name"), "status": whole.get("status")})
 
 
 def until_gone(listing: Callable[..., Any], name: str, *, timeout: float = 30, **query: Any) -> None:
-    """Come back when `listing(**query)` has no object of that name: by a watch.
+    """Watch `listing(**query)` until it has no object of that name.
 
     Raises:
-        AssertionError: it is still there after `timeout` seconds.
+        AssertionError: it still exists after `timeout` seconds.
     """
     found = client.ApiClient().sanitize_for_serialization(listing(**query))
     if all(item["metadata"]["name"] != name for item in found["items"]):

@@ -1,4 +1,4 @@
-"""What a request to the API server asks for, and what should go wrong with it."""
+"""Requests to the API server, and the faults to inject into them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OF_NAMESPACES = ("status", "finalize")
 
 @dataclass(frozen=True)
 class Call:
-    """One request, in RBAC's words."""
+    """One request, described as in RBAC rules."""
 
     number: int
     """Position among all requests of this proxy, from 1."""
@@ -36,11 +36,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a request.
+    """A fault of a request.
 
-    `answer`: the proxy answers `status` itself; the API server never sees the request. `drop`: nor does it here, and
-    the connection breaks. `lose`: the API server does what is asked, and the connection breaks before its answer.
-    `delay`: the request waits `seconds`. `cut`: the answer breaks off after `chunks` pieces of it (of a watch, one or
+    `answer`: the proxy answers `status` itself, and the API server receives nothing. `drop`: the API server receives
+    nothing, and the connection breaks. `lose`: the API server handles the request, and the connection breaks before its
+    answer. `delay`: the request waits `seconds`. `cut`: the answer breaks off after `chunks` chunks (of a watch, one or
     more events each).
     """
 
@@ -49,7 +49,7 @@ class Fault:
     seconds: float = 0.1
     chunks: int = 1
     then: Callable[[], None] | None = None
-    """Called when the fault strikes: for `lose`, after the API server's answer. Kill the client here, for example."""
+    """Called when the fault is injected, for `lose` after the API server's answer; for example to kill the client."""
 
 
 Rule = Callable[[Call], Fault | None]
@@ -57,15 +57,12 @@ Choice = Callable[[Call], bool]
 
 
 def anything(_: Call) -> bool:
-    """Picks every request."""
+    """Select every request."""
     return True
 
 
 def schedule(seed: int, rate: float, faults: Iterable[Fault], where: Choice = anything) -> Rule:
-    """A rule that strikes a share `rate` of the requests that `where` picks, with one of `faults` each time.
-
-    The same seed and order of requests give the same faults.
-    """
+    """Return a rule that injects one of `faults` into a share `rate` of the requests that `where` selects."""
     chance, choices = random.Random(seed), list(faults)
 
     def rule(call: Call) -> Fault | None:
@@ -75,7 +72,7 @@ def schedule(seed: int, rate: float, faults: Iterable[Fault], where: Choice = an
 
 
 def at_write(number: int, fault: Fault, where: Choice = anything) -> Rule:
-    """A rule that strikes once: at the `number`-th write (from 1) of those that `where` picks."""
+    """Return a rule that injects one fault, at the `number`-th write (from 1) of those that `where` selects."""
     seen = 0
 
     def rule(call: Call) -> Fault | None:
@@ -87,7 +84,7 @@ def at_write(number: int, fault: Fault, where: Choice = anything) -> Rule:
 
 
 def read_call(number: int, writes: int, method: str, path: str, query: Mapping[str, str], agent: str) -> Call:
-    """The call that an HTTP request makes; `writes` is how many writes there were before it."""
+    """Return the call of an HTTP request; `writes` is the number of earlier writes."""
     parts = path.strip("/").split("/")
     rest = parts[2:] if parts[0] == "api" else parts[3:] if parts[0] == "apis" else []
     namespace = ""

@@ -1,7 +1,6 @@
-"""A scheduler and kubelet for thousands of pods at once: each is bound, runs, and is done when it is deleted.
+"""A scheduler and kubelet for thousands of pods: each is bound, runs, and ends when it is deleted.
 
-Work is driven by one watch; `ends` may let a running pod finish. For single pods and for failures, see
-`kubelet_stand_in`.
+One watch drives it; `ends` may end a running pod. For single pods and for failures, see `kubelet_stand_in`.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ MERGE = {"Content-Type": "application/strategic-merge-patch+json"}
 MAX_LINE = 16 * 1024 * 1024
 PARALLEL = 50
 SETTLED = (200, 201, 404, 409)
-"""Done, gone meanwhile, or already done."""
+"""Status codes of a change that was made, whose pod is gone, or that was made before."""
 START_SECONDS = 10
 SIGTERM_EXIT = 143
 
 
 def never(_: Json) -> int | None:
-    """No pod ends by itself."""
+    """Return None, so that no pod ends by itself."""
     return None
 
 
 class AutoKubelet:
-    """A context manager: while it is entered, the pods of `selector` in every namespace move by themselves."""
+    """A context manager that binds, runs and ends the pods of `selector` in every namespace."""
 
     def __init__(
         self, access: Access, node: str, *, selector: str = "", ends: Callable[[Json], int | None] = never
     ) -> None:
-        """`node` exists already; `ends` gives the exit code of a running pod (JSON) that is to end at once."""
+        """Set up for an existing `node`; `ends` returns the exit code of a running pod (JSON) that must end."""
         self._access, self._node, self._selector, self._ends = access, node, selector, ends
         self._running: set[str] = set()
         self._changed = threading.Condition()
@@ -62,7 +61,7 @@ class AutoKubelet:
             raise self._error
 
     def wait_running(self, count: int, timeout: float = 60) -> None:
-        """Come back once `count` pods have run.
+        """Wait until `count` pods have run.
 
         Raises:
             AssertionError: fewer have within `timeout` seconds.
@@ -87,7 +86,7 @@ class AutoKubelet:
             await asyncio.gather(watching, stopping, *self._tasks, return_exceptions=True)
 
     async def _watch(self) -> None:
-        """Follow the pods, with no resource version: those that are there come first."""
+        """Follow the pods without a resource version, so that existing pods come first."""
         query = {"watch": "1", "labelSelector": self._selector}
         while True:
             async with self._session.get("/api/v1/pods", params=query) as answer:
@@ -104,7 +103,7 @@ class AutoKubelet:
         task.add_done_callback(self._tasks.discard)
 
     async def _move(self, pod: Json) -> None:
-        """The one next step of a pod in this state; the change brings the next event."""
+        """Make the next step of a pod; the change triggers the next event."""
         metadata, status = pod["metadata"], pod["status"]
         path = f"/api/v1/namespaces/{metadata['namespace']}/pods/{metadata['name']}"
         phase = status.get("phase", "Pending")

@@ -1,7 +1,7 @@
-"""A Kubernetes control plane on loopback: etcd, kube-apiserver with RBAC, and the controllers that jobs rely on.
+"""A Kubernetes control plane on loopback: etcd, kube-apiserver with RBAC, and the controllers that jobs need.
 
-There is no scheduler and no kubelet: Jobs make their pods, owners take their children with them and TTLs end, but a pod
-moves only when a test moves it (`kubelet_stand_in`). `tests/e2e` adds them.
+There is no scheduler and no kubelet: Jobs create pods, owned objects are deleted and TTLs expire, but a pod changes
+only when a test changes it (`kubelet_stand_in`). `tests/e2e` adds both.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ CONTROLLERS = (
 ISSUER = "https://kubernetes.default.svc"
 SERVICE_RANGE = "10.96.0.0/16"
 WATCH_GRACE = 3.0
-"""Seconds for the API server to end what it is doing; open watches would hold it for a minute."""
+"""Seconds for the API server to end open requests; it would wait a minute for open watches."""
 
 
 class ControlPlane:
-    """etcd, kube-apiserver and kube-controller-manager, keeping all they write in `directory`.
+    """etcd, kube-apiserver and kube-controller-manager, which write all their files to `directory`.
 
     A context manager: entering starts them and waits until they are ready, leaving stops them.
     """
@@ -57,31 +57,31 @@ class ControlPlane:
         service_range: str = SERVICE_RANGE,
         definitions: Sequence[Json] = (),
     ) -> None:
-        """`apiserver_options` are added to the API server's own (an audit log, say), `controllers` to `CONTROLLERS`.
+        """Add `apiserver_options` to the API server's options (an audit log, say), `controllers` to `CONTROLLERS`.
 
         Args:
-            address: where the API server listens.
-            port: the port there; 0 is any that is free.
+            address: of the API server.
+            port: of the API server; 0 selects a free port.
             definitions: CRDs that exist before the controllers start. The garbage collector looks for new
                 kinds only every 30 s, and until then does not delete the objects that they own.
 
         Raises:
-            MissingAsset: the binaries are neither given nor can be built.
+            MissingAsset: the binaries are neither given nor can they be built.
         """
         binaries = assets(CONTROL_PLANE)
         self._controllers, self._definitions = (*CONTROLLERS, *controllers), definitions
         self.directory = directory
         self.kubectl = binaries["kubectl"]
         self.start_seconds = 0.0
-        """How long the last start took until all was ready."""
+        """Duration of the last start until all servers were ready."""
         self._etcd_port, self._etcd_peer_port, self._port, self._manager_port = (free_port() for _ in range(4))
         self._port = port or self._port
         self._address, self._service_range = address, service_range
         self.url = f"https://{address}:{self._port}"
         self.ca_file = directory / "certs" / "apiserver.crt"
-        """The API server's certificate with the authority that signed it."""
+        """The API server's certificate with its CA."""
         self.key_file = directory / "certs" / "apiserver.key"
-        """Its key, so that a proxy can pass for the API server."""
+        """The API server's private key, with which a proxy can serve the same certificate."""
         self._sa_key = directory / "service-accounts.key"
         self.admin = Access(self.url, self.ca_file, self._prepare(), self.kubectl)
         kubeconfig = self.admin.kubeconfig(directory / "admin.kubeconfig")
@@ -120,18 +120,18 @@ class ControlPlane:
         self._apiserver.start(lambda: self._healthy(f"{self.url}/readyz"))
 
     def stop_apiserver(self, *, kill: bool = False) -> None:
-        """An outage: every watch is cut, and nobody listens at the address."""
+        """Stop the API server: every watch is cut, and connections are refused."""
         if kill:
             self._apiserver.kill()
         else:
             self._apiserver.stop(grace=WATCH_GRACE)
 
     def restart_apiserver(self, *, kill: bool = False, controllers: bool = True) -> None:
-        """An outage of a few seconds, at the same address, over the same data; open watches are cut.
+        """Restart the API server at the same address with the same data; open watches are cut.
 
         Args:
-            controllers: whether they start anew as well. Else they find the API server again by a back-off of their
-                own, which is up to a minute where one outage follows another.
+            controllers: whether to restart them as well. Otherwise they reconnect with backoff, after up to a minute
+                where several outages follow each other.
         """
         self.stop_apiserver(kill=kill)
         if controllers:
@@ -145,11 +145,11 @@ class ControlPlane:
         self._manager.start(lambda: self._healthy(f"https://127.0.0.1:{self._manager_port}/healthz", verify=False))
 
     def stop_controllers(self) -> None:
-        """No Job makes pods, and nothing is collected, until `start_controllers`."""
+        """Stop the controllers: until `start_controllers`, no Job creates pods and no garbage is collected."""
         self._manager.stop()
 
     def apiserver_pid(self) -> int:
-        """Process id of the API server, for measuring it."""
+        """Process id of the API server, for measurements."""
         return self._apiserver.pid
 
     def _prepare(self) -> str:
@@ -202,7 +202,7 @@ class ControlPlane:
         ]
 
     def _manager_options(self, kubeconfig: Path) -> list[str]:
-        """Its own client limits are lifted: a test of thousands of jobs measures the operator, not this."""
+        """Return the options, without client rate limits so that tests of many jobs measure only the operator."""
         return [
             f"--kubeconfig={kubeconfig}",
             f"--controllers={','.join(self._controllers)}",
@@ -220,7 +220,7 @@ class ControlPlane:
 
 
 def _ec_private_key() -> str:
-    """A P-256 private key as PEM (SEC 1, RFC 5915, without the optional public key): no library needed for a test's."""
+    """Return a P-256 private key as PEM (SEC 1, RFC 5915, without the public key), which needs no library."""
     curve = bytes.fromhex("a00a06082a8648ce3d030107")
     body = bytes.fromhex("020101") + b"\x04\x20" + (secrets.randbits(255) or 1).to_bytes(32, "big") + curve
     encoded = base64.encodebytes(b"\x30" + bytes([len(body)]) + body).decode()

@@ -1,7 +1,7 @@
-"""A reverse proxy in front of the API server: it counts requests, and fails those that a rule picks.
+"""A reverse proxy in front of the API server that counts requests and injects faults by a rule.
 
-It speaks HTTPS with the API server's own certificate, so a kubeconfig needs another address and nothing else. Watches
-are streamed; connection upgrades (exec, port-forward) are not supported.
+It serves HTTPS with the API server's certificate, so a kubeconfig differs only in the address. Watches are streamed;
+connection upgrades (exec, port-forward) are not supported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from yarl import URL
 
 HOP_BY_HOP = ("Connection", "Keep-Alive", "Transfer-Encoding", "Host", "Content-Length", "Upgrade")
 AUTO_HEADERS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
-"""What aiohttp's client would add where a request lacks it."""
+"""Headers that aiohttp's client would add to a request that lacks them."""
 MAX_BODY = 16 * 1024 * 1024
 REASONS = {
     403: "Forbidden",
@@ -35,18 +35,18 @@ START_SECONDS = 10
 
 
 class FaultyProxy:
-    """A context manager: a thread of its own serves at `url` while it is entered.
+    """A context manager: a separate thread serves at `url` while it is entered.
 
-    `rule` may be changed at any time; None lets everything through. `cut_off` cuts its clients off from the API server
-    as a network partition does, `heal` ends that.
+    `rule` may be changed at any time; None forwards all requests. `cut_off` simulates a network partition between its
+    clients and the API server, and `heal` ends it.
     """
 
     def __init__(self, upstream: str, ca_file: Path, key_file: Path, rule: Rule | None = None) -> None:
         self.rule = rule
         self.calls: list[Call] = []
-        """All requests so far, in the order in which they came."""
+        """All requests so far, in the order of their arrival."""
         self.faults: list[tuple[Call, Fault]] = []
-        """Those that a rule struck, with what happened to them."""
+        """The requests with an injected fault."""
         self.url = ""
         self._upstream = URL(upstream)
         self._ca_file, self._key_file = ca_file, key_file
@@ -55,9 +55,9 @@ class FaultyProxy:
         self._ready = threading.Event()
         self._stop = asyncio.Event()
         self.held: list[Call] = []
-        """Requests that came while the clients were cut off."""
+        """Requests that arrived during the partition."""
         self.late: list[tuple[Call, int]] = []
-        """Those of them that `heal` has passed on, with the API server's status codes."""
+        """Held requests that `heal` has forwarded, with the API server's status codes."""
         self._connected = asyncio.Event()
         self._connected.set()
         self._tasks: set[asyncio.Task[web.StreamResponse]] = set()
@@ -74,19 +74,19 @@ class FaultyProxy:
         self._loop.close()
 
     def cut_off(self) -> None:
-        """Hold back all requests, and all events of watches that are open."""
+        """Hold back all requests and all events of open watches."""
         self._loop.call_soon_threadsafe(self._connected.clear)
 
     def heal(self) -> None:
-        """Pass on the requests that were held back, also those of clients that have gone: packets may arrive late."""
+        """Forward the held requests, also those of clients that have gone, as late packets arrive."""
         self._loop.call_soon_threadsafe(self._connected.set)
 
     def counts(self) -> Counter[tuple[str, str, str]]:
-        """How many requests there were by (user agent, verb, resource)."""
+        """Return the number of requests by (user agent, verb, resource)."""
         return Counter((call.agent, call.verb, call.resource) for call in list(self.calls))
 
     def reset(self) -> None:
-        """Forget all requests so far; the numbers start from 1 again."""
+        """Forget all requests; the numbers start from 1 again."""
         self.calls, self.faults, self._writes = [], [], 0
 
     async def _serve(self) -> None:
@@ -151,7 +151,7 @@ class FaultyProxy:
             return web.Response(status=answer.status, body=await answer.read(), content_type=answer.content_type)
 
     async def _forward(self, request: web.Request, chunks: int = -1) -> web.StreamResponse:
-        """Pass a request on and its answer back; with `chunks`, only that many pieces of the answer's body."""
+        """Forward a request and its answer; with `chunks`, only that many chunks of the answer's body."""
         target = self._upstream.join(URL(request.raw_path, encoded=True))
         body = await request.read()
         headers = _end_to_end(request.headers)
@@ -174,7 +174,7 @@ class FaultyProxy:
 
 
 def _end_to_end(headers: CIMultiDict[str]) -> CIMultiDict[str]:
-    """Headers that go on to the other side."""
+    """Return the end-to-end headers, which a proxy forwards."""
     kept = CIMultiDict(headers)
     for name in HOP_BY_HOP:
         kept.popall(name, None)
@@ -182,14 +182,14 @@ def _end_to_end(headers: CIMultiDict[str]) -> CIMultiDict[str]:
 
 
 def _broken(request: web.Request) -> web.Response:
-    """Break the client's connection; what is returned goes nowhere."""
+    """Break the client's connection; the returned response is never sent."""
     if request.transport is not None:
         request.transport.abort()
     return web.Response()
 
 
 def _refusal(call: Call, code: int) -> web.Response:
-    """The API server's way to say no. To a watch, «too old» comes as an event of an answer that is well."""
+    """Return the API server's error response; a watch receives "too old" as an event in a response with status 200."""
     status = {
         "kind": "Status",
         "apiVersion": "v1",

@@ -1,4 +1,4 @@
-"""The `finetune` command against a cluster, as a user types it."""
+"""The `finetune` command with access to a cluster, as a user runs it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Finetune:
         self.environment = {"KUBECONFIG": str(kubeconfig), "TERM": "dumb", "COLUMNS": "200"}
 
     def __call__(self, *arguments: object, stdin: str = "") -> Result:
-        """Run it to its end, in this process: it imports what it needs once for all tests."""
+        """Run the command to its end in this process, so that imports happen once for all tests."""
         return CliRunner().invoke(app, list(map(str, arguments)), input=stdin, env=self.environment)
 
     @contextmanager
     def started(self, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-        """A process beside the test, which reads its lines; killed at the end where it still runs."""
+        """Start a process whose lines the test reads; kill it at the end if it still runs."""
         command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
         environment, pipe = os.environ | self.environment, subprocess.PIPE
         with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
@@ -48,7 +48,7 @@ class Finetune:
 
     @contextmanager
     def on_a_terminal(self, *arguments: object) -> Iterator[Terminal]:
-        """A process on a terminal of its own, 120 columns by 40 lines."""
+        """Start a process on a separate terminal of 120 columns by 40 lines."""
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
         environment = os.environ | self.environment | {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
@@ -63,29 +63,29 @@ class Finetune:
 
 
 def write_status(jobs: Jobs, status: dict[str, Any], name: str = "tiny") -> None:
-    """Through the status subresource, as the operator does; fields of before are gone."""
+    """Replace the status through the status subresource, as the operator does."""
     body = jobs.read(name) | {"status": status}
     jobs.api.replace_namespaced_custom_object_status(GROUP, VERSION, jobs.namespace, PLURAL, name, body)
 
 
 class Terminal:
-    """What a process draws on its terminal."""
+    """The terminal output of a process."""
 
     def __init__(self, process: subprocess.Popen[bytes], descriptor: int) -> None:
         self._process, self._descriptor = process, descriptor
         self._rest = b""
 
     def until(self, words: str, seconds: float = 30) -> str:
-        """What is drawn up to `words`, control sequences and all.
+        """Return the output up to `words`, including control sequences.
 
         Raises:
-            AssertionError: the process ends or says nothing for so long before it draws them.
+            AssertionError: the process ends, or writes nothing for `seconds`, before that.
         """
         while words.encode() not in self._rest:
             ready, _, _ = select.select([self._descriptor], [], [], seconds)
             try:
                 piece = os.read(self._descriptor, 65536) if ready else b""
-            except OSError:  # Linux's way to say that the process has closed its side
+            except OSError:  # Linux reports the closed side of the process in this way
                 piece = b""
             assert piece, f"no {words!r} in {self._rest.decode(errors='replace')}"
             self._rest += piece

@@ -1,4 +1,4 @@
-"""FineTuneJobs on the API server, and the trainer's own report port in place of a pod that nobody runs."""
+"""FineTuneJobs on the API server, and the trainer's report port without a real pod."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TITLES = ["tokenizer", "pretrain"]
 
 
 def job(name: str = "tiny", **spec: Any) -> Json:
-    """A job of two stages on a claim; `spec` replaces its fields."""
+    """Return a job of two stages on a claim; `spec` replaces its fields."""
     data = {"sources": [{"inline": [{"text": "to be or not to be"}] * 4}]}
     fields: Json = {
         "model": {"config": {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1}},
@@ -34,7 +34,7 @@ def job(name: str = "tiny", **spec: Any) -> Json:
 
 
 class Jobs:
-    """FineTuneJobs of one namespace."""
+    """The FineTuneJobs of one namespace."""
 
     def __init__(self, api: client.CustomObjectsApi, namespace: str) -> None:
         self.api, self.namespace = api, namespace
@@ -64,7 +64,7 @@ class Jobs:
         )
 
     def until(self, wanted: Callable[[Json], bool], name: str = "tiny", timeout: float = 40) -> Json:
-        """The job once its status is as wanted."""
+        """Wait until the status is as wanted, and return the job."""
         listing = self.api.list_namespaced_custom_object
         found: Json = until(
             listing,
@@ -83,12 +83,12 @@ class Jobs:
 
 
 def condition(body: Json, kind: str) -> Json:
-    """A condition of a job; empty where it has none of that type."""
+    """Return a condition of a job, or an empty one where that type is missing."""
     return next((item for item in body["status"]["conditions"] if item["type"] == kind), {})
 
 
 class Driver:
-    """What runs in a driver's pod as far as the operator can tell: the trainer's own reporter and its HTTP port."""
+    """The part of a driver's pod that the operator sees: the trainer's reporter and its HTTP port."""
 
     def __init__(self, titles: list[str]) -> None:
         self.reporter = AttemptReporter(titles)
@@ -97,7 +97,7 @@ class Driver:
 
 @contextmanager
 def driver(uid: str, run: int, ip: str = "127.0.0.1", titles: list[str] = TITLES) -> Iterator[Driver]:
-    """A driver that answers at `ip` with the token of that run; `titles` are the stages' names."""
+    """Start a driver that answers at `ip` with the token of that run; `titles` are the names of the stages."""
     made = Driver(titles)
 
     def stop() -> None:

@@ -1,4 +1,4 @@
-"""The operator's Helm chart, rendered and installed by the real helm."""
+"""The operator's Helm chart, rendered and installed with the real helm."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ RELEASE = "finetune-operator"
 
 
 class HelmError(Exception):
-    """Helm refused; the message is what it said."""
+    """Helm failed; the message is its output."""
 
 
 def helm(*arguments: str, directory: Path, kubeconfig: Path | None = None) -> str:
-    """Run helm, with all that it keeps below `directory`, and return what it prints.
+    """Run helm with all its files below `directory`, and return its output.
 
     Raises:
         HelmError: it failed.
@@ -40,7 +40,7 @@ def helm(*arguments: str, directory: Path, kubeconfig: Path | None = None) -> st
 
 
 def render(directory: Path, values: Json | None = None, *options: str, namespace: str = "finetune") -> list[Json]:
-    """The chart's manifests with these values over its own."""
+    """Render the chart's manifests with other values."""
     arguments = ["template", RELEASE, str(CHART), f"--namespace={namespace}", *_values(directory, values), *options]
     return [item for item in yaml.safe_load_all(helm(*arguments, directory=directory)) if item]
 
@@ -54,13 +54,13 @@ def _values(directory: Path, values: Json | None) -> list[str]:
 
 
 def only(manifests: list[Json], kind: str, name: str = "") -> Json:
-    """The one manifest of that kind whose name ends in `name`."""
+    """Return the only manifest of that kind whose name ends in `name`."""
     (found,) = (item for item in manifests if item["kind"] == kind and item["metadata"]["name"].endswith(name))
     return found
 
 
 def environment(manifests: list[Json], namespace: str) -> dict[str, str]:
-    """The operator's environment variables, as its pod would have them."""
+    """Return the environment variables of the operator's pod."""
     (container,) = only(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
     return {item["name"]: item.get("value", namespace) for item in container["env"]}
 
@@ -71,7 +71,7 @@ class Installed:
 
     namespace: str
     access: Access
-    """That of the operator's pod: its service account's own token."""
+    """The access of the operator's pod, by a token of its service account."""
     environment: dict[str, str]
     """The variables of the operator's container."""
     manifests: list[Json]
@@ -79,14 +79,14 @@ class Installed:
     directory: Path
 
     def helm(self, *arguments: str) -> str:
-        """Run helm as the administrator, in the release's namespace."""
+        """Run helm as the administrator in the release's namespace."""
         kubeconfig = self.admin.kubeconfig(self.directory / "admin.kubeconfig", self.namespace)
         return helm(*arguments, f"--namespace={self.namespace}", directory=self.directory, kubeconfig=kubeconfig)
 
 
 @contextmanager
 def installed(admin: Access, directory: Path, values: Json | None = None, *options: str) -> Iterator[Installed]:
-    """`helm install` into a namespace of its own; the release, and then its namespace, go at the end."""
+    """Install the chart into a new namespace; delete the release and its namespace at the end."""
     directory.mkdir(parents=True, exist_ok=True)
     with namespace_of(admin, "finetune-system") as namespace:
         manifests = render(directory, values, *options, namespace=namespace)

@@ -1,4 +1,4 @@
-"""A driver's port that answers with malice."""
+"""A driver's report port that sends hostile answers."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ HOSTILE_ANSWERS: dict[str, bytes] = {
 
 @dataclass
 class HostilePort:
-    """What it was asked."""
+    """Counts of the requests to a hostile port."""
 
     asked: int = 0
     elsewhere: int = 0
-    """Requests that came by a redirect."""
+    """Requests that followed a redirect."""
 
 
 @contextmanager
 def hostile_port(kind: str, ip: str) -> Iterator[HostilePort]:
-    """Answers so at the report's port until it is left."""
+    """Serve hostile answers of this kind at the report's port."""
     seen, over = HostilePort(), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
@@ -66,7 +66,7 @@ def hostile_port(kind: str, ip: str) -> Iterator[HostilePort]:
                     if over.wait(0.5):
                         return
             except OSError:
-                return  # the operator had enough of it
+                return  # the operator closed the connection
 
         def log_message(self, *_: Any) -> None:
             pass

@@ -1,6 +1,6 @@
-"""The binaries that the cluster tests run: from `KUBEBUILDER_ASSETS`, or built with Go from the modules in `assets/`.
+"""Binaries of the cluster tests, from `KUBEBUILDER_ASSETS` or built with Go from the modules in `assets/`.
 
-Builds are kept outside the repository, in a folder named by version and by a hash of all that goes into them, so that
+Builds are kept outside the repository, in a folder named by version and by a hash of all inputs, so that
 a second run costs nothing. `python tests/support/cluster/kube_assets.py` builds them before the tests and prints the
 duration: about 10 minutes on two cores the first time, which does not count towards the time limit of any test.
 """
@@ -23,16 +23,16 @@ from filelock import FileLock
 MODULES = Path(__file__).parent / "assets"
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kubectl")
 WANTED = (*CONTROL_PLANE, "helm")
-"""What `tests/cluster` needs."""
+"""The binaries of `tests/cluster`."""
 NODE_PARTS = ("kubelet", "kube-scheduler", "coredns", "bridge", "loopback", "host-local")
-"""What `tests/e2e` needs beside it, where it can run."""
+"""The additional binaries of `tests/e2e`."""
 ON_PATH = ("kubectl",)
-"""Clients of any recent version will do: one on PATH is taken before any build."""
+"""Clients that are taken from PATH before any build, because any recent version works."""
 BUILD_SECONDS = 2400
 
 
 class MissingAsset(Exception):
-    """A binary is neither given nor can it be built here; the message says what would help."""
+    """A binary is neither given nor can it be built here; the message names the remedy."""
 
 
 def _kubernetes_flags(version: str) -> str:
@@ -42,7 +42,7 @@ def _kubernetes_flags(version: str) -> str:
 
 
 def _helm_flags(version: str) -> str:
-    """Helm's own version, and the Kubernetes version that `helm template` assumes without a cluster."""
+    """Return the flags for Helm's version and for the Kubernetes version that `helm template` assumes."""
     major, minor, _ = KUBERNETES.version.removeprefix("v").split(".")
     values = {"internal/version.version": version, "internal/version.metadata": ""}
     for package in ("pkg/chartutil", "pkg/lint/rules"):
@@ -55,10 +55,10 @@ class GoModule:
     """A wrapper module that pins one upstream module and everything below it."""
 
     folder: str
-    """Below `assets/`: `go.mod`, `go.sum`, and `tools.go`, or `main.go` where the program is put together there."""
+    """Folder below `assets/` with `go.mod`, `go.sum`, and `tools.go`, or `main.go` of a program defined there."""
     upstream: str
     version_flags: Callable[[str], str]
-    """Linker flags that tell the binary its version."""
+    """Linker flags that set the binary's version."""
     packages: dict[str, str]
     """Package of each binary."""
 
@@ -78,7 +78,7 @@ class GoModule:
 
     @property
     def cache(self) -> Path:
-        """Where its binaries are kept; another version, dependency or flag is another folder."""
+        """Folder of its binaries, which depends on version, dependencies and flags."""
         files = (self.path / name for name in ("go.mod", "go.sum", "main.go"))
         parts = [file.read_bytes() for file in files if file.exists()]
         digest = hashlib.sha256(b"\0".join([*parts, self.linker_flags.encode()])).hexdigest()
@@ -115,20 +115,20 @@ _KUBE_ROUTER = "github.com/cloudnativelabs/kube-router/v2"
 KUBE_ROUTER = GoModule(
     "kube-router", _KUBE_ROUTER, lambda version: "", {"kube-router": f"{_KUBE_ROUTER}/cmd/kube-router"}
 )
-"""It enforces NetworkPolicies."""
+"""The firewall that enforces NetworkPolicies."""
 _FAKE_GCS = "github.com/fsouza/fake-gcs-server"
 FAKE_GCS = GoModule("fake-gcs", _FAKE_GCS, lambda version: "", {"fake-gcs-server": _FAKE_GCS})
-"""It speaks Google Cloud Storage's API."""
+"""A server with Google Cloud Storage's API."""
 ALL_MODULES = (ETCD, KUBERNETES, HELM, CNI, COREDNS, KUBE_ROUTER, FAKE_GCS)
 SOURCES = {name: module for module in ALL_MODULES for name in module.packages}
 
 
 def assets(names: Iterable[str] = CONTROL_PLANE) -> dict[str, Path]:
-    """Path of each binary: given, on PATH where that will do, kept from an earlier build, or built now.
+    """Return the path of each binary: given, on PATH, kept from an earlier build, or built now.
 
     Raises:
         MissingAsset: one of them is not given, and there is no Go to build it with.
-        subprocess.CalledProcessError: a build failed; what the compiler said is on stderr.
+        subprocess.CalledProcessError: a build failed; the output of the compiler is on stderr.
     """
     found = {name: _given(name) for name in names}
     for module in ALL_MODULES:
@@ -146,7 +146,7 @@ def _given(name: str) -> Path | None:
 
 
 def _built(module: GoModule, names: list[str]) -> dict[str, Path]:
-    """The module's binaries from its cache, after building those that it lacks; one process builds at a time."""
+    """Return the module's binaries after building those that its cache lacks; one process builds at a time."""
     paths = {name: module.cache / name for name in names}
     if all(path.is_file() for path in paths.values()):
         return paths
@@ -173,13 +173,13 @@ def _build(module: GoModule, names: list[str]) -> None:
 
 
 def _output_name(package: str) -> str:
-    """What `go build` calls a package's binary: the last part of its path that is no major version."""
+    """Return the name of the binary of `go build`: the last part of the path that is no major version."""
     *_, parent, last = package.split("/")
     return parent if last[:1] == "v" and last[1:].isdecimal() else last
 
 
 def main(names: list[str]) -> None:
-    """Have the binaries ready and say where they are; a machine that can't have them is told so, and that's all."""
+    """Prepare the binaries and print their paths, or print why this machine cannot have them."""
     start = time.monotonic()
     nodes = os.geteuid() == 0 and shutil.which("containerd") is not None
     wanted = (*WANTED, *NODE_PARTS) if nodes else WANTED

@@ -1,4 +1,4 @@
-"""Moves pods through their states, as a scheduler and a kubelet would: by bindings, status patches and deletions.
+"""A stand-in of scheduler and kubelet that changes pods by bindings, status patches and deletions.
 
 Reasons, messages and conditions are those that Kubernetes 1.34 writes (`pkg/kubelet/kubelet_pods.go`,
 `pkg/kubelet/eviction`, `pkg/kubelet/images`, `pkg/scheduler`, `pkg/controller/tainteviction`).
@@ -24,13 +24,13 @@ SIGKILL_EXIT = 137
 
 
 class KubeletStandIn:
-    """Every method takes a pod by namespace and name and returns when the API server has the change."""
+    """A stand-in whose methods take a pod by namespace and name and return after the change."""
 
     def __init__(self, core: client.CoreV1Api) -> None:
         self.core = core
 
     def node(self, name: str = "node-a", *, gpus: int = 0, labels: dict[str, str] | None = None) -> str:
-        """A Ready node, made where it is missing; returns its name."""
+        """Create a Ready node if it is missing, and return its name."""
         known = {node.metadata.name for node in self.core.list_node().items}
         if name not in known:
             labels = {"kubernetes.io/hostname": name, **(labels or {})}
@@ -45,12 +45,12 @@ class KubeletStandIn:
     def _make_node(self, node: client.V1Node) -> None:
         try:
             self.core.create_node(node)
-        except client.ApiException as error:  # lives that go on at the same time may all miss it at first
+        except client.ApiException as error:  # several jobs may create it at the same time
             if error.status != 409:
                 raise
 
     def pods(self, namespace: str, count: int, *, selector: str = "", timeout: float = 30) -> list[str]:
-        """Names of the pods of that selector, in order, once there are `count` of them that nobody deletes."""
+        """Wait for `count` pods of that selector that are not being deleted, and return their names in order."""
         query = {"namespace": namespace, "label_selector": selector}
         seen: dict[str, Any] = {}
 
@@ -63,14 +63,14 @@ class KubeletStandIn:
         return sorted(seen)
 
     def scheduled(self, namespace: str, name: str, node: str = "node-a") -> None:
-        """Bind the pod to a node, which is made where it is missing."""
+        """Bind the pod to a node, which is created if it is missing."""
         target = client.V1ObjectReference(kind="Node", name=self.node(node))
         binding = client.V1Binding(metadata=client.V1ObjectMeta(name=name), target=target)
-        # The answer is a Status, which the client cannot read as the Binding that its schema promises.
+        # The answer is a Status, which the client cannot parse as the Binding of its schema.
         self.core.create_namespaced_pod_binding(name, namespace, binding, _preload_content=False)
 
     def running(self, namespace: str, name: str, *, node: str = "node-a", ip: str = "127.0.0.1") -> None:
-        """Bound (if it wasn't), init containers done, all containers started and ready, at `ip`."""
+        """Bind the pod if necessary, complete its init containers, and make all containers ready at `ip`."""
         pod = self._on_node(namespace, name, node)
         self._patch_status(namespace, name, **pod_status.running(pod, ip))
 
@@ -84,9 +84,9 @@ class KubeletStandIn:
         message: str = "",
         container: str = "",
     ) -> None:
-        """The containers end with `exit_code`; `message` is the termination message.
+        """End the containers with `exit_code`; `message` is the termination message.
 
-        With `container`, that one alone ends so; the others end with 0, or never start where it is an init container.
+        With `container`, only that one ends so; the others end with 0, or never start if it is an init container.
         """
         pod = self._read(namespace, name)
         names = [item["name"] for item in [*pod_status.inits(pod), *pod_status.containers(pod)]]
@@ -95,48 +95,48 @@ class KubeletStandIn:
         self._patch_status(namespace, name, **ended)
 
     def oom_killed(self, namespace: str, name: str, *, container: str = "") -> None:
-        """The kernel kills a container over its memory limit."""
+        """Kill a container that exceeds its memory limit, as the kernel does."""
         self.finished(namespace, name, SIGKILL_EXIT, reason="OOMKilled", container=container)
 
     def image_pull_back_off(self, namespace: str, name: str, *, node: str = "node-a") -> None:
-        """The pod is on a node that cannot pull its image."""
+        """Put the pod on a node that cannot pull its image."""
         image = pod_status.containers(self._read(namespace, name))[0]["image"]
         message = f'Back-off pulling image "{image}": ErrImagePull: not found'
         self._waiting(namespace, name, node, "ImagePullBackOff", message)
 
     def config_error(self, namespace: str, name: str, message: str, *, node: str = "node-a") -> None:
-        """The kubelet cannot make the container: a Secret or ConfigMap that it names is missing, say."""
+        """Report that the kubelet cannot create the container, for example because a Secret is missing."""
         self._waiting(namespace, name, node, "CreateContainerConfigError", message)
 
     def unschedulable(self, namespace: str, name: str, message: str) -> None:
-        """The scheduler finds no node, such as `0/3 nodes are available: 3 Insufficient nvidia.com/gpu.`."""
+        """Report that no node fits, such as `0/3 nodes are available: 3 Insufficient nvidia.com/gpu.`."""
         made = condition("PodScheduled", "False", "Unschedulable", message)
         self._patch_status(namespace, name, phase="Pending", conditions=[made])
         self.event(namespace, name, "FailedScheduling", message, component="default-scheduler")
 
     def evicted(self, namespace: str, name: str, resource: str = "memory") -> None:
-        """The kubelet evicts the pod from a node under pressure."""
+        """Evict the pod from a node under pressure, as the kubelet does."""
         message = f"The node was low on resource: {resource}. "
         self._disrupted(namespace, name, "TerminationByKubelet", message)
         self._patch_status(namespace, name, phase="Failed", reason="Evicted", message=message)
         self.event(namespace, name, "Evicted", message)
 
     def preempted(self, namespace: str, name: str, exit_code: int = SIGTERM_EXIT) -> None:
-        """The scheduler gives the pod's place to one of higher priority: marked, deleted, ended."""
+        """Preempt the pod for one of higher priority: mark, delete and end it."""
         self._disrupted(namespace, name, "PreemptionByScheduler", "default-scheduler: preempting to accommodate a pod")
         self.deleted(namespace, name)
         self.end_deletion(namespace, name, exit_code)
 
     def drained(self, namespace: str, name: str, exit_code: int = SIGTERM_EXIT) -> None:
-        """The eviction API takes the pod off its node, as `kubectl drain` asks."""
+        """Evict the pod by the eviction API, as `kubectl drain` does."""
         self._disrupted(namespace, name, "EvictionByEvictionAPI", "Eviction API: evicting")
         self.deleted(namespace, name)
         self.end_deletion(namespace, name, exit_code)
 
     def node_lost(self, node: str) -> None:
-        """The node stops answering: it is not ready, and its pods are marked, failed and removed by the control plane.
+        """Make the node unready, and mark, fail and remove its pods, as the control plane does.
 
-        `DeletionByTaintManager` is what the taint eviction controller writes, `NodeLost` what pods there show.
+        The taint eviction controller writes `DeletionByTaintManager`, and pods on such a node show `NodeLost`.
         """
         lost = condition("Ready", "Unknown", "NodeStatusUnknown", "Kubelet stopped posting node status.")
         self.core.patch_node_status(node, {"status": {"conditions": [lost]}})
@@ -153,7 +153,7 @@ class KubeletStandIn:
             self._remove(namespace, name)
 
     def until_deleted(self, namespace: str, name: str, timeout: float = 30) -> None:
-        """Come back once somebody has asked for the pod's deletion."""
+        """Wait until the deletion of the pod was requested."""
         until(
             self.core.list_namespaced_pod,
             lambda pod: pod.metadata.deletion_timestamp is not None,
@@ -163,7 +163,7 @@ class KubeletStandIn:
         )
 
     def until_quota(self, namespace: str, name: str) -> None:
-        """Come back once the control plane counts for the quota."""
+        """Wait until the control plane counts usage for the quota."""
         until(
             self.core.list_namespaced_resource_quota,
             lambda quota: bool(quota.status.hard),
@@ -172,18 +172,18 @@ class KubeletStandIn:
         )
 
     def deleted(self, namespace: str, name: str) -> None:
-        """Ask for the pod's deletion with its grace period; on a node it stays until `end_deletion`."""
+        """Delete the pod with its grace period; on a node it remains until `end_deletion`."""
         self.core.delete_namespaced_pod(name, namespace)
 
     def deleted_by_force(self, namespace: str, name: str) -> None:
-        """`kubectl delete pod --force --grace-period=0`: its containers are killed after that, and the object goes."""
+        """Delete the pod as `kubectl delete pod --force --grace-period=0` does."""
         self._remove(namespace, name)
         self.finished(namespace, name, SIGKILL_EXIT, reason="Error")
 
     def end_deletion(self, namespace: str, name: str, exit_code: int = SIGTERM_EXIT) -> None:
-        """What a kubelet does for a pod that is being deleted: its containers end, then the object goes.
+        """End the containers of a pod that is being deleted, and remove the object, as a kubelet does.
 
-        A pod of a Job stays until the Job controller has counted it and taken its finalizer away.
+        A pod of a Job remains until the Job controller has counted it and removed its finalizer.
         """
         pod = self._find(namespace, name)
         if pod is not None and pod.status.phase not in ("Succeeded", "Failed"):
@@ -194,7 +194,7 @@ class KubeletStandIn:
     def event(
         self, namespace: str, name: str, reason: str, message: str, *, kind: str = "Warning", component: str = "kubelet"
     ) -> None:
-        """A core event about the pod."""
+        """Create a core event of the pod."""
         pod = self._read(namespace, name)
         about = client.V1ObjectReference(
             api_version="v1", kind="Pod", namespace=namespace, name=name, uid=pod["metadata"]["uid"]
@@ -221,7 +221,7 @@ class KubeletStandIn:
         self.event(namespace, name, "Failed", message)
 
     def _on_node(self, namespace: str, name: str, node: str) -> Json:
-        """The pod, bound to `node` if it was to none."""
+        """Return the pod, bound to `node` if it was not bound."""
         pod = self._read(namespace, name)
         if not pod["spec"].get("nodeName"):
             self.scheduled(namespace, name, node)
@@ -232,7 +232,7 @@ class KubeletStandIn:
         self._patch_status(namespace, name, conditions=[made])
 
     def _patch_status(self, namespace: str, name: str, **status: Any) -> None:
-        """Strategic merge: conditions are merged by type, container statuses replaced."""
+        """Patch the status: conditions are merged by type, container statuses are replaced."""
         self.core.patch_namespaced_pod_status(name, namespace, {"status": status})
 
     def _read(self, namespace: str, name: str) -> Json:
@@ -244,6 +244,6 @@ class KubeletStandIn:
         return found[0] if found else None
 
     def _remove(self, namespace: str, name: str) -> None:
-        # The garbage collector deletes a pod that has ended at once, and may be first.
+        # The garbage collector may already have deleted a pod that has ended.
         with contextlib.suppress(NotFoundException):
             self.core.delete_namespaced_pod(name, namespace, grace_period_seconds=0)

@@ -1,9 +1,9 @@
-"""Does to RayJobs what KubeRay 1.7.0 was seen to do on a real cluster, and refuses what it refuses.
+"""A stand-in of KubeRay 1.7.0 that reconciles and rejects RayJobs as observed on a real cluster.
 
-As read in `ray-operator/controllers/ray/{rayjob,raycluster}_controller.go`, and observed with two real kubelets: a
-RayJob gets a finalizer, which goes only once KubeRay could talk to Ray (for which it reads the Secret with
-the token, as long as there is a RayCluster). A head that is lost is replaced, and the job submitted to it again, unless
-an annotation says otherwise. The head Service's ports are those of the first container, and `dashboard` must be one.
+The sources are `ray-operator/controllers/ray/{rayjob,raycluster}_controller.go` and observations with two real
+kubelets: the finalizer of a RayJob is removed only after KubeRay reached Ray (for which it reads the Secret with the
+token, as long as there is a RayCluster). A lost head is replaced and receives the job again, unless an annotation
+prevents it. The head Service's ports are those of the first container, and `dashboard` must be one.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ FINALIZER = "ray.io/rayjob-finalizer"
 NO_NEW_HEAD = "ray.io/disable-provisioned-head-restart"
 WAIT = "wait-gcs-ready"
 PAUSE_SECONDS = 0.1
-"""KubeRay looks at each RayJob again every 3 s."""
+"""Seconds between two looks; KubeRay reconciles each RayJob every 3 s."""
 OVER = ("Succeeded", "Failed")
 
 
 class KubeRayStandIn:
-    """A context manager: while it is entered, the RayJobs of one namespace go on. Their pods need a kubelet.
+    """A context manager that reconciles the RayJobs of one namespace; their pods need a kubelet.
 
     Args:
-        away: KubeRay's operator is not there: RayJobs stay as they were made.
+        away: KubeRay's operator does not run, so RayJobs are not reconciled.
     """
 
     def __init__(self, api: client.ApiClient, namespace: str, *, away: bool = False) -> None:
         self.core, self.custom = client.CoreV1Api(api), client.CustomObjectsApi(api)
         self.namespace, self.away = namespace, away
         self.submissions: defaultdict[str, int] = defaultdict(int)
-        """How often the entrypoint of each RayJob was submitted."""
+        """Number of submissions of each RayJob's entrypoint."""
         self.errors: defaultdict[str, set[str]] = defaultdict(set)
-        """What KubeRay would write into its log alone."""
+        """Errors that KubeRay writes only to its log."""
         self._submitted_to: dict[str, str] = {}
         self._ends: dict[str, Json] = {}
         self._over = threading.Event()
@@ -53,14 +53,14 @@ class KubeRayStandIn:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
-        for job in self._list("rayjobs"):  # nothing else would remove it now
+        for job in self._list("rayjobs"):  # the stand-in must remove the finalizers before it stops
             with contextlib.suppress(ApiException):
                 self._patch(job["metadata"]["name"], {"metadata": {"finalizers": None}})
         if self._error is not None:
             raise self._error
 
     def finish(self, name: str, code: int = 0, log: str = "") -> None:
-        """The entrypoint of a RayJob ends. A negative code is a signal, as Ray tells it."""
+        """End the entrypoint of a RayJob. A negative code is a signal, as in Ray's reports."""
         message = f"Job entrypoint command failed with exit code {code}, last available logs (truncated):\n{log}"
         status = {"jobStatus": "FAILED" if code else "SUCCEEDED", "message": message if code else "Job finished"}
         self._ends[name] = status | {"jobDeploymentStatus": "Failed" if code else "Complete"}
@@ -69,7 +69,7 @@ class KubeRayStandIn:
         try:
             while not self._over.wait(PAUSE_SECONDS):
                 for job in self._list("rayjobs") if not self.away else []:
-                    with contextlib.suppress(ApiException):  # it has changed, or is gone: the next look sees it
+                    with contextlib.suppress(ApiException):  # it has changed or is gone, and the next loop sees that
                         self._reconcile(job)
         except BaseException as error:
             self._error = error
@@ -118,7 +118,7 @@ class KubeRayStandIn:
         name = job["metadata"]["name"]
         pods = self._cluster_pods(job, status, provisioned=True)
         head = next((pod for pod in pods if _is_head(pod) and _ready(pod)), None)
-        if head is None:  # Ray does not answer: KubeRay tries for 300 s
+        if head is None:  # Ray does not answer: KubeRay retries for 300 s
             return
         if self._submitted_to.get(name) != head.metadata.uid:
             self._submitted_to[name] = head.metadata.uid
@@ -128,7 +128,7 @@ class KubeRayStandIn:
             self._say(name, **self._ends.pop(name), endTime=_now())
 
     def _let_go(self, job: Json, status: Json) -> None:
-        """Where Ray's job may still run, Ray is asked to stop it, with the token from the Secret."""
+        """Remove the finalizer; Ray first stops a job that may still run, with the token from the Secret."""
         cluster = self._cluster(status.get("rayClusterName", ""))
         if status.get("jobStatus") not in ("SUCCEEDED", "FAILED", "STOPPED") and cluster is not None:
             secret = job["spec"]["rayClusterSpec"]["authOptions"]["secretName"]
@@ -141,7 +141,7 @@ class KubeRayStandIn:
         self._patch(job["metadata"]["name"], {"metadata": {"finalizers": kept}})
 
     def _suspend(self, name: str, status: Json) -> None:
-        """The cluster is deleted, and nothing asks the driver for a checkpoint."""
+        """Delete the cluster without a request for a checkpoint."""
         self._delete_cluster(status["rayClusterName"])
         if not self._pods(status["rayClusterName"]):
             self._say(name, jobDeploymentStatus="Suspended", rayClusterName="", jobId="", jobStatus="", message="")
@@ -149,7 +149,7 @@ class KubeRayStandIn:
     # the cluster
 
     def _cluster_pods(self, job: Json, status: Json, *, provisioned: bool) -> list[client.V1Pod]:
-        """The pods of a cluster, after those that ended were deleted and those that are missing were made."""
+        """Delete ended pods of a cluster, create missing ones, and return its pods."""
         name = status["rayClusterName"]
         cluster = self._cluster(name) or self._make_cluster(job, name)
         for pod in self._pods(name):
@@ -210,14 +210,14 @@ class KubeRayStandIn:
 
 
 def _service_ports(job: Json) -> list[str]:
-    """Names of the head Service's ports: the first container's, or KubeRay's own where that names none."""
+    """Return the names of the head Service's ports: the first container's, or KubeRay's default ports."""
     template = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
     ports = [item["name"] for item in template["spec"]["containers"][0].get("ports", [])]
     return [*(ports or ["client", "gcs-server", "dashboard", "serve"]), "metrics"]
 
 
 def _wait_for_gcs(trainer: Json) -> Json:
-    """The init container of each worker pod, as KubeRay makes it: it waits for the head at a fifth of a CPU."""
+    """Return KubeRay's init container of a worker pod, which waits for the head with a fifth of a CPU."""
     check = "ray health-check --address head:6379"
     script = f"SECONDS=0; until {check} > /dev/null 2>&1; do echo $SECONDS seconds elapsed; sleep 5; done"
     share = {"cpu": "200m", "memory": "256Mi"}

@@ -1,4 +1,4 @@
-"""A whole life of a job, driven by what happens: preflight, a crash, a suspension, success."""
+"""A complete lifecycle of a job, driven by events: preflight, a crash, a suspension, success."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from finetune_operator.core.names import JOB_LABEL, RUN_LABEL
 PLAN = json.dumps({"plan": {"parameters": 35936, "steps": 20}})
 CRASH = json.dumps({"exitCode": 1, "message": "RuntimeError: a crash"})
 PATIENCE = 120
-"""Seconds for one thing to happen: the operator may have been killed and be on its way back, on a busy machine."""
+"""Seconds for one step, in which a killed operator may have to restart on a busy machine."""
 SUSPENDED_AT = 2
 """The attempt in which the job is suspended; the one before crashes, the one after succeeds."""
 
 
 class Life:
-    """Plays kubelet, trainer and user for one job, in a thread, until it succeeds or the test ends.
+    """A thread that acts as kubelet, trainer and user of one job until it succeeds or the test ends.
 
     Args:
-        ip: the drivers' address, of its own for each life that goes on at the same time.
+        ip: the address of the drivers, which differs between jobs that run at the same time.
     """
 
     def __init__(self, jobs: Jobs, core: client.CoreV1Api, uid: str, ip: str, name: str = "tiny") -> None:
         self.jobs, self.core, self.uid, self.ip, self.name = jobs, core, uid, ip, name
         self.pods: dict[str, list[str]] = {}
-        """Names of the pods that there ever were, by run."""
+        """Names of all pods that have existed, by run."""
         self.error: BaseException | None = None
         self._kubelet = KubeletStandIn(core)
         self._over = threading.Event()
@@ -46,7 +46,7 @@ class Life:
         finally:
             self._over.set()
             self._thread.join(15)
-            if self.error is not None:  # what stopped this life explains why the test waits in vain
+            if self.error is not None:  # this error explains why the test waited in vain
                 self.error.add_note(f"in the life of {self.name}, whose pods were {self.pods}")
                 raise self.error
 
@@ -103,7 +103,7 @@ class Life:
 
 
 def end_state(jobs: Jobs, life: Life) -> dict[str, Any]:
-    """What must be the same however often the operator ended on the way."""
+    """Return the part of the end state that must not depend on crashes of the operator."""
     status = jobs.read(life.name)["status"]
     return {
         "phase": status["phase"],

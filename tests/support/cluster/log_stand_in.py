@@ -1,4 +1,4 @@
-"""The part of a kubelet that the API server asks for logs, and nothing more of one."""
+"""The part of a kubelet that serves logs to the API server."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from urllib.parse import parse_qs, urlsplit
 from kubernetes import client
 
 WAIT_SECONDS = 20
-"""No reader waits longer for a line."""
+"""Maximum seconds that a reader waits for a line."""
 
 
 @dataclass
 class PodLog:
-    """What a container printed: time stamps (nine digits behind the point) and lines.
+    """The output of a container: time stamps (nine decimal places) and lines.
 
-    A reader that follows waits for more until the log has ended, or is cut off.
+    A reader that follows waits for more lines until the log ends or is cut off.
     """
 
     lines: list[tuple[str, str]] = field(default_factory=list)
@@ -49,22 +49,22 @@ class PodLog:
             return self.lines[done:], self.ended or self.cuts > cuts
 
     def cut(self) -> None:
-        """Break off every reader's connection, as a kubelet that restarts."""
+        """Break the connection of every reader, as a kubelet does that restarts."""
         with self.changed:
             self.cuts += 1
             self.changed.notify_all()
 
 
 class LogStandIn:
-    """A context manager: while it is entered, the API server reads logs of pods on `node` here.
+    """A context manager: while it is entered, it serves the logs of pods on `node` to the API server.
 
     Args:
-        certificate: of the server, with its key; the API server asks kubelets for none it knows.
+        certificate: of the server, with its key; the API server does not verify certificates of kubelets.
     """
 
     def __init__(self, core: client.CoreV1Api, node: str, certificate: Path, key: Path) -> None:
         self.logs: dict[str, PodLog] = {}
-        """By the name of the pod."""
+        """Logs by the name of the pod."""
         self.queries: list[dict[str, str]] = []
         self._core, self._node = core, node
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -106,7 +106,7 @@ def _handler(stand_in: LogStandIn) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
 
         def _sent(self, log: PodLog, query: dict[str, str]) -> bool:
-            """Whether the log was sent to its end."""
+            """Send the log and return whether it was sent to its end."""
             cuts, done = log.cuts, 0
             if "tailLines" in query:
                 done = len(log.lines) - int(query["tailLines"])
@@ -125,6 +125,6 @@ def _handler(stand_in: LogStandIn) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
 
         def log_message(self, *_: object) -> None:
-            """Nothing on the test's output."""
+            """Suppress the output of the HTTP server."""
 
     return Handler

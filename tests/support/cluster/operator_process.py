@@ -1,4 +1,4 @@
-"""The operator as a process of its own, as its container runs it."""
+"""The operator as a separate process, as its container runs it."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ FAST = {
     "FINETUNE_BACKOFF_SECONDS": "1",
     "FINETUNE_IMAGE_PULL_SECONDS": "3",
     "FINETUNE_RAY_VERSION": "2.60.0",
-    "FINETUNE_LEASE": "",  # it would be renewed between the writes that tests count; `test_operator_lease` has one
+    "FINETUNE_LEASE": "",  # its renewals would mix with the writes that tests count; `test_operator_lease` uses a Lease
 }
 
 
 class OperatorProcess:
-    """A context manager: entering starts it, leaving stops it.
+    """A context manager: entering starts the operator, leaving stops it.
 
     Args:
-        access: whom it is to the API server, and where that is (a proxy, say).
-        settings: `FINETUNE_…` variables over those that make tests fast; ports and the token key are this class's.
-        own_key: the operator finds or makes its token key itself.
+        access: the operator's credentials and the API server's address (or a proxy's).
+        settings: `FINETUNE_...` variables that override those for fast tests; this class sets ports and the token key.
+        own_key: the operator finds or creates its token key itself.
         program: arguments of Python that run the operator.
     """
 
@@ -73,7 +73,7 @@ class OperatorProcess:
 
     @contextmanager
     def kept_up(self) -> Iterator[OperatorProcess]:
-        """It runs, and is started again whenever it ends, as its kubelet would do."""
+        """Run the operator, and restart it whenever it ends, as a kubelet does."""
         over = threading.Event()
 
         def keep() -> None:
@@ -95,11 +95,11 @@ class OperatorProcess:
         self._server.start(self.healthy)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Kill the operator with SIGKILL."""
         self._server.kill()
 
     def wait_for_death(self, seconds: float) -> bool:
-        """Whether it ends by itself, or is killed by somebody, within `seconds`."""
+        """Whether the process ends within `seconds`."""
         process = self._server._process
         assert process is not None
         try:
@@ -120,7 +120,7 @@ class OperatorProcess:
             return False
 
     def metrics(self) -> str:
-        """What Prometheus would scrape."""
+        """Return the metrics that Prometheus would scrape."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self._metrics}/metrics", timeout=5) as answer:
             return str(answer.read().decode())
 
@@ -128,21 +128,21 @@ class OperatorProcess:
         return self._server.log.read_text(errors="replace")
 
     def memory(self) -> int:
-        """Resident bytes."""
+        """Return the resident memory in bytes."""
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def cpu_seconds(self) -> float:
-        """CPU time so far."""
+        """Return the CPU time so far."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def eventually(check: object, timeout: float = 30, pause: float = 0.05) -> None:
-    """Until `check()` is true, for what has no watch.
+    """Poll until `check()` is true, for conditions without a watch.
 
     Raises:
-        AssertionError: it isn't in time.
+        AssertionError: it is not true in time.
     """
     assert callable(check)
     deadline = time.monotonic() + timeout

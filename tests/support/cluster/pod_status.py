@@ -1,4 +1,4 @@
-"""What a kubelet writes into a pod's status: patches, made from the pod as the API server has it (JSON)."""
+"""Patches with the pod statuses that a kubelet writes, made from the pod on the API server (JSON)."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ Json = dict[str, Any]
 
 
 def now() -> str:
-    """This moment as Kubernetes writes it."""
+    """Return the current time in the format of Kubernetes."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def condition(kind: str, status: str, reason: str = "", message: str = "") -> Json:
-    """A condition of a pod or a node that is new at this moment."""
+    """Return a condition of a pod or a node that changed at this moment."""
     return {"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": now()}
 
 
 def readiness(status: str, reason: str = "") -> list[Json]:
-    """The conditions of a pod on a node whose containers are ready, or aren't."""
+    """Return the conditions of a pod on a node whose containers are ready or not."""
     made = [condition(kind, "True") for kind in ("PodScheduled", "Initialized")]
     return [*made, *(condition(kind, status, reason) for kind in ("ContainersReady", "Ready"))]
 
 
 def running(pod: Json, ip: str) -> Json:
-    """Init containers are done, all containers run and are ready, at `ip`."""
+    """Return the status of a pod whose init containers are done and whose containers are ready at `ip`."""
     started = {"running": {"startedAt": now()}}
     return {
         "phase": "Running",
@@ -40,9 +40,9 @@ def running(pod: Json, ip: str) -> Json:
 
 
 def finished(pod: Json, exit_code: int, *, reason: str = "", message: str = "", container: str = "") -> Json:
-    """The containers end with `exit_code`; with `container`, that one alone, and the others with 0.
+    """Return the status after the containers ended with `exit_code`; with `container`, the others end with 0.
 
-    After an init container's failure, the containers never start.
+    After the failure of an init container, the containers never start.
     """
 
     def ended(item: Json) -> Json:
@@ -62,7 +62,7 @@ def finished(pod: Json, exit_code: int, *, reason: str = "", message: str = "", 
 
 
 def waiting(pod: Json, reason: str, message: str) -> Json:
-    """The pod is on a node that cannot start its containers."""
+    """Return the status of a pod on a node that cannot start its containers."""
     state = {"waiting": {"reason": reason, "message": message}}
     return {
         "phase": "Pending",
@@ -73,13 +73,13 @@ def waiting(pod: Json, reason: str, message: str) -> Json:
 
 
 def containers(pod: Json) -> list[Json]:
-    """The pod's containers, as its spec has them."""
+    """Return the containers of the pod's spec."""
     found: list[Json] = pod["spec"]["containers"]
     return found
 
 
 def inits(pod: Json) -> list[Json]:
-    """The pod's init containers, as its spec has them."""
+    """Return the init containers of the pod's spec."""
     found: list[Json] = pod["spec"].get("initContainers") or []
     return found
 

@@ -1,6 +1,6 @@
-"""A third engine, which exists only in tests: an attempt is one plain Pod that the operator creates.
+"""A third engine for tests: an attempt is one plain Pod that the operator creates.
 
-Run as a program, this module is the operator with that engine, which it registers and does nothing else.
+Run as a program, this module registers the engine and starts the operator.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def render(run: Run) -> Json:
 
 
 def observe(body: Json) -> RunView | None:
-    """Return the state of an attempt; None for pods of other engines, which other objects control."""
+    """Return the state of an attempt, or None for pods of other engines, which have an owner."""
     metadata, status = body["metadata"], body.get("status") or {}
     if controller_of(metadata).get("kind") != KIND:
         return None
@@ -57,7 +57,7 @@ def locate(metadata: Json) -> PodNode | None:
 
 
 def refusals(spec: Json) -> Iterable[Problem]:
-    """Yield the number of nodes where it is not 1."""
+    """Yield an error for a number of nodes other than 1."""
     nodes = spec.get("resources", {}).get("nodes", 1)
     if nodes != 1:
         yield Problem("resources.nodes", f"is {nodes}: the engine {NAME} runs one node")

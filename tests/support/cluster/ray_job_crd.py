@@ -1,8 +1,8 @@
-"""KubeRay's RayJob as far as the API server must know it: KubeRay itself can't be had here.
+"""KubeRay's RayJob CRD as far as the API server needs it, because KubeRay itself is not available here.
 
-The fields are those of the `ray.io/v1` types of KubeRay 1.7 (`apis/ray/v1/rayjob_types.go`, `raycluster_types.go`),
-closed as theirs are, so that a field which KubeRay does not have is an error where a client asks for that. Its pod
-templates are open: the API server checks those as pods.
+The fields are those of the `ray.io/v1` types of KubeRay 1.7 (`apis/ray/v1/rayjob_types.go`, `raycluster_types.go`).
+The objects are closed as KubeRay's are, so that strict field validation rejects an unknown field. Its pod templates are
+open: the API server validates them as pods.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ TEXTS: Json = {"type": "object", "additionalProperties": TEXT}
 
 
 def closed(required: tuple[str, ...] = (), **fields: Json) -> Json:
-    """An object with these fields and no others."""
+    """Return the schema of an object with only these fields."""
     return {"type": "object", "properties": fields, **({"required": list(required)} if required else {})}
 
 
 def by_name(**fields: Json) -> Json:
-    """A list of objects that refuses a name that comes twice, as those of a pod template do."""
+    """Return the schema of a list with unique names, as in a pod template."""
     item = OPAQUE | {"properties": {"name": TEXT, **fields}, "required": ["name"]}
     return {"type": "array", "items": item, "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
 
@@ -86,13 +86,13 @@ SPEC = closed(
 
 
 def ray_job_crd() -> Json:
-    """The CRD, with KubeRay's own names; its status is open."""
+    """Return the CRD of RayJobs with KubeRay's names and an open status."""
     names = {"kind": "RayJob", "listKind": "RayJobList", "plural": "rayjobs", "singular": "rayjob"}
     return _crd(NAME, names, SPEC)
 
 
 def ray_cluster_crd() -> Json:
-    """The CRD of what a RayJob makes, as far as the garbage collector must know it: who owns whom."""
+    """Return the CRD of RayClusters, which the garbage collector needs for their owners."""
     names = {"kind": "RayCluster", "listKind": "RayClusterList", "plural": "rayclusters", "singular": "raycluster"}
     return _crd(CLUSTER_NAME, names, OPAQUE)
 

@@ -1,4 +1,4 @@
-"""Statuses as the operator writes them, for tests of those who read them."""
+"""Statuses as the operator writes them, for tests of their readers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SINCE = "2026-11-24T03:00:00Z"
 
 
 def conditions(**statuses: str) -> list[Json]:
-    """`Running="True Training"`: status, reason and maybe a message."""
+    """Return conditions from `Running="True Training"`: status, reason and an optional message."""
     found = []
     for kind, words in statuses.items():
         status, reason, message = [*words.split(" ", 2), "", ""][:3]

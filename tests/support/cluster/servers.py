@@ -1,4 +1,4 @@
-"""One server process: started with its output in a file, ready or dead, stopped cleanly and never left behind."""
+"""A server process with its output in a file: started until ready, stopped cleanly, and never left running."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Server:
         return self._process is not None and self._process.poll() is None
 
     def start(self, ready: Callable[[], bool], timeout: float = 60) -> None:
-        """Start it and come back once `ready()`.
+        """Start the server and wait until `ready()`.
 
         Raises:
             ServerFailed: it ended before that, or took longer than `timeout` seconds.
@@ -51,7 +51,7 @@ class Server:
                 raise ServerFailed(f"{self.name} is not ready (exit code {self._process.poll()}):\n{self.log_tail()}")
 
     def _ended_within(self, seconds: float) -> bool:
-        """Whether the process ends in the next `seconds`: the pause between two looks, cut short by its death."""
+        """Whether the process ends in the next `seconds`; its death cuts the wait short."""
         assert self._process is not None
         try:
             self._process.wait(seconds)
@@ -60,7 +60,7 @@ class Server:
         return True
 
     def stop(self, grace: float = 20) -> None:
-        """SIGTERM, and SIGKILL where that is not heard within `grace` seconds; nothing where it is not running."""
+        """Send SIGTERM, and SIGKILL if it still runs after `grace` seconds; do nothing if it does not run."""
         if self._process is None or not self.running:
             return
         self._process.send_signal(signal.SIGTERM)
@@ -68,18 +68,18 @@ class Server:
             self.kill()
 
     def kill(self) -> None:
-        """SIGKILL: what a crash looks like from outside."""
+        """Send SIGKILL, which simulates a crash."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()
 
     def log_tail(self) -> str:
-        """The last lines of its log."""
+        """Return the last lines of the log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
 
 
 def free_port() -> int:
-    """A TCP port of the loopback device that nobody listens on."""
+    """Return a free TCP port of the loopback device."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -87,12 +87,12 @@ def free_port() -> int:
 
 
 def accepts(port: int) -> bool:
-    """Whether something listens on that port of the loopback device."""
+    """Whether a process listens on that port of the loopback device."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _tied_to_this_process() -> list[str]:
-    """A prefix that has the kernel end the server when the tests are killed."""
+    """Return a command prefix with which the kernel ends the server when the tests are killed."""
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", "KILL"] if setpriv else []

@@ -1,4 +1,4 @@
-"""A stand-in for NVIDIA's libraries: torch itself then says what it says on a node with such a driver."""
+"""A stand-in for NVIDIA's libraries, with which torch itself reports a driver that is too old."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ int cuInit(unsigned flags) { return 0; }
 
 
 def build(directory: Path, version: int = 12040) -> dict[str, str]:
-    """Build libraries that count one GPU and are for a CUDA that is too old; returns the environment that has them.
+    """Build libraries with one GPU and a CUDA that is too old; return the environment that loads them.
 
-    A file `asked` in the directory tells whether any library has called the driver.
+    A file `asked` in the directory shows whether a library has called the driver.
     """
     if shutil.which("gcc") is None:
         pytest.skip("no gcc here to build the stand-in for NVIDIA's libraries")

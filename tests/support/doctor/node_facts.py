@@ -21,12 +21,12 @@ GOOD = Facts(
     Fabric(("uverbs0",), ("mlx5_0",), None, False, True),
     Hub(asked=True),
 )
-"""A node with eight H100 on which everything is right."""
+"""A node with eight H100 on which every check succeeds."""
 NEEDS = Needs(8, 2, "stages[0].sft", "stages[0].sft", hub="model.hub")
 TOO_OLD = "RuntimeError: The NVIDIA driver on your system is too old (found version 12040). Please update your driver"
 OLD = replace(GOOD, driver=Driver("550.90.07", False, 8, 8), torch=replace(TORCH, gpus=(), error=TOO_OLD))
 
 
 def with_parts(**parts: dict[str, Any]) -> Facts:
-    """The good node with fields of some parts changed."""
+    """Return the good node with changed fields of some parts."""
     return replace(GOOD, **{name: replace(getattr(GOOD, name), **fields) for name, fields in parts.items()})

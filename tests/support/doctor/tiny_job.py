@@ -1,4 +1,4 @@
-"""A job that the doctor reads the requirements of."""
+"""A job whose requirements the doctor reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults one after the other on one long job, and what came of each."""
+"""A series of faults on one long job, and the recovery from each."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ Json = dict[str, Any]
 SAVE = 20
 FIRST_SECONDS, GO_ON_SECONDS, SETTLE_SECONDS, BREAK_SECONDS, PAUSE_SECONDS = 300, 900, 6, 60, 2
 STEPS_A_ROUND = 150
-"""So many are left for a round: it must not end with the job."""
+"""Steps that must remain for a round, so that it does not end with the job."""
 _RESUMED = re.compile(r"resumes at step (\d+)")
 
 
 @dataclass
 class Round:
-    """One fault: what status said, and how training came through."""
+    """One fault: the statuses, and the recovery of training."""
 
     kind: str
     step: int
-    """The step at which it struck."""
+    """The step at which the fault began."""
     seconds: float
-    """Until training went on; without a break the longest pause between two steps."""
+    """Until training continued; without an interruption, the longest pause between two steps."""
     broken: bool
     repeated: int
     kept: int | None
-    """The newest complete checkpoint before the strike."""
+    """The newest complete checkpoint before the fault."""
     resumed: int | None
-    """The step that training went on from, by the driver's own word; None where it did not break off."""
+    """The step from which training continued, according to the driver; None without an interruption."""
     said: list[str] = field(default_factory=list)
     silences: list[str] = field(default_factory=list)
-    """When and why this test could not look; a pause may be its own."""
+    """When and why this test could not observe the job, which may itself look like a pause."""
 
     @property
     def faults(self) -> list[str]:
-        """What must not be."""
+        """Return the violations: a lost checkpoint, or too many repeated steps."""
         found = []
         if self.broken and self.kept is not None and self.resumed is not None and self.resumed < self.kept:
             found.append(f"checkpoint {self.kept} was complete, and training went on from {self.resumed}")
@@ -59,8 +59,8 @@ class Campaign:
     """Rounds of faults on one job of `steps` steps.
 
     Args:
-        victim: all but the job, which is made here.
-        told: is given each round as it ends.
+        victim: the cluster and the name of the job, which is created here.
+        told: receives each round as it ends.
     """
 
     victim: Victim
@@ -68,30 +68,30 @@ class Campaign:
     told: Callable[[Round], None] = lambda round: None
 
     def run(self, kinds: deque[str]) -> list[Round]:
-        """Apply the job, strike it with one kind after the other while it has steps left, and wait for its end.
+        """Apply the job, inject one fault after the other while it has steps left, and wait for its end.
 
-        `kinds` keeps those that are left.
+        `kinds` keeps the faults that are left.
 
         Raises:
-            AssertionError: training doesn't go on, or the job does not succeed.
+            AssertionError: training does not continue, or the job does not succeed.
         """
         victim, rounds = self.victim, []
         body = long_job(victim.name, victim.cluster.pod_template, steps=self.steps, save=SAVE)
-        # A node has room for both pods, so that the job goes on where the other one is lost.
+        # A node has room for both pods, so that the job continues where one node is lost.
         body["spec"]["resources"] |= {"memoryPerNode": "5Gi", "cpusPerNode": "500m"}
         body["spec"]["kubernetes"]["engine"] = victim.engine
         apply(victim.admin, victim.namespace, body)
         with victim.following as following:
             following.until_step(SAVE + 1, FIRST_SECONDS)
             while kinds and following.samples[-1].step < self.steps - STEPS_A_ROUND:
-                time.sleep(victim.chance.uniform(0, SETTLE_SECONDS / 2))  # the random moment
+                time.sleep(victim.chance.uniform(0, SETTLE_SECONDS / 2))
                 rounds.append(self.strike(kinds.popleft()))
                 self.told(rounds[-1])
             following.until(lambda it: it.status.get("phase") == "Succeeded", GO_ON_SECONDS * 2, "success")
         return rounds
 
     def strike(self, kind: str) -> Round:
-        """One fault, and the wait until training goes on after it."""
+        """Inject one fault and wait until training continues."""
         victim, following = self.victim, self.victim.following
         kept, step, struck = self._newest(), following.samples[-1].step, time.monotonic()
         KINDS[kind](victim)
@@ -103,10 +103,9 @@ class Campaign:
                      following.said_since(struck), following.silences_since(struck))  # fmt: skip
 
     def _settled(self, kind: str, struck: float, after: float) -> Recovery:
-        """How training came through, once it goes on a while after the fault was over.
+        """Wait until training has continued for a while after the fault, and return the recovery.
 
-        A break that was over between two looks shows by its pause; where not even that shows, it is not waited for
-        forever.
+        An interruption that no sample shows is visible as a pause; the wait for a pause has a limit.
         """
 
         def steady(it: Following) -> bool:
@@ -123,7 +122,7 @@ class Campaign:
         return found
 
     def _newest(self) -> int | None:
-        """The newest complete checkpoint in the store."""
+        """Return the newest complete checkpoint in the store."""
         fs, root = (
             self.victim.s3.fs,
             f"{RUNS}/{self.victim.namespace}/{self.victim.name}/stages/01-pretrain/checkpoints",
@@ -133,7 +132,7 @@ class Campaign:
         return max(steps, default=None)
 
     def _resumed(self) -> int | None:
-        """Where the driver says that it went on."""
+        """Return the step from which training continued, according to the driver's log."""
         pods = self.victim.pods()
         if not pods:
             return None
@@ -144,7 +143,7 @@ class Campaign:
 
 
 def late_image(victim: Victim) -> Round:
-    """A job whose image is not there: what status says of it, and how it begins once the image has come."""
+    """Run a job whose image is missing at first, and return its statuses and the time of its start after that."""
     body = long_job(victim.name, victim.cluster.pod_template, steps=SAVE, save=SAVE, nodes=1)
     image = f"finetune.test/{victim.name}:1"
     body["spec"]["kubernetes"] |= {"image": image, "engine": victim.engine}
@@ -162,20 +161,20 @@ def late_image(victim: Victim) -> Round:
 
 
 def check(rounds: list[Round]) -> None:
-    """No checkpoint lost, no more repeated than is saved at once.
+    """Check that no checkpoint was lost and that no more steps were repeated than lie between two checkpoints.
 
     Raises:
-        AssertionError: the message names each round with what is wrong.
+        AssertionError: the message names each round with its violations.
     """
     wrong = {f"{number}. {round.kind}": round.faults for number, round in enumerate(rounds, 1) if round.faults}
     assert not wrong, wrong
 
 
 def same_curve(victim: Victim, calm: list[tuple[int, float]]) -> None:
-    """The curve of the job is the undisturbed one's, to the bit, with every step in it once.
+    """Check that the loss curve has every step once and equals the undisturbed curve bit by bit.
 
     Raises:
-        AssertionError: it isn't.
+        AssertionError: the curves differ.
     """
     hit = curve(victim.s3, victim.namespace, victim.name)
     assert [step for step, _ in hit] == [step for step, _ in calm]
@@ -188,7 +187,7 @@ def write(rounds: list[Round], path: Path) -> None:
 
 
 def new_chance(seed: int | None) -> random.Random:
-    """A generator whose seed is printed, so that a run can be repeated."""
+    """Return a random generator and print its seed, so that a run can be repeated."""
     seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
     print(f"seed {seed}")
     return random.Random(seed)

@@ -1,4 +1,4 @@
-"""A cgroup of a node's own in every hierarchy of this machine (v1 and v2), which takes all of its pods' along."""
+"""A cgroup for each node in every hierarchy of this machine (v1 and v2), the parent of its pods' cgroups."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ REMOVE_SECONDS = 20
 
 
 def hierarchies() -> list[Path]:
-    """The mounted hierarchies: one with v2; with v1 one per controller, though some may go by two names."""
+    """Return the mounted hierarchies: one with v2, one per controller with v1, some under two names."""
     if (ROOT / "cgroup.controllers").exists():
         return [ROOT]
     return [path for path in sorted(ROOT.iterdir()) if path.is_dir() and not path.is_symlink()]
 
 
 def make(name: str) -> str:
-    """Make `/finetune-e2e/<name>`; its path as the kubelet wants it."""
+    """Create `/finetune-e2e/<name>` and return its path in the format of the kubelet."""
     for root in hierarchies():
         for path in (root / PARENT, root / PARENT / name):
             path.mkdir(exist_ok=True)
@@ -29,7 +29,7 @@ def make(name: str) -> str:
 
 
 def _inherit(path: Path) -> None:
-    """What a child doesn't get by itself: controllers (v2), the CPUs and memory nodes that it may use (v1)."""
+    """Set what a child does not inherit: controllers (v2), or CPUs and memory nodes (v1)."""
     controllers = path.parent / "cgroup.controllers"
     if controllers.exists():
         wanted = " ".join(f"+{name}" for name in controllers.read_text().split())
@@ -40,17 +40,17 @@ def _inherit(path: Path) -> None:
 
 
 def remove(name: str = "") -> None:
-    """Remove it and all below it, once its processes have died; nothing where it is gone.
+    """Remove the cgroup and all below it once its processes have ended, if it exists.
 
     Raises:
-        AssertionError: some processes live on.
+        AssertionError: some processes are still alive.
     """
     deadline = time.monotonic() + REMOVE_SECONDS
     for root in hierarchies():
         top = root / PARENT / name
         while top.exists() and not _removed(top):
             assert time.monotonic() < deadline, f"{top} is in use"
-            time.sleep(0.05)  # the kernel has no word for when the last process has left
+            time.sleep(0.05)  # the kernel has no event for the end of the last process
 
 
 def _removed(top: Path) -> bool:
@@ -64,7 +64,7 @@ def _removed(top: Path) -> bool:
 
 
 def processes(uid: str) -> list[int]:
-    """Process ids, as this host has them, of all containers of the pod with that uid."""
+    """Return the process ids on this host of all containers of the pod with that uid."""
     marks = (uid, uid.replace("-", "_"))
     found = []
     for entry in Path("/proc").iterdir():
@@ -79,7 +79,7 @@ def processes(uid: str) -> list[int]:
 
 
 def command_of(pid: int) -> str:
-    """A process's command line; empty where it has ended."""
+    """Return the command line of a process, or an empty one if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
@@ -87,10 +87,10 @@ def command_of(pid: int) -> str:
 
 
 def exhaust_memory(pid: int) -> None:
-    """Fill the memory cgroup of a process until the kernel kills something in there: first of all that process.
+    """Fill the memory cgroup of a process until the kernel kills a process in it, first this one.
 
     Raises:
-        AssertionError: it lives on; the group has no limit.
+        AssertionError: it is still alive, because the group has no limit.
     """
     Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
     lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()

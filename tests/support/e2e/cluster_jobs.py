@@ -1,4 +1,4 @@
-"""FineTuneJobs of the end-to-end tests, as their users would write them, and how they are applied and followed."""
+"""FineTuneJobs of the end-to-end tests, and functions that apply them and read their results."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ DENSE = {
 
 
 def write_corpus(s3: S3Server) -> None:
-    """What all the jobs read."""
+    """Write the corpus that all jobs read."""
     s3.fs.pipe_file(CORPUS, "\n".join(json.dumps({"text": text}) for text in TEXTS).encode())
 
 
 def give_credentials(admin: Access, namespace: str, s3: S3Server) -> None:
-    """The Secret that jobs take the store's address and keys from."""
+    """Create the Secret with the store's address and keys for jobs."""
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": SECRET}}
     admin.apply(secret | {"stringData": s3.environment | {"HF_HUB_OFFLINE": "1"}}, namespace=namespace)
 
 
 def job(name: str, model: Json, stages: list[Json], template: Json, nodes: int = 2) -> Json:
-    """A job of one worker on each of its nodes, with the store's credentials from a Secret."""
+    """Return a job of one worker per node, with the store's credentials from a Secret."""
     return {
         "apiVersion": "finetune.dev/v1alpha1",
         "kind": "FineTuneJob",
@@ -69,7 +69,7 @@ def job(name: str, model: Json, stages: list[Json], template: Json, nodes: int =
 
 
 def pipeline(name: str, template: Json) -> Json:
-    """A tokenizer, pretraining, QLoRA, DPO and ESFT of a mixture of experts."""
+    """Return a job of a tokenizer, pretraining, QLoRA, DPO and ESFT of a mixture of experts."""
     dialogues = {"sources": [{"inline": [_dialogue(a) for a in range(16)]}]}
     pairs = {"sources": [{"inline": [_pair(a) for a in range(16)]}]}
     adapted = {"maxSteps": 6, "maxLength": 64, "lora": {"r": 4}, **common(3)}
@@ -84,7 +84,7 @@ def pipeline(name: str, template: Json) -> Json:
 
 
 def long_job(name: str, template: Json, *, steps: int, save: int, nodes: int = 2) -> Json:
-    """A tokenizer and `steps` of pretraining, a checkpoint after every `save`."""
+    """Return a job of a tokenizer and `steps` of pretraining, with a checkpoint after every `save` steps."""
     pretrain = {"data": corpus(), "blockSize": 64, "maxSteps": steps, "learningRate": 1e-4, **common(save)}
     return job(name, DENSE, [{"tokenizer": {"data": corpus(), "vocabSize": 320}}, {"pretrain": pretrain}], template,
                nodes)  # fmt: skip
@@ -107,12 +107,12 @@ def _pair(a: int) -> Json:
 
 
 def apply(admin: Access, namespace: str, job: Json) -> None:
-    """`kubectl apply`."""
+    """Apply a job with `kubectl apply`."""
     admin.kubectl("apply", f"--namespace={namespace}", "--filename=-", stdin=json.dumps(job))
 
 
 def until_succeeded(jobs: Jobs, name: str, seconds: float) -> Json:
-    """The job once it has succeeded.
+    """Wait until the job has succeeded, and return it.
 
     Raises:
         AssertionError: it failed, or takes longer.
@@ -123,7 +123,7 @@ def until_succeeded(jobs: Jobs, name: str, seconds: float) -> Json:
 
 
 def curve(s3: S3Server, namespace: str, name: str, stage: str = "01-pretrain") -> list[tuple[int, float]]:
-    """(step, loss) of a stage."""
+    """Return the (step, loss) pairs of a stage."""
     s3.fs.invalidate_cache()
     rows = read_metrics(s3.fs.cat_file(f"{RUNS}/{namespace}/{name}/stages/{stage}/metrics.jsonl").decode())
     return [(row["step"], row["loss"]) for row in rows if "loss" in row]

@@ -1,4 +1,4 @@
-"""Either kind of cluster, as tests see it."""
+"""The interface of both kinds of clusters for tests."""
 
 from __future__ import annotations
 

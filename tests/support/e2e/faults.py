@@ -1,4 +1,4 @@
-"""What can befall a job and its cluster, each as something that is done to them at a given moment."""
+"""Faults of a job and its cluster, each as a function that injects it at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WORKER = "ray::RayTrainWorker"
 
 @dataclass
 class Victim:
-    """A running job and all around it."""
+    """A running job with its cluster and store."""
 
     cluster: Cluster
     admin: Access
@@ -43,7 +43,7 @@ class Victim:
     engine: str = "job"
 
     def pods(self) -> list[Json]:
-        """Pods of the attempt that is on its way, by index."""
+        """Return the pods of the current attempt by index."""
         attempt = self.following.status.get("attempt")
         selector = f"--selector={JOB_LABEL}={self.name},{RUN_LABEL}={attempt}"
         done = self.admin.kubectl("get", "pods", f"--namespace={self.namespace}", selector, "--output=json")
@@ -53,13 +53,13 @@ class Victim:
         self.admin.kubectl(*arguments, f"--namespace={self.namespace}")
 
     def node(self) -> Any:
-        """One of the nodes that its pods are on."""
+        """Return one of the nodes of its pods."""
         names = sorted({pod["spec"]["nodeName"] for pod in self.pods() if "nodeName" in pod["spec"]})
         chosen = self.chance.choice(names)
         return next(node for node in self.cluster.nodes if node.name == chosen)
 
     def goes_on(self, since: float) -> None:
-        """Wait until there is a step by a process that began after that."""
+        """Wait until a process that began after `since` has made a step."""
         self.following.until(lambda it: (found := it.recovery(since)) is not None and found.broken, WAIT_SECONDS,
                              "training goes on")  # fmt: skip
 
@@ -68,34 +68,34 @@ Strike = Callable[[Victim], None]
 
 
 def worker_process(victim: Victim) -> None:
-    """Kill -9 of a worker's process."""
+    """Kill a worker's process with SIGKILL."""
     _kill(_processes(victim, WORKER))
 
 
 def driver_process(victim: Victim) -> None:
-    """Kill -9 of the driver's process."""
+    """Kill the driver's process with SIGKILL."""
     _kill(_processes(victim, "finetune node", pods=1))
 
 
 def pod(victim: Victim) -> None:
-    """A pod is deleted without any grace."""
+    """Delete a pod without a grace period."""
     name = victim.chance.choice(victim.pods())["metadata"]["name"]
     victim.kubectl("delete", "pod", name, "--grace-period=0", "--force")
 
 
 def operator(victim: Victim) -> None:
-    """Kill -9 of the operator."""
+    """Kill the operator with SIGKILL."""
     victim.operator.kill()
 
 
 def run_deleted(victim: Victim) -> None:
-    """The attempt's Job or RayJob is deleted."""
+    """Delete the Job or RayJob of the attempt."""
     kind = {"job": "job", "kuberay": "rayjob"}[victim.engine]
     victim.kubectl("delete", kind, f"{victim.name}-{victim.following.status['attempt']}", "--wait=false")
 
 
 def kubelet_stopped(victim: Victim) -> None:
-    """A kubelet is away for two minutes; pods run on."""
+    """Stop a kubelet for two minutes, while its pods continue to run."""
     node = victim.node()
     node.stop_kubelet()
     time.sleep(KUBELET_SECONDS)
@@ -103,7 +103,7 @@ def kubelet_stopped(victim: Victim) -> None:
 
 
 def node_drained(victim: Victim) -> None:
-    """A node is drained, as for an upgrade; it takes pods again once the job has gone on."""
+    """Drain a node, as for an upgrade, and make it schedulable again once training continues."""
     struck, node = time.monotonic(), victim.node()
     options = ["--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=100s"]
     victim.admin.kubectl("drain", node.name, *options)
@@ -112,7 +112,7 @@ def node_drained(victim: Victim) -> None:
 
 
 def node_lost(victim: Victim) -> None:
-    """A node's power fails; it comes back once the job has gone on elsewhere."""
+    """Cut the power of a node, and start it again once training continues elsewhere."""
     struck, node = time.monotonic(), victim.node()
     node.lose()
     try:
@@ -122,12 +122,12 @@ def node_lost(victim: Victim) -> None:
 
 
 def apiserver(victim: Victim) -> None:
-    """The API server is killed and starts again."""
+    """Kill the API server and start it again."""
     victim.cluster.restart_apiserver()
 
 
 def store_stopped(victim: Victim) -> None:
-    """S3 is away for a minute, from the middle of a save on where one can be caught."""
+    """Stop S3 for a minute, during a save if one is in progress."""
     seen = victim.following.samples[-1].step
     victim.following.until(lambda it: it.samples[-1].step > seen and _saving(victim), 120, "a save")
     victim.s3.stop()
@@ -136,7 +136,7 @@ def store_stopped(victim: Victim) -> None:
 
 
 def disk_full(victim: Victim) -> None:
-    """Not a byte is left on a node's disk for a minute."""
+    """Fill a node's disk completely for a minute."""
     node = victim.node()
     node.fill_disk()
     time.sleep(DISK_SECONDS)
@@ -144,7 +144,7 @@ def disk_full(victim: Victim) -> None:
 
 
 def suspended(victim: Victim) -> None:
-    """Suspended and resumed, ten times."""
+    """Suspend and resume the job ten times."""
     for _ in range(SUSPENSIONS):
         _suspend(victim, True)
         victim.following.until(lambda it: it.status.get("phase") == "Suspended", WAIT_SECONDS, "suspended")
@@ -154,7 +154,7 @@ def suspended(victim: Victim) -> None:
 
 
 def out_of_memory(victim: Victim) -> None:
-    """A worker's container is at its memory limit, and the kernel kills its largest process."""
+    """Fill a worker's container to its memory limit, so that the kernel kills its largest process."""
     cgroups.exhaust_memory(_processes(victim, WORKER)[0])
 
 
@@ -175,7 +175,7 @@ KINDS: dict[str, Strike] = {
 }
 
 BREAKING = ("worker", "driver", "pod", "run-deleted", "drain", "node-lost", "suspend", "memory")
-"""After these training has to start again."""
+"""Faults after which training must start again."""
 
 
 def _suspend(victim: Victim, wanted: bool) -> None:
@@ -194,7 +194,7 @@ def _saving(victim: Victim) -> bool:
 
 
 def _processes(victim: Victim, words: str, pods: int | None = None) -> list[int]:
-    """Those of one pod, by chance, among the first so many; waits for them where an attempt is still starting."""
+    """Return the matching processes of a random pod among the first `pods`; wait until there are any."""
     found: list[list[int]] = []
 
     def there(_: Following) -> bool:
@@ -208,5 +208,5 @@ def _processes(victim: Victim, words: str, pods: int | None = None) -> list[int]
 
 def _kill(pids: list[int]) -> None:
     for pid in pids:
-        with contextlib.suppress(ProcessLookupError):  # its parent's end was its own
+        with contextlib.suppress(ProcessLookupError):  # it ended with its parent
             os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Follows a job from outside, whatever befalls the cluster: its steps by the driver's own report, its status."""
+"""A thread that follows a job during faults: its steps by the driver's report, and its status."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INDEX, RAY_TYPE = "batch.kubernetes.io/job-completion-index", "ray.io/node-type"
 
 @dataclass(frozen=True)
 class Sample:
-    """The newest step that a driver knew of, `at` seconds of this process's clock."""
+    """The newest step in a driver's report, at `at` seconds of this process's clock."""
 
     at: float
     attempt: int
@@ -39,19 +39,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Recovery:
-    """How training came through a fault."""
+    """The recovery of training from a fault."""
 
     seconds: float
-    """From the strike to the first new step after the break; without a break the longest pause between two steps."""
+    """From the fault to the first new step after the interruption, or the longest pause between two steps."""
     broken: bool
     """Whether training had to start again."""
     repeated: int
-    """Steps that were done before and were done again."""
+    """Steps that were repeated."""
 
 
 @dataclass
 class Following:
-    """A thread that keeps samples and words of one job. A context manager.
+    """A context manager: a thread that records the steps and statuses of one job.
 
     Args:
         direct: whether this machine reaches pods by their addresses.
@@ -63,10 +63,10 @@ class Following:
     direct: bool = True
     samples: list[Sample] = field(default_factory=list)
     words: list[tuple[float, str]] = field(default_factory=list)
-    """What the status said, whenever it said something new: phase, and the reason and message of what tells most."""
+    """The phase with the reason and message of the main condition, at each change."""
     status: Json = field(default_factory=dict)
     silences: list[tuple[float, str]] = field(default_factory=list)
-    """Why the API server or the driver was not heard, whenever that changed; empty text: it was heard again."""
+    """Why the API server or the driver was unreachable, at each change; an empty text means reachable again."""
 
     def __post_init__(self) -> None:
         self._over = threading.Event()
@@ -82,10 +82,10 @@ class Following:
         self._thread.join()
 
     def until(self, wanted: Callable[[Following], bool], seconds: float, what: str) -> None:
-        """Wait.
+        """Wait until `wanted` is true.
 
         Raises:
-            AssertionError: it doesn't come, or the job has failed.
+            AssertionError: it takes too long, or the job has failed.
         """
         deadline = time.monotonic() + seconds
         while not wanted(self):
@@ -98,15 +98,15 @@ class Following:
         self.until(lambda it: bool(it.samples) and it.samples[-1].position >= (stage, step), seconds, f"step {step}")
 
     def said_since(self, then: float) -> list[str]:
-        """What the status said from then on, each thing once."""
+        """Return the distinct statuses since then."""
         return list(dict.fromkeys(text for at, text in self.words if at >= then))
 
     def silences_since(self, then: float) -> list[str]:
-        """With the seconds from then on."""
+        """Return the times without an answer, in seconds since then."""
         return [f"{at - then:.0f} s: {text or 'heard again'}" for at, text in self.silences if at >= then]
 
     def recovery(self, struck: float) -> Recovery | None:
-        """How training came through what struck then; None while it has not gone on."""
+        """Return the recovery from the fault at `struck`, or None before training continues."""
         return recovery(self.samples, struck)
 
     def _run(self) -> None:
@@ -117,7 +117,7 @@ class Following:
                 try:
                     with self.admin.client() as api:
                         self._look(api)
-                except Exception as error:  # the API server is away: that is what the tests are about
+                except Exception as error:  # the tests include outages of the API server
                     self._silent(f"API server: {error!r:.120}")
             self._ask()
 
@@ -179,7 +179,7 @@ class Following:
 
 
 def recovery(samples: list[Sample], struck: float) -> Recovery | None:
-    """See `Following.recovery`."""
+    """Compute `Following.recovery` from samples."""
     after = [index for index, sample in enumerate(samples) if sample.at > struck]
     if not after:
         return None
@@ -203,7 +203,7 @@ def _key(sample: Sample) -> tuple[int, int, int]:
 
 
 def _words(status: Json) -> str:
-    """The phase with the condition behind it, and the last attempt's end where a new one is on its way."""
+    """Return the phase with the main condition, and the end of the last attempt before a new one."""
     conditions = {item["type"]: item for item in status.get("conditions") or []}
     order = ("Failed", "Succeeded", "Suspended", "Running", "Planned")
     shown = (conditions.get(kind) for kind in order)
@@ -220,6 +220,6 @@ def _words(status: Json) -> str:
 
 
 def _drives(pod: client.V1Pod) -> bool:
-    """Whether it is the pod of the Ray head and the driver, on either engine."""
+    """Whether it is the pod of the Ray head and the driver, with either engine."""
     labels = pod.metadata.labels
     return bool(labels.get(INDEX) == "0" or labels.get(RAY_TYPE) == "head")

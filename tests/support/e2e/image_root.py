@@ -1,7 +1,7 @@
-"""The trainer's image as a folder to change root into, without a registry and without a container runtime.
+"""The trainer's image as a root folder, without a registry and a container runtime.
 
-Its files are those of the Debian packages that `images/Dockerfile` installs, with all that they depend on, as this
-machine has them installed; Python and its packages are this machine's own. What is not in these packages is not there.
+Its files are those of the Debian packages that `images/Dockerfile` installs, with their dependencies, copied from this
+machine; Python and its packages are this machine's. Files of other packages are absent.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from support.e2e.images import ROOT, interpreter, libraries_of
 
 DOCKERFILE = ROOT / "images" / "Dockerfile"
 BASE = ("libc6", "libc-bin", "libstdc++6", "zlib1g")
-"""What any Debian image of Python has and the test needs: a C library, ldconfig, and what Triton links with."""
+"""Packages of any Debian image of Python: a C library, ldconfig, and the libraries that Triton links with."""
 MERGED = ("bin", "sbin", "lib", "lib64")
 
 
 def packages_of(stage: str) -> list[str]:
-    """The Debian packages that a stage of the Dockerfile installs."""
+    """Return the Debian packages that a stage of the Dockerfile installs."""
     text = DOCKERFILE.read_text().partition(f"\nFROM base AS {stage}\n")[2].partition("\nFROM ")[0]
     installed = re.findall(r"apt-get install (.*?)(?:&&|$)", text.replace("\\\n", " "), re.MULTILINE)
     return [word for words in installed for word in words.split() if not word.startswith("-")]
 
 
 def missing_packages(packages: Iterable[str]) -> str:
-    """Why this machine can't make such a root; empty where it can."""
+    """Return why this machine cannot make such a root, or an empty text."""
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         return "needs root and unshare, to change root"
     if shutil.which("dpkg-query") is None:
@@ -41,7 +41,7 @@ def missing_packages(packages: Iterable[str]) -> str:
 
 
 def make_root(root: Path, packages: Iterable[str]) -> Path:
-    """Lay out a root of packages, and of the libraries that Python needs."""
+    """Create a root with packages and the libraries that Python needs."""
     (root / "usr").mkdir(parents=True)
     for name in MERGED:
         (root / "usr" / name).mkdir()
@@ -57,9 +57,9 @@ def make_root(root: Path, packages: Iterable[str]) -> Path:
 
 
 def run_inside(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the root, with this machine's Python and this repository mounted at their own paths.
+    """Run a command in the root, with this machine's Python and this repository mounted at their paths.
 
-    The mounts are those of a namespace of its own, and go with the command.
+    The mounts are in a separate namespace, which ends with the command.
     """
     mounts = [str(interpreter()), str(ROOT), str(Path(sys.prefix).resolve()), "/dev"]
     binds = " && ".join(f"mkdir -p {root}{path} && mount --rbind {path} {root}{path}" for path in dict.fromkeys(mounts))
@@ -71,7 +71,7 @@ def run_inside(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def _with_dependencies(names: Iterable[str]) -> set[str]:
-    """Of alternatives the first that is installed; recommendations are left out, as in the Dockerfile."""
+    """Return packages with dependencies: the first installed alternative each, and no recommended packages."""
     depends = _installed()
     found: set[str] = set()
     todo = list(names)
@@ -88,7 +88,7 @@ def _with_dependencies(names: Iterable[str]) -> set[str]:
 
 @cache
 def _installed() -> dict[str, str]:
-    """What each installed package depends on, as its control file writes it."""
+    """Return the dependencies of each installed package from its control file."""
     form = "${Package}\t${db:Status-Status}\t${Pre-Depends}, ${Depends}\n"
     lines = subprocess.run(["dpkg-query", "--show", f"--showformat={form}"], capture_output=True, text=True).stdout
     rows = (line.split("\t") for line in lines.splitlines())
@@ -106,7 +106,7 @@ def _programs() -> list[Path]:
 
 
 def _put(root: Path, place: Path, source: Path | None = None) -> None:
-    """Copy a file to where it belongs; what is there already stays."""
+    """Copy a file to its path in the root; keep an existing file."""
     target = root / str(place).lstrip("/")
     if target.exists() or target.is_symlink():
         return

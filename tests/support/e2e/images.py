@@ -1,4 +1,4 @@
-"""Images without a registry: archives in docker's form, made of this machine's own files."""
+"""Images without a registry: archives in docker's format, made from this machine's files."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def archive(
 
     Args:
         config: docker's `config` of the image (Env, Cmd, Entrypoint, User).
-        directories: empty ones, such as the mount points of a read-only root.
+        directories: paths of empty directories, such as the mount points of a read-only root.
         files: contents by path; all are executable.
         links: targets of symbolic links by path.
-        copies: files or whole directories of this machine by path; what is in there keeps its mode.
+        copies: files or directories of this machine by path; their modes are kept.
     """
     layer = path.with_suffix(".layer")
     with tarfile.open(layer, "w") as tar:
@@ -86,7 +86,7 @@ def _add_directory(tar: tarfile.TarFile, name: str) -> None:
 
 
 def _as_root(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """Without what no program needs, and nobody's own."""
+    """Drop an unused file, or set its owner to root."""
     if _UNUSED.search(f"/{entry.name}") and "finetune" not in entry.name:
         return None
     entry.uid = entry.gid = 0
@@ -95,12 +95,12 @@ def _as_root(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
 
 
 def interpreter() -> Path:
-    """The folder of the Python that this environment's Python comes from."""
+    """Return the folder of this environment's base Python."""
     return Path(os.path.realpath(sys.executable)).parents[1]
 
 
 def pause_image(path: Path) -> Path:
-    """The container that holds a pod's namespaces open: a static program, built in a second."""
+    """Build the image of the container that holds a pod's namespaces: a static program."""
     program = path.with_name("pause")
     command = ["go", "build", "-trimpath", "-buildvcs=false", "-o", str(program), "."]
     environment = os.environ | {"CGO_ENABLED": "0"}
@@ -109,14 +109,14 @@ def pause_image(path: Path) -> Path:
 
 
 def operator_image(path: Path) -> Path:
-    """Build the operator's image as `images/Dockerfile` does: its locked packages over a Python and its C libraries.
+    """Build the operator's image as `images/Dockerfile` does: its locked packages, Python and C libraries.
 
     Python and the C libraries are those of this machine.
     """
     home = path.with_name("operator-environment")
     uv = ROOT / ".uv" / "bin" / "uv"
     options = ["--frozen", "--no-default-groups", "--extra=operator", "--no-editable", "--quiet"]
-    options += ["--reinstall-package=finetune-operator"]  # else an earlier build of this folder is taken
+    options += ["--reinstall-package=finetune-operator"]  # otherwise an earlier build of this folder is used
     environment = os.environ | {"UV_PROJECT_ENVIRONMENT": str(home), "UV_COMPILE_BYTECODE": "0"}
     command = [str(uv), "sync", *options, f"--python={interpreter() / 'bin' / 'python3'}"]
     subprocess.run(command, cwd=ROOT, check=True, env=environment, timeout=600)
@@ -137,7 +137,7 @@ def operator_image(path: Path) -> Path:
 
 
 def libraries_of(programs: Sequence[Path]) -> dict[str, Path]:
-    """The C libraries that programs are linked with, by the paths at which they look for them."""
+    """Return the C libraries of programs by the paths in their dynamic links."""
     done = subprocess.run(["ldd", *map(str, programs)], capture_output=True, text=True)
     found = {os.path.normpath(line[1]) for line in map(_LIBRARY.search, done.stdout.splitlines()) if line}
     own = {os.path.realpath(program) for program in programs}
@@ -145,14 +145,14 @@ def libraries_of(programs: Sequence[Path]) -> dict[str, Path]:
 
 
 def host_paths() -> list[str]:
-    """What the trainer's containers get of this machine, read-only: its libraries, this Python and its packages."""
+    """Return the paths that the trainer's containers mount read-only: libraries, Python and its packages."""
     return ["/usr", str(interpreter()), str(ROOT)]
 
 
 def trainer_image(path: Path) -> Path:
-    """A root without anything but mount points: what is not in it can't be relied on by chance.
+    """Build an image of only mount points, so that nothing else is available by accident.
 
-    The packages, of which torch alone has five gigabytes, come in from the host: `trainer_volumes`.
+    The packages, five gigabytes for torch alone, are mounted from the host by `trainer_volumes`.
     """
     places = [*host_paths(), "/tmp", "/cache", "/pvc", "/etc/finetune", "/etc/finetune-token", "/dev", "/proc", "/sys"]
     files = USERS | {"/etc/ld.so.cache": Path("/etc/ld.so.cache").read_bytes()}
@@ -163,7 +163,7 @@ def trainer_image(path: Path) -> Path:
 
 
 def trainer_volumes() -> dict[str, object]:
-    """A pod template by which the trainer's containers find Python and its packages."""
+    """Return a pod template that mounts Python and its packages into the trainer's containers."""
     volumes = {f"host-{index}": path for index, path in enumerate(host_paths())}
     mounts = [{"name": name, "mountPath": path, "readOnly": True} for name, path in volumes.items()]
     return {

@@ -1,6 +1,6 @@
-"""The same cluster by kind, on a machine with Docker: `FINETUNE_E2E=kind make e2e`.
+"""The cluster of the end-to-end tests with kind, on a machine with Docker: `FINETUNE_E2E=kind make e2e`.
 
-Its images are those of `images/Dockerfile`, so that its jobs need no files of this machine.
+Its images are those of `images/Dockerfile`, so its jobs need no files of this machine.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from support.e2e.network import run
 
 NAME = "finetune-e2e"
 SECONDS = 1800
-"""For what builds images, or pulls them."""
+"""Time limit of commands that build or pull images."""
 
 
 def kind_missing() -> str:
-    """Why there can be no such cluster here; empty where there can."""
+    """Return why kind cannot run here, or an empty text."""
     absent = [name for name in ("docker", "kind", "kubectl") if shutil.which(name) is None]
     return f"no {', '.join(absent)} here" if absent else ""
 
 
 class KindNode:
-    """A worker: a container of Docker's, in which systemd runs the kubelet."""
+    """A worker node: a Docker container in which systemd runs the kubelet."""
 
     def __init__(self, container: str) -> None:
         self.name = self.container = container
@@ -52,7 +52,7 @@ class KindNode:
 
 
 class KindCluster:
-    """A context manager, as `OneMachine`: a control plane and two workers."""
+    """A context manager like `OneMachine`: a control plane and two workers."""
 
     operator_image, trainer_image = OPERATOR_IMAGE, TRAINER_IMAGE
     pod_template: ClassVar[dict[str, object]] = {}
@@ -75,11 +75,11 @@ class KindCluster:
         run("kind", "delete", "cluster", f"--name={NAME}")
 
     def restart_apiserver(self) -> None:
-        """Its container is stopped; the kubelet of the control plane starts it again."""
+        """Stop the API server's container; the kubelet of the control plane starts it again."""
         run("docker", "exec", f"{NAME}-control-plane", "pkill", "-KILL", "kube-apiserver")
 
     def tag_image(self, image: str, name: str) -> None:
-        """Make an image known by one more name."""
+        """Add a name to an image."""
         run("docker", "tag", image, name)
         run("kind", "load", "docker-image", name, f"--name={NAME}", seconds=SECONDS)
 
@@ -102,13 +102,13 @@ class KindCluster:
 
 
 def _gateway() -> str:
-    """Where kind's containers reach this machine: the IPv4 gateway of their network."""
+    """Return the address of this machine for kind's containers: the IPv4 gateway of their network."""
     pools = json.loads(run("docker", "network", "inspect", "kind"))[0]["IPAM"]["Config"]
     return next(pool["Gateway"] for pool in pools if "." in pool.get("Gateway", ""))
 
 
 def _administrator(kubeconfig: Path, directory: Path) -> Access:
-    """An account of the tests with every right, by a token."""
+    """Return a cluster-admin account of the tests, with a token."""
     kubectl = shutil.which("kubectl") or "kubectl"
     with_config = [kubectl, f"--kubeconfig={kubeconfig}"]
     run(*with_config, "create", "serviceaccount", "admin", "--namespace=kube-system")

@@ -1,4 +1,4 @@
-"""KubeRay's own operator as a process of this machine, for what is tried by hand. No part of it is kept here."""
+"""KubeRay's operator as a process of this machine, for manual tests; KubeRay itself is not included."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ RESOLV = "/etc/resolv.conf"
 def kuberay(cluster: Cluster, manager: Path, crds: Path) -> Iterator[None]:
     """Apply KubeRay's CRDs and run its operator.
 
-    It looks for heads by the names of their Services, so it gets the cluster's DNS in a mount namespace of its own.
+    It finds heads by the names of their Services, so it uses the cluster's DNS in a separate mount namespace.
 
     Args:
-        manager: the operator's program, such as `go build` makes it of KubeRay's `ray-operator`.
+        manager: the operator's program, the output of `go build` in KubeRay's `ray-operator`.
         crds: `ray-operator/config/crd/bases`.
     """
     cluster.admin.kubectl("apply", "--server-side", f"--filename={crds}")

