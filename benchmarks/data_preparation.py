@@ -2,8 +2,8 @@
 
 Each size is prepared for `pretrain` in a process of its own, with a byte-level BPE of 8,000 tokens, into an empty
 cache. The text is the language reference and the standard library's sources, each copy of a source under another
-number so that no document is equal to another. Memory is of each process by itself, sampled every 20 ms: `anonymous`
-leaves out pages of mapped files, which the kernel takes back when it needs them.
+number so that all documents are distinct. Memory is of each process by itself, sampled every 20 ms: `anonymous`
+excludes pages of mapped files, which the kernel reclaims when it needs them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COLUMNS = (
 
 
 def documents() -> Iterator[str]:
-    """An endless corpus."""
+    """Yield an endless corpus of documents."""
     library = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     texts = [*topics.values(), *(path.read_text(errors="replace") for path in library)]
     for number in itertools.count():
@@ -47,7 +47,7 @@ def documents() -> Iterator[str]:
 
 
 def write_corpus(path: Path, size: int) -> None:
-    """A jsonl file of about `size` bytes of text."""
+    """Write a jsonl file of about `size` bytes of text."""
     written = 0
     with path.open("w") as file:
         for text in documents():
@@ -69,7 +69,7 @@ def write_tokenizer(path: Path) -> None:
 
 
 class Peak(threading.Thread):
-    """The most memory that any one process of this tree has held."""
+    """Peak memory of any one process of this process tree."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

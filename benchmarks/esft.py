@@ -1,7 +1,7 @@
-"""ESFT against other ways to train a mixture of experts, on the CPU in float32: `python benchmarks/esft.py`.
+"""ESFT compared with other ways to train a mixture of experts, on the CPU in float32: `python benchmarks/esft.py`.
 
-Each method has a process of its own, and they take turns step by step: peak resident memory of AdamW steps over
-what the process had with its libraries loaded and warm, the median step's time, and the elements of AdamW's states.
+Each method has a process of its own, and they alternate step by step. Measured are the peak resident memory of AdamW
+steps over that of the warm process, the median step's time, and the number of elements of AdamW's states.
 
 - esft: the experts that token scores select (p = 0.2), in split storage
 - full: every weight
@@ -52,7 +52,7 @@ ROWS, LENGTH, STEPS = 4, 128, 6
 
 
 def main() -> None:
-    """All methods, or with an argument the one of that name in this process."""
+    """Run all methods, or the method named by the argument in this process."""
     if len(sys.argv) > 1:
         serve(sys.argv[1])
         return
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def compare() -> dict[str, dict[str, float]]:
-    """What `serve` found for each method; the methods take turns, so that other load falls on all of them alike."""
+    """Return what `serve` prints for each method; the methods alternate, so that other load affects all alike."""
     children = {method: start(method) for method in METHODS}
     turns = [{method: step(child) for method, child in children.items()} for _ in range(STEPS)]
     for child in children.values():
@@ -78,7 +78,7 @@ def compare() -> dict[str, dict[str, float]]:
 
 
 def start(method: str) -> subprocess.Popen[str]:
-    """A process that trains a step by that method for each line it is sent."""
+    """Start a process that trains one step with this method for each line of input."""
     child = subprocess.Popen(
         [sys.executable, __file__, method], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -87,7 +87,7 @@ def start(method: str) -> subprocess.Popen[str]:
 
 
 def step(child: subprocess.Popen[str]) -> dict[str, float]:
-    """One step of a process."""
+    """Run one step of a process and return its figures."""
     assert child.stdin is not None
     child.stdin.write("\n")
     child.stdin.flush()
@@ -95,7 +95,7 @@ def step(child: subprocess.Popen[str]) -> dict[str, float]:
 
 
 def answer(child: subprocess.Popen[str]) -> dict[str, float]:
-    """The next JSON object that a process prints; libraries print other lines."""
+    """Return the next JSON object that a process prints; libraries print other lines."""
     assert child.stdout is not None
     line = next((line for line in child.stdout if line.startswith("{")), None)
     if line is None:
@@ -105,10 +105,10 @@ def answer(child: subprocess.Popen[str]) -> dict[str, float]:
 
 
 def serve(method: str) -> None:
-    """A step for each line of standard input: what `train` yields, and peak resident bytes over the warm process."""
+    """Run a step for each line of input; print what `train` yields, and peak resident bytes over the warm process."""
     torch.set_num_threads(2)
     list(islice(train(method, TINY), 2))
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident("VmRSS")
     steps = train(method, SHAPE)
     print("{}", flush=True)
@@ -118,7 +118,7 @@ def serve(method: str) -> None:
 
 
 def train(method: str, shape: dict[str, int]) -> Iterator[dict[str, float]]:
-    """Steps of AdamW with weight decay on random tokens: seconds, trained weights, elements of AdamW's moments."""
+    """Train on random tokens with AdamW; yield each step's seconds, trained weights and elements of AdamW's moments."""
     model, ids = build(shape), tokens(shape)
     trained = list(METHOD[method](model, ids))
     model = trained.pop(0)  # PEFT wraps the model
@@ -134,7 +134,7 @@ def train(method: str, shape: dict[str, int]) -> Iterator[dict[str, float]]:
 
 
 def build(shape: dict[str, int]) -> Any:
-    """A Qwen3-MoE with the loss that the trainers use."""
+    """Return a Qwen3-MoE with the loss that the trainers use."""
     from trl.trainer.utils import add_fused_lm_head
 
     torch.manual_seed(0)
@@ -147,32 +147,32 @@ def build(shape: dict[str, int]) -> Any:
 
 
 def tokens(shape: dict[str, int]) -> torch.Tensor:
-    """Rows [4, 128] of tokens of a narrow domain: a sixteenth of the vocabulary."""
+    """Return tokens [4, 128] of a narrow domain: a sixteenth of the vocabulary."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, shape["vocab_size"] // 16, (ROWS, LENGTH), generator=generator)
 
 
 def select(model: Any, ids: torch.Tensor) -> ExpertConfig:
-    """The experts that the tokens use."""
+    """Return the experts that the tokens select."""
     scores = measure_scores(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
     return ExpertConfig(select_layers(scores.token, 0.2))
 
 
 def esft(model: Any, ids: torch.Tensor) -> Iterator[Any]:
-    """The model and its trained weights: the selected rows."""
+    """Yield the model, then its trained weights: the selected rows."""
     prepare(model, select(model, ids))
     yield model
     yield from (weight for weight in model.parameters() if weight.requires_grad)
 
 
 def full(model: Any, ids: torch.Tensor) -> Iterator[Any]:
-    """The model and all its weights."""
+    """Yield the model, then all its weights."""
     yield model
     yield from model.parameters()
 
 
 def masking(model: Any, ids: torch.Tensor) -> Iterator[Any]:
-    """The model and the experts' stacks, with hooks that mask gradients."""
+    """Yield the model, then the experts' stacks, with hooks that mask gradients."""
     config = select(model, ids)
     model.requires_grad_(False)
     yield model
@@ -185,7 +185,7 @@ def masking(model: Any, ids: torch.Tensor) -> Iterator[Any]:
 
 
 def lora(model: Any, ids: torch.Tensor) -> Iterator[Any]:
-    """The adapted model and its adapters."""
+    """Yield the adapted model, then its adapters."""
     from peft import get_peft_model
 
     spec = Lora(targetModules=["gate_up_proj", "down_proj"])
@@ -198,7 +198,7 @@ METHOD = {"esft": esft, "full": full, "masking": masking, "lora": lora}
 
 
 def resident(field: str) -> int:
-    """Bytes that `/proc/self/status` gives for a field."""
+    """Return a field of `/proc/self/status` in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 

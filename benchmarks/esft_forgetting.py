@@ -1,10 +1,10 @@
 """Forgetting by ESFT and by full fine-tuning at equal rate and matched loss: `python benchmarks/esft_forgetting.py`.
 
 A small mixture of experts learns two domains, A and B, together. Then it learns a changed A by each method at the same
-rate, on the same rows, until the loss on held-out rows of it has fallen to the last of the targets. What is measured is
-how far the loss on B has risen when the loss on the changed A passes each target, between two steps by interpolation;
-so both methods are compared at the same loss. A seed that misses a target fails the run. The outcome holds for this
-model, data and rate; it proves nothing about others.
+learning rate, on the same rows, until the held-out loss on it has reached the last target. The benchmark measures how
+far the loss on B has risen when the loss on the changed A passes each target, interpolated between two steps, so both
+methods are compared at the same loss. A seed that misses a target fails the run. The outcome holds for this model, data
+and learning rate only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from finetune_trainer.esft.trainable import prepare
 VOCAB, LENGTH, SEEDS = 128, 24, (0, 1, 2, 3, 4)
 RATE, TARGETS, MOST = 3e-3, (3.0, 2.0, 1.5, 1.2), 300
 THRESHOLD = 0.6
-"""Of the token scores. With 16 experts and 2 of them a token the default of 0.2 selects one expert a layer."""
+"""Threshold of the token scores. With 16 experts and top-2 routing the default of 0.2 selects one expert per layer."""
 METHODS = ("full", "esft")
 DOMAINS = {"A": (0, 64, 7), "B": (64, 128, 5), "changed A": (0, 64, 11)}
 """First token, end, and the step from each token to the next."""
@@ -44,8 +44,8 @@ class Point:
 
 
 def main() -> None:
-    """Each seed's rise of B's loss at each target, and the ratios of the means."""
-    torch.set_num_threads(1)  # the model is too small for two
+    """Print each seed's rise of B's loss at each target, and the ratios of the means."""
+    torch.set_num_threads(1)  # the model is too small for two threads
     measured = {seed: rises(seed) for seed in SEEDS}
     for target in TARGETS:
         each = {method: [found[method][target] for found in measured.values()] for method in METHODS}
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def rises(seed: int) -> dict[str, dict[float, float]]:
-    """How far B's loss has risen by each method at each target."""
+    """Return the rise of B's loss by each method at each target."""
     base, found = pretrained(seed), {}
     for method in METHODS:
         model, share = prepared(base, method, seed)
@@ -77,7 +77,7 @@ def rises(seed: int) -> dict[str, dict[float, float]]:
 
 
 def pretrained(seed: int) -> Any:
-    """A model that knows A and B."""
+    """Return a model trained on A and B."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         "qwen3_moe",
@@ -104,7 +104,7 @@ def pretrained(seed: int) -> Any:
 
 
 def prepared(base: Any, method: str, seed: int) -> tuple[Any, float]:
-    """A copy of the model, ready to be trained by a method, and the share of its weights that are."""
+    """Return a copy of the model, prepared for a method, and the share of its weights that are trained."""
     model = copy.deepcopy(base)
     total = sum(weight.numel() for weight in model.parameters())
     if method == "esft":
@@ -115,7 +115,7 @@ def prepared(base: Any, method: str, seed: int) -> tuple[Any, float]:
 
 
 def curve(model: Any, seed: int) -> Iterator[Point]:
-    """The model before each step on the changed A, down to the last target."""
+    """Yield the model before each step on the changed A, down to the last target."""
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=RATE)
     for step in range(MOST + 1):
         point = Point(step, loss(model, "changed A", seed), loss(model, "B", seed))
@@ -126,7 +126,7 @@ def curve(model: Any, seed: int) -> Iterator[Point]:
 
 
 def crossing(points: list[Point], target: float) -> Point:
-    """Where the loss first passes the target."""
+    """Return the point where the loss first passes the target."""
     for before, after in pairwise(points):
         if after.target <= target < before.target:
             part = (before.target - target) / (before.target - after.target)
@@ -143,13 +143,13 @@ def _step(model: Any, optimizer: torch.optim.AdamW, ids: torch.Tensor) -> None:
 
 @torch.no_grad()
 def loss(model: Any, name: str, seed: int) -> float:
-    """On 64 held-out rows of a domain."""
+    """Return the loss on 64 held-out rows of a domain."""
     ids = rows(name, 64, 900_000 + seed)
     return float(model.eval()(input_ids=ids, labels=ids).loss)
 
 
 def rows(name: str, count: int, seed: int) -> torch.Tensor:
-    """Rows [count, 24] that walk through a domain's tokens; one token in ten is random."""
+    """Return rows [count, 24] that walk through a domain's tokens; one token in ten is random."""
     first, end, step = DOMAINS[name]
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(0, end - first, (count, 1), generator=generator)

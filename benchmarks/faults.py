@@ -1,8 +1,8 @@
-"""Faults at random moments on a cluster of two real nodes: `python benchmarks/faults.py --rounds 5`, as root.
+"""Inject faults at random moments on a cluster of two real nodes: `python benchmarks/faults.py --rounds 5`, as root.
 
-Each kind of fault strikes a long job of two pods so many times. A job that nothing befalls runs first; every other one
-must come to the same loss at every step. Prints a line for each round and ends with a table. See `tests/e2e` for what
-the cluster needs; the kinds are those of `tests/support/e2e/faults.py`, and `image`, a job whose image comes late.
+Each kind of fault hits a long job of two pods `--rounds` times. An undisturbed job runs first; every other job must
+have its loss at every step. Prints a line for each round and ends with a table. See `tests/e2e` for what the cluster
+needs; the kinds are those of `tests/support/e2e/faults.py`, and `image`, a job whose image arrives late.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ IMAGE = "image"
 
 
 def main() -> None:
-    """Rounds in random order, over as many jobs as they need."""
+    """Run the rounds in random order, over as many jobs as they need."""
     arguments = _arguments()
     chance = new_chance(arguments.seed)
     kinds = [kind for kind in arguments.kinds.split(",") for _ in range(arguments.rounds)]
@@ -88,7 +88,7 @@ def _job(victim: Victim, name: str, steps: int, left: deque[str], calm: list[tup
 
 
 def _table(rounds: list[Round]) -> str:
-    """Markdown: a row per kind."""
+    """Return a Markdown table with a row per kind."""
     by_kind: defaultdict[str, list[Round]] = defaultdict(list)
     for round in rounds:
         by_kind[round.kind].append(round)

@@ -1,8 +1,8 @@
-"""What only a GPU can prove, as one script: `python benchmarks/gpu.py --part 1`, then `--part 2`.
+"""Checks that need a GPU, as one script: `python benchmarks/gpu.py --part 1`, then `--part 2`.
 
 It needs one GPU, no network and no Ray. Each check runs in a process of its own with its own time limit, and prints one
 line of JSON: name, ok (null: skipped), seconds, values, and the class of its error. Models have random weights and are
-made on the spot. A part starts no check for which its budget of seconds does not suffice, and says so.
+created by the script. A part skips and reports each check that does not fit into the rest of its budget of seconds.
 
 `--tiny` runs the code of all checks on the CPU, with tiny models; CI does. Exit code 1: a check failed.
 """
@@ -21,13 +21,13 @@ from gpu_checks import environment
 from gpu_checks.record import NEEDS_GPU, Check, Options, Result
 
 BUDGETS = {1: 350, 2: 230}
-"""Seconds of each part: a GPU may be lent for some minutes a call."""
+"""Budget of each part in seconds, because a GPU may be available for only a few minutes at a time."""
 TINY_SECONDS = 240
-"""Time limit of a check in `--tiny`; most take some seconds, and more where other processes want the cores."""
+"""Time limit of a check with `--tiny`; most take some seconds, and longer on a busy machine."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the checks and print their lines; returns the exit code."""
+    """Run the checks, print their lines and return the exit code."""
     asked = _parser().parse_args(arguments)
     environment.set_up(asked.tiny, with_ray=not asked.no_ray)
     started = time.monotonic()
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_all(checks: Iterable[Check], options: Options, end: float) -> Iterator[Result]:
-    """Run checks one after the other, then tell what they measured of memory.
+    """Run checks one after the other, then yield the table of the memory that they measured.
 
     Args:
         end: when the budget is used up, by `time.monotonic`.
@@ -67,7 +67,7 @@ def run_all(checks: Iterable[Check], options: Options, end: float) -> Iterator[R
 
 
 def report(results: Iterable[Result]) -> int:
-    """Print a line for each result as it comes; returns the exit code."""
+    """Print a line for each result as it comes, and return the exit code."""
     failed = []
     for result in results:
         print(result.line(), flush=True)

@@ -1,7 +1,7 @@
-"""Estimated against measured memory of a training step on the CPU: `python benchmarks/memory_plan.py`.
+"""Estimated and measured memory of a training step on the CPU: `python benchmarks/memory_plan.py`.
 
-Each case runs in a process of its own: peak resident memory of three AdamW steps in float32 over what the process had
-with its libraries loaded and warm, against the plan's parts without `context`.
+Each case runs in a process of its own and compares the peak resident memory of three AdamW steps in float32, over that
+of the warm process, with the plan's parts without `context`.
 glibc's heap fragments; `MALLOC_MMAP_THRESHOLD_=1048576` in the environment shows what is in use.
 """
 
@@ -38,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """All cases, or with an argument the one of that name in this process."""
+    """Run all cases, or the case named by the argument in this process."""
     if len(sys.argv) > 1:
         print(json.dumps(measure(**CASES[sys.argv[1]])))
         return
@@ -53,17 +53,17 @@ def main() -> None:
 
 
 def configuration(family: str, fields: dict[str, int], length: int) -> PretrainedConfig:
-    """The configuration of a case's model, with 8000 tokens."""
+    """Return the configuration of a case's model, with 8000 tokens."""
     return AutoConfig.for_model(family, **_known(family, fields), vocab_size=8000, max_position_embeddings=length)
 
 
 def _known(family: str, fields: dict[str, int]) -> dict[str, int]:
-    """As many key heads as heads, in families that group them."""
+    """Set as many key heads as heads, in families that group them."""
     return fields if family == "bert" else fields | {"num_key_value_heads": fields["num_attention_heads"]}
 
 
 def planned(*, fields: dict[str, int], family: str = "llama", **case: Any) -> dict[str, int]:
-    """The plan's bytes by part."""
+    """Return the plan's bytes by part."""
     config = configuration(family, fields, case["length"])
     load = Workload(
         batch=case["batch"],
@@ -80,18 +80,18 @@ def planned(*, fields: dict[str, int], family: str = "llama", **case: Any) -> di
 
 
 def measure(*, fields: dict[str, int], family: str = "llama", **case: Any) -> int:
-    """Peak resident bytes of three steps over the warm process."""
+    """Return the peak resident bytes of three steps over the warm process."""
     torch.set_num_threads(2)
     tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     train(family, tiny, case | {"batch": 1, "length": 16})
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     train(family, fields, case)
     return resident("VmHWM") - before
 
 
 def train(family: str, fields: dict[str, int], case: dict[str, Any]) -> None:
-    """Three steps of AdamW on random tokens, with the loss that the trainers use."""
+    """Train three steps of AdamW on random tokens, with the loss that the trainers use."""
     model = build(configuration(family, fields, case["length"]), case)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
@@ -104,7 +104,7 @@ def train(family: str, fields: dict[str, int], case: dict[str, Any]) -> None:
 
 
 def build(config: PretrainedConfig, case: dict[str, Any]) -> PreTrainedModel:
-    """A case's model, ready to train."""
+    """Return a case's model, ready to train."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
     from trl.trainer.utils import add_fused_lm_head
@@ -122,7 +122,7 @@ def build(config: PretrainedConfig, case: dict[str, Any]) -> PreTrainedModel:
 
 
 def resident(field: str) -> int:
-    """Bytes that `/proc/self/status` gives for a field."""
+    """Return a field of `/proc/self/status` in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 

@@ -1,8 +1,8 @@
 """The operator with thousands of jobs at once on a real API server: `python benchmarks/operator_scale.py 1000 5000`.
 
-Each count of jobs is a case of its own: a fresh control plane on the loopback device, the chart's own rights and
-settings, and a stand-in for the kubelets that starts every pod. Nothing answers at the drivers' port, as with jobs
-that have just begun. Calls are counted in the API server's audit log. `--preflight` has each job checked first.
+Each number of jobs is a case with a fresh control plane on the loopback device, the chart's RBAC and settings, and a
+fake kubelet that starts every pod. No driver answers on its port, as with jobs that have just started. Calls are
+counted in the API server's audit log. `--preflight` adds a preflight to each job.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ NAMESPACES = 10
 WRITERS = 16
 CPU_PAUSE = 1.0
 OWN_SETTINGS = ("FINETUNE_HEALTH_PORT", "FINETUNE_LEASE", "FINETUNE_METRICS_PORT", "FINETUNE_NAMESPACES")
-"""Of the chart's settings those that the process here has its own of."""
+"""Settings of the chart for which this process has its own values."""
 
 
 @dataclass
 class Case:
-    """One control plane with its operator, and how far it is."""
+    """One control plane with its operator, and its progress."""
 
     admin: Access
     api: client.ApiClient
@@ -54,19 +54,19 @@ class Case:
     peak: int = 0
 
     def phases(self) -> Counter[str]:
-        """Jobs by phase, as the operator's metrics have them."""
+        """Return the number of jobs by phase, from the operator's metrics."""
         found = re.findall(r'finetune_jobs\{phase="(\w+)"\} (\S+)', self.operator.metrics())
         return Counter({phase: int(float(count)) for phase, count in found})
 
     def runs(self) -> int:
-        """Jobs (batch/v1) on the API server that are attempts."""
+        """Return the number of batch/v1 Jobs on the API server, which are the attempts."""
         batch = client.BatchV1Api(self.api)
         listing = batch.list_job_for_all_namespaces(limit=1, _preload_content=False)
         found = json.loads(listing.data)
         return len(found["items"]) + (found["metadata"].get("remainingItemCount") or 0)
 
     def wait(self, what: str, done: Callable[[], bool], since: float, limit: float) -> float:
-        """Seconds from `since` until `done()`; the operator's memory is looked at on the way."""
+        """Return the seconds from `since` until `done()`, and sample the operator's memory meanwhile."""
         while not done():
             assert time.monotonic() - since < limit, f"{what}: not within {limit} s; {self.phases()}"
             self.peak = max(self.peak, self.operator.memory())
@@ -74,7 +74,7 @@ class Case:
         return time.monotonic() - since
 
     def calls(self, since: int = 0) -> tuple[Counter[str], int]:
-        """The operator's requests from byte `since` of the audit log on, by verb and resource; and where it ends."""
+        """Count the operator's requests from byte `since` of the audit log on; also return the end of the log."""
         counted: Counter[str] = Counter()
         with self.audit.open("rb") as log:
             log.seek(since)
@@ -85,7 +85,7 @@ class Case:
 
 
 def call_of(event: Json) -> str:
-    """`create pods`, `patch finetunejobs/status`, …; an answer that is an error says so."""
+    """Return verb and resource, such as `create pods` or `patch finetunejobs/status`, with the code of an error."""
     reference = event.get("objectRef") or {}
     resource = "/".join(filter(None, [reference.get("resource", event["requestURI"]), reference.get("subresource")]))
     code = (event.get("responseStatus") or {}).get("code", 200)
@@ -93,7 +93,7 @@ def call_of(event: Json) -> str:
 
 
 def audit_options(directory: Path) -> list[str]:
-    """An audit log of what the operator's service account asks for, and of nothing else."""
+    """Return API server options for an audit log of the operator's service account only."""
     policy = {
         "apiVersion": "audit.k8s.io/v1",
         "kind": "Policy",
@@ -110,7 +110,7 @@ def audit_options(directory: Path) -> list[str]:
 
 
 def create_jobs(admin: Access, count: int, *, preflight: bool) -> None:
-    """`count` jobs over the namespaces, as fast as the API server takes them."""
+    """Create `count` jobs over the namespaces, as fast as the API server accepts them."""
 
     def create(numbers: range) -> None:
         with admin.client() as api:
@@ -128,7 +128,7 @@ def namespace(number: int) -> str:
 
 
 def prepare(admin: Access, api: client.ApiClient) -> None:
-    """The CRD, the namespaces and a node."""
+    """Create the CRD, the namespaces and a node."""
     definition = yaml.safe_load((ROOT / "crds" / "finetune.dev_finetunejobs.yaml").read_text())
     admin.apply(definition)
     core = client.CoreV1Api(api)
@@ -139,17 +139,17 @@ def prepare(admin: Access, api: client.ApiClient) -> None:
 
 
 def settings(release: Installed) -> dict[str, str]:
-    """The chart's settings of the operator, less those that the process here has its own of."""
+    """Return the chart's settings of the operator, except those for which this process has its own values."""
     return {name: value for name, value in release.environment.items() if name not in OWN_SETTINGS}
 
 
 def ended(pod: Json) -> int | None:
-    """A preflight ends well at once; attempts run on."""
+    """Return the exit code 0 for a preflight at once, and None for an attempt, which keeps running."""
     return 0 if pod["metadata"]["labels"].get(RUN_LABEL) == "preflight" else None
 
 
 def measure(count: int, *, preflight: bool, idle_seconds: float, limit: float) -> Json:
-    """One case, from an empty control plane."""
+    """Measure one case, starting from an empty control plane."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         plane = stack.enter_context(ControlPlane(directory, audit_options(directory)))
@@ -197,7 +197,7 @@ def figures(case: Case, count: int, preflight: bool, idle_seconds: float, limit:
 
 
 def quiet(case: Case, log: int, seconds: float) -> Json:
-    """What the operator does while nothing happens: writes a second, and CPU."""
+    """Return the operator's writes per second and its CPU while no job changes."""
     cpu = case.operator.cpu_seconds()
     time.sleep(seconds)
     calls, _ = case.calls(log)
@@ -210,7 +210,7 @@ def quiet(case: Case, log: int, seconds: float) -> Json:
 
 
 def restart(case: Case, count: int, limit: float) -> Json:
-    """A new operator that finds all jobs running: how long until it knows them, what it writes, what it needs."""
+    """Start a new operator when all jobs run; return its time to list them, its requests, memory and CPU."""
     case.operator.kill()
     _, log = case.calls()
     started = time.monotonic()
@@ -228,7 +228,7 @@ def restart(case: Case, count: int, limit: float) -> Json:
 
 
 def peak(pid: int) -> int:
-    """The most bytes that a process ever had resident."""
+    """Return the peak resident bytes of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
 

@@ -1,4 +1,4 @@
-"""What a newcomer's first command costs: `python benchmarks/quickstart.py [REPOSITORY]`.
+"""The cost of a newcomer's first command: `python benchmarks/quickstart.py [REPOSITORY]`.
 
 Clones the repository into an empty directory, runs `make quickstart` there with an empty cache, and prints wall time,
 the peak resident memory of all its processes (their sum, and the largest one) and every stage's final metrics. Shared
@@ -24,13 +24,13 @@ SAMPLE_SECONDS = 0.5
 
 @dataclass
 class Peak:
-    """Bytes resident."""
+    """Peak resident bytes."""
 
     total: int = 0
     largest: int = 0
 
     def sample(self, root: psutil.Process) -> None:
-        """Look at a process and all below it."""
+        """Sample a process and all its descendants."""
         sizes = [size for process in [root, *root.children(recursive=True)] if (size := _resident(process))]
         self.total = max(self.total, sum(sizes))
         self.largest = max(self.largest, *sizes, 0)
@@ -39,7 +39,7 @@ class Peak:
 def _resident(process: psutil.Process) -> int:
     try:
         return int(process.memory_info().rss)
-    except psutil.Error:  # it ended since it was listed
+    except psutil.Error:  # it has ended since it was listed
         return 0
 
 
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def timed(what: str, command: list[str], directory: Path) -> None:
-    """Run a command and print what it took.
+    """Run a command and print its time and memory.
 
     Raises:
         SystemExit: it failed; its output is shown.

@@ -1,9 +1,8 @@
 """From `kubectl apply` to the first training step on a cluster of two real nodes: `python benchmarks/start_up.py`.
 
-As root; `tests/e2e` says what the cluster needs. The image is present, the preflight runs first, and every job is new:
-its prepared data and its caches are its own. Prints where the seconds go: the median of some jobs, by the clocks of the
-API server, the kubelets and the driver's log. How fast the cores are at the time is told by the import of a worker's
-libraries in one process alone.
+Run it as root; `tests/e2e` says what the cluster needs. The image is present, the preflight runs first, and every job
+has new prepared data and caches. Prints the median times of some jobs, by the clocks of the API server, the kubelets
+and the driver's log. The import of a worker's libraries in a single process shows the speed of the cores at the time.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ MARKS = {
     "model is built": r"pretrain: model ready",
     "first step": r"\[2/2 pretrain\] [1-9]",
 }
-"""Patterns of the driver's log, in order; the first line that has one counts. Steps are told some at once."""
+"""Patterns of the driver's log, in order; the first matching line counts. One line may report several steps."""
 
 
 def main() -> None:
-    """Jobs one after the other."""
+    """Measure jobs one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=3, help="how many")
     parser.add_argument("--nodes", type=int, default=2, help="pods of a job, of one worker each")
@@ -75,7 +74,7 @@ def _without_fork_server(template: Json) -> Json:
 
 
 def measure(victim: Victim, name: str, nodes: int, template: Json) -> dict[str, float]:
-    """Seconds from the apply to each moment of one job's start."""
+    """Return the seconds from the apply to each moment of one job's start."""
     began = datetime.now(UTC)
     apply(victim.admin, victim.namespace, long_job(name, template, steps=20, save=10, nodes=nodes))
     with Following(victim.admin, victim.namespace, name) as following:
@@ -87,7 +86,7 @@ def measure(victim: Victim, name: str, nodes: int, template: Json) -> dict[str, 
 
 
 def _of_pods(victim: Victim, name: str) -> dict[str, datetime]:
-    """The API server's and the kubelets' times have no fractions of a second."""
+    """Return the moments from the pods' status; Kubernetes has no fractions of a second there."""
     selector = f"--selector={JOB_LABEL}={name}"
     done = victim.admin.kubectl("get", "pods", f"--namespace={victim.namespace}", selector, "--output=json")
     pods = json.loads(done.stdout)["items"]
@@ -118,13 +117,13 @@ def _of_log(victim: Victim, name: str) -> dict[str, datetime]:
 
 
 def _moment(text: str) -> datetime:
-    """RFC 3339, with a fraction of any length."""
+    """Parse an RFC 3339 time with a fraction of any length."""
     whole, _, fraction = text.removesuffix("Z").partition(".")
     return datetime.fromisoformat(f"{whole}.{(fraction or '0')[:6]:0<6}+00:00")
 
 
 def table(measured: list[dict[str, float]]) -> str:
-    """Markdown: the median moment of each mark, and the seconds since the one before."""
+    """Return a Markdown table: the median of each moment, and the seconds since the one before."""
     rows, before = ["| moment | seconds after the apply | since the one before |", "|---|---|---|"], 0.0
     for what in measured[0]:
         now = statistics.median(one[what] for one in measured)

@@ -1,12 +1,12 @@
 """Our `sft` stage against plain `trl sft`: `python benchmarks/step_time.py`.
 
 Both train the same model on the same rows with the same settings, at the same time, each in processes of its own that
-are stopped (SIGSTOP) while the other has its turn. So they share the machine's good and bad moments, and the ratio
-means something where the machine is busy. Compared are steady steps: start-up, and in each turn the step that spans
-the stop, are left out. Turns are long, since after a stop Ray's daemons first make up for the time they missed: in
-turns of 10 steps (2.5 s) that adds about 0.2 to the ratio. The losses are compared too: equal work gives equal losses.
+are stopped (SIGSTOP) during the other's turn. Both therefore see the same load of the machine, so the ratio is
+meaningful on a busy machine. Only steady steps are compared: start-up, and in each turn the step that spans the stop,
+are excluded. Turns are long, since after a stop Ray's daemons first catch up: in turns of 10 steps (2.5 s) that adds
+about 0.2 to the ratio. The losses are compared too: equal work gives equal losses.
 
-Afterwards: what our start-up to the first step is made of, and CPU seconds per step of all processes of either side.
+Also printed are the parts of our start-up to the first step, and CPU seconds per step of all processes of each side.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ SIZES = {
 }
 MAX_LENGTH, BATCH, LEARNING_RATE, WARMUP = 256, 4, 1e-3, 10
 ENOUGH_STEPS = 100_000
-"""More than there is time for: both are ended."""
+"""More than there is time for; both are terminated."""
 PROMISED = 1.05
 PATIENCE_SECONDS = 300.0
-"""The longest that a side may take to its next steps."""
+"""The longest time that a side may take to its next steps."""
 
 
 @dataclass
 class Runner:
-    """One side: its processes, and when each of its steps ended on a clock that its stops don't stop."""
+    """One side: its processes, and the end of each of its steps on a clock that keeps running while it is stopped."""
 
     name: str
     process: subprocess.Popen[str]
@@ -53,16 +53,16 @@ class Runner:
     """Seconds of each steady step, by turn."""
     cpu: float = 0.0
     training_cpu: float = 0.0
-    """Of the process that trains, without Ray's daemons and the driver."""
+    """CPU seconds of the training process, without Ray's daemons and the driver."""
     cpu_steps: int = 0
 
     def rows(self) -> list[dict[str, Any]]:
-        """Complete lines that the side has written so far."""
+        """Return the complete lines that the side has written so far."""
         text = self.steps.read_text() if self.steps.exists() else ""
         return [json.loads(line) for line in text.split("\n")[:-1]]
 
     def said(self) -> str:
-        """All that the side has printed so far."""
+        """Return all output of the side so far."""
         return self.log.read_text()
 
     def must_live(self, started: float) -> None:
@@ -86,7 +86,7 @@ class Runner:
                 process.send_signal(number)
 
     def turn(self, steps: int) -> None:
-        """Run for so many steps, and keep those that lie in this turn whole."""
+        """Run for so many steps, and record those that are entirely in this turn."""
         before, cpu = len(self.rows()), self.cpu_seconds()
         self.signal(signal.SIGCONT)
         wait_for_steps(self, before + steps + 1)
@@ -98,7 +98,7 @@ class Runner:
         self.cpu_steps += len(ends)
 
     def cpu_seconds(self) -> dict[int, float]:
-        """CPU seconds so far, by process."""
+        """Return the CPU seconds so far, by process."""
         return {process.pid: sum(process.cpu_times()[:2]) for process in self.tree() if process.is_running()}
 
 
@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def measure(directory: Path, options: argparse.Namespace) -> None:
-    """Run both sides in turn and print what was found."""
+    """Run both sides in turn and print the results."""
     make_inputs(directory, SIZES[options.size])
     with ExitStack() as running:
         started = time.time()
@@ -140,7 +140,7 @@ def measure(directory: Path, options: argparse.Namespace) -> None:
 
 
 def make_inputs(directory: Path, size: dict[str, int]) -> None:
-    """A model from scratch, a tokenizer and conversations of uneven length, on disk as both sides read them."""
+    """Write a model from scratch, a tokenizer and conversations of uneven length, as both sides read them."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from finetune_api.stages import TokenizerSpec
@@ -165,7 +165,7 @@ def conversation(number: int) -> dict[str, Any]:
 
 
 def start_ours(directory: Path, threads: int) -> Runner:
-    """`finetune run` of one `sft` stage."""
+    """Start `finetune run` with one `sft` stage."""
     sft = {
         "data": {"sources": [{"file": "data/train.jsonl"}], "shuffle": False},
         "maxLength": MAX_LENGTH,
@@ -193,7 +193,7 @@ def start_ours(directory: Path, threads: int) -> Runner:
 
 
 def start_plain(directory: Path) -> Runner:
-    """`trl sft` as its command line runs it, with a clock beside it."""
+    """Start `trl sft` as its command line does, with a clock in addition."""
     arguments = {
         "model_name_or_path": directory / "model",
         "dataset_name": directory / "data",
@@ -245,13 +245,13 @@ def start(name: str, command: list[str], directory: Path, steps: Path) -> Runner
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,  # Ray's workers have one, and Linux shares a busy CPU out among sessions
+            start_new_session=True,  # as Ray's workers do, since Linux divides a busy CPU among sessions
         )
     return Runner(name, process, steps, log)
 
 
 def wait_for_steps(side: Runner, count: int) -> None:
-    """Until the side has taken so many steps.
+    """Wait until the side has taken so many steps.
 
     Raises:
         SystemExit: it ended before, or took too long.
@@ -259,11 +259,11 @@ def wait_for_steps(side: Runner, count: int) -> None:
     started = time.monotonic()
     while len(side.rows()) < count:
         side.must_live(started)
-        time.sleep(0.05)  # another program's file: nothing to wait on
+        time.sleep(0.05)  # poll, because another program writes the file
 
 
 class Timeline:
-    """When our side's parts of the start-up were done, seen from outside: by its processes and by what it says."""
+    """The times of our side's start-up phases, detected from its processes and its output."""
 
     SAYS = (
         ("interpreter, libraries, checks of the job", ": reading "),
@@ -277,7 +277,7 @@ class Timeline:
         self.marks: list[tuple[str, float]] = []
 
     def first_step(self) -> None:
-        """Wait for it.
+        """Wait for the first step and record the phases before it.
 
         Raises:
             SystemExit: it never came.
@@ -289,13 +289,13 @@ class Timeline:
             for what, sign in self.SAYS:
                 if sign in said:
                     seen.setdefault(what, time.time() - self.started)
-            time.sleep(0.02)  # another program's files: nothing to wait on
+            time.sleep(0.02)  # poll, because another program writes the files
         seen["first step, with samples before it"] = time.time() - self.started
         self.marks = list(seen.items())
         self.processes = self._processes()
 
     def _processes(self) -> list[tuple[str, float]]:
-        """Seconds from the start to the birth of Ray's daemon and of the worker."""
+        """Return the seconds from the start to the creation of Ray's daemon and of the worker."""
         births = []
         for process in self.side.tree():
             name = " ".join(process.cmdline())
@@ -315,7 +315,7 @@ class Timeline:
 
 
 def report(ours: Runner, plain: Runner) -> None:
-    """Medians, the ratio pair by pair, and whether both did the same work."""
+    """Print medians, the ratio of each pair of turns, and whether the losses are equal."""
     for side in (ours, plain):
         steady = [duration for turn in side.durations for duration in turn]
         print(
@@ -335,7 +335,7 @@ def report(ours: Runner, plain: Runner) -> None:
 
 
 def end(side: Runner) -> None:
-    """As a user ends it: by SIGTERM, on which our side saves a checkpoint and stops its Ray."""
+    """Terminate the side like a user with SIGTERM, on which ours saves a checkpoint and stops its Ray."""
     if side.process.poll() is not None:
         return
     side.signal(signal.SIGCONT)

@@ -1,4 +1,4 @@
-"""What holds for all tests."""
+"""Hooks for all tests: Ctrl-C, test order, the `long` marker, and distribution over processes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ import pytest
 
 LONG = "FINETUNE_LONG_TESTS"
 WAITING = ("tests/cluster/", "tests/e2e/")
-"""Tests that share control planes and wait more than they compute: one process of `pytest -n` has them all, one after
-the other, while another one computes."""
+"""Tests that share control planes and mostly wait: one process of `pytest -n` runs all of them in turn."""
 FIRST = (*WAITING, "tests/jobs/")
-"""What takes longest begins first."""
+"""Tests that start first because they take longest."""
 
 
 def pytest_configure() -> None:
-    """Ctrl-C works in what tests start in a shell's background too, whose children ignore SIGINT."""
+    """Restore the SIGINT handler, because background processes of a shell inherit SIGINT as ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first; those marked `long` (many minutes each on two cores) where the environment asks for them."""
+    """Run the slowest tests first; skip those marked `long` (minutes on two cores) unless the environment sets it."""
     items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
     if os.environ.get(LONG):
         return
@@ -34,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Whole files to each process: xdist's own groups do nothing with pytest 9.2."""
+    """Assign whole files to each process, because xdist's own groups have no effect with pytest 9.2."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):

@@ -1,1 +1,1 @@
-"""The checks of `benchmarks/gpu.py`: what only a GPU can prove, and what the same code does on a CPU with `--tiny`."""
+"""The checks of `benchmarks/gpu.py`, which need a GPU; `--tiny` runs the same code on a CPU."""

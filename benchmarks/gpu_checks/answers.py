@@ -13,11 +13,11 @@ from gpu_checks.processes import run_alone
 from gpu_checks.record import NEEDS_GPU, Json, Options, Skipped, require
 
 SETTINGS = {"default": None, "with_cudnn": "0", "deprioritized": "1"}
-"""Values of torch's variable: as the product generates, with torch's own choice, and without cuDNN everywhere."""
+"""Values of torch's variable: the product's default, torch's own choice, and without cuDNN everywhere."""
 
 
 def generation(options: Options) -> Json:
-    """Milliseconds per token for each setting, each in a process of its own, since torch reads the variable once."""
+    """Return milliseconds per token for each setting, in a process each, because torch reads the variable once."""
     values: Json = {}
     for name, setting in SETTINGS.items():
         found, tail = run_alone(lambda setting=setting: _timed(options, setting), 60)
@@ -33,7 +33,7 @@ def generation(options: Options) -> Json:
 
 
 def _timed(options: Options, setting: str | None) -> Json:
-    """Milliseconds per token of answers after prompts of growing lengths, and whether cuDNN was allowed meanwhile."""
+    """Return milliseconds per token after prompts of growing lengths, and whether cuDNN was enabled."""
     from finetune_trainer.generation.attention_kernels import VARIABLE
     from finetune_trainer.generation.load import load
 
@@ -49,9 +49,9 @@ def _timed(options: Options, setting: str | None) -> Json:
 
 
 def _seconds_per_token(options: Options, loaded: Any, length: int, tokens: int) -> float:
-    """Seconds per token of answers to two prompts, one shorter so that the batch is padded.
+    """Return seconds per token of answers to two prompts, one shorter so that the batch is padded.
 
-    Once only: cuDNN keeps its plans, so the same lengths would be fast the second time.
+    Measured only once: cuDNN keeps its plans, so the same lengths would be fast the second time.
     """
     from finetune_trainer.generation.batches import generate_batch
     from finetune_trainer.generation.options import GenerationOptions

@@ -1,4 +1,4 @@
-"""All checks, in the order in which they run, and the table of memory that they leave."""
+"""All checks in the order of execution, and the table of the memory that they measure."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LOWEST, HIGHEST = 0.9, 1.1
 def memory_table(results: Iterable[Result], seconds: float = 0.0) -> Result:
     """Return the table of measured and planned memory of all checks that measured it.
 
-    A ratio outside the bounds has a flag, and fails the table.
+    A ratio outside the bounds is flagged and fails the table.
     """
     rows: list[Json] = [row for result in results for row in result.values.get("memory", [])]
     told = [row | {"flag": _outside(row["ratio"])} for row in rows]

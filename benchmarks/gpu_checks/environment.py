@@ -1,4 +1,4 @@
-"""Where the project's modules are, what is imported before the forks, and a stand-in for Ray where there is none."""
+"""Import paths of the project's modules, imports before the forks, and a fake Ray for machines without it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAFE = (
     "transformers.models.qwen3.modeling_qwen3",
     "finetune_api.runconfig",
 )
-"""Modules that open no GPU at their import. bitsandbytes opens it; PEFT, TRL and transformers' trainer import it."""
+"""Modules that do not open a GPU on import. bitsandbytes opens it; PEFT, TRL and transformers' trainer import it."""
 ALL = (
     *SAFE,
     "transformers.trainer",
@@ -39,10 +39,10 @@ ALL = (
 
 
 def set_up(tiny: bool, with_ray: bool) -> None:
-    """Make the project's modules importable from a plain checkout, quieten the libraries, and hide GPUs from `--tiny`.
+    """Make the project's modules importable from a plain checkout, silence the libraries, and hide GPUs with `--tiny`.
 
     Args:
-        with_ray: False takes the stand-in even where Ray is installed.
+        with_ray: False uses the fake even if Ray is installed.
     """
     if find_spec("finetune_trainer") is None:
         sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
@@ -56,17 +56,17 @@ def set_up(tiny: bool, with_ray: bool) -> None:
 
 
 def preload(tiny: bool) -> bool:
-    """Import once what every check needs; returns whether the GPU is still closed, so that forks can use it."""
+    """Import once what every check needs; return whether the GPU is still closed, so that forks can use it."""
     for name in ALL if tiny else SAFE:
         importlib.import_module(name)
     if tiny:
-        sys.modules["torch"].set_num_threads(1)  # tiny models gain nothing by more
-    gc.freeze()  # each stage collects garbage several times: the libraries' own objects need not be looked at again
+        sys.modules["torch"].set_num_threads(1)  # tiny models gain nothing from more threads
+    gc.freeze()  # stages collect garbage repeatedly, which need not scan the libraries' objects
     return not opened_devices()
 
 
 def has_gpu() -> bool:
-    """Whether torch finds a GPU. A fork asks, since asking opens it."""
+    """Whether torch finds a GPU. It asks in a fork, because the call opens the GPU."""
     from gpu_checks.processes import run_alone
 
     answer, _ = run_alone(lambda: {"gpu": importlib.import_module("torch").cuda.is_available()}, ASK_SECONDS)
@@ -82,12 +82,12 @@ def opened_devices() -> list[str]:
 def _target(path: Path) -> str:
     try:
         return os.readlink(path)
-    except OSError:  # closed meanwhile
+    except OSError:  # closed in the meantime
         return ""
 
 
 class _WithoutRay(MetaPathFinder, Loader):
-    """Finds `ray` and all below it as empty modules: the stages take no more of it than names of types."""
+    """Imports `ray` and its submodules as empty modules, of which the stages use only type names."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """See `importlib.abc.MetaPathFinder`."""
@@ -102,7 +102,7 @@ class _WithoutRay(MetaPathFinder, Loader):
 
 
 class _Empty(ModuleType):
-    """A module in which every name is a class of its own that is never raised or made."""
+    """A module in which every name is a class that is never raised or instantiated."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

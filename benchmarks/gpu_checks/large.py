@@ -10,7 +10,7 @@ RATE = 1e-4
 
 
 def experts(options: Options) -> Json:
-    """A small mixture of experts: full training under ZeRO-0 and 1 with equal losses, LoRA, and ESFT."""
+    """Check a small mixture of experts: full training under ZeRO-0 and 1 with equal losses, LoRA, and ESFT."""
     length, steps = (32, 2) if options.tiny else (1024, 4)
     data = write_rows(options, "experts", dialogues(options, 4, length))
     common = {"data": data, "maxLength": length, "perDeviceTrainBatchSize": 4, "maxSteps": steps, "learningRate": RATE}
@@ -35,7 +35,7 @@ def experts(options: Options) -> Json:
 
 
 def adapters(options: Options, bits: int | None) -> Json:
-    """LoRA on 8 billion parameters, on a base of bfloat16, 8 or 4 bits: tokens/s, and peak against the plan."""
+    """Check LoRA on 8 billion parameters in bfloat16, 8 and 4 bits: tokens/s, and peak memory against the plan."""
     length, steps = (32, 3) if options.tiny else (2048, 5)
     data = write_rows(options, f"adapters-{bits}", dialogues(options, 8, length))
     sft = {"data": data, "maxLength": length, "perDeviceTrainBatchSize": 2, "maxSteps": steps, "learningRate": RATE}

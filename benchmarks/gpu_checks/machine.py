@@ -1,4 +1,4 @@
-"""Checks of the machine and of what the libraries do on it: no training."""
+"""Checks of the machine and of the libraries on it, without training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LIBRARIES = ("peft", "trl.trainer.sft_trainer", "deepspeed", "bitsandbytes")
 
 
 def versions(options: Options) -> Json:
-    """Versions, those that differ from the lock file, and the device."""
+    """Return the versions, those that differ from the lock file, and the device."""
     from finetune_trainer.doctor.gather import driver_facts
     from finetune_trainer.plan.devices import local_device, peak_flops
 
@@ -66,7 +66,7 @@ def _version(name: str) -> str | None:
 
 
 def ceiling(options: Options) -> Json:
-    """TFLOP/s of a large bfloat16 matrix product on random numbers, and that it is right."""
+    """Check a large bfloat16 matrix product on random numbers: its result and its TFLOP/s."""
     from finetune_trainer.plan.devices import local_device, peak_flops
 
     size, repeats = (256, 5) if options.tiny else (8192, 20)
@@ -84,7 +84,7 @@ def ceiling(options: Options) -> Json:
 
 
 def _timed(options: Options, work: Callable[[], object]) -> float:
-    """Seconds of one call, the device's work included."""
+    """Return the seconds of one call, including the device's work."""
     started = time.perf_counter()
     work()
     if options.accelerator:
@@ -93,7 +93,7 @@ def _timed(options: Options, work: Callable[[], object]) -> float:
 
 
 def imports(options: Options) -> Json:
-    """Which imports open the GPU. Ours must not by themselves: a process that has it open can't be forked."""
+    """Check which imports open the GPU. Ours must not, because a process that has opened it can't be forked."""
     openers: dict[str, list[str]] = {}
     for name in (*LIGHT, *LIBRARIES):
         before = opened_devices()
@@ -118,7 +118,7 @@ def _is_device(found: list[str]) -> bool:
 
 
 def compiler(options: Options) -> Json:
-    """Triton's launcher and TRL's loss, with a C compiler and without: the error must have its class."""
+    """Check Triton's launcher and TRL's loss with and without a C compiler: the error must be classified correctly."""
     from finetune_api.device_faults import FaultKind
 
     if shutil.which("gcc") is None:
@@ -136,7 +136,7 @@ def compiler(options: Options) -> Json:
 
 
 def _loss_and_launcher(options: Options) -> Json:
-    """The launcher's error, empty where it compiles, and the loss's error, None where it works."""
+    """Return the launcher's error, empty if it compiles, and the loss's error, None if it works."""
     from finetune_trainer.doctor.programs import LAUNCHER, run_program
 
     launcher = run_program(LAUNCHER).get("error")
@@ -147,7 +147,7 @@ def _loss_and_launcher(options: Options) -> Json:
 
 
 def _trl_loss(options: Options) -> float:
-    """The loss that TRL's trainers compute, forward and backward: a Triton kernel on CUDA."""
+    """Compute the loss of TRL's trainers, forward and backward: a Triton kernel on CUDA."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
@@ -162,7 +162,7 @@ def _trl_loss(options: Options) -> float:
 
 @contextmanager
 def _no_compiler(options: Options) -> Iterator[None]:
-    """Inside, no program is on PATH, and Triton has nothing compiled."""
+    """Empty PATH and Triton's cache inside the context."""
     empty = options.work / "no-compiler"
     empty.mkdir(exist_ok=True)
     changed = {"PATH": str(empty), "TRITON_CACHE_DIR": str(empty / "cache")}
@@ -178,7 +178,7 @@ def _no_compiler(options: Options) -> Iterator[None]:
 
 
 def collectives(options: Options) -> Json:
-    """An all-reduce in a group of one, its bandwidth, which network NCCL would use, and torch's record of it."""
+    """Check an all-reduce in a group of one: its bandwidth, the network NCCL would use, and torch's record of it."""
     from finetune_trainer.launch.flight_recorder import answer_questions, last_collectives
 
     log, recorder = options.work / "nccl.log", options.work / "recorder.sock"
@@ -207,7 +207,7 @@ def networks(log: str) -> list[str]:
 
 
 def out_of_memory(options: Options) -> Json:
-    """An allocation that can't succeed, an index out of range: what the driver makes of them."""
+    """Check how the driver classifies an allocation that can't succeed, and an index out of range."""
     from finetune_api.device_faults import FaultKind
 
     wanted = FaultKind.HOST_MEMORY if options.tiny else FaultKind.DEVICE_MEMORY
@@ -225,7 +225,7 @@ def out_of_memory(options: Options) -> Json:
 
 
 def _classified(work: Callable[[], object]) -> Json:
-    """The error of a call as the driver classifies it."""
+    """Return the error of a call as the driver classifies it."""
     from finetune_trainer.launch.failures import classify
 
     try:
@@ -238,7 +238,7 @@ def _classified(work: Callable[[], object]) -> Json:
 
 
 def _allocate(options: Options) -> None:
-    """A fiftieth of the GPU is allowed, and a tenth is asked for; of the host, more than any has."""
+    """Allocate a tenth of the GPU when a fiftieth is allowed; on the host, more than any machine has."""
     if options.tiny:
         torch.empty(1 << 60, dtype=torch.uint8)
         return

@@ -1,4 +1,4 @@
-"""Models of random weights, their tokenizer, and rows of known lengths: nothing is fetched."""
+"""Models of random weights, their tokenizer, and rows of known lengths, without downloads."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WORDS = [f"{a} plus {b} makes {a + b}, says the teacher. " for a in range(10) fo
 def saved_model(options: Options, shape: str) -> Path:
     """Return the directory of a model, after creating it if necessary.
 
-    Its weights are bfloat16 on a GPU and float32 in `--tiny`.
+    Its weights are bfloat16 on a GPU and float32 with `--tiny`.
     """
     directory = options.work / f"model-{shape}"
     if directory.is_dir():
@@ -52,7 +52,7 @@ def saved_model(options: Options, shape: str) -> Path:
         dtype = torch.float32 if options.tiny else torch.bfloat16
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     made = directory.with_suffix(".part")
-    shutil.rmtree(made, ignore_errors=True)  # of a check that had its time
+    shutil.rmtree(made, ignore_errors=True)  # left by a check that timed out
     for part in (model, tokenizer):
         part.save_pretrained(made)
     made.rename(directory)
@@ -63,7 +63,7 @@ def saved_model(options: Options, shape: str) -> Path:
 
 
 def fields_of(options: Options, shape: str) -> Json:
-    """Return the configuration of a shape; in `--tiny`, of a small model of the same family."""
+    """Return the configuration of a shape; with `--tiny`, of a small model of the same family."""
     fields = SHAPES[shape]
     if not options.tiny:
         return fields
@@ -86,7 +86,7 @@ def _tokenizer(context: int) -> Any:
 
 
 def text_of(options: Options, tokens: int, number: int = 0) -> str:
-    """Return a text of about so many tokens, another one for each `number`."""
+    """Return a text of about so many tokens, a different one for each `number`."""
     tokenizer, line = make_tokenizer(options), "".join(WORDS[number % 50 : number % 50 + 10])
     each = len(tokenizer(line)["input_ids"])
     ids = tokenizer(line * (tokens // each + 1))["input_ids"][:tokens]
@@ -94,8 +94,8 @@ def text_of(options: Options, tokens: int, number: int = 0) -> str:
 
 
 def dialogues(options: Options, count: int, tokens: int) -> list[Json]:
-    """Return conversations whose rows have at most `tokens` tokens, and nearly as many."""
-    around = 24  # the template's tokens and the question's
+    """Return conversations whose rows have at most `tokens` tokens, and almost as many."""
+    around = 24  # tokens of the template and the question
     return [
         {
             "messages": [
@@ -114,7 +114,7 @@ def pairs(options: Options, count: int, tokens: int) -> list[Json]:
 
 
 def write_rows(options: Options, name: str, rows: Iterable[Json]) -> Json:
-    """Write rows to a file; returns a stage's `data` that reads them in order."""
+    """Write rows to a file, and return a stage's `data` that reads them in order."""
     path = options.work / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"sources": [{"file": str(path)}], "shuffle": False}

@@ -1,7 +1,7 @@
-"""Run a check in a process of its own, with a time limit for it and for all that it starts.
+"""Run a check in a process of its own, with a time limit for it and for all processes that it starts.
 
-The process is a fork, so that what is imported once serves every check. A device must not be open before the fork
-(CUDA can't be used in a fork then); `environment.preload` sees to that.
+The process is a fork, so that the imports serve every check. A device must not be open before the fork, because CUDA
+cannot be used in a fork then; `environment.preload` ensures that.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 from gpu_checks.record import Check, CheckFailed, Json, Options, Result, Skipped
 
 TAIL = 1500
-"""Characters of a process's output that an error quotes."""
+"""Number of characters of a process's output that an error quotes."""
 _inside = False
-"""Whether this process is a check's own. What it forks stays in its group, so that both end together."""
+"""Whether this process runs a check. Its forks stay in its process group, so that all end together."""
 
 
 def run_check(check: Check, options: Options, limit: float) -> Result:
@@ -43,7 +43,7 @@ def run_check(check: Check, options: Options, limit: float) -> Result:
 def run_alone(work: Callable[[], Json], limit: float) -> tuple[Json | None, str]:
     """Return what `work` returns in a fork, and the end of the fork's output.
 
-    The answer is None where the fork died, or had its time. It and all processes that it started are then killed.
+    The result is None if the fork died or timed out. The fork and all processes that it started are then killed.
     """
     with tempfile.TemporaryDirectory() as directory:
         answer, log = Path(directory, "answer.json"), Path(directory, "log")
@@ -64,17 +64,17 @@ def _child(work: Callable[[], Json], answer: Path, log: Path) -> None:
     _inside = True
     output = log.open("w", buffering=1)
     sys.stdout = sys.stderr = output
-    for descriptor in (1, 2):  # of libraries in C, and of programs that the check starts
+    for descriptor in (1, 2):  # also the output of C libraries and of programs that the check starts
         os.dup2(output.fileno(), descriptor)
     found = json.dumps(work())
     answer.with_suffix(".part").write_text(found)
     answer.with_suffix(".part").rename(answer)
     output.flush()
-    os._exit(0)  # without the libraries' own endings, which may wait for each other
+    os._exit(0)  # without the libraries' exit handlers, which may wait for each other
 
 
 def _kill(process: Any) -> None:
-    """Kill a process and, where it leads a group, all that it started."""
+    """Kill a process and, if it leads a process group, all that it started."""
     with suppress(ProcessLookupError):
         if _inside:
             process.kill()
@@ -95,7 +95,7 @@ def _answer_of(check: Check, options: Options) -> Json:
 
 
 def describe(error: BaseException) -> Json:
-    """Return an error's class, its kind of device fault where it has one, its message and where it was raised."""
+    """Return an error's class, its kind of device fault if it is one, its message and where it was raised."""
     from finetune_api.device_faults import device_fault
 
     text = f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""What a check is, and the one line that it prints."""
+"""The definition of a check, and the one line that it prints."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ NEEDS_GPU = "needs a GPU"
 
 @dataclass(frozen=True)
 class Options:
-    """How the checks run."""
+    """Options for all checks."""
 
     tiny: bool
-    """Tiny models on the CPU in place of real ones on the GPU."""
+    """Whether to run tiny models on the CPU instead of real ones on the GPU."""
     work: Path
     """Directory of models, data and checkpoints; the caller deletes it."""
 
@@ -34,7 +34,7 @@ class Options:
 
 
 class Skipped(Exception):
-    """What the check is for needs something that is not here. Its code has run as far as it can."""
+    """The machine lacks what the check needs; its code has run as far as possible."""
 
     def __init__(self, reason: str, values: Json | None = None) -> None:
         super().__init__(reason)
@@ -42,7 +42,7 @@ class Skipped(Exception):
 
 
 class CheckFailed(Exception):
-    """The check found what must not be."""
+    """The check found a wrong result."""
 
     def __init__(self, message: str, values: Json | None = None) -> None:
         super().__init__(message)
@@ -61,19 +61,19 @@ def require(holds: bool, message: str, values: Json) -> None:
 
 @dataclass(frozen=True)
 class Check:
-    """One check. `work` returns its values, or raises `Skipped`, `CheckFailed` or what it meets."""
+    """A check. `work` returns its values, or raises `Skipped`, `CheckFailed` or any other error."""
 
     name: str
     part: int
-    """The call of the script that runs it, 1 or 2: a GPU may be lent for some minutes at a time."""
+    """The call of the script that runs it, 1 or 2, because a GPU may be available for only a few minutes at a time."""
     seconds: int
-    """What it needs on a GPU, by estimate: with less of the budget left it is left out, after twice as long killed."""
+    """Estimated time on a GPU: the check is skipped if less of the budget is left, and killed after twice as long."""
     work: Callable[[Options], Json]
 
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of a check. `ok` is None where it was skipped."""
+    """The outcome of a check. `ok` is None if it was skipped."""
 
     name: str
     ok: bool | None
@@ -84,7 +84,7 @@ class Result:
     """`class`, `kind` (of finetune_api.device_faults) and `message`."""
 
     def line(self) -> str:
-        """One line of JSON. Numbers that are none (NaN, infinity) become null, since JSON has no word for them."""
+        """Return one line of JSON, with null for NaN and infinity, which JSON does not have."""
         told = {"name": self.name, "ok": self.ok, "seconds": round(self.seconds, 2), "values": _plain(self.values)}
         told |= {"skipped": self.skipped} if self.skipped else {}
         return json.dumps(told | ({"error": self.error} if self.error else {}))

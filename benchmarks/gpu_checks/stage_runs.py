@@ -1,4 +1,4 @@
-"""One stage in this process, as a worker of Ray Train runs it: planned, built, trained, measured and given up."""
+"""Run one stage in this process like a Ray Train worker: plan, build, train, measure and release it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from gpu_checks.models import saved_model
 from gpu_checks.record import Json, Options, require
 
 WARM_STEPS = 2
-"""First steps, whose time is not counted: kernels are chosen and compiled, and the allocator grows."""
+"""Steps that are not timed: kernels are chosen and compiled, and the allocator grows."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a stage did. Bytes are of tensors on the device; in `--tiny`, of the process."""
+    """Measurements of a stage. Bytes are of tensors on the device; with `--tiny`, of the process."""
 
     losses: list[float]
     seconds: list[float]
-    """Of each step but the first."""
+    """Seconds of each step but the first."""
     tokens_per_step: int
     flops_per_token: float
     peak_flops: float | None
@@ -38,7 +38,7 @@ class Figures:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the median steady step."""
+        """Throughput of the median steady step."""
         steady = self.seconds[WARM_STEPS - 1 :] or self.seconds
         return self.tokens_per_step / statistics.median(steady) if steady else math.nan
 
@@ -48,13 +48,13 @@ class Figures:
         return self.tokens_per_second * self.flops_per_token / self.peak_flops if self.peak_flops else None
 
     def values(self) -> Json:
-        """What a check tells of the stage."""
+        """Return the values that a check reports of the stage."""
         told = {"loss": [self.losses[0], self.losses[-1]], "tokens_per_second": self.tokens_per_second}
         return told | {"mfu": self.mfu, "left_mib": self.left / 2**20, "step_seconds": self.seconds}
 
 
 def memory_row(options: Options, name: str, figures: Figures) -> Json:
-    """One row of the table measured/planned. In `--tiny` the process's libraries outweigh the model: no ratio."""
+    """Return a row of measured/planned memory; no ratio with `--tiny`, where the libraries outweigh the model."""
     row: Json = {"name": name, "measured_gib": figures.measured / 2**30, "planned_gib": figures.planned / 2**30}
     return row | {"ratio": None if options.tiny else figures.measured / figures.planned}
 
@@ -75,10 +75,10 @@ def run_stage(
     """Train one stage of a job.
 
     Args:
-        name: of the job, whose directories bear it.
+        name: of the job and its directories.
         shape: of `models.SHAPES`.
-        stage: as a job has it, such as `{"sft": {...}}`.
-        model: in place of the shape's, as a job's `model` field.
+        stage: in the format of a job, such as `{"sft": {...}}`.
+        model: replaces the shape's, in the format of a job's `model` field.
     """
     from finetune_trainer.launch.stage_run import stage_context
     from finetune_trainer.stages import make_trainer
@@ -119,7 +119,7 @@ def run_stage(
 
 
 def run_config(options: Options, name: str, shape: str, stage: Json, zero: int, model: Json | None) -> Any:
-    """The job of one stage as the driver hands it to its workers."""
+    """Return the job of one stage as the driver passes it to its workers."""
     from finetune_api.runconfig import RunConfig
 
     places = {"root": str(options.work / "runs" / name), "baseDir": str(options.work)}
@@ -138,7 +138,7 @@ def run_config(options: Options, name: str, shape: str, stage: Json, zero: int, 
 
 
 def plan_of(run: Any, context: Any) -> tuple[Any, float | None]:
-    """The stage's plan on this device, knowing its data as the driver does, and the device's peak."""
+    """Return the stage's plan on this device with the driver's knowledge of its data, and the device's peak FLOP/s."""
     from finetune_trainer.launch.preparation import data_size
     from finetune_trainer.plan.devices import local_device
     from finetune_trainer.plan.job import plan_job
@@ -160,7 +160,7 @@ def join_group(options: Options) -> None:
 
 
 def clocked(trainer: Any) -> list[float]:
-    """Return a list that gets the time of each step's end, when its loss has come from the device."""
+    """Return a list that collects the time of each step's end, when its loss has been read from the device."""
     from transformers import PrinterCallback, TrainerCallback
 
     times: list[float] = []
@@ -176,7 +176,7 @@ def clocked(trainer: Any) -> list[float]:
 
 
 def _held(options: Options) -> int:
-    """Bytes of tensors: on the GPU, or all that this process holds."""
+    """Return the bytes of tensors on the GPU, or with `--tiny` of the process."""
     gc.collect()
     if options.accelerator:
         torch._C._cuda_clearCublasWorkspaces()  # cuBLAS keeps one of some MiB per thread, in torch's allocator

@@ -16,9 +16,9 @@ RATE = 1e-4
 
 
 def sft_against_trl(options: Options) -> Json:
-    """Full fine-tuning by our stage and by plain `trl.SFTTrainer`, two turns each: equal losses, tokens/s, MFU."""
+    """Compare full fine-tuning by our stage and by plain `trl.SFTTrainer`, twice each: equal losses, tokens/s, MFU."""
     steps, rows, length = (3, 4, 32) if options.tiny else (8, 4, 2048)
-    data = dialogues(options, rows, length)  # all of them in every step: their order does not matter
+    data = dialogues(options, rows, length)  # every step uses all of them, so their order does not matter
     stage = {"sft": {"data": write_rows(options, "against", data), "maxLength": length, "learningRate": RATE,
                      "perDeviceTrainBatchSize": rows, "maxSteps": steps, "warmupSteps": 0}}  # fmt: skip
     ours: list[Figures] = []
@@ -40,7 +40,7 @@ def sft_against_trl(options: Options) -> Json:
 
 
 def _plain_sft(options: Options, rows: list[Json], length: int, steps: int) -> tuple[list[float], list[float]]:
-    """Losses and seconds of the steps of plain TRL with the same settings: float32 weights, bfloat16 autocast."""
+    """Return the losses and seconds of plain TRL's steps with the same settings: float32 weights, bfloat16 autocast."""
     import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
@@ -68,7 +68,7 @@ def _plain_sft(options: Options, rows: list[Json], length: int, steps: int) -> t
 
 
 def memory_between_stages(options: Options) -> Json:
-    """What a finished stage leaves on the device under ZeRO-0 to 3, full and by adapters: nothing."""
+    """Check that a finished stage leaves nothing on the device under ZeRO-0 to 3, with full training and adapters."""
     length, steps = (32, 2) if options.tiny else (1024, 3)
     common = {"data": write_rows(options, "zero", dialogues(options, 4, length)), "maxLength": length,
               "perDeviceTrainBatchSize": 2, "maxSteps": steps, "learningRate": RATE}  # fmt: skip
@@ -86,7 +86,7 @@ def memory_between_stages(options: Options) -> Json:
 
 
 def packing(options: Options) -> Json:
-    """Packed rows of growing lengths: tokens/s, and peak against the plan."""
+    """Check packed rows of growing lengths: tokens/s, and peak memory against the plan."""
     values: Json = {"memory": []}
     for length in (32, 64) if options.tiny else (2048, 4096, 8192):
         data = write_rows(options, f"packing-{length}", dialogues(options, 48, length // 3))
@@ -100,7 +100,7 @@ def packing(options: Options) -> Json:
 
 
 def dpo_references(options: Options) -> Json:
-    """DPO with its three references: the first loss is ln 2, and all three give the same losses."""
+    """Check DPO with its three references: the first loss is ln 2, and all three give the same losses."""
     steps, length = 3, 32 if options.tiny else 512
     data = write_rows(options, "pairs", pairs(options, 4, length))
     values: Json = {"losses": {}, "memory": []}
@@ -120,7 +120,7 @@ def dpo_references(options: Options) -> Json:
 
 
 def other_stages(options: Options) -> Json:
-    """Three steps each of a reward model, RLOO, GRPO and masked pretraining."""
+    """Train three steps each of a reward model, RLOO, GRPO and masked pretraining."""
     length = 32 if options.tiny else 512
     common = {"maxSteps": 3, "perDeviceTrainBatchSize": 2, "learningRate": RATE}
     prompts = write_rows(options, "prompts", [{"prompt": f"{number} plus {number}"} for number in range(8)])
@@ -148,7 +148,7 @@ def _texts(options: Options, length: int) -> list[Json]:
 
 
 def _masked_model(options: Options) -> Json:
-    """A BERT from scratch; the size of BERT-base on a GPU."""
+    """Save a BERT from scratch; the size of BERT-base on a GPU."""
     width = 32 if options.tiny else 768
     layers, heads = (2, 2) if options.tiny else (12, 12)
     config = {"model_type": "bert", "hidden_size": width, "intermediate_size": 4 * width}

@@ -1,4 +1,4 @@
-"""A tiny tokenizer with a chat template, and the places tests work in."""
+"""A tiny tokenizer with a chat template, and the directories that the data tests work in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHATML = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 600 tokens, trained on the language reference."""
+    """Return a byte-level BPE tokenizer with 600 tokens, trained on the language reference."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -41,7 +41,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real data beside the checkout."""
+    """Return the directory of real datasets next to the checkout; skip the test if there is none."""
     if not SHARED.is_dir():
         pytest.skip(f"needs the real data in {SHARED}, which is not here")
     return SHARED

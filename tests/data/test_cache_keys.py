@@ -1,4 +1,4 @@
-"""Keys of the cache follow every field that decides about the data, fields that are added later included."""
+"""The cache key includes every field that affects the data, including fields that are added later."""
 
 from __future__ import annotations
 
@@ -75,6 +75,6 @@ def test_a_joined_table_is_known_by_its_contents() -> None:
 
 
 def test_what_is_excluded_are_fields() -> None:
-    """A field that is renamed would be part of the key again."""
+    """If an excluded field is renamed, it becomes part of the key again."""
     assert set(DataSpec.model_fields) >= ROWS_CHOSEN_BY
     assert set(DataSource.model_fields) >= FILES_FOUND_BY | HUB_FIELDS

@@ -1,4 +1,4 @@
-"""Which tokens of a conversation train, over the chat templates of many families."""
+"""Which tokens of a conversation are trained on, for the chat templates of many model families."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from finetune_trainer.generation.prompts import stop_ids
 
 ALL = {**{f"own-{name}": text for name, text in {**TEMPLATES, **TOOL_TEMPLATES}.items()}, **TRL_TEMPLATES}
 ALTERNATE = {"cohere", "cohere2", "gemma", "gemma3"}
-"""Templates that refuse a conversation unless user and assistant alternate and the user begins."""
+"""Templates that require user and assistant turns to alternate, starting with the user."""
 WITHOUT_CALLS = {"idefics3", "lfm2", "llama3", "phi3", "phi3_5", "qwen2_5_vl", "smolvlm"}
-"""Templates that leave out tool calls."""
+"""Templates that do not render tool calls."""
 LAYOUT = re.compile(
     r"<[^<>\s]*>|\s|final|to=(?:user|self|functions\.weather|weather)|commentary|json|assistant|function|thought"
     r"|```|call:|\[|\]|tool_name|tool_call_id"
 )
-"""What a template may write in an answer beside the answer: markers, and the words of a channel or a call."""
+"""What a template may add to an answer: special tokens, and the names of a channel or of a tool call."""
 WORDS = re.compile(r"[UARST](?:alpha|beta|gamma|delta|same|sigma|zeta|sunny|one|two|g|d)\b")
 
 
@@ -42,7 +42,7 @@ def _encoded(tokenizer: PreTrainedTokenizerFast, messages: Messages, **more: Any
 
 
 def _runs(row: dict[str, Any]) -> list[tuple[int, int]]:
-    """The places of the tokens that train, run by run."""
+    """Return the (start, end) positions of each run of trained tokens."""
     trains = [label != -100 for label in row["labels"]] + [False]
     starts = [at for at, one in enumerate(trains) if one and (not at or not trains[at - 1])]
     return [(start, trains.index(False, start)) for start in starts]
@@ -88,7 +88,7 @@ def test_the_answers_and_their_ends_train_and_nothing_else(name: str, kind: str)
 
 
 UNENDED = {"own-alpaca": 1, "own-vicuna": 0}
-"""Templates in whose conversations an answer before the last one has no end."""
+"""Number of answers before the last one that no stop token ends, by template."""
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -107,7 +107,7 @@ def test_each_answer_ends_with_a_token_that_stops_generation(name: str) -> None:
 def test_an_answer_follows_the_tokens_of_the_prompt_that_inference_has(name: str, kind: str) -> None:
     tokenizer = tokenizer_for(ALL[name])
     messages = CONVERSATIONS[kind][: 3 if kind == "system" else 2]
-    if _refused(name, kind) or name == "own-code-llama":  # whose prompt has words that no conversation has
+    if _refused(name, kind) or name == "own-code-llama":  # its prompt has text that no conversation has
         return
     row, _ = _encoded(tokenizer, messages)
     prompt = Encoder(tokenizer, Encoding("sft", None)).prompt_ids(messages[:-1])
@@ -151,7 +151,7 @@ def test_a_thought_follows_the_one_that_the_prompt_opens() -> None:
     for name in ("think", "think-dropped"):
         assert _texts(tokenizer_for(TEMPLATES[name]), row) == ["add them\n</think>\n\n4<|im_end|>"]
     assert _texts(tokenizer_for(TEMPLATES["think-last"]), row) == ["<think>\nadd them\n</think>\n\n4<|im_end|>"]
-    drawn = talk(("user", "2 and 2?"), ("assistant", "add them\n</think>\n\n4"))  # after the opened one
+    drawn = talk(("user", "2 and 2?"), ("assistant", "add them\n</think>\n\n4"))  # after the prompt's `<think>`
     assert _texts(tokenizer_for(TEMPLATES["think"]), drawn) == ["add them\n</think>\n\n4<|im_end|>"]
 
 
@@ -166,7 +166,7 @@ def test_a_default_system_message_and_the_first_header_carry_no_loss() -> None:
     pair = {"prompt": [], "chosen": messages[:1], "rejected": talk(("assistant", "Go away."))}
     (row,) = Encoder(tokenizer, Encoding("preference", None)).rows([(0, pair)], stats)
     assert tokenizer.decode(row["prompt_ids"]).endswith("Default.<|im_end|>\n<|im_start|>assistant\n")
-    assert row["chosen_mask"].tolist() == [1] * (len(row["chosen_ids"]) - 1) + [0]  # of a line break
+    assert row["chosen_mask"].tolist() == [1] * (len(row["chosen_ids"]) - 1) + [0]  # the line break at the end
 
 
 def test_an_answer_that_spells_its_end_has_one() -> None:
@@ -202,7 +202,7 @@ def _masked(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], side: str) 
 
 @pytest.mark.parametrize("name", ["chatml", "marked-no-end", "mistral", "think"])
 def test_turns_that_are_not_to_train_carry_no_loss(name: str) -> None:
-    """And a template never sees the key: one that wrote its messages whole would show it."""
+    """No template may render the `train` key either, even one that prints whole messages."""
     tokenizer = tokenizer_for(TEMPLATES[name])
     turns = talk(("user", "Ualpha"), ("assistant", "Abeta"), ("user", "Ugamma"), ("assistant", "Adelta"))
     turns[1]["train"] = False

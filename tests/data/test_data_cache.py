@@ -1,4 +1,4 @@
-"""The cache: found again, missed where content changes, the same bytes for any number of processes, built once."""
+"""The data cache: hits, misses on changed content, equal bytes for any number of processes, one build at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad inputs: what `inspect` says, and that `prepare` refuses them too."""
+"""Invalid data: what `inspect` reports, and that `prepare` rejects it as well."""
 
 from __future__ import annotations
 

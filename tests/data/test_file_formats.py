@@ -1,4 +1,4 @@
-"""Every file format and packing reads to the same rows, and reading goes on from any row's position."""
+"""Every file format and packing mode yields the same rows, and reading can resume at any row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of other tools: read without settings and told in one line, or the line of settings that reads them."""
+"""Rows in the formats of other tools are detected and reported in one line, or the error names the settings to add."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 
 
 def spec_of(**fields: Any) -> DataSpec:
-    """As workers have it, for whom a round through JSON has set every field."""
+    """Return the spec after a JSON round trip, which sets every field, as workers receive it."""
     spec = DataSpec.model_validate({"sources": [{"inline": [{"text": "x"}]}], **fields})
     return DataSpec.model_validate_json(spec.model_dump_json(by_alias=True))
 
@@ -93,7 +93,7 @@ def test_dialogues(row: dict[str, Any], expected: dict[str, Any], note: str | No
     ],
 )
 def test_pairs(row: dict[str, Any], note: str) -> None:
-    """LLaMA-Factory's forms, to train on and to draw answers for."""
+    """LLaMA-Factory's preference formats are read both for training and as prompts for generation."""
     example = normalise(row, spec_of(), "preference")
     assert (example["prompt"], example["chosen"], example["rejected"]) == ([ASK], [REPLY], [WORSE])
     assert reading(row, spec_of(), "preference") == note

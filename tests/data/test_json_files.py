@@ -92,7 +92,7 @@ def test_an_array_takes_no_more_memory_than_its_rows(tmp_path: Path) -> None:
 
 
 def test_formats_of_names(tmp_path: Path) -> None:
-    """Files called `.json` hold lines as often as arrays: a directory of both is one table."""
+    """`.json` files contain JSON lines as often as arrays, so a directory of both is one table."""
     (tmp_path / "a.json").write_text('[{"text": "a"}]')
     (tmp_path / "b.jsonl").write_text('{"text": "b"}\n')
 

@@ -1,4 +1,4 @@
-"""A model that was trained on prepared rows stops by itself, whatever way its template ends an answer."""
+"""A model trained on prepared rows stops after its answer, whatever token its chat template ends an answer with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune_trainer.generation.options import GenerationOptions
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Threads cost more than they gain on a model as small as this."""
+    """Use one thread, which is faster for a model of this size."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -28,7 +28,7 @@ ROW = talk(("user", "2 and 2?"), ("assistant", "It is 4."), ("user", "3 and 3?")
 
 
 def _answers(tokenizer: PreTrainedTokenizerFast, conversations: list[Messages]) -> list[Completion]:
-    """What a tiny model, trained on conversations, answers to the two questions of `ROW`."""
+    """Train a tiny model on the conversations and return its answers to the two questions of `ROW`."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
@@ -52,7 +52,7 @@ def _answers(tokenizer: PreTrainedTokenizerFast, conversations: list[Messages]) 
 def test_a_trained_model_stops_after_its_answer(name: str) -> None:
     first, second = _answers(tokenizer_for(TEMPLATES[name]), [ROW, ROW[:2]])
     assert second.finished and second.text.endswith("It is 6.")
-    if name != "alpaca":  # whose first answer nothing ends, which its report tells
+    if name != "alpaca":  # no stop token ends its first answer
         assert first.finished and first.text.endswith("It is 4.")
 
 

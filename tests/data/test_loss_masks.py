@@ -1,4 +1,4 @@
-"""Which tokens train: masks decoded to text, cuts in numbers, packing and pairs."""
+"""Which tokens are trained on: masks decoded to text, truncation, packing and preference pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Roles in conversations: a slip in one that every template has is told; a template's own roles pass."""
+"""Roles in conversations: a misspelled standard role is reported; roles that only the template knows are accepted."""
 
 from __future__ import annotations
 

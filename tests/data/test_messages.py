@@ -1,4 +1,4 @@
-"""Messages as other tools write them, in the one form that chat templates and loss masks read."""
+"""Messages in the formats of other tools are converted to the one form that chat templates and loss masks read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPEC = DataSpec.model_validate({"sources": [{"inline": [{"text": "x"}]}]})
 
 
 def said(**message: Any) -> dict[str, Any]:
-    """The normal form of one message of an assistant."""
+    """Return the normalised form of one assistant message."""
     return read_messages([{"role": "assistant", **message}], "messages")[0]
 
 
@@ -62,7 +62,7 @@ def test_an_assistants_message(given: dict[str, Any], expected: dict[str, Any] |
     ],
 )
 def test_arguments_are_an_object(arguments: Any, expected: dict[str, Any]) -> None:
-    """A null in a mapping may be Arrow's; in a JSON string it is the row's own."""
+    """A null in a mapping may come from Arrow and is dropped; a null in a JSON string is kept."""
     calls = said(content="", tool_calls=[{"id": "c1", "function": {"name": "f", "arguments": arguments}}])["tool_calls"]
     assert calls == [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": expected}}]
 
@@ -129,7 +129,7 @@ def test_the_row_of_a_bad_message_is_named(tokenizer: PreTrainedTokenizerFast, t
     ],
 )
 def test_keys_that_say_what_is_trained(keys: dict[str, Any], trained: bool) -> None:
-    """Only `train: False` is left of them, on what carries no loss."""
+    """Of these keys only `train: False` is kept, on messages without loss."""
     assert said(content="x", **keys) == {"role": "assistant", "content": "x"} | ({} if trained else {"train": False})
     shared = read_messages([{"from": "gpt", "value": "x", **keys}, {"from": "human", "value": "y", "weight": 0}], "m")
     assert shared[0].get("train", True) == trained and shared[1] == {"role": "user", "content": "y"}
@@ -156,7 +156,7 @@ def test_keys_that_bear_on_loss_are_never_ignored(keys: dict[str, Any], reason: 
 
 
 def test_a_prompt_never_has_the_mark() -> None:
-    """Chat templates see prompts as they are; and an answer without loss is no reference."""
+    """Prompts have no `train` key, and an answer without loss is not used as the reference."""
     wrong = {**REPLY, "weight": 0}
     talk = normalise({"messages": [ASK, wrong, ASK, REPLY, ASK, wrong]}, SPEC, "sft")
     assert [message.get("train", True) for message in talk["messages"]] == [True, False, True, True, True, False]
@@ -180,7 +180,7 @@ SHAREGPT = [
 
 
 def test_sharegpt() -> None:
-    """Calls in a row, and a text before them, are one message, as OpenAI has parallel calls."""
+    """Consecutive calls and the text before them become one message, like OpenAI's parallel tool calls."""
     assert read_messages(SHAREGPT, "conversations") == [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "Weather?"},
@@ -219,7 +219,7 @@ def test_results_of_tools_have_the_role_that_the_template_knows(template: str, r
 def test_results_of_tools_reach_a_template_that_drops_other_roles(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """As Qwen2.5's, which writes neither text nor role of a message whose role it does not know."""
+    """Qwen2.5's template drops every message whose role it does not know."""
     template = "".join(
         f"{{% {branch} message.role == '{role}' %}}{{{{ '<|im_start|>{role} ' + message.content + '<|im_end|>' }}}}"
         for branch, role in (("if", "user"), ("elif", "assistant"), ("elif", "tool"))

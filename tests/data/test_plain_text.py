@@ -1,4 +1,4 @@
-"""One begin-of-text and one end-of-text token, also where a text spells them; training and generation alike."""
+"""Plain text gets one BOS and one EOS token, even if it already contains them, in training and in generation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune_trainer.data.report import Stats
 from finetune_trainer.generation.prompts import encode
 
 FRAMES = {"none": "$A", "bos": "<s> $A", "eos": "$A </s>", "both": "<s> $A </s>"}
-"""What a tokenizer puts around a text by itself."""
+"""The special tokens that a tokenizer adds around a text."""
 
 
 def _tokenizer(frame: str, template: str | None = None) -> PreTrainedTokenizerFast:

@@ -1,4 +1,4 @@
-"""Where the prompt ends in rows whose answers are chats that may repeat it."""
+"""Where the prompt ends in rows whose answers are conversations that may repeat the prompt."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_completion_may_repeat_its_prompt(row: dict[str, Any], prompt: Chat, c
 
 
 def test_prompts_of_pairs() -> None:
-    """To draw answers for, a pair asks what it asks where it is trained on."""
+    """The prompt for generation is the same as the prompt in preference training."""
     row = {"prompt": "What is 2+2?", "chosen": [SYSTEM, ASK, FOUR], "rejected": [SYSTEM, ASK, FIVE]}
     example = normalise(row, DataSpec.model_validate({"sources": [{"inline": [row]}]}), "prompt")
     assert example["prompt"] == [SYSTEM, ASK] and example["columns"]["reference"] == "4"
@@ -155,7 +155,7 @@ def test_system_columns(row: dict[str, Any], fields: dict[str, Any], expected: C
 
 
 def test_strings_with_a_system_column_are_turns() -> None:
-    """As texts of `template` are, which say so too: else the system message would be left out."""
+    """Such rows become messages, with `templated` set; otherwise the system message would be lost."""
     row = {"prompt": "What is 2+2?", "completion": "4", "system": "Be terse."}
     spec = DataSpec.model_validate({"sources": [{"inline": [row]}]})
     expected = {"prompt": [SYSTEM, ASK], "completion": [FOUR], "templated": True}

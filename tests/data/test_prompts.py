@@ -1,4 +1,4 @@
-"""Prompts out of every form of row, and what reward functions may ask for beside them."""
+"""Prompts from every row format, and the extra columns that reward functions may read."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _prepare(stage: RlhfSpec, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 
 
 def test_prepared_prompts(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """They end where an answer begins, and keep their columns."""
+    """Prepared prompts end where the answer begins, and keep their columns."""
     prepared = _prepare(_stage([{"messages": [ASK, REPLY], "answer": "4 é"}]), tokenizer, tmp_path)
     row = prepared.train[0]
     assert tokenizer.decode(row["prompt_ids"]) == "<|im_start|>user\n2 plus 2<|im_end|>\n<|im_start|>assistant\n"

@@ -1,4 +1,4 @@
-"""The real data sets; their text is never printed."""
+"""Preparation of the real datasets; their text is never printed."""
 
 from __future__ import annotations
 

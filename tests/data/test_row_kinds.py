@@ -1,4 +1,4 @@
-"""Kinds of rows: each is complete, and an unknown one raises wherever it is used."""
+"""Every kind of row is defined completely, and an unknown kind raises wherever it is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streams: the rows of the prepared data, divided among ranks, and resumed at exactly the next row."""
+"""A stream yields the rows of the prepared data, divided among ranks, and resumes at exactly the next row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tools, calls and results: in every render, as the template's family writes them."""
+"""Tools, tool calls and results appear in every rendered text, in the format of the template's family."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ WITH_JSON = ("qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_vl", "llama3_1", 
 
 @pytest.mark.parametrize("name", WITH_JSON)
 def test_arguments_in_templates_of_real_models(name: str) -> None:
-    """In training, where TRL's twin of the template may read others, and at inference."""
+    """In training, TRL may replace the template with its own version, which may expect another type of arguments."""
     tokenizer, messages = tokenizer_for(TRL_TEMPLATES[name]), _asked({"city": "Rome", "days": 2})
     trained = _text(tokenizer, {"messages": messages, "tools": TOOLS})
     asked = tokenizer.decode(encode(tokenizer, [messages[:-1]], tools=TOOLS)[0])
@@ -91,7 +91,7 @@ def test_results_that_a_template_leaves_out_are_refused() -> None:
 
 
 def test_tools_that_a_template_leaves_out_are_told(tmp_path: Path) -> None:
-    """As in TRL, whose SFT trains on such rows, they are no error: a row's conversation may still be right."""
+    """As in TRL's SFT, tools that a template does not render are no error: the conversation may still be right."""
     messages = talk(("user", "Hello"), ("assistant", "Hi"))
     stats = Stats()
     rows = [(0, {"messages": messages, "tools": TOOLS}), (1, {"messages": messages})]
@@ -106,7 +106,7 @@ def test_tools_that_a_template_leaves_out_are_told(tmp_path: Path) -> None:
 
 
 def test_tools_are_in_every_render(tmp_path: Path) -> None:
-    """Training, pairs, prompts of rollouts and samples, evaluation, rewards and generation: the same tokens."""
+    """Training, pairs, rollout prompts, evaluation, rewards and generation all render the same tokens."""
     tokenizer, messages = tokenizer_for(TOOL_TEMPLATES["objects"]), CONVERSATIONS["tools"]
     prompt, answer = messages[:-1], messages[-1:]
     whole = _text(tokenizer, ROW)

@@ -1,4 +1,4 @@
-"""Tools of a row: their schemas in one form, and rows that tables keep with nulls."""
+"""The tools of a row: schemas in one normalised form, and rows that tables store with nulls."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_what_is_no_schema(tools: Any, reason: str) -> None:
     ],
 )
 def test_every_chat_has_its_tools(row: dict[str, Any], kind: Kind, fields: dict[str, Any]) -> None:
-    """In the example and in what a model is asked; under another name, too."""
+    """Tools are in the example and in the prompt for generation, also when the column has another name."""
     spec = DataSpec.model_validate({"sources": SPEC.sources, **fields})
     example = normalise({**row, "tools": [WEATHER]}, spec, kind)
     assert example["tools"] == [WEATHER]
@@ -126,7 +126,7 @@ def test_a_misspelt_column_of_tools() -> None:
 
 
 def test_tools_are_in_the_key_of_what_is_stored(tmp_path: Path) -> None:
-    """Another column of tools is another meaning of the same files."""
+    """A different tools column gives a different cache entry for the same files."""
     write_jsonl(tmp_path / "x.jsonl", [{"messages": [ASK, REPLY], "tools": [WEATHER], "others": [ADD]}])
     for column, expected in (("tools", [WEATHER]), ("others", [ADD]), ("none", None)):
         spec = DataSpec.model_validate({"sources": [{"file": "x.jsonl"}], "columns": {"tools": column}})
@@ -155,7 +155,7 @@ READ: list[dict[str, Any]] = [*ROWS[:2], {"messages": [ASK, {**REPLY, "train": F
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet", "json"])
 def test_rows_are_stored_as_they_were_written(format: str, tmp_path: Path) -> None:
-    """Parquet gives every call all arguments of all calls, and null to those that it has not."""
+    """Parquet gives every call the union of all arguments, with null for those that it does not have."""
     path = tmp_path / f"rows.{format}"
     if format == "parquet":
         table = pa.Table.from_pylist(ROWS)
@@ -169,7 +169,7 @@ def test_rows_are_stored_as_they_were_written(format: str, tmp_path: Path) -> No
 
 
 def test_arrow_maps_are_mappings(tmp_path: Path) -> None:
-    """Spark and polars write arguments of any key as a map."""
+    """Spark and polars write arguments with arbitrary keys as an Arrow map."""
     function = pa.struct([("name", pa.string()), ("arguments", pa.map_(pa.string(), pa.string()))])
     message = pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(function))])
     talk = [[ASK, {"role": "assistant", "tool_calls": [{"name": "weather", "arguments": [("city", "Rome")]}]}]]

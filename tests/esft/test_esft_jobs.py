@@ -1,4 +1,4 @@
-"""Whole `esft` jobs: shards and workers change nothing, a resumed run goes on, results load and merge."""
+"""Whole `esft` jobs: ZeRO and workers change nothing, a run resumes, results load and merge."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEXTS = [f"{a} plus {b} makes {a + b}, says the teacher. <|im_start|>" for a in 
 
 @pytest.fixture(scope="module")
 def expert_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3-MoE of 16 experts a layer with a tokenizer."""
+    """Save a Qwen3-MoE with 16 experts per layer and a tokenizer."""
     return _save_model(tmp_path_factory.mktemp("experts") / "model", "qwen3_moe")
 
 
@@ -56,7 +56,7 @@ def _save_model(directory: Path, family: str, **fields: Any) -> Path:
 
 @pytest.fixture
 def run(expert_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs an `esft` job of so many workers and that ZeRO stage; returns its stage's directory."""
+    """Return a function that runs an `esft` job with a number of workers and a ZeRO stage and returns its directory."""
     from support.jobs import running
 
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
@@ -104,7 +104,7 @@ def _same(one: Path, other: Path) -> None:
     assert (one / "expert_config.json").read_text() == (other / "expert_config.json").read_text()
     mine, theirs = _weights(one), _weights(other)
     assert mine.keys() == theirs.keys()
-    for name, weight in mine.items():  # Adam scales rounding up to the rate, so this holds for a rate of 1e-4
+    for name, weight in mine.items():  # AdamW amplifies rounding errors up to the learning rate, here 1e-4
         torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-5)
 
 

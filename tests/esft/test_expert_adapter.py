@@ -1,4 +1,4 @@
-"""Trained experts as files: hub names, nothing but what was trained, and an exact way back."""
+"""Files of trained experts: the names of the Hub, only the trained weights, and lossless loading."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HUB = {
 
 
 def saved(family: str, directory: Path, **switches: bool) -> tuple[Any, ExpertConfig, Path]:
-    """A trained split model, its configuration and its adapter; its base is saved beside that."""
+    """Return a trained split model, its configuration and its adapter directory; the base is saved next to it."""
     build(family).save_pretrained(directory / "base")
     model = _load(directory / "base")
     layers = [layer.index for layer in expert_layers(model)]
@@ -49,7 +49,7 @@ def _load(directory: Path) -> Any:
 
 
 def aligned(model: Any) -> Any:
-    """Weights moved from where a file was mapped: on a CPU the last bit may depend on the address."""
+    """Copy the weights out of the mapped file: on a CPU the last bit may depend on their address."""
     for weight in model.parameters():
         weight.data = weight.data.clone()
     return model
@@ -79,7 +79,7 @@ def test_names_are_the_hubs(family: str, tmp_path: Path) -> None:
     names = set(load_file(adapter / ADAPTER_WEIGHTS))
     first = min(config.experts)
     assert HUB.get(family, f"model.layers.{first}.mlp.experts.6.gate_proj.weight") in names
-    if family not in ("gpt_oss", "granitemoe"):  # those are stacked on the hub too
+    if family not in ("gpt_oss", "granitemoe"):  # these are stacked on the Hub too
         assert names <= set(load_file(tmp_path / "base" / "model.safetensors"))
     assert json.loads((adapter / "expert_config.json").read_text())["experts"][str(first)] == [6, 1]
 

@@ -1,4 +1,4 @@
-"""What is done with an expert adapter outside a job: `finetune merge`, `generate` and `chat`."""
+"""`finetune merge`, `generate` and `chat` with an expert adapter, outside a job."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRAINED = {"model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.expert
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Experts of one layer, trained, with the base and a tokenizer beside them."""
+    """Save an adapter with the trained experts of one layer, its base model and a tokenizer."""
     directory = tmp_path_factory.mktemp("use")
     spec = TokenizerSpec.model_validate({"data": {"sources": [{"inline": [{"text": "x"}]}]}, "vocabSize": 400})
     tokenizer = train_tokenizer(spec, TEXTS, 64)

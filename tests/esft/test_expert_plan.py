@@ -1,4 +1,4 @@
-"""What `plan` says of an `esft` stage: the weights that it trains, and full fine-tuning and LoRA beside it."""
+"""The plan of an `esft` stage: the weights that it trains, compared with full fine-tuning and LoRA."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def spec(**fields: Any) -> EsftSpec:
 
 
 def trained(model: Any, config: ExpertConfig) -> int:
-    """Weights with a gradient once the model is prepared."""
+    """Return the number of weights that have a gradient after the model is prepared."""
     prepare(model, config)
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
@@ -66,7 +66,7 @@ def test_token_scores_never_select_more_than_was_planned(family: str, threshold:
 
 
 def test_an_expert_model_of_30_billion_weights() -> None:
-    """Four of 128 experts a layer, by hand: 48 · 4 · 3 · 2048 · 768 weights, 12 bytes of AdamW each under ZeRO-1."""
+    """Four of 128 experts per layer, by hand: 48 * 4 * 3 * 2048 * 768 weights, 12 bytes of AdamW each under ZeRO-1."""
     chosen = {str(layer): [0, 1, 2, 3] for layer in range(48)}
     job = {
         "apiVersion": "finetune.dev/v1alpha1",

@@ -1,4 +1,4 @@
-"""Scores count what routers do: each token's K choices, prompts too, padding never."""
+"""Expert scores count the routers' top-k choices of each token, prompts included and padding excluded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_counts_sum_to_k_times_tokens(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_do_not_depend_on_batches(family: str) -> None:
-    """The rows by themselves and without padding give what the padded batch gives: so workers may share them out."""
+    """Single rows without padding give the scores of the padded batch, so workers can divide the rows."""
     model, inputs = build(family), batch()
     rows = [ids[mask.bool()][None] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
     alone = measure_scores(model, [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows])
@@ -60,7 +60,7 @@ def test_the_split_model_scores_the_same() -> None:
 
 
 class TestRawWeights:
-    """Renormalised and scaled weights give the affinities back."""
+    """Affinities are recovered from renormalised and scaled router weights."""
 
     logits = torch.randn(50, EXPERTS, generator=torch.Generator().manual_seed(3))
 

@@ -1,4 +1,4 @@
-"""Which experts are chosen, and what of a configuration or a score file is refused."""
+"""Which experts are selected, and which configurations and score files are rejected."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from finetune_trainer.esft.selection import ExpertConfig, config_problems, read_
     ("scores", "threshold", "chosen"),
     [
         ([0.1, 0.4, 0.2, 0.3], 0.2, (1,)),
-        ([0.1, 0.4, 0.2, 0.3], 0.4, (1,)),  # reached exactly
-        ([0.1, 0.4, 0.2, 0.3], 0.41, (1, 3)),  # the expert that crosses is chosen
-        ([0.25, 0.25, 0.25, 0.25], 0.5, (0, 1)),  # ties to the lower id
+        ([0.1, 0.4, 0.2, 0.3], 0.4, (1,)),  # reaches the threshold exactly
+        ([0.1, 0.4, 0.2, 0.3], 0.41, (1, 3)),  # the expert that crosses the threshold is selected
+        ([0.25, 0.25, 0.25, 0.25], 0.5, (0, 1)),  # ties go to the lower id
         ([0.1, 0.3, 0.3, 0.3], 0.61, (1, 2, 3)),
         ([0.5, 0.5], 1.0, (0, 1)),
-        ([0.2, 0.3], 0.9, (1, 0)),  # never reached: all
+        ([0.2, 0.3], 0.9, (1, 0)),  # never reaches it: all experts
         ([0.10004, 0.10003, 0.4], 0.45, (2, 0)),
         ([0.10001, 0.10004, 0.4], 0.45, (2, 0)),  # equal once rounded to 4 decimals: the lower id, not the higher score
         ([0.12344, 0.12346, 0.4], 0.45, (2, 1)),  # 0.1234 and 0.1235
@@ -34,7 +34,7 @@ def test_rules(scores: list[float], threshold: float, chosen: tuple[int, ...]) -
 
 
 def _reference(scores: dict[str, float], top_p: float) -> list[int]:
-    """The reference's rule, written down from the paper: walk down the sorted scores while their sum is below p."""
+    """Select experts as the paper describes: walk down the sorted scores while their sum is below p."""
     walked, total = [], 0.0
     for expert, score in sorted(((int(name), value) for name, value in scores.items()), key=lambda one: -one[1]):
         if total >= top_p:
@@ -45,7 +45,7 @@ def _reference(scores: dict[str, float], top_p: float) -> list[int]:
 
 
 def test_a_summary_of_the_reference_code(tmp_path: Path) -> None:
-    """26 layers of 64 experts in the published form, with many ties, through the command line."""
+    """Read 26 layers of 64 experts in the published format, with many ties, through the command line."""
     table = {
         str(layer): {str(expert): round(((layer * 37 + expert * 101) % 97) / 3100, 4) for expert in range(64)}
         for layer in (1, 10, 2, *range(3, 10), *range(11, 27))

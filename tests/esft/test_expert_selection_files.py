@@ -1,4 +1,4 @@
-"""Experts that a job gives by hand: a configuration, a score file, or ids; and what of them is refused."""
+"""`expertConfig` with a configuration file, a score file or expert ids, and which of them are rejected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUMMARY = {"token_scores": {layer: {str(at): value for at, value in enumerate(ro
 
 
 def given(directory: Path, choice: dict[str, Any], **fields: Any) -> ExpertConfig:
-    """What a stage with that `expertConfig` trains."""
+    """Return the expert configuration of a stage with that `expertConfig`."""
     (directory / "summary.json").write_text(json.dumps(SUMMARY | {"gate_scores": SUMMARY["token_scores"]}))
     (directory / "experts.json").write_text(json.dumps({"experts": {"2": [3, 0]}, "shared_experts": True}))
     data = {"sources": [{"inline": [{"messages": []}]}]}
@@ -30,7 +30,7 @@ def given(directory: Path, choice: dict[str, Any], **fields: Any) -> ExpertConfi
 def test_a_score_file_is_selected_from_by_the_stages_rule(tmp_path: Path) -> None:
     config = given(tmp_path, {"scores": "summary.json"}, threshold=0.6)
     assert config.experts == {1: (1, 3), 10: (0, 1, 2), 2: (0,)}
-    assert list(config.experts) == [1, 10, 2]  # the file's order
+    assert list(config.experts) == [1, 10, 2]  # in the order of the file
     assert config.notes == {"given": True, "score": "token", "threshold": 0.6}
     gate = given(tmp_path, {"scores": "summary.json"}, score="gate")
     assert gate.experts == {int(layer): select(row, 0.1) for layer, row in ROWS.items()}
@@ -54,7 +54,7 @@ def test_a_configuration_and_ids(tmp_path: Path) -> None:
         ({"experts": {"2": [4, 9]}}, "experts", ("layer 2 has experts 0 to 3, not 4, 9",)),
         ({"experts": {"1": [2, 2]}}, "experts", ("layer 1 names an expert twice",)),
         ({"experts": {"first": [0]}}, "experts", ("expert ids by layer",)),
-        ({"experts": {"7": [0], "1": [5, 5]}}, "experts", ("layer 7", "not 5", "twice")),  # all at once
+        ({"experts": {"7": [0], "1": [5, 5]}}, "experts", ("layer 7", "not 5", "twice")),  # reports all errors at once
     ],
 )
 def test_faults_name_their_place(tmp_path: Path, choice: dict[str, Any], place: str, parts: tuple[str, ...]) -> None:

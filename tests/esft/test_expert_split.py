@@ -1,4 +1,4 @@
-"""Split storage is exact: the same logits, the same gradients, and nothing but the chosen rows ever moves."""
+"""Splitting expert weights is exact: equal logits, equal gradients, and only the selected rows change."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IMPLEMENTATIONS = ("eager", "grouped_mm")
 
 
 def chosen(model: Any, **switches: bool) -> ExpertConfig:
-    """Two experts of each layer but the last, not in order; the last layer stays whole."""
+    """Select two experts of each layer, not in order; leave the last layer whole."""
     layers = [layer.index for layer in expert_layers(model)]
     return ExpertConfig({index: (6, 1) for index in layers[:-1]}, **switches)
 
@@ -38,7 +38,7 @@ def test_logits_before_training_are_equal_to_the_bit(family: str, implementation
 
 
 def test_logits_of_a_loaded_model_are_equal_to_the_bit(tmp_path: Path) -> None:
-    """Its weights are mapped from a file, at addresses that are no multiple of anything; few tokens per expert."""
+    """A loaded model's weights are mapped from a file at unaligned addresses, and there are few tokens per expert."""
     build("granitemoe").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="grouped_mm")
     model.config.output_router_logits = False

@@ -1,4 +1,4 @@
-"""Planted domains: tokens of A and of B go to different experts, so what is known of the outcome is exact."""
+"""ESFT on planted domains: tokens of A and of B are routed to different experts, so the exact outcome is known."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ A, B = (3, HALF), (HALF, VOCAB)
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Hundreds of steps of models this small: two threads mostly wait for each other."""
+    """Use one thread: with models this small, two threads mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -30,7 +30,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def planted() -> Any:
-    """A model whose first half of experts serves the tokens of A and whose second half serves those of B."""
+    """Return a model that routes tokens of A to its first half of experts and tokens of B to the second half."""
     model = build("qwen3_moe", moe_intermediate_size=64, initializer_range=0.1)
     embedding = model.get_input_embeddings().weight.data
     embedding[:, 0] = 0
@@ -41,7 +41,7 @@ def planted() -> Any:
 
 
 def domain(tokens: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
-    """Rows that count through the domain's tokens in steps of 7: there is something to learn."""
+    """Return rows that step through the domain's tokens by 7, a pattern that the model can learn."""
     inputs, (low, high) = batch(rows=8, length=16, low=tokens[0], high=tokens[1], seed=seed), tokens
     steps = torch.arange(16) * 7
     return inputs | {"input_ids": low + (inputs["input_ids"][:, :1] - low + steps) % (high - low)}
@@ -65,7 +65,7 @@ def test_training_a_domain_leaves_the_other_to_the_bit() -> None:
 
 
 def test_tasks_share_experts_with_themselves() -> None:
-    """Jaccard index of two selections: same task at least 0.6, another task at most 0.25 (paper, section 5)."""
+    """The Jaccard index of two selections is at least 0.6 for the same task and at most 0.25 for different tasks."""
     model = planted()
     first, again, other = (
         {
@@ -80,9 +80,9 @@ def test_tasks_share_experts_with_themselves() -> None:
 
 
 def test_esft_forgets_less_than_full_fine_tuning_does_at_the_same_loss() -> None:
-    """One seed of the benchmark: the other domain's loss rises at most 0.85 times as far at every target.
+    """With one benchmark seed, the other domain's loss rises at most 0.85 times as far at every target.
 
-    Measured over five seeds: 0.01 to 0.18 times.
+    Five seeds measured 0.01 to 0.18 times.
     """
     benchmark = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "esft_forgetting.py"))
     found = benchmark["rises"](1)

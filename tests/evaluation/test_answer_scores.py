@@ -1,4 +1,4 @@
-"""Scores of answers, against the libraries' own and by hand; the names that come from a task; bounds of a gate."""
+"""Scores of answers compared with reference libraries and by hand, metric names of tasks, and bounds of a gate."""
 
 from __future__ import annotations
 

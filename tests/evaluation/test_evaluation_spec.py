@@ -1,4 +1,4 @@
-"""What an `evaluate` stage refuses, and how it says so."""
+"""Which `evaluate` stages are rejected, and with which messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Queries that models write: run where they only read, and compared by what they return."""
+"""Model-written queries run read-only, and are compared by the rows that they return."""
 
 from __future__ import annotations
 

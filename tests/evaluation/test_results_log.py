@@ -1,4 +1,4 @@
-"""What an evaluation keeps of its rows, and what of it still counts when the data has changed."""
+"""The stored results of an evaluation's rows, and which of them are still valid after the data changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune_trainer.storage.filesystem import Storage
 
 
 def journal(root: Path, *texts: str) -> ResultsLog:
-    """Of an evaluation whose rows are these texts."""
+    """Return the results log of an evaluation with these texts as rows."""
     return ResultsLog(
         Storage(str(root)), StageLayout(0, "evaluate"), "base", {row.number: row.key for row in rows(*texts)}
     )

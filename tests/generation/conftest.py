@@ -1,4 +1,4 @@
-"""Tiny random models, saved as any training would save them."""
+"""Tiny random models, saved in the standard Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONTEXT = 96
 
 
 def make_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with ChatML's tokens; the end of a turn is not the end of text."""
+    """Return a byte-level BPE with ChatML's tokens, whose end of turn is not the EOS token."""
     trainer = ByteLevelBPETokenizer()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<mask>"]
     trainer.train_from_iterator(TEXT, vocab_size=300, special_tokens=special, show_progress=False)
@@ -33,7 +33,7 @@ def make_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
 
 
 def make_llama(vocabulary: int) -> LlamaForCausalLM:
-    """A model whose random answers vary: its output head is not shrunk by the usual initialisation."""
+    """Return a Llama whose random answers vary: the usual initialisation does not shrink its output head."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -45,7 +45,7 @@ def make_llama(vocabulary: int) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A chat model."""
+    """Save a chat model."""
     directory = tmp_path_factory.mktemp("llama")
     tokenizer = make_tokenizer()
     make_llama(len(tokenizer)).save_pretrained(directory)
@@ -55,7 +55,7 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def plain_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose tokenizer has no chat template, with a generation config that asks for sampling."""
+    """Save a model without a chat template whose generation config enables sampling."""
     directory = tmp_path_factory.mktemp("plain")
     tokenizer = make_tokenizer(chat=False)
     model = make_llama(len(tokenizer))
@@ -67,7 +67,7 @@ def plain_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def masked_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT-like model."""
+    """Save a masked language model (BERT)."""
     directory = tmp_path_factory.mktemp("bert")
     tokenizer = make_tokenizer(chat=False)
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def masked_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def job_dir(tmp_path: Path) -> Path:
-    """A job's directory: a pretrained model, and an adapter trained on it that records its absolute path."""
+    """Save a job directory: a pretrained model, and an adapter on it that records its absolute path."""
     job = tmp_path / "runs" / "job"
     base, adapter = job / "stages" / "01-pretrain", job / "stages" / "02-sft"
     tokenizer = make_tokenizer()

@@ -1,4 +1,4 @@
-"""`chat`, `generate` and `init` as a shell runs them."""
+"""The commands `chat`, `generate` and `init`, run from a shell."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHORT = GenerationOptions(max_new_tokens=5)
 
 
 def finetune(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
+    """Run the command in a subprocess."""
     program = "from finetune_cli.main import main; main()"
     command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=120)
@@ -80,7 +80,7 @@ def test_commands_that_fail_say_why(chat: Chat, tmp_path: Path, capsys: pytest.C
 
 
 def test_ctrl_c_stops_the_answer_not_the_chat(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupt while a piece is printed, as a signal would raise it there."""
+    """Ctrl-C is simulated with a KeyboardInterrupt while a piece is printed."""
     printed: list[str] = []
 
     def interrupted(*pieces: str, **_: object) -> None:

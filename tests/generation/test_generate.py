@@ -1,4 +1,4 @@
-"""Answers: batches, seeds, stops, chat templates, streams and options."""
+"""Generation: batches, seeds, stop tokens, chat templates, streaming and options."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_batch_answers_as_single_prompts_do(chat: Loaded, raw: bool, batch_siz
 
 
 def test_greedy_answers_are_the_likeliest_tokens(plain: Loaded) -> None:
-    """Although the model's own generation config asks for sampling."""
+    """Greedy decoding applies although the model's own generation config enables sampling."""
     ids = encode(plain.tokenizer, ["Return"])[0]
     start = len(ids)
     for _ in range(8):
@@ -89,9 +89,9 @@ PARTS = TURN.replace("{{ m.content }}", "{% for part in m.content %}{{ part['tex
     [
         (TURN.replace("END", "<|im_end|>\n"), "<|im_end|>"),
         (TURN.replace("END", " \n[end] <|im_end|>"), "<|im_end|>"),
-        (TURN.replace("END", ""), "<|im_start|>"),  # the marker of the next turn ends one (GLM)
-        (PARTS.replace("END", "<|im_end|>"), "<|im_end|>"),  # contents are lists of parts (SmolVLM, LLaVA)
-        (TURN.replace("END", "").replace("<|im_start|>", "\n## "), None),  # ordinary text marks the turns
+        (TURN.replace("END", ""), "<|im_start|>"),  # the next turn's special token ends one (GLM)
+        (PARTS.replace("END", "<|im_end|>"), "<|im_end|>"),  # content is a list of parts (SmolVLM, LLaVA)
+        (TURN.replace("END", "").replace("<|im_start|>", "\n## "), None),  # ordinary text separates the turns
         ("{{ raise_exception('no') }}", None),
     ],
 )
@@ -103,7 +103,7 @@ def test_the_end_of_a_turn_is_read_from_the_template(template: str, end: str | N
 
 
 def test_a_token_that_is_not_named_special_ends_a_turn_too(llama_dir: Path) -> None:
-    """As where a tokenizer's files hold `<|im_end|>` and its configuration does not name it."""
+    """The tokenizer's files contain `<|im_end|>`, but its configuration does not list it as special."""
     tokenizer = AutoTokenizer.from_pretrained(llama_dir)
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token)
     bare.chat_template = tokenizer.chat_template
@@ -113,7 +113,7 @@ def test_a_token_that_is_not_named_special_ends_a_turn_too(llama_dir: Path) -> N
 
 
 def test_an_answer_stops_at_the_end_of_its_turn(llama_dir: Path) -> None:
-    """A head that always gives one token: words go on, the end of a turn stops at once."""
+    """A model that always predicts a word runs to the limit; one that predicts the end of turn stops at once."""
     loaded = load(str(llama_dir), device="cpu")
     assert generate(_always(loaded, "a"), ["x"], SHORT) == ["a" * 12]
     assert generate(_always(loaded, "<|im_end|>"), ["x"], SHORT) == [""]

@@ -1,4 +1,4 @@
-"""Batched answers: padding, samples of a row's own, stop texts, and the model left as it was."""
+"""Batched generation: padding, several samples per row, stop strings, and no changes to the model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _texts(completions: list[Completion]) -> list[str]:
 
 
 def test_a_sample_is_the_same_in_every_batch(chat: Loaded) -> None:
-    """Of its prompt's key and its own number, whatever else is asked at the same time."""
+    """A sample depends on its prompt's key and its own number only, not on the rest of the batch."""
     model, tokenizer = chat.model, chat.tokenizer
     together = _texts(generate_batch(model, tokenizer, PROMPTS, SAMPLED, 3, samples=2))
     alone = [
@@ -44,7 +44,7 @@ def test_a_sample_is_the_same_in_every_batch(chat: Loaded) -> None:
 
 
 def test_tokens_are_drawn_by_their_probability() -> None:
-    """5000 draws: each share within 4 standard errors of its probability, tokens that top-k leaves out never."""
+    """In 5000 draws each frequency is within 4 standard errors of its probability; top-k excludes the other tokens."""
     scores = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).repeat(5000, 1)
     sampling = SeededSampling(GenerationOptions(do_sample=True, top_k=3, temperature=2.0), draws(0, _rows(5000), 1))
     drawn = Counter(sampling(torch.zeros(5000, 1, dtype=torch.long), scores).argmax(-1).tolist())  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ def test_contradictions_are_refused(fields: dict[str, object], message: str) -> 
 def test_cudnn_attention_is_disabled_while_answers_grow(
     chat: Loaded, monkeypatch: pytest.MonkeyPatch, variable: str | None, enabled: bool
 ) -> None:
-    """CuDNN builds a plan for each new length, so every token of an answer would cost one.
+    """CuDNN builds a plan for each new length, so it would build one for every token of an answer.
 
     If the user has set torch's variable, torch decides.
     """

@@ -1,4 +1,4 @@
-"""A model is asked in the form that it was trained in: through the chat template, or as plain text."""
+"""A model is prompted in the format that it was trained on: with the chat template, or as plain text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHAT = [{"role": "user", "content": PROMPT}]
 
 
 def trained_as(form: Form, model: Path, directory: Path) -> Path:
-    """A copy of the model that says how it was trained."""
+    """Return a copy of the model that records the format it was trained on."""
     copy = Path(shutil.copytree(model, directory / form))
     write_form(copy, "sft", {form: 12})
     return copy
@@ -37,7 +37,7 @@ def trained_as(form: Form, model: Path, directory: Path) -> Path:
 
 @pytest.fixture
 def plain(llama_dir: Path, tmp_path: Path) -> Loaded:
-    """A model with a chat template, trained on prompts and completions."""
+    """Load a model with a chat template that was trained on prompts and completions."""
     return load(str(trained_as("prompt-completion", llama_dir, tmp_path)), "cpu")
 
 
@@ -98,7 +98,7 @@ def test_a_merged_adapter_is_asked_as_the_adapter_is(job_dir: Path, tmp_path: Pa
 
 
 def test_a_text_begins_as_in_training_and_does_not_end(llama_dir: Path) -> None:
-    """Although the tokenizer by itself puts a token at the end, too."""
+    """The tokenizer would also add an EOS token to the text."""
     tokenizer = AutoTokenizer.from_pretrained(llama_dir, bos_token="<|im_start|>")
     ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|im_start|>", "<|endoftext|>")]
     single = "<|im_start|> $A <|endoftext|>"

@@ -1,4 +1,4 @@
-"""Loading: models, adapters, jobs, and messages for all that is none of these."""
+"""Loading of models, adapters and job results, and the errors for anything else."""
 
 from __future__ import annotations
 

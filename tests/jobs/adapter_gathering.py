@@ -1,6 +1,6 @@
-"""Train an adapter under ZeRO-3 in this process, save it, and print the bytes that DeepSpeed put together for that.
+"""Train an adapter under ZeRO-3 in this process, save it, and print the bytes that DeepSpeed gathers for saving.
 
-A process of its own, because DeepSpeed changes the one that it is imported into.
+It is a process of its own because importing DeepSpeed changes the process.
 Usage: python adapter_gathering.py DIRECTORY JOB.json RANK WORLD_SIZE
 """
 
@@ -24,7 +24,7 @@ from finetune_trainer.training.stage_result import save_result
 
 
 def watch() -> list[int]:
-    """Return a list that gets the bytes of every weight that is put together from now on."""
+    """Return a list that collects the bytes of every weight that DeepSpeed gathers from now on."""
     import deepspeed
 
     gathered: list[int] = []
@@ -40,7 +40,7 @@ def watch() -> list[int]:
 
 
 def run(directory: Path, job: dict[str, Any], rank: int, world: int) -> dict[str, int]:
-    """Train, save, and return bytes: put together, of the trained weights, of all weights."""
+    """Train and save, and return the bytes of the gathered weights, the trained weights and all weights."""
     join_process_group(3, accelerator=False)
     placement = Placement(rank, rank, world, accelerator=False)
     trainer = make_trainer(replace(open_stage(job, directory, 3), placement=placement))

@@ -1,4 +1,4 @@
-"""A tiny saved model and a job that trains it: what the tests of whole jobs start from."""
+"""Fixtures for tests of whole jobs: a tiny saved model and a job that trains it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3 of about 100,000 parameters with a tokenizer, saved as any transformers model is."""
+    """Save a Qwen3 of about 100,000 parameters with a tokenizer."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -52,7 +52,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of the tests' own."""
+    """Use a cache directory for the tests only."""
     directory = tmp_path_factory.mktemp("cache")
     os.environ["FINETUNE_CACHE"] = str(directory)
     return directory
@@ -60,7 +60,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def base_job(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
-    """A good SFT job on twelve dialogues."""
+    """Return a valid SFT job on twelve dialogues."""
     rows = [dialogue(f"{a} plus {a}", f"makes {a + a}") for a in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pairs = [{"prompt": f"{a} plus 1", "chosen": f" makes {a + 1}", "rejected": f" makes {a + 3}"} for a in range(10)]
@@ -79,7 +79,7 @@ def base_job(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def write_job(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
-    """Writes a job as YAML beside its data."""
+    """Return a function that writes a job as YAML next to its data."""
 
     def write(job: dict[str, Any]) -> Path:
         path = tmp_path / "job.yaml"

@@ -1,6 +1,6 @@
-"""Train small stages one after the other in this process, and print what of each is still alive after it.
+"""Train small stages one after the other in this process, and print what remains in memory after each.
 
-A process of its own, because DeepSpeed changes the one that it is imported into.
+It is a process of its own because importing DeepSpeed changes the process.
 Usage: python finished_stages.py DIRECTORY STAGES.json, where STAGES is a list of [job, ZeRO stage].
 """
 
@@ -25,7 +25,7 @@ from finetune_trainer.training.reset_state import release, reset_stage_state
 
 
 def parts(trainer: Any) -> Iterator[tuple[str, Any]]:
-    """What must not outlive a stage: its models, and every tensor that its optimizer holds."""
+    """Yield what must be freed after a stage: its models, and every tensor of its optimizer."""
     yield "model", trainer.model
     if getattr(trainer, "ref_model", None) is not None:
         yield "reference", getattr(trainer.ref_model, "module", trainer.ref_model)
@@ -40,7 +40,7 @@ def parts(trainer: Any) -> Iterator[tuple[str, Any]]:
 
 
 def train(job: dict[str, Any], directory: Path, zero: int) -> list[tuple[str, weakref.ref[Any]]]:
-    """Train the job's stage and give up all of it; weak references to its parts."""
+    """Train the job's stage, release it, and return weak references to its parts."""
     join_process_group(zero, accelerator=False)
     trainer = make_trainer(open_stage(job, directory, zero))
     trainer.remove_callback(PrinterCallback)
@@ -53,13 +53,13 @@ def train(job: dict[str, Any], directory: Path, zero: int) -> list[tuple[str, we
 
 
 def tensor_bytes() -> int:
-    """Bytes of all tensors that this process holds."""
+    """Return the bytes of all tensors in this process."""
     storages = [one.untyped_storage() for one in gc.get_objects() if isinstance(one, torch.Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def alive(found: list[tuple[str, weakref.ref[Any]]]) -> list[str]:
-    """The parts that are still there."""
+    """Return the names of the parts that are still alive."""
     gc.collect()
     return sorted({name for name, part in found if part() is not None})
 

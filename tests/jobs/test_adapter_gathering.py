@@ -1,4 +1,4 @@
-"""Saving an adapter under ZeRO-3 puts the trained weights together, and none of the base's."""
+"""Saving an adapter under ZeRO-3 gathers the trained weights only, not the base's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORKERS = 2
 
 
 def test_only_trained_weights_are_put_together(base_job: Job, tmp_path: Path) -> None:
-    """On the code before, all weights were: for a 70B model that is 140 GB through every GPU, onto the first host."""
+    """Gathering all weights of a 70B model would move 140 GB through every GPU onto the first host."""
     base_job["spec"]["stages"][0]["sft"]["lora"] = {"r": 4, "merge": False}
     (tmp_path / "job.json").write_text(json.dumps(base_job))
     for found in _run(tmp_path):

@@ -1,7 +1,7 @@
-"""A merged result is the original base plus the adapter, in float32 and rounded once.
+"""A merged result is the original base plus the adapter, summed in float32 and rounded once.
 
-No tolerance: every weight must have the very bits of that sum in the dtype of the base, whatever the stage computed in.
-For QLoRA the base is the one on disk and not the dequantized weights that it trained on, which differ from it by
+There is no tolerance: every weight must equal that sum bit by bit in the dtype of the base, whatever dtype the stage
+computed in. For QLoRA the base is the one on disk, not the dequantized weights of the training, which differ from it by
 several per cent.
 """
 
@@ -22,7 +22,7 @@ from finetune_trainer.training.stage_result import save_result
 Job = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
 CLOSE = 1e-5
-"""Logits in float32: the adapter beside its layer or in it, two orders of the same sum."""
+"""Tolerance for float32 logits: a separate adapter and a merged one add in different orders."""
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def _saved_as(dtype: torch.dtype, model: Path, directory: Path) -> Path:
 
 
 def _deltas(model: Any) -> Tensors:
-    """What each adapter adds to its layer's weight, by the weight's name on disk."""
+    """Return the weight update of each adapter, by the weight's name on disk."""
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):

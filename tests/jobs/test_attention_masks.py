@@ -1,4 +1,4 @@
-"""The masks that torch's attention gets while whole stages train: none for packed rows and rows padded on the right."""
+"""The attention masks during whole stages: none for packed rows and for rows padded on the right."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ STAGES: dict[str, Callable[[Job], Job]] = {
 
 @pytest.mark.parametrize("kind", STAGES)
 def test_no_mask(kind: str, base_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training, the reference's pass and held-out rows: no call of torch's attention has a mask."""
+    """No call of torch's attention has a mask in training, in the reference's pass and on held-out rows."""
     masks: list[bool] = []
     torchs = nn.functional.scaled_dot_product_attention
 
     def watched(*args: Any, **kwargs: Any) -> Tensor:
-        if torch.is_grad_enabled() or kind != "packed":  # the check before the first step tries single rows with masks
+        if torch.is_grad_enabled() or kind != "packed":  # the preflight tries single rows with masks
             masks.append(kwargs.get("attn_mask") is not None)
         return torchs(*args, **kwargs)
 

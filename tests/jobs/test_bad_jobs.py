@@ -1,4 +1,4 @@
-"""Jobs that can't work: each ends with exit code 2 and a clear message, and nothing is trained."""
+"""Invalid jobs end with exit code 2 and a clear message before anything is trained."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ CASES: dict[str, tuple[Callable[[Job], Any], list[str]]] = {
 
 
 def spoil_data(directory: Path) -> None:
-    """Files that can't be what their names say."""
+    """Write files whose content does not match their names."""
     (directory / "binary.jsonl").write_bytes(bytes(range(128, 256)))
     (directory / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(LONG).encode() * 99)[:-20])
     (directory / "rows.parquet").write_text("prompt,completion")
@@ -287,7 +287,7 @@ def spoil_data(directory: Path) -> None:
 
 
 def spoil_models(directory: Path, model: Path) -> None:
-    """Copies of a model that lack something."""
+    """Write copies of a model with missing or damaged files."""
     for name in ("no-tokenizer", "no-weights", "pickled", "cut-weights"):
         shutil.copytree(model, directory / name)
     for path in (directory / "no-tokenizer").iterdir():
@@ -364,7 +364,7 @@ CALLS = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name"
 def test_validate_reads_the_first_rows(
     field: str, row: Job, expected: str, base_job: Job, write_job: Callable[[Job], Path]
 ) -> None:
-    """As tokens, which an earlier look at the rows alone does not see."""
+    """`validate` tokenises the first rows, which finds errors that the raw rows do not show."""
     sft(base_job)[field] = {"sources": [{"inline": [row]}]}
     sft(base_job)["overflow"] = "error"
     result = CliRunner().invoke(app, ["validate", str(write_job(base_job))])

@@ -1,4 +1,4 @@
-"""Which numbers of a step are bad: pure, on sequences of losses and gradient norms."""
+"""Which losses and gradient norms count as bad, tested on sequences of numbers without a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def judged(losses: list[float], norms: list[float] | None = None, **fields: obje
 
 
 def curve(seed: int, steps: int = 2000, batch_noise: float = 0.2) -> list[float]:
-    """A loss from 10 to 2 whose batches differ, with the heavy upper tail of small batches."""
+    """Return a loss curve from 10 to 2 with batch noise and the heavy upper tail of small batches."""
     chance = random.Random(seed)
     return [
         2 + 8 * math.exp(-step / 60) + batch_noise * (chance.gauss(0, 1) + chance.expovariate(1))

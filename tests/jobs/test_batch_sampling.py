@@ -1,4 +1,4 @@
-"""Rows of each step: the same ones whatever the number of workers, none lost and none twice, found again at once."""
+"""The rows of each step are independent of the number of workers, complete, without duplicates, and reproducible."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_steps_have_the_same_rows_with_any_workers(length: int) -> None:
 
 
 class _Seen(Dataset[dict[str, Any]]):
-    """Rows that note which of them are read."""
+    """A dataset that records which rows are read."""
 
     def __init__(self, length: int) -> None:
         self.length, self.read = length, list[int]()
@@ -88,7 +88,7 @@ class _Seen(Dataset[dict[str, Any]]):
 
 
 def test_skipping_reads_and_collates_nothing() -> None:
-    """What transformers does with the loader of a resumed run."""
+    """Transformers skips batches this way when it resumes a run."""
     collated: list[list[int]] = []
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -115,7 +115,7 @@ def tokenizer(tiny_model: Path) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(params=["sft", "packed", "text"])
 def stream(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> StreamedRows:
-    """Documents of their own words, endlessly: packed, cut into blocks or one a row."""
+    """Return an endless stream of distinct documents: one per row, packed, or cut into blocks."""
     documents = [{"text": f"{number} says {number * number} " * (1 + number % 5)} for number in range(97)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, documents)))
     spec = DataSpec.model_validate({"sources": [{"file": "rows.jsonl"}], "streaming": True})
@@ -128,7 +128,7 @@ STEPS, STREAM_ROWS, MOST, SHARDS = 6, 12, 3, 2
 
 
 def _read(stream: StreamedRows, workers: int, feeds: list[Feed], steps: int) -> list[list[str]]:
-    """What each step trains on, sorted; `feeds` are one per worker and read on."""
+    """Return the sorted rows of each step; `feeds` has one feed per worker, which continue from call to call."""
     loaders: list[Iterator[list[dict[str, Any]]]] = [iter(feed.loader(stream, lambda rows: rows)) for feed in feeds]
     made = []
     for _ in range(steps):
@@ -191,7 +191,7 @@ def _feed_of_one(stream: StreamedRows) -> DataLoader[Any]:
 
 
 def test_a_stream_of_other_rows_begins_anew_and_counts_on(stream: StreamedRows, tmp_path: Path) -> None:
-    """The state of the rows that a checkpoint was trained on says nothing of where other rows are."""
+    """The stream's position in a checkpoint means nothing for other rows."""
     undisturbed = _read(stream, SHARDS, _feeds(SHARDS), STEPS)
     anew = _feeds(SHARDS, STEPS)
     assert _read(stream, SHARDS, anew, 2) == undisturbed[:2]

@@ -1,4 +1,4 @@
-"""What a preflight pod finds, by the command that it runs."""
+"""What a preflight pod reports, tested with the command that it runs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ ROWS = [{"text": "to be or not to be, that is the question"}] * 40
 
 @pytest.fixture
 def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the pod's termination message goes."""
+    """Return the path of the pod's termination message."""
     monkeypatch.setattr(drive, "TERMINATION_LOG", tmp_path / "termination-log")
     for name in list(os.environ):
-        monkeypatch.setenv(name, os.environ[name])  # what the command sets goes again
+        monkeypatch.setenv(name, os.environ[name])  # undo what the command sets
     return tmp_path / "termination-log"
 
 

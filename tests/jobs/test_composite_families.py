@@ -1,4 +1,4 @@
-"""Every composite family of transformers either trains on text and is written back exactly, or is refused by name."""
+"""Every composite family of transformers either trains on text and is saved losslessly, or is rejected by name."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from finetune_trainer.model.composite_result import complete_result, merge_into_
 from finetune_trainer.plan.model_size import meta_model
 
 WITHOUT_GRADIENT = "e_score_correction_bias"
-"""A bias of routers that no loss reaches, in composite and in text-only families alike."""
+"""A router bias that gets no gradient, in composite and in text-only families alike."""
 CLOSE = 1e-5
 SOON = {
     "chameleon", "ernie4_5_vl_moe", "gemma3", "gemma4", "glm4v_moe", "idefics3", "internvl", "llava", "mistral3",
     "mllama", "molmo2", "phi4_multimodal", "qwen2_5_vl", "qwen2_audio", "qwen3_5", "qwen3_vl_moe",
 }  # fmt: skip
-"""Families of every shape there is; the others, a second each, are tried where long tests are."""
+"""One family for each structure; the others take a second each and run with the long tests."""
 
 
 def _families() -> list[Any]:
@@ -84,7 +84,7 @@ def test_a_family_without_a_class_that_scores_is_refused() -> None:
     [
         ("gemma3_text", "Gemma3ForCausalLM", False),
         ("qwen3_5_text", "Qwen3_5ForCausalLM", False),
-        ("qwen3_5", "Qwen3_5ForCausalLM", False),  # a language model saved with the configuration of the whole
+        ("qwen3_5", "Qwen3_5ForCausalLM", False),  # a language model saved with the composite configuration
         ("qwen3_5", "Qwen3_5ForConditionalGeneration", True),
         ("qwen3_5", None, True),
         ("gemma3", None, True),
@@ -116,14 +116,14 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _own_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """The family's own loss, without the balance loss of experts."""
+    """Return the family's own loss, without the load-balancing loss of experts."""
     model.config.get_text_config().output_router_logits = False
     loss: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
     return loss
 
 
 def _check_gradients(model: Any, loss: torch.Tensor) -> None:
-    """All that requires a gradient gets one, or distributed training waits for it in vain."""
+    """Every weight that requires a gradient gets one, otherwise distributed training hangs."""
     loss.backward()
     inside = language_names(model)
     for name, weight in model.named_parameters():
@@ -133,7 +133,7 @@ def _check_gradients(model: Any, loss: torch.Tensor) -> None:
 
 
 def _check_causal(model: Any, ids: torch.Tensor) -> None:
-    """No token sees a later one, its own label least of all."""
+    """No token attends to a later one, and in particular not to its own label."""
     changed = ids.clone()
     changed[:, -1] = 7
     difference = (_logits(model, ids) - _logits(model, changed)).abs()
@@ -141,7 +141,7 @@ def _check_causal(model: Any, ids: torch.Tensor) -> None:
 
 
 def _check_fused_loss(model: Any, ids: torch.Tensor, own: float) -> None:
-    """TRL's loss, which never builds the logits, is the family's own."""
+    """TRL's fused loss, which does not build the logits, equals the family's own."""
     add_fused_lm_head(model)
     fused = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True).loss
     del model.forward
@@ -158,7 +158,7 @@ def _check_frozen_unused(model: Any, ids: torch.Tensor) -> None:
 
 
 def _check_written_back(family: str, directory: Path) -> None:
-    """A base whose frozen parts are float32 and that is loaded in bfloat16: no bit of them is lost."""
+    """A base with frozen float32 parts that is loaded in bfloat16 is saved without loss of precision."""
     build(family).save_pretrained(directory / "base")
     trained = AutoLanguageModel.from_pretrained(str(directory / "base"), dtype=torch.bfloat16)
     inside = language_names(trained)

@@ -1,4 +1,4 @@
-"""How directories travel between nodes: in chunks, verified, resumed; and where workers meet after it."""
+"""Directories are copied between nodes in chunks, verified and resumed; workers wait for each other afterwards."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CHUNK = 1000
 
 
 class Wire:
-    """Reads from a directory, and counts. It breaks off after so many bytes, or damages the first chunk."""
+    """A reader that counts bytes, and fails after a number of bytes or damages the first chunks."""
 
     def __init__(self, roots: Roots, breaks_after: int | None = None, damages: int = 0) -> None:
         self.roots, self.left, self.damages = roots, breaks_after, damages
@@ -67,7 +67,7 @@ class Wire:
 
 
 def nodes(tmp_path: Path) -> tuple[Roots, Roots]:
-    """Two nodes, the first of which has data of 10,500 bytes."""
+    """Return two nodes, the first of which has 10,500 bytes of data."""
     first, second = (Roots(str(tmp_path / name / "cache"), str(tmp_path / name / "hub")) for name in "ab")
     directory = first.path_of(DATA)
     (directory / "train").mkdir(parents=True)
@@ -145,7 +145,7 @@ def test_storage_carries_what_every_node_can_see(tmp_path: Path) -> None:
     carrier = StorageCarrier(storage)
     assert Receiver(second, carrier.read, CHUNK, 2).receive(DATA, lambda: carrier.entries(DATA)) == 10_500
     assert same(first.path_of(DATA), second.path_of(DATA))
-    local = Storage(str(tmp_path))  # of a pod: a claim is mounted there
+    local = Storage(str(tmp_path))  # in a pod, where a claim is mounted
     assert nodes_share_storage(run_of(path="/x"), storage) and nodes_share_storage(run_of(uri="pvc://claim/x"), local)
     assert not nodes_share_storage(run_of(path="/x"), local)
 
@@ -199,7 +199,7 @@ def _worker(rank: int, world: int, port: int, late: dict[int, float], loading: f
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
     set_group_timeout(2)
-    group = dist.new_group(backend="gloo")  # as DeepSpeed makes its own
+    group = dist.new_group(backend="gloo")  # DeepSpeed makes its own group as well
     collectives = Collectives(f"node-{rank}", loading)
     time.sleep(late.get(rank, 0.0))
     try:
@@ -213,7 +213,7 @@ def _worker(rank: int, world: int, port: int, late: dict[int, float], loading: f
 
 
 def meet(late: dict[int, float], loading: float, world: int = 3) -> dict[int, str]:
-    """What each worker says, when it comes so many seconds late."""
+    """Return what each worker reports when it is `late` by a number of seconds."""
     context, port = multiprocessing.get_context("fork"), free_port()
     ends = [context.Pipe(duplex=False) for _ in range(world)]
     workers = [
@@ -248,7 +248,7 @@ def test_the_others_name_the_first_worker() -> None:
 
 
 def _node(rank: int, job: dict[str, Any], directory: Path) -> tuple[Any, ...]:
-    """Return what a worker of a node of its own prepares, where no driver could prepare it, and what it said."""
+    """Return the data that the worker of one node prepares, and its log, when the driver could not prepare it."""
     run = RunConfig.model_validate(
         {"job": job, "root": "/pvc/x", "baseDir": str(directory), "cacheDir": str(directory / f"node-{rank}")}
     )
@@ -259,7 +259,7 @@ def _node(rank: int, job: dict[str, Any], directory: Path) -> tuple[Any, ...]:
 
     def work() -> Prepared:
         if rank:
-            (directory / "rows.jsonl").unlink()  # the second node has no way to the sources
+            (directory / "rows.jsonl").unlink()  # the second node has no access to the sources
         spec: Any = run.job.spec.stages[0].spec
         return prepare(spec, tokenizer, None, where="stages[0].sft", num_proc=1, **directories(run))
 
@@ -294,7 +294,7 @@ def test_an_entry_says_where_a_link_leads(tmp_path: Path) -> None:
 
 
 def test_the_time_limit_of_collectives_goes_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_group, "asked", dict)  # what a running cluster would say
+    monkeypatch.setattr(worker_group, "asked", dict)  # the answer of a running cluster
     job = copy.deepcopy(JOB)
     job["spec"]["runPolicy"] = {"ddpTimeout": 77}
     places = {"root": str(tmp_path), "baseDir": "/", "cacheDir": str(tmp_path)}

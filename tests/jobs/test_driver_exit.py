@@ -1,4 +1,4 @@
-"""How a driver's end gets to a RayJob's entrypoint, and how its pod's process knows that it may go."""
+"""How the driver's exit code reaches a RayJob's entrypoint, and when its pod may end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_driver_that_was_killed_left_no_message(tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_pod_stays_until_it_is_told_to_go(when: str) -> None:
-    """Told while the driver ran, whose handlers it had, or told after that."""
+    """SIGTERM arrives while the driver runs with its own handler, or after the driver has ended."""
     with subprocess.Popen([sys.executable, "-c", WAITS, when], stdout=subprocess.PIPE, env=os.environ) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == b"waits\n"

@@ -1,4 +1,4 @@
-"""A driver in a Ray cluster of several nodes: where its channel is, and what it says where workers find no room."""
+"""A driver in a Ray cluster of several nodes: the node of its channel, and its message if workers find no resources."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ os._exit(0)
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    """What a driver on a cluster of three nodes saw."""
+    """Return what a driver on a cluster of three nodes reports."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=240)
     assert done.stdout, done.stderr
     seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -53,7 +53,7 @@ def found() -> dict[str, Any]:
 
 
 def test_the_channel_is_on_the_driver_s_node(found: dict[str, Any]) -> None:
-    """Another node's loss must not take it along, and the driver with it."""
+    """The loss of another node must not end the channel and with it the driver."""
     assert found["places"] == [found["here"]]
 
 

@@ -1,9 +1,9 @@
-"""Equivalent jobs give equal losses, step by step.
+"""Equivalent jobs give equal losses at each step.
 
 All of it is float32, where a sum in another order differs by about 1e-7 of its size. Over 20 steps of AdamW, which
 divides by the root of small squares, that grows to a few 1e-6: TOLERANCE is what the project promises, CLOSE what one
-process reaches. A wrong scale of the gradient, another order of rows, a mean of means in place of a mean over tokens
-(the rows are of uneven length) or one document seen from another show as 1e-2 and more.
+process reaches. A wrong gradient scale, another order of rows, a mean of means in place of a mean over tokens (the rows
+are of uneven length) or attention across documents show as 1e-2 and more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STEPS = 20
 
 @pytest.fixture
 def job(base_job: Job, tmp_path: Path) -> Job:
-    """A job whose 16 dialogues and pairs are of uneven length; 16 rows divide evenly among two workers."""
+    """Return a job with 16 dialogues or pairs of uneven length, which two workers can divide evenly."""
     rows = [dialogue(f"count to {n}", " ".join(map(str, range(n % 7 + 1)))) for n in range(16)]
     pairs = [
         {"prompt": f"{n} plus 1", "chosen": " makes " * (n % 3 + 1) + str(n), "rejected": f" says {n + 3}"}
@@ -59,7 +59,7 @@ def _fields(file: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def curve(job: Job, tmp_path: Path) -> Callable[[dict[str, Any]], list[float]]:
-    """Trains a stage in this process; the loss of each of its steps, which falls."""
+    """Train a stage in this process and return the loss of each step, which must fall."""
 
     def train(stage: dict[str, Any]) -> list[float]:
         job["spec"]["stages"] = [stage]
@@ -75,7 +75,7 @@ Curve = Callable[[dict[str, Any]], list[float]]
 
 @pytest.mark.parametrize("stage", [sft, dpo, pretrain])
 def test_accumulation(stage: Callable[..., dict[str, Any]], curve: Curve) -> None:
-    """Four rows at once = one row at a time, accumulated four times."""
+    """A batch of four rows equals four accumulated batches of one row."""
     at_once = curve(stage(perDeviceTrainBatchSize=4))
     accumulated = curve(stage(perDeviceTrainBatchSize=1, gradientAccumulationSteps=4))
     assert accumulated == pytest.approx(at_once, abs=CLOSE)
@@ -83,7 +83,7 @@ def test_accumulation(stage: Callable[..., dict[str, Any]], curve: Curve) -> Non
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packing(attention: str, job: Job, curve: Curve) -> None:
-    """All dialogues in one batch, each in a row of its own = the same ones packed into fewer rows."""
+    """All dialogues in one batch with a row each equal the same dialogues packed into fewer rows."""
     job["spec"]["model"]["attnImplementation"] = attention
     unpacked = curve(sft(perDeviceTrainBatchSize=16))
     packed = curve(sft(perDeviceTrainBatchSize=16, packing=True))
@@ -92,19 +92,19 @@ def test_packing(attention: str, job: Job, curve: Curve) -> None:
 
 @pytest.mark.parametrize(("lora", "live"), [(None, "model"), ({"r": 4}, "model"), ({"r": 4}, "adapterDisabled")])
 def test_precomputed_reference(lora: dict[str, Any] | None, live: str, curve: Curve) -> None:
-    """Log-probabilities from one pass ahead of training = those of the reference beside it."""
+    """Log-probabilities precomputed before training equal those of a reference model during training."""
     fields = {"lora": lora} if lora else {}
     precomputed, beside = (curve(dpo(reference=reference, **fields)) for reference in ("precomputed", live))
-    assert beside[0] == pytest.approx(0.6931, abs=1e-3)  # ln 2: the policy is the reference still
+    assert beside[0] == pytest.approx(0.6931, abs=1e-3)  # ln 2: the policy still equals the reference
     assert precomputed == pytest.approx(beside, abs=CLOSE)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_evaluation_changes_nothing(bits: int, job: Job, tmp_path: Path) -> None:
-    """Training on quantized weights after an evaluation = without one, gradients included.
+    """Training on quantized weights after an evaluation equals training without one, gradients included.
 
-    bitsandbytes repacks 4-bit weights when a CPU with AVX512-BF16 evaluates, in a form without a backward; elsewhere
-    this holds by itself.
+    On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights for evaluation into a form without a backward pass;
+    elsewhere this always holds.
     """
     stage = sft(lora={"r": 4}, quantization={"bits": bits}, evalData={"sources": [{"file": "rows.jsonl"}]}, maxSteps=3)
     job["spec"]["stages"] = [stage]
@@ -120,7 +120,7 @@ def _gradients(job: Job, tmp_path: Path, evaluate: bool) -> list[tuple[float, fl
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_zero_and_workers(job: Job, write_job: WriteJob, tmp_path: Path) -> None:
-    """Whole jobs: ZeRO-1, 2 and 3 on two workers give the losses of one worker.
+    """Whole jobs with ZeRO-1, 2 and 3 on two workers give the losses of one worker.
 
     This holds for adapters on 4-bit weights, for full fine-tuning and for adapters, and for DPO with the reference
     computed ahead on two workers and during training on one.
@@ -139,8 +139,8 @@ def _job_curves(
     job: Job, write_job: WriteJob, tmp_path: Path, name: str, batch: int, reference: str
 ) -> list[list[float]]:
     fields = {"perDeviceTrainBatchSize": batch}
-    # The quantized stage comes first: what it starts from must be the same to the last bit, since a weight that
-    # differs by 1e-7 may round to another of 4 bits' 16 values.
+    # The quantized stage comes first because its initial weights must be equal to the last bit: a weight that
+    # differs by 1e-7 may round to another of the 16 values of 4 bits.
     qlora = sft(**fields, lora={"r": 4}, quantization={"bits": 4})
     stages = {"qlora": qlora, "full": sft(**fields), "lora": sft(**fields, lora={"r": 4})}
     stages["dpo"] = dpo(**fields, lora={"r": 4}, reference=reference)

@@ -1,4 +1,4 @@
-"""Jobs with evaluations, as a user runs them: measured, compared, gated, stopped and gone on with."""
+"""Jobs with evaluation stages from the command line: metrics, comparisons, gates, interruption and resuming."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROWS = [
 
 @pytest.fixture
 def gated_job(base_job: Job, tmp_path: Path) -> Job:
-    """SFT on eight queries until they are known by heart, measured before and after, gated, and one more stage."""
+    """Return a job: SFT that memorises eight queries, an evaluation before and after with a gate, and another stage."""
     (tmp_path / "queries.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     data = {"sources": [{"file": "queries.jsonl"}]}
     sft = {"data": data, "maxSteps": 120, "learningRate": 0.006, "lrSchedulerType": "constant", "saveSteps": 1000}
@@ -77,7 +77,7 @@ def test_a_model_that_learnt_its_task_passes(gated_job: Job, write_job: Write) -
 
 
 def test_a_model_that_missed_its_gate_stops_the_job(gated_job: Job, write_job: Write) -> None:
-    """Nothing after it runs, nothing is measured again, and the job goes on once the bound is lowered."""
+    """A missed gate ends the job; with a lower bound it resumes without another evaluation."""
     gated_job["spec"]["stages"][0]["sft"]["maxSteps"] = 1
     code, output = run(write_job(gated_job))
     assert code == 4, output
@@ -99,7 +99,7 @@ def test_a_model_that_missed_its_gate_stops_the_job(gated_job: Job, write_job: W
 
 
 def test_two_workers_measure_what_one_does(gated_job: Job, write_job: Write) -> None:
-    """To the bit: batches are the same, whoever has them."""
+    """The metrics are equal to the last bit, because the batches are the same for any number of workers."""
     stages = gated_job["spec"]["stages"]
     stages[0] = stages.pop(1)
     del stages[1]
@@ -116,7 +116,7 @@ def test_two_workers_measure_what_one_does(gated_job: Job, write_job: Write) -> 
 
 
 def test_a_stopped_evaluation_goes_on_where_it_stood(gated_job: Job, write_job: Write) -> None:
-    """SIGTERM between two batches; what was measured by then is not measured again."""
+    """After SIGTERM between two batches, the rows measured so far are not measured again."""
     stages = gated_job["spec"]["stages"]
     stages[0] = stages.pop(1)
     del stages[1]
@@ -140,7 +140,7 @@ def test_a_stopped_evaluation_goes_on_where_it_stood(gated_job: Job, write_job: 
 
 
 def test_tasks_of_the_harness(base_job: Job, write_job: Write, tmp_path: Path) -> None:
-    """Of a file of one's own: a model that knows the answers picks them, its base guesses."""
+    """On a custom task file, a model that knows the answers picks them and its base guesses."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: uv sync --extra lm-eval")
     facts = [{"prompt": f"b of {a} is", "completion": f" {a * 7 % 8} times {a}"} for a in range(8)]
     (tmp_path / "facts.jsonl").write_text("\n".join(json.dumps({**row, "right": a}) for a, row in enumerate(facts)))

@@ -1,4 +1,4 @@
-"""Means over held-out rows and over a step's rows: each token or pair counts once, however rows are batched."""
+"""Means over held-out rows and over a step's rows count each token or pair once, for any batch size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAIRS = [
 
 
 def stage(kind: str, rows: list[Job], **fields: Any) -> Job:
-    """A stage that trains nothing."""
+    """Return a stage with a learning rate of 0."""
     data = {"sources": [{"inline": rows}]}
     common = {"data": data, "evalData": data, "maxSteps": 1, "learningRate": 0.0, "perDeviceTrainBatchSize": 8}
     length = {} if kind == "pretrain" else {"maxLength": 64}
@@ -35,7 +35,7 @@ def stage(kind: str, rows: list[Job], **fields: Any) -> Job:
 
 @pytest.fixture
 def measured(base_job: Job, tmp_path: Path) -> Callable[..., list[dict[str, float]]]:
-    """Evaluates a stage's model with each batch size; the metrics of each."""
+    """Return a function that evaluates a stage's model with each batch size and returns the metrics of each."""
 
     def measure(one: Job) -> list[dict[str, float]]:
         base_job["spec"]["stages"] = [one]
@@ -72,7 +72,7 @@ def test_tokens(packing: bool, base_job: Job, tiny_model: Path, tmp_path: Path, 
     true = token_means(model, rows)
     assert [found[0][name] for name in true] == pytest.approx(list(true.values()), abs=CLOSE)
     per_row = sum(functional.cross_entropy(*scored(model, row)).item() for row in rows) / len(rows)
-    assert abs(per_row - true["eval_loss"]) > 100 * CLOSE  # the mean of the rows' means is something else
+    assert abs(per_row - true["eval_loss"]) > 100 * CLOSE  # the mean of the rows' means is different
 
 
 @pytest.mark.parametrize("fields", [{}, {"lossType": ["sigmoid", "sft"], "lossWeights": [0.5, 2.0], "lora": {"r": 2}}])
@@ -102,7 +102,7 @@ def test_blocks(objective: str, measured: Measured, base_job: Job, tmp_path: Pat
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
 def test_training_loss(kind: str, base_job: Job, tmp_path: Path) -> None:
-    """Steps whose 7 rows go through the model in passes of 4 and 3 have the losses and gradients of 7 rows at once."""
+    """Steps whose 7 rows are split into passes of 4 and 3 have the losses and gradients of 7 rows at once."""
     learning = {"maxSteps": 3, "learningRate": 3e-3, "lrSchedulerType": "constant", "warmupSteps": 0}
     losses = []
     for size, accumulation in ((7, 1), (4, 2)):

@@ -1,4 +1,4 @@
-"""Models of every mixture-of-experts family train and answer prompts of unequal length, by SFT and by DPO."""
+"""Models of every mixture-of-experts family train with SFT and DPO, and generate for prompts of unequal length."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUESTIONS = ["1 plus 1", "what makes 2 plus 2, teacher", "3"]
 
 @pytest.fixture
 def family_model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A tiny model of the family that the test names, whose configuration asks for router logits as TRL leaves it."""
+    """Save a tiny model of the parametrised family, which outputs router logits, as TRL leaves the configuration."""
     spec = TokenizerSpec.model_validate({"data": {"sources": [{"inline": [{"text": "x"}]}]}, "vocabSize": 320})
     tokenizer = train_tokenizer(spec, TEXTS, 64)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
@@ -70,7 +70,7 @@ def test_trains_and_answers(kind: str, fields: Job, family_model: Path, base_job
 
 
 def _generates_in_a_padded_batch(directory: Path) -> None:
-    """With plain transformers."""
+    """Generate with plain transformers."""
     model, tokenizer = (kind.from_pretrained(directory) for kind in (AutoModelForCausalLM, AutoTokenizer))
     batch = tokenizer(QUESTIONS, padding=True, padding_side="left", return_tensors="pt")
     batch.pop("token_type_ids", None)

@@ -1,4 +1,4 @@
-"""In which number format the stages of a job multiply by stacked experts, and what LoRA on them computes with."""
+"""The dtype in which stages multiply stacked experts, and how LoRA on them is computed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Operand = tuple[torch.dtype, type]
 
 @pytest.fixture
 def operands(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Operand]]:
-    """Formats and kinds of the stacks that reach torch's grouped product, which computes as ever."""
+    """Record the dtype and type of each stack that reaches torch's `grouped_mm`, which still computes."""
     seen: list[Operand] = []
     library = torch.nn.functional.grouped_mm
 
@@ -50,7 +50,7 @@ def operands(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Operand]]:
 def test_experts_are_multiplied_in_bfloat16(
     name: str, operands: list[Operand], base_job: Job, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """At ZeRO-0, whose masters are float32: a GPU has no fast grouped product in that format."""
+    """ZeRO-0 has float32 master weights, for which a GPU has no fast `grouped_mm`."""
     _save_mixture(tiny_model, tmp_path / "half")
     ((kind, fields),) = STAGES[name].items()
     data = {"sources": [{"inline": PAIRS if kind == "dpo" else ROWS}]}
@@ -66,7 +66,7 @@ def test_experts_are_multiplied_in_bfloat16(
 
 
 def _save_mixture(tokenizer: Path, directory: Path) -> None:
-    """Save a tiny mixture of experts in bfloat16, with that model's tokenizer."""
+    """Save a tiny mixture of experts in bfloat16 with the given tokenizer."""
     words = AutoTokenizer.from_pretrained(tokenizer)
     build("qwen3_moe", vocab_size=len(words)).to(torch.bfloat16).save_pretrained(directory)
     words.save_pretrained(directory)

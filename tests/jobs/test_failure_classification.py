@@ -1,4 +1,4 @@
-"""What a worker group's end means, and whether it is tried again."""
+"""How failures of a worker group are classified, and which of them are retried."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_helper_that_ray_kills_for_memory_is_out_of_memory() -> None:
 
 
 def raised(case: DeviceText) -> BaseException:
-    """The exception that raises a text, of the class that raises it in torch or in Python."""
+    """Return an exception with the case's text, of the class that torch or Python raises."""
     if case.error == "CalledProcessError":
         command = [word.strip("'") for word in case.text.partition("[")[2].partition("]")[0].split(", ")]
         return subprocess.CalledProcessError(1, command)
@@ -44,7 +44,7 @@ def raised(case: DeviceText) -> BaseException:
 
 
 def fault_of(*errors: BaseException) -> Failure:
-    """The class of a worker group's end, each worker's exception as Ray Train hands it to the driver."""
+    """Return the classification of a worker group's failure, built from each worker's exception as in Ray Train."""
     failures = {rank: UserExceptionWithTraceback(error, "") for rank, error in enumerate(errors)}
     return classify(pickle.loads(pickle.dumps(WorkerGroupError("snippets", failures))))
 
@@ -84,7 +84,7 @@ def test_a_missing_compiler_is_told_as_a_user_error_with_its_remedy() -> None:
 
 
 def test_a_broken_gpu_is_told_with_its_node_whatever_the_other_workers_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the last line, since Ray shortens what each worker said and a report keeps the end."""
+    """The last line names it, because Ray shortens the workers' messages and a report keeps the end."""
     monkeypatch.setenv("FINETUNE_NODE_NAME", "gpu-7")
     broken = in_worker(torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"))
     lost = in_worker(torch.distributed.DistBackendError("NCCL error: unhandled system error"))
@@ -117,7 +117,7 @@ def test_the_report_of_an_attempt_names_the_node_of_a_broken_gpu(
 
 
 class _WorkersFailed(TrainingFailedError):
-    """Ray Train's error with what its workers raised."""
+    """Ray Train's error with the exceptions of its workers."""
 
     def __init__(self, *errors: BaseException) -> None:
         super().__init__("\n".join(f"{type(error).__name__}: {error}" for error in errors))
@@ -125,7 +125,7 @@ class _WorkersFailed(TrainingFailedError):
 
 
 def at_step(step: int, error: Exception) -> Exception:
-    """The error as a worker raises it after so many steps of the first stage, and as Ray passes it on."""
+    """Return the error as a worker raises it after `step` steps of the first stage, pickled as Ray does."""
     try:
         with errors_with_step(0, SimpleNamespace(state=SimpleNamespace(global_step=step))):
             raise error
@@ -135,7 +135,7 @@ def at_step(step: int, error: Exception) -> Exception:
 
 
 def attempts(*errors: Exception | None) -> tuple[Failure | None, list[str]]:
-    """How attempts that end so end in all, and why each one after the first was begun."""
+    """Return the final failure of attempts that end with these errors, and the reason of each restart."""
     ends: list[Failure | None] = [None if one is None else classify(_WorkersFailed(one)) for one in errors]
     restarted: list[str] = []
     left = iter(ends)
@@ -148,7 +148,7 @@ def shapes(step: int, size: int = 2) -> Exception:
 
 
 def test_the_same_error_at_the_same_step_is_final() -> None:
-    """Numbers in its message may differ."""
+    """The numbers in the message may differ."""
     failure, restarted = attempts(shapes(5), shapes(5, size=3), None)
     assert failure is not None and len(restarted) == 1
     last = failure.text.splitlines()[-1]
@@ -179,7 +179,7 @@ def test_retries_without_progress_are_limited() -> None:
 
 
 def test_rollbacks_use_up_no_retries_and_are_told_in_their_own_words() -> None:
-    """`training.dropped_steps` limits them by itself. The same one twice in a row is no repeated error."""
+    """`training.dropped_steps` limits rollbacks, so equal ones in a row are not a repeated error."""
     back = RolledBack("step 9: the loss is nan; rolled back to step 5")
     failure, restarted = attempts(*[at_step(8, back)] * 9, None)
     assert failure is None and restarted == [f"bad numbers: {back}"] * 9

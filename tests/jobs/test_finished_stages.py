@@ -1,4 +1,4 @@
-"""Nothing of a finished stage stays in a worker's memory: models, master weights and moments under every ZeRO stage."""
+"""A finished stage frees its models, master weights and optimizer states under every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def test_a_finished_stage_leaves_nothing_behind(base_job: Job, tmp_path: Path) -
 
 
 def test_the_memory_of_a_job_of_five_stages_is_flat(base_job: Job, tmp_path: Path) -> None:
-    """On the code before, each of these stages under ZeRO-2 added its masters and moments."""
+    """Without `release`, each of these stages under ZeRO-2 would add its master weights and optimizer states."""
     held = [size for _, _, size in _run([(base_job, 2)] * 5, tmp_path)]
     assert max(held) - min(held) <= 0.01 * max(held) + 4096, held
 
 
 def _run(stages: list[tuple[Job, int]], directory: Path) -> list[list[Any]]:
-    """For each stage: how many parts it had, which of them are alive after it, and bytes of all tensors then."""
+    """Return for each stage its number of parts, the parts that are still alive, and the bytes of all tensors."""
     (directory / "stages.json").write_text(json.dumps(stages))
     script = Path(__file__).with_name("finished_stages.py")
     done = subprocess.run(
@@ -51,7 +51,7 @@ def _run(stages: list[tuple[Job, int]], directory: Path) -> list[list[Any]]:
 
 
 def _jobs(base: Job) -> tuple[Job, Job, Job, Job]:
-    """Full fine-tuning, an adapter, DPO with a reference model of its own, and bfloat16 gradients that are added up."""
+    """Return jobs: full fine-tuning, an adapter, DPO with a reference model, and accumulated bfloat16 gradients."""
     full, adapter, pairs, accumulating = (copy.deepcopy(base) for _ in range(4))
     adapter["spec"]["stages"][0]["sft"]["lora"] = {"r": 4}
     data = {"sources": [{"file": "pairs.jsonl"}]}

@@ -1,6 +1,6 @@
-"""Whatever a stage trains is float32 while it trains, and what it saves is in the job's dtype.
+"""A stage keeps its trained weights in float32 while it trains, and saves them in the job's dtype.
 
-bfloat16 has 8 bits of precision: of a weight of 0.02 an update of 1e-5 is lost in most cases.
+bfloat16 has 8 bits of precision, so an update of 1e-5 to a weight of 0.02 is usually lost.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ STAGES: dict[str, Job] = {
 
 
 class _Moves(TrainerCallback):
-    """Trained weights at the beginning, and where any of their gradients was not 0."""
+    """Records the initial trained weights, and where any of their gradients was not 0."""
 
     def __init__(self) -> None:
         self.start: dict[str, torch.Tensor] = {}
@@ -87,9 +87,9 @@ def test_every_update_counts(name: str, base_job: Job, tiny_model: Path, tmp_pat
         if "reward" not in STAGES[name]:
             options = GenerationOptions(max_new_tokens=4)
             assert len(generate_batch(trainer.model, context.tokenizer, ["1 plus 1", "2"], options)) == 2
-        if name not in ("experts", "modules, quantized"):  # of which a plan knows less
+        if name not in ("experts", "modules, quantized"):  # the plan of these is not exact
             _as_planned(trainer, context.run)
-        if "dpo" in STAGES[name]:  # before the first step the model is its own reference, to the last bit
+        if "dpo" in STAGES[name]:  # before the first step the model equals its reference to the last bit
             assert trainer.state.log_history[0]["rewards/margins"] == 0.0
         save_result(trainer, context, tmp_path / "result")
     saved = [weight for path in (tmp_path / "result").glob("*.safetensors") for weight in load_file(path).values()]
@@ -97,7 +97,7 @@ def test_every_update_counts(name: str, base_job: Job, tiny_model: Path, tmp_pat
 
 
 def _as_planned(trainer: Any, run: RunConfig) -> None:
-    """Weights and optimizer states take as much memory as the plan says."""
+    """The memory of weights and optimizer states equals the plan."""
     memory = plan_job(run, PlanContext(Device("CPU", 8 << 30, "cpu"))).stages[0].memory
     states = (state[name] for state in trainer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
     assert memory.weights == sum(weight.nbytes for weight in trainer.model.parameters())
@@ -106,7 +106,7 @@ def _as_planned(trainer: Any, run: RunConfig) -> None:
 
 @pytest.fixture(scope="module")
 def one_worker() -> Iterator[None]:
-    """A process group of this process alone, which DeepSpeed needs and then holds on to."""
+    """Join a process group of this process alone, which DeepSpeed requires and keeps using."""
     monkeypatch = pytest.MonkeyPatch()
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
     for name, value in place.items():
@@ -122,7 +122,7 @@ def one_worker() -> Iterator[None]:
 def test_deepspeed_keeps_float32_copies(
     zero: int, base_job: Job, tiny_model: Path, tmp_path: Path, one_worker: None
 ) -> None:
-    """Of all that is trained, an adapter that another stage has begun included; the weights are bfloat16."""
+    """Every trained weight has a float32 copy, also of an adapter from an earlier stage; the weights are bfloat16."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     _save_base(tiny_model, tmp_path / "half", experts=False)
@@ -137,15 +137,15 @@ def test_deepspeed_keeps_float32_copies(
         for name, weight in _trained(trainer.model).items():
             copy = safe_get_full_fp32_param(weight)
             assert (weight.dtype, copy.dtype) == (torch.bfloat16, torch.float32)
-            if "lora_" in name:  # each has a gradient
+            if "lora_" in name:  # each of these has a gradient
                 assert (copy != start[name]).float().mean() > 0.99, name
         assert "base_model.model.model.embed_tokens.modules_to_save.default.weight" in start
     with trained(open_stage(base_job, tmp_path)) as trainer:
-        assert not trainer.is_deepspeed_enabled  # a stage without sharding after one with it, in the same process
+        assert not trainer.is_deepspeed_enabled  # a stage without sharding follows one with it in the same process
 
 
 def test_zero3_adapts_experts_too(base_job: Job, tiny_model: Path, tmp_path: Path, one_worker: None) -> None:
-    """`all-linear` finds stacked experts where ZeRO-3 has divided them into flat shares."""
+    """`all-linear` finds stacked experts although ZeRO-3 has partitioned them into flat shards."""
     _save_base(tiny_model, tmp_path / "half", experts=True)
     base_job["spec"] |= {"model": {"path": str(tmp_path / "half")}, "stages": [stage({"sft": {"lora": {"r": 2}}})]}
     join_process_group(3, accelerator=False)
@@ -158,7 +158,7 @@ def test_zero3_adapts_experts_too(base_job: Job, tiny_model: Path, tmp_path: Pat
 def test_gradients_are_views_of_the_exchanged_buckets(
     base_job: Job, tiny_model: Path, tmp_path: Path, one_worker: None
 ) -> None:
-    """Else DDP, which one worker is wrapped in too, holds another 4 bytes per trained weight."""
+    """Otherwise DDP, which wraps a single worker too, holds another 4 bytes per trained weight."""
     base_job["spec"] |= {"model": {"path": str(tiny_model)}, "stages": [stage({"sft": {}})]}
     seen = _Storages()
     with trained(open_stage(base_job, tmp_path), callbacks=[seen]) as trainer:
@@ -168,7 +168,7 @@ def test_gradients_are_views_of_the_exchanged_buckets(
 
 
 class _Storages(TrainerCallback):
-    """The number of storages that hold the gradients: a bucket holds many."""
+    """Counts the storages that hold the gradients; a bucket holds many gradients."""
 
     storages = 0
 
@@ -178,7 +178,7 @@ class _Storages(TrainerCallback):
 
 
 class _Copies(TrainerCallback):
-    """DeepSpeed's float32 copies at the beginning."""
+    """Records DeepSpeed's initial float32 copies."""
 
     def __init__(self, start: dict[str, torch.Tensor]) -> None:
         self.start = start
@@ -190,7 +190,7 @@ class _Copies(TrainerCallback):
 
 
 def _save_base(tiny_model: Path, directory: Path, experts: bool) -> None:
-    """The model that the stage starts from, saved in bfloat16."""
+    """Save the stage's initial model in bfloat16."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.save_pretrained(directory)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}

@@ -1,4 +1,4 @@
-"""A checkpoint that fills its disk fails with the disk's name, whatever the writer of the file makes of it."""
+"""When a checkpoint fills the disk, the error names the disk, whatever exception the file writer raises."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune_trainer.storage.disk_full import name_full_disk
 
 Job = dict[str, Any]
 TAKES_THE_WEIGHTS = "900k"
-"""And not the optimizer, twice as much, which is torch's to write."""
+"""Room for the weights, but not for the optimizer, which is twice as large and is written by torch."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`kto`: the losses of TRL's KTOTrainer, rows that are labelled or pairs, resuming, memory, and learning."""
+"""The `kto` stage: the losses of TRL's KTOTrainer, labelled rows and pairs, resuming, memory, and learning."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def logged(job: Job, directory: Path, stage: Job) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
 def test_trl_has_the_same_losses(loss: str, base_job: Job, tiny_model: Path, tmp_path: Path) -> None:
-    """The losses, KLs and rewards of TRL's own trainer, which prepares the rows in the order of the stage's steps."""
+    """Losses, KLs and rewards equal those of TRL's trainer on the rows in the order of the stage's steps."""
     fields = {"desirableWeight": 1.5, "undesirableWeight": 0.5, "lossType": loss, "beta": 0.3}
     base_job["spec"]["stages"] = [kto(ROWS, **fields)]
     context = open_stage(base_job, tmp_path)
@@ -76,7 +76,7 @@ def test_trl_has_the_same_losses(loss: str, base_job: Job, tiny_model: Path, tmp
 
 
 def test_pairs_are_labelled_rows(base_job: Job, tmp_path: Path) -> None:
-    """A pair trains as its chosen answer, labelled good, and its rejected one, labelled bad."""
+    """A pair becomes two rows: its chosen answer labelled true, and its rejected one labelled false."""
     paired, unpaired = (logged(base_job, tmp_path, kto(rows, seed=3)) for rows in (PAIRS, UNPAIRED))
     base_job["spec"]["stages"] = [kto(PAIRS)]
     rows = open_stage(base_job, tmp_path).data.train
@@ -99,7 +99,7 @@ def test_a_resumed_run_is_an_undisturbed_one(fields: Job, base_job: Job, tmp_pat
 
 
 def test_rows_of_a_step_have_the_same_weight(base_job: Job, tmp_path: Path) -> None:
-    """Without an estimate of the KL, a step of 7 rows in passes of 4 and 3 is a step of 7 rows at once."""
+    """Without an estimate of the KL, passes of 4 and 3 rows equal one pass of 7 rows."""
     losses = []
     for size, passes in ((7, 1), (4, 2)):
         fields = {"perDeviceTrainBatchSize": size, "gradientAccumulationSteps": passes, "maxSteps": 3}
@@ -109,7 +109,7 @@ def test_rows_of_a_step_have_the_same_weight(base_job: Job, tmp_path: Path) -> N
 
 
 def test_held_out_rows_have_margins(base_job: Job, tmp_path: Path) -> None:
-    """The mean reward of good answers less that of bad ones, whatever batches the rows come in."""
+    """The margin is the mean reward of desirable answers minus that of undesirable ones, for any batch size."""
     held = {"sources": [{"inline": ROWS}]}
     base_job["spec"]["stages"] = [kto(ROWS, evalData=held, lossType="apo_zero_unpaired")]
     found = []
@@ -123,7 +123,7 @@ def test_held_out_rows_have_margins(base_job: Job, tmp_path: Path) -> None:
 
 
 def test_a_prompt_gets_the_answer_of_the_row_before() -> None:
-    """As TRL pairs them, and cut where prompt and answer are too long together."""
+    """As in TRL, the KL uses mismatched pairs, truncated if prompt and answer are too long together."""
     rows = [
         {"prompt_ids": [1, 2, 3], "completion_ids": [4], "completion_mask": [1], "label": [1]},
         {"prompt_ids": [5], "completion_ids": [6, 7], "completion_mask": [0, 1], "label": [0]},
@@ -202,6 +202,6 @@ def test_loss_falls_on_real_pairs(base_job: Job, tmp_path: Path) -> None:
     rows = logged(base_job, tmp_path, stage)
     losses = [row["loss"] for row in rows]
     assert sum(losses[-4:]) < sum(losses[:4]) - 0.1, json.dumps(losses)
-    # A step whose rows have one label only has no margin.
+    # A step whose rows all have the same label has no margin.
     margins = [row["rewards/margins"] for row in rows if "rewards/margins" in row]
     assert margins[-1] > margins[0]

@@ -1,4 +1,4 @@
-"""`runPolicy.onBadLoss` on real stages: a model with bad numbers is neither trained on nor saved."""
+"""`runPolicy.onBadLoss` on real stages: a model with bad numbers is neither trained further nor saved."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COUNT = 12
 
 
 def poisoned(base_job: Job, policy: str, *steps: int, **stage: Any) -> tuple[Job, list[list[int]]]:
-    """A job of which one row gives NaN at each of these steps, counted from 0, and the rows of these steps."""
+    """Return a job in which one row of each of these steps (from 0) gives NaN, and the rows of these steps."""
     drawn = order(COUNT)
     bad = [drawn[2 * step + 1] for step in steps]
     return job(base_job, policy, rows(COUNT, *bad), **stage), [drawn[2 * step : 2 * step + 2] for step in steps]
@@ -43,7 +43,7 @@ def test_fail_ends_the_job_before_the_update_and_names_the_rows(base_job: Job, t
 
 
 def test_skip_drops_the_update_and_trains_on(base_job: Job, tmp_path: Path) -> None:
-    """With the other rows of a job without the bad row: the curve after it is that of a step left out."""
+    """The loss curve continues without the skipped step."""
     bad_job, (bad,) = poisoned(base_job, "skip", 3)
     context, said = open_stage(bad_job, tmp_path), []
     with guarded(context, said) as trainer:
@@ -76,7 +76,7 @@ def test_skipping_ends_where_every_step_is_bad(base_job: Job, tmp_path: Path) ->
 
 
 def test_rollback_leaves_the_step_out_when_it_comes_again(base_job: Job, tmp_path: Path) -> None:
-    """The second group of workers ends with the weights of a job that skips the step."""
+    """After the rollback, the second worker group ends with the weights of a job that skips the step."""
     bad_job, (bad,) = poisoned(base_job, "rollback", 3)
     context = open_stage(bad_job, tmp_path)
     with guarded(context, []) as trainer, pytest.raises(RolledBack, match="rolled back to step 3"):
@@ -104,7 +104,7 @@ def test_rollbacks_to_one_checkpoint_are_limited_and_end_with_the_rows(base_job:
 
 
 class Overflow(TrainerCallback):
-    """An update too large for the weights' format."""
+    """Makes an update that overflows a weight."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         next(model.parameters()).data[0, 0] = math.inf
@@ -112,7 +112,7 @@ class Overflow(TrainerCallback):
 
 @pytest.mark.parametrize("policy", ["fail", "skip"])
 def test_a_model_that_an_update_has_ruined_is_not_saved(policy: str, base_job: Job, tmp_path: Path) -> None:
-    """Loss and gradients were finite."""
+    """The loss and the gradients were finite; only the update overflowed."""
     context = open_stage(job(base_job, policy, rows(COUNT)), tmp_path)
     with (
         guarded(context, [], (Overflow(),)) as trainer,
@@ -123,7 +123,7 @@ def test_a_model_that_an_update_has_ruined_is_not_saved(policy: str, base_job: J
 
 
 def garbage(base_job: Job, policy: str, *places: int) -> Job:
-    """Many equal rows, and at these places of the order (a row a step) others with random text."""
+    """Return a job of equal rows with random text at these positions of the training order, one row per step."""
     data = [dialogue("one plus one", "makes two") for _ in range(40)]
     for place in places:
         data[order(40)[place]] = dialogue("#%$", f"~^{place}|`\\{{}}=+")

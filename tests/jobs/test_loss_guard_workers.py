@@ -1,4 +1,4 @@
-"""`runPolicy.onBadLoss` on two workers: all of them drop the same update, whatever divides the model among them."""
+"""`runPolicy.onBadLoss` on two workers: both drop the same update under every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COUNT, ROWS_PER_STEP, BAD_STEP = 16, 4, 2
 
 
 def trained(rank: int, zero: int, body: Job, directory: Path) -> tuple[list[list[float]], list[str]]:
-    """Sums of the weights after each step, and what was said. Two forward passes a step on each of two workers."""
+    """Return the sums of the weights after each step, and the log; each worker makes two forward passes per step."""
     root = directory / f"zero-{zero}"
     places = {"root": str(root), "baseDir": str(directory), "cacheDir": os.environ["FINETUNE_CACHE"]}
     run = RunConfig.model_validate({"job": body, **places})
@@ -47,7 +47,7 @@ def trained(rank: int, zero: int, body: Job, directory: Path) -> tuple[list[list
 
 
 def whole(trainer: Any, zero: int) -> list[float]:
-    """The sum of each weight, of ZeRO-3's too."""
+    """Return the sum of each weight, gathered under ZeRO-3."""
     if zero < 3:
         return [float(one.double().sum()) for one in weights(trainer).values()]
     import deepspeed

@@ -1,4 +1,4 @@
-"""Masked language modelling: what is hidden, in which proportions, and that a model learns to fill it in."""
+"""Masked language modelling: which tokens are masked, in which proportions, and that a model learns to predict them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune_trainer.training.stage_result import save_result
 Job = dict[str, Any]
 BLOCK, ROWS, PROBABILITY = 64, 4000, 0.15
 FOUR_SIGMA = 0.01
-"""Of 38,000 hidden tokens a share of 0.8 has a standard error of 0.002: four of them, rounded up."""
+"""With 38,000 masked tokens a share of 0.8 has a standard error of 0.002; this is four of them, rounded up."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def _rows(count: int, vocabulary: int) -> list[dict[str, Any]]:
 
 
 def test_proportions(tokenizer: Any) -> None:
-    """15% are hidden: 80% of them masked, 10% another token, 10% kept; all others are neither changed nor learned."""
+    """15% are selected: 80% of them masked, 10% random, 10% kept; all others are unchanged and have no label."""
     rows = _rows(ROWS, len(tokenizer))
     batch = MaskingCollator(tokenizer, PROBABILITY, seed=1)(rows)
     before, after, labels = torch.tensor([row["input_ids"] for row in rows]), batch["input_ids"], batch["labels"]
@@ -40,7 +40,7 @@ def test_proportions(tokenizer: Any) -> None:
     assert hidden.float().mean().item() == pytest.approx(PROBABILITY, abs=FOUR_SIGMA)
     masked = after[hidden] == tokenizer.mask_token_id
     kept = after[hidden] == before[hidden]
-    # A random token is now and then the one that was there: one in the vocabulary.
+    # A random token sometimes equals the original: one in the vocabulary.
     shares = {"masked": masked, "kept": kept, "random": ~masked & ~kept}
     expected = {"masked": 0.8, "kept": 0.1, "random": 0.1}
     for name, found in shares.items():
@@ -58,7 +58,7 @@ def test_masks_follow_from_content_seed_and_epoch(tokenizer: Any) -> None:
 
 
 def test_it_trains(base_job: Job, tiny_model: Path, tmp_path: Path) -> None:
-    """ModernBERT from scratch: the held-out loss falls from that of a guess, and transformers loads the result."""
+    """A ModernBERT from scratch gets better than a random guess on held-out rows, and transformers loads the result."""
     config = {"model_type": "modernbert", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
               "num_attention_heads": 4, "max_position_embeddings": 64}  # fmt: skip
     base_job["spec"]["model"] = {"config": config, "tokenizer": str(tiny_model)}

@@ -1,4 +1,4 @@
-"""A pod that is to go while the driver is in another: it leaves once the driver has ended, and not before."""
+"""A terminated pod without the driver waits until the driver in another pod has ended."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SAVING_SECONDS = 1.5
 
 @pytest.fixture
 def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Where a driver of this test answers."""
+    """Return the port of this test's driver."""
     (tmp_path / "token").write_text("secret\n")
     monkeypatch.setenv(TOKEN_FILE_VARIABLE, str(tmp_path / "token"))
     found = free_port()
@@ -41,7 +41,7 @@ def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
 
 @pytest.fixture
 def ray() -> Iterator[subprocess.Popen[bytes]]:
-    """In place of `ray start --block`."""
+    """Start a process that replaces `ray start --block`."""
     process = subprocess.Popen(["sleep", "600"])
     yield process
     process.kill()
@@ -55,7 +55,7 @@ def test_a_driver_that_is_asked_to_stop_is_waited_for(port: int, ray: subprocess
         with ReportServer(lambda: AttemptReport(stages=[]), asked.set, "secret", (HERE, port)):
             up.set()
             assert asked.wait(30)
-            time.sleep(SAVING_SECONDS)  # the last checkpoint
+            time.sleep(SAVING_SECONDS)  # saves the last checkpoint
             ended.append(ray.poll())
 
     up, driver = threading.Event(), threading.Thread(target=drive)
@@ -70,7 +70,7 @@ def test_a_driver_that_is_asked_to_stop_is_waited_for(port: int, ray: subprocess
 
 
 def test_a_head_that_loses_its_name_is_still_asked_and_waited_for(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """KubeRay deletes the head's Service with the pods, as under Kueue's preemption: the driver saves meanwhile."""
+    """KubeRay deletes the head's Service with the pods (Kueue's preemption does), while the driver still saves."""
     asked, lost, ready, saved = (threading.Event() for _ in range(4))
     known, register = socket.getaddrinfo, signal.signal
     earlier = signal.getsignal(signal.SIGTERM)

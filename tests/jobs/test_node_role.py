@@ -1,4 +1,4 @@
-"""A pod's place in its job's Ray cluster, by what its engine says in the environment."""
+"""A pod's role in its job's Ray cluster, detected from the environment that its engine sets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_others_of_a_job_join_it() -> None:
 
 
 def test_kuberay_s_head_has_a_dashboard_and_offers_places() -> None:
-    """A node knows its CPUs, which KubeRay takes from a request of one for a node of 64."""
+    """A node detects its own CPUs, because KubeRay would report the requested one CPU of a node of 64."""
     found = of(HEAD)
     assert found.head and found.watched and found.environment
     assert {"--head", "--dashboard-host=0.0.0.0", "--memory=5", PLACES} <= set(found.options)

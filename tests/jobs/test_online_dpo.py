@@ -1,4 +1,4 @@
-"""Rounds of preference tuning towards a judge whose optimum is known: the share of even token ids, at most 1."""
+"""Online DPO with a judge whose optimum is known: the share of even token ids, at most 1."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def alike(prompts, completions, **_):
     return [1.0] * len(completions)
 '''
 TOLERANCE = 1e-4
-"""Of losses on two workers: gradients are added in another order."""
+"""Tolerance for losses on two workers, which add gradients in another order."""
 
 
 LORA: Job = {"lora": {"r": 8, "modulesToSave": ["embed_tokens"]}}
-"""Of an untrained model's embeddings no adapter elsewhere makes probabilities that differ much."""
+"""With the random embeddings frozen, an adapter elsewhere could hardly change the probabilities."""
 FULL: Job = {"learningRate": 3e-3}
 
 
@@ -63,7 +63,7 @@ def job(base_job: Job, tmp_path: Path) -> Job:
 
 @pytest.mark.parametrize(("reference", "fields"), [("start", LORA), ("previous", LORA), ("start", FULL)])
 def test_rounds_win(reference: str, fields: Job, job: Job, tmp_path: Path) -> None:
-    """Each round's answers earn more, the last model's win against the first one's, and two runs are the same."""
+    """The reward rises in each round, the last model wins against the first, and two runs are equal."""
     job["spec"]["stages"] = [stage(reference=reference, **fields)]
     found = []
     for name in ("one", "two"):
@@ -91,7 +91,7 @@ def test_a_judge_that_sees_no_difference(job: Job, tmp_path: Path) -> None:
 
 
 def test_resumes(job: Job, tmp_path: Path) -> None:
-    """From a checkpoint amid a round, and from a round's beginning with some of its answers drawn: the same curve."""
+    """Resuming inside a round, or at its start with some answers generated, gives the same curve."""
     job["spec"]["stages"] = [stage(rounds=2, numTrainEpochs=1.0, saveSteps=4, **LORA)]
     context = open_stage(job, tmp_path)
     directory = tmp_path / "runs/job/stages/00-online"
@@ -116,7 +116,7 @@ def _curve(trainer: Any) -> list[tuple[float, float]]:
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_resumes_and_workers_change_nothing(job: Job, write_job: Callable[[Job], Path], tmp_path: Path) -> None:
-    """Two workers; a run that dies while it draws a round's answers goes on from those that are there."""
+    """On two workers, a run that is killed while it generates a round's answers reuses those that exist."""
     fields: Job = LORA | {"rounds": 2, "saveTotalLimit": 9, "numTrainEpochs": 2.0}
     fields |= {"perDeviceTrainBatchSize": 1, "learningRate": 5e-3}
     job["spec"]["stages"] = [stage(**fields)]
@@ -144,7 +144,7 @@ def test_resumes_and_workers_change_nothing(job: Job, write_job: Callable[[Job],
 
 
 def _die_while_drawing(directory: Path, samples: list[str]) -> None:
-    """Leave what a run leaves that is killed amid the second round's answers, ten of twelve prompts being answered."""
+    """Leave the files of a run that is killed in its second round with ten of twelve prompts answered."""
     for name in ("result", "checkpoints/checkpoint-12"):
         shutil.rmtree(directory / name)
     (directory / "done.json").unlink()
@@ -160,10 +160,10 @@ def _die_while_drawing(directory: Path, samples: list[str]) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_zero(job: Job, write_job: Callable[[Job], Path], tmp_path: Path) -> None:
-    """ZeRO-1, 2 and 3 on two workers draw, rank and learn what one worker does, by adapters and by every weight.
+    """ZeRO-1, 2 and 3 on two workers generate, rank and learn like one worker, with adapters and with all weights.
 
     Each variant starts from the one before it: steps are small, so that no difference in rounding grows until another
-    answer is drawn.
+    answer is generated.
     """
     lora: Job = {"lora": {"r": 8}}
     variants: dict[str, Job] = {"qlora": {**lora, "quantization": {"bits": 4}}, "lora": lora, "full": {}}

@@ -1,4 +1,4 @@
-"""Which prompts a worker answers when, and which pairs an `online` stage trains on: for any number of workers."""
+"""The prompts of each worker and step, and the pairs that an `online` stage trains on, for any number of workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune_trainer.training.prompt_feed import EvenDivision, FullSteps
     ("rows", "most", "workers"), [(8, 2, 2), (8, 2, 1), (8, 3, 3), (5, 2, 2), (2, 4, 3), (7, 1, 4)]
 )
 def test_each_prompt_counts_once(rows: int, most: int, workers: int) -> None:
-    """In every pass all workers have as many rows; those that count are each of the step's, once."""
+    """In every pass all workers have equally many rows; the rows that count are each row of the step once."""
     divisions = [EvenDivision(rows, most, workers, rank) for rank in range(workers)]
     parts = [division.counted(rows) for division in divisions]
     assert len({tuple(len(keys) for keys, _ in part) for part in parts}) == 1

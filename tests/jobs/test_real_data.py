@@ -1,4 +1,4 @@
-"""Real data end to end: examples/real_data.yaml as it stands. Texts of the dialogues are never printed."""
+"""Real data end to end with examples/real_data.yaml; texts of the dialogues are never printed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MODEL = {
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_three_stages_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On data held out, the loss of every stage falls, and DPO ranks more than 0.55 of the pairs rightly."""
+    """On held-out data the loss of every stage falls, and DPO ranks more than 0.55 of the pairs correctly."""
     monkeypatch.chdir(ROOT)
     code, output = run(Path("examples/real_data.yaml"), "--set", f"storage.path={tmp_path}", timeout=1800)
     assert code == 0, output
@@ -54,7 +54,7 @@ def test_three_stages_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _held_out(stage: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was measured before the first step, and at the end."""
+    """Return the held-out metrics before the first step and at the end."""
     rows = read_metrics((stage / "metrics.jsonl").read_text())
     measured = [row for row in rows if "eval_loss" in (row.get("metrics") or {})]
     assert measured[0]["step"] == 0 and measured[-1]["step"] == measured[-1]["total"]
@@ -65,7 +65,7 @@ def _held_out(stage: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_reward_model(tmp_path: Path) -> None:
-    """A reward model trained in the job from nothing ranks more than 0.55 of the held-out hh-harmless pairs rightly.
+    """A reward model trained from scratch in the job ranks more than 0.55 of the held-out hh-harmless pairs correctly.
 
     Nothing of a held-out pair is in any stage's training data.
     """

@@ -1,4 +1,4 @@
-"""Real data: what fine-tuning on text2cypher is worth, by exact match, ROUGE and perplexity, before and after."""
+"""Real data: fine-tuning on text2cypher improves exact match, ROUGE and perplexity."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ JOB: dict[str, Any] = {
 @pytest.mark.long
 @pytest.mark.timeout(2400)
 def test_fine_tuning_shows_in_every_metric(tmp_path: Path) -> None:
-    """On held-out questions; the untrained model's answers have next to nothing of the references."""
+    """The metrics are of held-out questions; the untrained model's answers match almost nothing of the references."""
     job = JOB | {"spec": JOB["spec"] | {"storage": {"path": str(tmp_path)}}}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     code, output = run(tmp_path / "job.yaml", timeout=2400)

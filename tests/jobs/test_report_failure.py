@@ -1,4 +1,4 @@
-"""A stage that fails where not even its report can be written: why it failed is what is told."""
+"""If a stage fails and its report cannot be written either, the error is the reason of the stage's failure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Pipeline(run, PlainReporter(sys.stdout), threading.Event()).execute(resume=True,
 
 
 def _run(directory: Path) -> RunConfig:
-    """A job whose only source is not there."""
+    """Return a job whose only data file does not exist."""
     data = {"sources": [{"file": str(directory / "gone.jsonl")}]}
     job = {
         "apiVersion": "finetune.dev/v1alpha1",
@@ -53,7 +53,7 @@ def test_a_report_that_cannot_be_written_hides_no_failure(tmp_path: Path) -> Non
 def test_a_driver_whose_workers_stalled_ends_without_another_look_into_storage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A store that hangs is one of the causes, and would hold the driver, too (seen on real pods)."""
+    """A hanging store is one cause of stalls, and would block the driver too (observed in pods)."""
     pipeline = Pipeline(_run(tmp_path), PlainReporter(sys.stdout), threading.Event())
     failure = Failure(Kind.STALLED, Stalled("x"), "x", elsewhere=True)
     monkeypatch.setattr(pipeline, "_train_with_retries", lambda offers: failure)

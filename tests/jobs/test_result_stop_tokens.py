@@ -1,4 +1,4 @@
-"""Every kind of result stops by itself in plain transformers, and is asked as it was trained by our own commands."""
+"""Every result stops by itself in plain transformers, and our commands prompt it in its training format."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ STAGES: dict[str, Job] = {
 
 
 def result_of(stage: Job, job: Job, directory: Path) -> Path:
-    """The saved result of a job's only stage."""
+    """Train a job of one stage and return the directory of its saved result."""
     job["spec"]["stages"] = [stage]
     context = open_stage(job, directory)
     with trained(context) as trainer:
@@ -56,7 +56,7 @@ def result_of(stage: Job, job: Job, directory: Path) -> Path:
 
 
 def stops(directory: Path) -> tuple[set[str], str]:
-    """What `generation_config.json` stops at, and its padding token."""
+    """Return the stop tokens and the padding token of `generation_config.json`."""
     config, tokenizer = GenerationConfig.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
     ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     return set(tokenizer.convert_ids_to_tokens(ids)), tokenizer.convert_ids_to_tokens(config.pad_token_id)
@@ -72,7 +72,7 @@ def test_a_result_names_the_tokens_that_end_its_answers(kind: str, base_job: Job
 
 @pytest.mark.parametrize("form", ["prompt-completion", "chat"])
 def test_what_was_trained_is_answered_by_our_commands(form: str, base_job: Job, tmp_path: Path) -> None:
-    """By a tokenizer with a chat template, in the form that the rows have."""
+    """The tokenizer has a chat template; the rows decide whether it is used."""
     rows = WORDS if form != "chat" else [dialogue(row["prompt"], row["completion"].strip()) for row in WORDS]
     learn = {"maxSteps": 40, "learningRate": 1e-2, "lrSchedulerType": "constant"}
     result = result_of({"sft": {"data": {"sources": [{"inline": rows}]}, **learn}}, base_job, tmp_path)

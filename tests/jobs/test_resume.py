@@ -1,6 +1,6 @@
-"""Killed workers, a killed driver, SIGTERM: the curve is that of a run that nothing disturbed.
+"""Killed workers, a killed driver and SIGTERM: the loss curve equals that of an uninterrupted run.
 
-Where it is hit is random. The seed is printed with the steps; KILL_SEED=… hits the same ones again.
+The steps are random. The seed is printed with the steps; KILL_SEED=... repeats them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ AGAIN = "restarting from the last checkpoint"
 
 @pytest.fixture
 def job(base_job: Job) -> Job:
-    """Dropout, so that random numbers must go on too; an evaluation after each step, so that each is told of."""
+    """Return a job with dropout, to test the random state, and an evaluation per step, so that each step is logged."""
     held_out = {"sources": [{"inline": [dialogue("3 plus 4", "makes 7"), dialogue("5 plus 4", "makes 9")]}]}
     stage = {
         "data": {"sources": [{"file": "rows.jsonl"}]},
@@ -57,7 +57,7 @@ def chance() -> random.Random:
 def test_killed_workers_driver_and_sigterm(
     job: Job, write_job: Callable[[Job], Path], tmp_path: Path, chance: random.Random
 ) -> None:
-    """Three workers and the driver are killed at random steps, then SIGTERM: the curve is as if nothing had been."""
+    """Kill three workers and the driver at random steps, then send SIGTERM; the curve is unchanged."""
     path = write_job(job)
     code, output = run(path)
     assert code == 0, output
@@ -102,7 +102,7 @@ def test_killed_workers_driver_and_sigterm(
 
 
 def _wait_for_step(driver: Any, step: int) -> None:
-    """Until the driver tells of `step` or a later one, its workers having begun (again)."""
+    """Wait until the workers have started and the driver logs `step` or a later one."""
     _wait_for(driver, "model ready")
     seen = ""
     for line in driver.stdout:

@@ -1,4 +1,4 @@
-"""A stage goes on only with the training rows that its checkpoint was trained on, unless `--set` names its data."""
+"""A stage resumes only with the training rows of its checkpoint, unless `--set` overrides its data."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write(path: Path, rows: list[Any]) -> None:
 
 
 def saved(context: StageContext) -> Manifest:
-    """The manifest of a checkpoint that was trained on the context's data."""
+    """Return the manifest of a checkpoint that was trained on the context's data."""
     key = json.loads(json.dumps(asdict(context.data.key)))
     return Manifest(100, 1, 0, 8, 1, {"x": 1}, 0.0, key)
 
@@ -68,7 +68,7 @@ def sft(base_job: Job) -> Job:
 def test_the_same_rows_elsewhere_are_the_same_data(
     streaming: bool, base_job: Job, sft: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Moved, renamed, written later, prepared again elsewhere; not streamed also in another format."""
+    """The rows may be moved, renamed, rewritten or prepared elsewhere and, unless streamed, in another format."""
     sft["data"]["streaming"] = streaming
     before = saved(open_stage(base_job, tmp_path))
     shutil.move(tmp_path / "rows.jsonl", tmp_path / "renamed.jsonl")
@@ -158,7 +158,7 @@ def test_a_checkpoint_of_an_earlier_version_is_told(base_job: Job, tmp_path: Pat
 
 
 def test_rounds_never_go_on_with_other_prompts(base_job: Job, tmp_path: Path) -> None:
-    """Their answers are to belong to the earlier prompts."""
+    """The answers of a round belong to the earlier prompts."""
 
     def online(rows: list[Job]) -> StageContext:
         fields = {"data": {"sources": [{"inline": rows}]}, "judge": {"function": "a:b"}, **SHORT}
@@ -170,7 +170,7 @@ def test_rounds_never_go_on_with_other_prompts(base_job: Job, tmp_path: Path) ->
 
 
 def test_a_resumed_run_compares_before_it_trains(base_job: Job, write_job: Write, tmp_path: Path) -> None:
-    """As the driver does: it opens the run, then prepares the data of what is to be done."""
+    """The driver opens the run, then prepares the data of the remaining stages."""
     job, storage = write_job(base_job), Storage(str(tmp_path / "runs/job"))
     context = open_stage(base_job, tmp_path)
 

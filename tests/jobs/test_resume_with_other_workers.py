@@ -1,4 +1,4 @@
-"""A stage that two workers began goes on with one: same global batch, same rows, same curve."""
+"""A stage started by two workers resumes with one: same global batch, same rows, same curve."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.jobs.running import curve, done, run
 Job = dict[str, Any]
 STEPS, KEPT = 12, 6
 TOLERANCE = 2e-4
-"""Of a loss: the order in which float32 gradients are added differs, which AdamW's first steps enlarge."""
+"""Tolerance for a loss: float32 gradients are added in another order, which AdamW's first steps amplify."""
 
 
 @pytest.mark.long
@@ -62,7 +62,7 @@ def _job(base_job: Job, zero: int, streaming: bool) -> Job:
 
 
 def _interrupt(stage: Path) -> None:
-    """Leave what a run leaves that is killed after its first checkpoint."""
+    """Leave the files of a run that is killed after its first checkpoint."""
     (stage / "done.json").unlink()
     shutil.rmtree(stage / "result")
     shutil.rmtree(stage / f"checkpoints/checkpoint-{STEPS}")

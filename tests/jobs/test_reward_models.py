@@ -1,4 +1,4 @@
-"""Reward models: they learn a preference, load as transformers' own, and are the same for any sharding."""
+"""Reward models learn a preference, load with plain transformers, and are the same under any sharding."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from finetune_trainer.training.stage_result import save_result
 
 Job = dict[str, Any]
 CLOSE = 1e-5
-"""Rewards in float32 through other batches, or with the adapter beside its layer and in it: sums in other orders."""
+"""Tolerance for float32 rewards: other batches and merged adapters add in different orders."""
 
 
 def pairs(first: int, last: int) -> list[dict[str, Any]]:
-    """Of two answers of one turn or two, the polite one is chosen, whatever the question."""
+    """Return pairs of one or two turns whose polite answer is chosen, whatever the question."""
     rows = []
     for n in range(first, last):
         before = dialogue(f"{n} plus 1", f"makes {n + 1}")["messages"] if n % 2 else []
@@ -60,28 +60,28 @@ def test_learns_and_loads(fields: Job, base_job: Job, tmp_path: Path) -> None:
     assert (model.config.num_labels, model.dtype) == (1, torch.float32)
     scores = torch.tensor([[_score(model, tmp_path / "result", pair[side]) for side in pair] for pair in pairs(16, 23)])
     assert (scores[:, 0] > scores[:, 1]).all()
-    if "quantization" not in fields:  # what was quantized is merged in its original precision
-        by_row = (values[values[:, 0].argsort()] for values in (scores, seen))  # data is shuffled
+    if "quantization" not in fields:  # a quantized base is merged in its original precision
+        by_row = (values[values[:, 0].argsort()] for values in (scores, seen))  # the data is shuffled
         torch.testing.assert_close(*by_row, atol=CLOSE, rtol=0)
 
 
 @torch.no_grad()
 def _rewards(trainer: Any, rows: Any) -> torch.Tensor:
-    """Rewards [rows, 2] of the chosen and the rejected answers, by the trainer's model."""
+    """Return the trainer's rewards [rows, 2] of the chosen and the rejected answers."""
     batch = trainer.data_collator(list(rows))
     return torch.stack(trainer.model.eval()(**batch, use_cache=False).logits.squeeze(-1).chunk(2), dim=1)
 
 
 @torch.no_grad()
 def _score(model: Any, directory: Path, messages: list[dict[str, str]]) -> float:
-    """One dialogue's reward, alone in its batch, by nothing of ours."""
+    """Return one dialogue's reward with plain transformers, in a batch of its own."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     return model(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits.item()
 
 
 def test_rewards_are_pulled_towards_zero(base_job: Job, tmp_path: Path) -> None:
-    """The loss of a model that stands still grows by the mean square of its pairs' sums."""
+    """At a learning rate of 0 the loss grows by the mean square of the pairs' reward sums."""
     losses = []
     for coefficient in (0.0, 10.0):
         still = stage(centerRewardsCoefficient=coefficient, learningRate=0.0, maxSteps=1, perDeviceTrainBatchSize=16)
@@ -97,9 +97,9 @@ def test_rewards_are_pulled_towards_zero(base_job: Job, tmp_path: Path) -> None:
 def test_the_next_stage_starts_before_it(
     base_job: Job, write_job: Callable[[Job], Path], tmp_path: Path, tiny_model: Path
 ) -> None:
-    """An adapter that is carried on is merged into the reward model, and goes on in the stage after it; two workers.
+    """An adapter of an earlier stage is merged into the reward model, and continues in the next stage; two workers.
 
-    They share held-out rows and pairs unevenly, and measure what plain transformers does on each once.
+    They share held-out rows and pairs unevenly, and evaluate each once, with the results of plain transformers.
     """
     held_out = {"sources": [{"inline": [dialogue(f"{n} plus 1", f"makes {n}" * (n + 1)) for n in range(5)]}]}
     fields = {"lora": {"r": 4, "merge": False}, "evalData": held_out, "perDeviceEvalBatchSize": 2}
@@ -138,7 +138,7 @@ def test_faults(base_job: Job, write_job: Callable[[Job], Path]) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_zero_and_workers(base_job: Job, write_job: Callable[[Job], Path], tmp_path: Path) -> None:
-    """ZeRO-1, 2 and 3 on two workers = one worker, for 4-bit adapters, adapters and every weight."""
+    """ZeRO-1, 2 and 3 on two workers equal one worker for 4-bit adapters, adapters and all weights."""
     lora: Job = {"lora": {"r": 4}}
     variants: dict[str, Job] = {"qlora": {**lora, "quantization": {"bits": 4}}, "lora": lora, "full": {}}
 

@@ -1,4 +1,4 @@
-"""A reward model's score is read at a text's last token, its end token included, though it be the padding token too."""
+"""A reward model scores a text at its last token, including the EOS token even if that is also the padding token."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TEXT = [pair["prompt"] + pair[side] + END for side in ("chosen", "rejected") for
 
 
 def save_base(directory: Path, special: list[str], spare_rows: int) -> None:
-    """A Llama whose tokenizer pads with its end token, with so many rows of embeddings beyond its vocabulary."""
+    """Save a Llama whose padding token is its EOS token, with `spare_rows` embedding rows beyond its vocabulary."""
     byte_level = Tokenizer(models.BPE())
     byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte_level.decoder = decoders.ByteLevel()
@@ -56,7 +56,7 @@ def save_base(directory: Path, special: list[str], spare_rows: int) -> None:
 
 @torch.no_grad()
 def at_the_end(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
-    """The head on the hidden state of each text's last token, texts one by one."""
+    """Return the head's output at each text's last token, text by text."""
     ids = [torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]]) for text in texts]
     assert all(one[0, -1] == tokenizer.eos_token_id for one in ids)
     return torch.cat([model.score(model.base_model(one).last_hidden_state[:, -1]) for one in ids])[:, 0]
@@ -64,7 +64,7 @@ def at_the_end(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def in_a_batch(model: Any, tokenizer: Any, texts: list[str], side: str) -> torch.Tensor:
-    """As plain transformers scores texts in one batch."""
+    """Return the scores of plain transformers for the texts in one batch."""
     batch = tokenizer(texts, padding=True, padding_side=side, add_special_tokens=False, return_tensors="pt")
     scores: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
     return scores
@@ -77,9 +77,9 @@ def in_a_batch(model: Any, tokenizer: Any, texts: list[str], side: str) -> torch
 def test_pad_is_eos(
     special: list[str], spare_rows: int, pad: str | None, fields: Job, base_job: Job, tmp_path: Path
 ) -> None:
-    """In training, in evaluation, in rlhf and by plain transformers.
+    """Training, evaluation, rlhf and plain transformers give the same scores.
 
-    Where there is no token to pad with apart, transformers scores texts one at a time, and says so of a batch.
+    Without a separate padding token, transformers scores single texts and raises for a batch.
     """
     save_base(tmp_path / "model", special, spare_rows)
     data = {"sources": [{"inline": PAIRS}]}
@@ -110,7 +110,7 @@ def test_pad_is_eos(
 
 
 def _inner(model: Any) -> Any:
-    """PEFT's wrapper has its own `base_model`."""
+    """Return the model without PEFT's wrapper, which has its own `base_model`."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -128,7 +128,7 @@ def _scores_in_rlhf(directory: Path, true: torch.Tensor) -> None:
 
 
 def test_a_model_from_elsewhere_is_read_where_its_configuration_says(tmp_path: Path) -> None:
-    """Its padding token is its end token, so it was trained at the token before."""
+    """Its padding token is its EOS token, so it was trained to score at the token before."""
     save_base(tmp_path / "model", [END], 0)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1)
     model.save_pretrained(tmp_path / "model")
@@ -139,7 +139,7 @@ def test_a_model_from_elsewhere_is_read_where_its_configuration_says(tmp_path: P
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "opt", "bloom", "gpt_neox", "falcon", "bert"])
 def test_families(family: str) -> None:
-    """With a padding token apart, transformers and the attention mask agree; BERT reads its first token as ever."""
+    """With a separate padding token, scores of transformers are unchanged; BERT still reads its first token."""
     fields = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 32}
     more = {"word_embed_proj_dim": 32, "intermediate_size": 32, "num_key_value_heads": 1, "pad_token_id": 0}
     config = AutoConfig.for_model(family, **fields, **more, num_labels=1)

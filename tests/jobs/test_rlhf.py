@@ -1,4 +1,4 @@
-"""Reinforcement learning towards a reward whose optimum is known: the share of even token ids, at most 1."""
+"""Reinforcement learning with a reward whose optimum is known: the share of even token ids, at most 1."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def even(prompts, completions, completion_ids, **_):
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 '''
 LORA: Job = {"lora": {"r": 8, "modulesToSave": ["embed_tokens"]}}
-"""Of an untrained model's embeddings no adapter elsewhere makes probabilities that differ much."""
+"""With the random embeddings frozen, an adapter elsewhere could hardly change the probabilities."""
 TOLERANCE = 1e-4
-"""Of losses and KL on two workers: gradients are added in another order."""
+"""Tolerance for losses and KL on two workers, which add gradients in another order."""
 
 
 def stage(**fields: Any) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def curve(trainer: Any) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(("algorithm", "fields"), [("rloo", {}), ("rloo", LORA), ("grpo", LORA)])
 def test_the_reward_rises(algorithm: str, fields: Job, job: Job, tmp_path: Path) -> None:
-    """And two runs are the same to the last bit."""
+    """The reward rises, and two runs are equal to the last bit."""
     job["spec"]["stages"] = [stage(algorithm=algorithm, **fields)]
     curves = []
     for _ in range(2):
@@ -70,7 +70,7 @@ def test_the_reward_rises(algorithm: str, fields: Job, job: Job, tmp_path: Path)
 
 
 def test_the_bound_holds(job: Job, tmp_path: Path) -> None:
-    """The stage ends with the weights of the last step within the bound, and says where it was passed."""
+    """The stage ends with the weights of the last step within the KL bound, and reports where it was exceeded."""
     job["spec"]["stages"] = [stage(maxKl=1.0, maxSteps=40, **LORA)]
     with trained(open_stage(job, tmp_path)) as trainer:
         kls = [row["kl"] for row in curve(trainer)]
@@ -78,7 +78,7 @@ def test_the_bound_holds(job: Job, tmp_path: Path) -> None:
         assert trainer.final_metrics() == {"kl_passed_at_step": len(kls), "kl_passed": pytest.approx(kls[-1], rel=1e-3)}
         assert not trainer.stage.keeps_last
         ended = _weights(trainer)
-    # The measured model of step n is that after n - 1 updates.
+    # The model that step n measures is the one after n - 1 updates.
     job["spec"]["stages"] = [stage(maxSteps=len(kls) - 2, **LORA)]
     with trained(open_stage(job, tmp_path)) as trainer:
         for name, weight in _weights(trainer).items():
@@ -90,7 +90,7 @@ def _weights(trainer: Any) -> dict[str, torch.Tensor]:
 
 
 def test_right_answers_patterns_and_held_out_prompts(job: Job, tmp_path: Path) -> None:
-    """Rewards are told one by one and as their weighted sum, on held-out prompts too."""
+    """Rewards are logged separately and as their weighted sum, on held-out prompts too."""
     rewards = [{"exactMatch": "answer", "weight": 2.0}, {"regex": "[aeiou]"}, {"function": "toy_rewards:even"}]
     held_out = {"sources": [{"inline": [{"prompt": f"{a} plus 1", "answer": "x"} for a in range(3)]}]}
     prompts = {"sources": [{"inline": [{"prompt": f"{a} plus 2", "answer": f"{a + 2}"} for a in range(4)]}]}
@@ -108,7 +108,7 @@ def test_right_answers_patterns_and_held_out_prompts(job: Job, tmp_path: Path) -
 
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
 def test_resumes(algorithm: str, job: Job, tmp_path: Path) -> None:
-    """From a checkpoint amid the steps on one batch of answers, to the last bit, the bound that may end it included."""
+    """A checkpoint between two updates on one batch of answers resumes to the last bit, including the KL bound."""
     fields = {"algorithm": algorithm, "numIterations": 2, "maxSteps": 12, "saveSteps": 5, "learningRate": 3e-3}
     job["spec"]["stages"] = [stage(**fields, maxKl=0.6)]
     context = open_stage(job, tmp_path)
@@ -123,7 +123,7 @@ def test_resumes(algorithm: str, job: Job, tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_resumes_and_workers_change_nothing(job: Job, write_job: Callable[[Job], Path], tmp_path: Path) -> None:
-    """A run that dies amid the steps on one batch of answers goes on to the same curve; one worker draws it too."""
+    """A run that is killed between two updates on one batch resumes to the same curve, which one worker gives too."""
     fields = {"lora": {"r": 8}, "numIterations": 2, "maxSteps": 8, "saveSteps": 3, "saveTotalLimit": 9}
     job["spec"]["stages"] = [stage(**fields, maxKl=50.0, perDeviceTrainBatchSize=1)]
     job["spec"]["resources"] = {"workersPerNode": 2}
@@ -152,7 +152,7 @@ def _curve(directory: Path) -> list[list[float]]:
 
 
 def _values(metrics: dict[str, float], loss: float) -> list[float]:
-    """Loss, reward and KL of a step, the last two -1 where it drew no answers."""
+    """Return the loss, reward and KL of a step, the last two -1 if it generated no answers."""
     return [loss, metrics.get("reward", -1.0), metrics.get("kl", -1.0)]
 
 
@@ -160,10 +160,10 @@ def _values(metrics: dict[str, float], loss: float) -> list[float]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
 def test_zero(algorithm: str, job: Job, write_job: Callable[[Job], Path], tmp_path: Path) -> None:
-    """ZeRO-1, 2 and 3 on two workers draw and learn what one worker does, by adapters and by every weight.
+    """ZeRO-1, 2 and 3 on two workers generate and learn like one worker, with adapters and with all weights.
 
     Each variant starts from the one before it: steps are small, so that no difference in rounding grows until another
-    answer is drawn.
+    answer is generated.
     """
     lora: Job = {"lora": {"r": 8}}
     variants: dict[str, Job] = {"qlora": {**lora, "quantization": {"bits": 4}}, "lora": lora}

@@ -1,7 +1,7 @@
-"""Jobs on saved models as users have them.
+"""Jobs on saved models with problems that users have.
 
-They have names left by wrappers, missing weights, quantized weights, more tokens than embedding rows, generation
-configurations that cannot be saved, or code of their own.
+The models have names left by wrappers, missing weights, quantized weights, more tokens than embedding rows, generation
+configurations that cannot be saved, or custom code.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PROMPTS = {"sources": [{"inline": [{"prompt": "1 plus 1"}, {"prompt": "2 plus 2"
 
 
 def more_tokens(model: Path, target: Path) -> Path:
-    """The model with a tokenizer of two more tokens than it has rows."""
+    """Save the model with a tokenizer of two more tokens than its embedding has rows."""
     shutil.copytree(model, target)
     tokenizer = AutoTokenizer.from_pretrained(target)
     tokenizer.add_tokens(NEW, special_tokens=True)
@@ -62,14 +62,14 @@ def compiled(model: Path, target: Path) -> Path:
 
 
 def with_code(model: Path, target: Path) -> Path:
-    """A model of an architecture of its own, whose code leaves a file where it runs."""
+    """Save a model with a custom architecture, whose code writes a file if it runs."""
     shutil.copytree(model, target)
     (target / "mine.py").write_text(f"open({str(target / 'ran')!r}, 'w').close()\n")
     return configure(target, model_type="mine", auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"})
 
 
 def quantized(model: Path, target: Path) -> Path:
-    """The model as bitsandbytes quantizes it."""
+    """Save the model quantized by bitsandbytes."""
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     Qwen3ForCausalLM.from_pretrained(model, quantization_config=config, dtype=torch.float32).save_pretrained(target)
     AutoTokenizer.from_pretrained(model).save_pretrained(target)
@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], Path], Job, Any, list[str]]] = {
 def test_validate_finds(case: str, base_job: Job, write_job: Write, tiny_model: Path, tmp_path: Path) -> None:
     make, fields, stages, expected = REFUSED[case]
     directory = make(tiny_model, tmp_path / "model")
-    another = stages in (taught_by, rlhf)  # the job's own model is sound
+    another = stages in (taught_by, rlhf)  # the job's own model is valid
     base_job["spec"]["model"] = {"path": str(tiny_model if another else directory), **fields}
     if stages is not None:
         base_job["spec"]["stages"] = stages(directory)
@@ -213,7 +213,7 @@ def sft(job: Job, model: Path, model_fields: Job, **fields: Any) -> Job:
 
 
 def trained_result(job: Job, tmp_path: Path) -> Path:
-    """The result of the job's first stage."""
+    """Return the result of the job's first stage."""
     context = open_stage(job, tmp_path)
     with trained(context) as trainer:
         save_result(trainer, context, tmp_path / "result")
@@ -228,7 +228,7 @@ def test_wrapped_names_train_alike_and_are_saved_plainly(base_job: Job, tiny_mod
 
 
 def test_a_reference_is_read_with_the_same_names(base_job: Job, tiny_model: Path, tmp_path: Path) -> None:
-    """TRL loads it by the policy's name; from wrapped names it would get random numbers."""
+    """TRL loads the reference by the policy's name; without the fix, wrapped names would give it random weights."""
     base_job["spec"]["model"] = {"path": str(compiled(tiny_model, tmp_path / "compiled"))}
     rewards = [{"regex": "[aeiou]"}]
     for algorithm in ("rloo", "grpo"):
@@ -266,7 +266,7 @@ RESIZED: dict[str, Job] = {
 
 @pytest.mark.parametrize("fields", RESIZED.values(), ids=RESIZED)
 def test_added_rows_are_in_the_result(fields: Job, base_job: Job, tiny_model: Path, tmp_path: Path) -> None:
-    """New tokens occur in the data; what is saved loads by plain transformers, with a row for each of them."""
+    """The data contains new tokens; plain transformers loads the result, with an embedding row for each of them."""
     directory = more_tokens(tiny_model, tmp_path / "more")
     rows = [{"prompt": f"{NEW[0]} {a}", "completion": f" {NEW[1]} {a}"} for a in range(4)]
     job = sft(base_job, directory, {"resizeEmbeddings": "auto"}, **fields, data={"sources": [{"inline": rows}]})
@@ -302,7 +302,7 @@ def test_an_adapter_keeps_added_rows_and_answers(base_job: Job, tiny_model: Path
 
 @pytest.mark.parametrize("kind", ["dpo", "reward"])
 def test_preferences_on_added_rows(kind: str, base_job: Job, tiny_model: Path, tmp_path: Path) -> None:
-    """The reference of a full DPO has the same rows: before the first step both models are the same."""
+    """The reference of a full DPO gets the same rows, so that both models are equal before the first step."""
     base_job["spec"]["model"] = {"path": str(more_tokens(tiny_model, tmp_path / "more")), "resizeEmbeddings": "auto"}
     base_job["spec"]["stages"] = stage_of(kind, data=PAIRS, maxLength=64, maxSteps=1)
     context = open_stage(base_job, tmp_path)

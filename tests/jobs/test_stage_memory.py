@@ -1,4 +1,4 @@
-"""Memory is measured in each stage anew, and apart by who holds it. A stand-in accelerator records the calls."""
+"""Memory is measured per stage and by allocator, on a fake accelerator that records the calls."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ GIB = 1 << 30
 
 @dataclass
 class StandIn:
-    """A GPU of 80 GiB whose figures a test sets."""
+    """A fake GPU of 80 GiB whose figures a test sets."""
 
     total: int = 80 * GIB
     held: int = 0
     """Bytes that torch's allocator holds."""
     outside: int = 0
-    """Bytes that torch does not count: the context, NCCL."""
+    """Bytes that torch does not count, such as the CUDA context and NCCL."""
     peak: int = 0
     reserved: int = 0
     calls: list[str] = field(default_factory=list)
@@ -60,7 +60,7 @@ class StandIn:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """A stand-in for what of torch.cuda measures memory."""
+    """Replace the functions of torch.cuda that measure memory."""
     device = StandIn(outside=GIB // 2)
     for name, function in {
         "reset_peak_memory_stats": device.reset,
@@ -74,7 +74,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
 
 class _Run:
-    """In place of a stage's training: uses memory of the stand-in, and keeps what the stage reports."""
+    """Replaces a stage's training: uses memory of the fake GPU, and keeps what the stage reports."""
 
     device: StandIn
     reported: list[Usage]
@@ -167,7 +167,7 @@ def test_a_cpu_stage_measures_anew_too() -> None:
 def test_workers_on_gpus_get_expandable_segments(
     accelerator: bool, user: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unless the user has configured the allocator by any of its names."""
+    """The default applies unless the user has configured the allocator with any of its variables."""
     given: dict[str, Any] = {}
     monkeypatch.setattr(ray, "init", lambda **options: given.update(options))
     monkeypatch.setattr(cluster, "patch_ray", lambda: None)
@@ -181,6 +181,6 @@ def test_workers_on_gpus_get_expandable_segments(
 
 
 def test_vllm_does_without_expandable_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its sleep mode refuses them."""
+    """The sleep mode of vLLM does not support them."""
     monkeypatch.setattr("finetune_trainer.runtime.find_spec", lambda name: object() if name == "vllm" else None)
     assert allocator_environment(True, {}) == {}

@@ -1,4 +1,4 @@
-"""Workers that make no progress, in a real job: noticed, told with their stacks, and started again."""
+"""Stalled workers in a real job are detected, reported with their stacks, and restarted."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def job(base_job: Job) -> Job:
 def test_a_stopped_worker_a_hanging_read_and_a_sleeping_loader(
     job: Job, write_job: Callable[[Job], Path], tmp_path: Path
 ) -> None:
-    """Three stalls in one job, each mended without help.
+    """Three stalls in one job are each resolved by a restart.
 
-    The read hangs as on a store that never responds: its file is a pipe to which nothing is written.
+    The read hangs like that of an unresponsive store: its file is a pipe to which nothing is written.
     """
     stage = tmp_path / "runs/job/stages/00-sft"
     driver, seen = start(write_job(job)), Lines()
@@ -79,7 +79,7 @@ def test_a_stopped_worker_a_hanging_read_and_a_sleeping_loader(
 
 
 class Lines:
-    """What a driver has said."""
+    """Collects the output of a driver."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -99,5 +99,5 @@ class Lines:
 
 
 def _loaders(worker: psutil.Process) -> list[psutil.Process]:
-    """The processes of a worker that load its rows."""
+    """Return the data loader processes of a worker."""
     return [child for child in worker.children() if child.status() != psutil.STATUS_ZOMBIE]

@@ -1,4 +1,4 @@
-"""How long each worker works at a step by itself, and which node is slow."""
+"""The time that each worker spends on a step itself, without waiting, which shows the slow node."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ SLEEP = 0.5
 
 
 def test_the_slow_worker_shows_though_both_take_equally_long(base_job: dict[str, Any], tmp_path: Path) -> None:
-    """One of two workers loads its rows slowly and then computes slowly; the other one waits for it each time."""
+    """One of two workers loads and computes slowly; the other one waits for it at each step."""
     body = job(base_job, "fail", rows(16), perDeviceTrainBatchSize=1, saveSteps=99)
 
     def train(rank: int) -> list[float]:
@@ -70,7 +70,7 @@ def test_the_slow_worker_shows_though_both_take_equally_long(base_job: dict[str,
             trainer.stage.times = StepTimes(accelerator=False)
             trainer.stage.times.leave_out(trainer.accelerator)
             collate = trainer.data_collator
-            trainer.data_collator = lambda batch: (time.sleep(SLEEP * rank), collate(batch))[1]  # the slowness itself
+            trainer.data_collator = lambda batch: (time.sleep(SLEEP * rank), collate(batch))[1]
             trainer.train()
             return [seconds for (seconds,) in Collectives().gather_numbers([trainer.stage.times.own()])]
 
@@ -79,11 +79,11 @@ def test_the_slow_worker_shows_though_both_take_equally_long(base_job: dict[str,
 
 
 class Slow(TrainerCallback):
-    """A worker whose own part of each step takes longer."""
+    """Makes each step of rank 1 slower."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.rank == 1:
-            time.sleep(SLEEP)  # the slowness itself
+            time.sleep(SLEEP)

@@ -1,4 +1,4 @@
-"""Training on a stream, stopped and resumed in one process: to the bit the losses of a run that nothing stopped."""
+"""Training on a stream that is resumed in one process has exactly the losses of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STAGES = {
 
 
 class _Keep(TrainerCallback):
-    """Does of a checkpoint what the stage's own callback does for streams."""
+    """Saves the stream's position in each checkpoint, like the stage's own callback."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -36,7 +36,7 @@ class _Keep(TrainerCallback):
 
 
 def _train(context: StageContext, resume: Path | None = None) -> list[tuple[int, float, float]]:
-    """(step, loss, epoch) of each step of one training."""
+    """Train, and return (step, loss, epoch) of each step."""
     trainer = make_trainer(context)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Keep(trainer))
@@ -66,7 +66,7 @@ def test_a_resumed_stream_has_the_same_losses(
 
 
 def _count_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that grows with each row any stream hands out."""
+    """Return a list that grows with each row that any stream yields."""
     given: list[int] = []
     real = StreamedRows.__iter__
 

@@ -1,4 +1,4 @@
-"""Whole jobs that make data: with a server that goes wrong at random, killed and gone on with, and trained on."""
+"""Whole synthesis jobs: with a server that fails at random, killed and resumed, and the result trained on."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_made_through_faults_and_kills_and_trained_on(
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_local_model_teaches_alike_with_any_number_of_workers(questions_job: Job, write_job: Write) -> None:
-    """A tiny model writes nothing of use: what is compared is what was asked, answered and rejected."""
+    """A tiny model generates no useful rows, so the test compares the counts of requests, answers and rejections."""
     accounts = []
     for workers in (1, 2):
         method = {

@@ -1,4 +1,4 @@
-"""The stage that makes data, on one worker and without Ray: every method, stopped, killed and gone on with."""
+"""The synthesis stage on one worker without Ray: every method, stopped, killed and resumed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_rows_are_the_same_whatever_goes_wrong(job: Job, tmp_path: Path) -> None
 
 
 def test_a_killed_stage_goes_on_and_pays_for_nothing_twice(job: Job, tmp_path: Path) -> None:
-    """The process is killed three times, each time while it waits for answers that the server holds back."""
+    """The process is killed three times, each time while it waits for answers that the server delays."""
     with FaultyTeacher(brain(), faults=0.3, seed=2, stall=60, delay=0.02) as server:
         job["spec"]["stages"] = [stage(server, QUESTIONS)]
         (tmp_path / "job.json").write_text(json.dumps(job))
@@ -139,7 +139,7 @@ def test_evaluation_data_is_kept_out(job: Job, tmp_path: Path) -> None:
 
 
 def test_a_local_model_teaches_and_resumes(job: Job, tmp_path: Path) -> None:
-    """A tiny model writes nothing of use; what is asked, answered and rejected is what there is to look at."""
+    """A tiny model generates no useful rows, so the test checks requests, answers and rejections."""
     seeds = [{"prompt": f"{number} plus {number}"} for number in range(6)]
     method = {
         "evolve": {"numEvolutions": 1, "includeSeeds": True},

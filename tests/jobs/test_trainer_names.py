@@ -1,7 +1,7 @@
-"""No name of our own trainers hides one of transformers' or TRL's trainers.
+"""No attribute of our trainers shadows one of transformers' or TRL's trainers.
 
-Their constructors set attributes long before ours are used, so a name that both use works until the base's code reads
-it: `StageTrainer.tools` did so in GRPO. Names are read from the sources, since many are set in branches.
+Their constructors set attributes before ours are used, so a name that both use works until the base's code reads it:
+`StageTrainer.tools` did so in GRPO. Names are read from the sources, since many are set in branches.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ _IGNORED = {"__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", 
 
 
 def test_every_trainer_is_looked_at() -> None:
-    """Those of all stages, so that a new stage's cannot be forgotten."""
+    """The list has the trainers of all stages, so that a new stage's cannot be forgotten."""
     found: set[type] = set()
     todo: list[type] = [StageTrainer]
     while todo:
@@ -100,7 +100,7 @@ def test_no_name_hides_a_base_trainers(trainer: type) -> None:
 
 
 def test_the_lists_of_exceptions_are_true() -> None:
-    """What is listed is a name of a base trainer, and is used."""
+    """Each listed exception is a name of a base trainer, and is used."""
     bases = {kind for base in BASES for kind in base.__mro__} - {object}
     theirs = set().union(*map(_defined, bases)) | set().union(*map(_assigned, bases))
     ours = [kind for trainer in STAGES for kind in trainer.__mro__ if kind.__module__.startswith("finetune_trainer.")]
@@ -110,13 +110,13 @@ def test_the_lists_of_exceptions_are_true() -> None:
 
 @cache
 def _defined(kind: type) -> set[str]:
-    """Names that a class's body binds or annotates."""
+    """Return the names that a class's body binds or annotates."""
     return (set(vars(kind)) | set(inspect.get_annotations(kind))) - _IGNORED
 
 
 @cache
 def _assigned(kind: type) -> set[str]:
-    """Names that a class's methods set on `self`."""
+    """Return the names that a class's methods set on `self`."""
     try:
         source = inspect.getsource(kind)
     except (OSError, TypeError):
@@ -125,7 +125,7 @@ def _assigned(kind: type) -> set[str]:
 
 
 def _set_on(owner: str, source: str) -> set[str]:
-    """Attributes that some code sets on a variable."""
+    """Return the attributes that the source sets on a variable."""
     stores = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute))
     return {
         node.attr
@@ -135,6 +135,6 @@ def _set_on(owner: str, source: str) -> set[str]:
 
 
 def test_no_name_is_set_from_outside() -> None:
-    """`trainer.NAME = ...`, which the class does not show."""
+    """`trainer.NAME = ...` outside the class adds attributes that the class does not show."""
     sources = Path(inspect.getfile(StageTrainer)).parents[1].rglob("*.py")
     assert set().union(*(_set_on("trainer", path.read_text()) for path in sources)) == {"accelerator", "train_dataset"}

@@ -1,4 +1,4 @@
-"""Jobs on two nodes with a cache each: one node prepares, the other one gets what it has prepared."""
+"""Jobs on two nodes with separate caches: one node prepares the data, and the other one copies it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _namespaces() -> None:
 
 
 def in_hub_cache(model: Path, cache: Path) -> None:
-    """Put a saved model into a node's cache of the hub, as huggingface_hub keeps it."""
+    """Put a saved model into a node's Hub cache, in the layout of huggingface_hub."""
     repository = cache / "huggingface/hub" / REPOSITORY
     snapshot, blobs = repository / "snapshots" / ("0" * 40), repository / "blobs"
     for directory in (snapshot, blobs, repository / "refs"):
@@ -40,7 +40,7 @@ def job_of(base: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepared(node: Node) -> dict[str, bytes]:
-    """Reports of preparations in a node's cache, by key. They tell how long it took: each preparation has its own."""
+    """Return the preparation reports in a node's cache by key; their durations tell two preparations apart."""
     found = (node.cache / "finetune/prepared").glob("[0-9a-f]*/report.json")
     return {path.parent.name: path.read_bytes() for path in found}
 
@@ -48,7 +48,7 @@ def prepared(node: Node) -> dict[str, bytes]:
 def test_one_node_tokenises_and_a_slow_one_gets_data_and_weights(
     base_job: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """The second node gets its weights later than `ddpTimeout`: the time of loading does not count."""
+    """The second node gets its weights later than `ddpTimeout`, because loading is not part of the timeout."""
     limit, job = 15, job_of(base_job)
     job["spec"]["runPolicy"] = {"ddpTimeout": limit}
     in_hub_cache(tiny_model, tmp_path / "one")
@@ -56,7 +56,7 @@ def test_one_node_tokenises_and_a_slow_one_gets_data_and_weights(
     slow = FileLock(tmp_path / "two/huggingface/hub" / f"{REPOSITORY}.lock")
     with slow, TwoNodes(job, tmp_path) as nodes:
         wait_for(nodes, "node two fetched prepared")
-        time.sleep(limit + 3)  # the download of the second node, which nothing of the first one's takes part in
+        time.sleep(limit + 3)  # the second node downloads without the first
         assert nodes.head.process.poll() is None, nodes.output
         slow.release()
         assert nodes.wait(240) == 0, nodes.output
@@ -75,7 +75,7 @@ def test_an_error_of_one_node_ends_the_others_at_once(
 ) -> None:
     job = job_of(base_job)
     shutil.copytree(tiny_model, tmp_path / "one/model")
-    job["spec"]["model"] = {"path": str(tmp_path / "cache/model")}  # of the first node alone
+    job["spec"]["model"] = {"path": str(tmp_path / "cache/model")}  # exists on the first node only
     with TwoNodes(job, tmp_path) as nodes:
         wait_for(nodes, "sft: 12 of 12 rows")
         began = time.monotonic()
@@ -93,7 +93,7 @@ def test_nodes_of_one_volume_copy_nothing(base_job: dict[str, Any], tiny_model: 
 
 
 def wait_for(nodes: TwoNodes, words: str, seconds: float = 240) -> None:
-    """Wait until the driver says so."""
+    """Wait until the driver's output contains the text."""
     deadline = time.monotonic() + seconds
     while words not in nodes.output:
         assert nodes.head.process.poll() is None and time.monotonic() < deadline, nodes.output

@@ -1,4 +1,4 @@
-"""Saved tiny models that the tests copy and change."""
+"""Tiny saved models that the tests copy and change."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from support.model.saved_models import make_model, save
 
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model with a head of its own."""
+    """Save a dense model with untied embeddings."""
     return save(make_model(), tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")
 def moe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with four experts in each layer, which the checkpoint holds one by one."""
+    """Save a model with four experts per layer, which the checkpoint stores one by one."""
     return save(make_model("qwen3_moe"), tmp_path_factory.mktemp("moe"))

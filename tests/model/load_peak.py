@@ -1,6 +1,6 @@
-"""Print the increase of this process's peak memory by a model, and the bytes of its weights.
+"""Print the bytes by which loading a model raises this process's peak memory, and the bytes of its weights.
 
-The model is loaded, and then all of its weights are read.
+The peak is printed after loading, and again after reading all weights.
 
 Usage: python load_peak.py MODEL WARM_UP_MODEL DTYPE
 """
@@ -20,7 +20,7 @@ def main(model: str, warm_up: str, dtype: str) -> None:
 
     torch.set_num_threads(1)
     load_whole(warm_up, dtype=getattr(torch, dtype))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current memory
     before = resident("VmRSS")
     loaded = load_whole(model, dtype=getattr(torch, dtype))
     peak = resident("VmHWM") - before

@@ -1,4 +1,4 @@
-"""Print the bytes by which merging an adapter raises this process's memory at its peak.
+"""Print the bytes by which merging an adapter raises this process's peak memory.
 
 Usage: python merge_peak.py RESULT OUT SHARD_BYTES WARM_UP_RESULT
 """
@@ -18,14 +18,14 @@ def resident(field: str) -> int:
 def main(result: str, out: str, shard: str, warm_up: str) -> None:
     from finetune_trainer.model import weights
 
-    weights.SHARD_SIZE = int(shard)  # type: ignore[assignment]  # before any module takes it over
+    weights.SHARD_SIZE = int(shard)  # type: ignore[assignment]  # before any module imports it
     import torch
 
     from finetune_trainer.generation.merge import merge
 
     torch.set_num_threads(1)
     merge(warm_up, Path(f"{out}-warm"))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current memory
     before = resident("VmRSS")
     merge(result, Path(out))
     print(resident("VmHWM") - before)

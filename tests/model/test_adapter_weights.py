@@ -1,4 +1,4 @@
-"""An adapter file that lacks weights, or holds others, is no adapter that does nothing."""
+"""An adapter file with missing or extra weights is rejected instead of loading as an adapter without effect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune_trainer.model.load import load_whole
 
 @pytest.fixture
 def adapter_dir(llama_dir: Path, tmp_path: Path) -> Path:
-    """An adapter of two kinds of layers, its head trained in full."""
+    """Save an adapter on two kinds of layers with a fully trained head."""
     torch.manual_seed(1)
     config = LoraConfig(
         r=2, target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head"], init_lora_weights=False,

@@ -1,4 +1,4 @@
-"""Only a checkpoint with all of a model's weights, and no others, loads."""
+"""A checkpoint loads only if it has exactly the model's weights."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_lost_experts_are_found(lost: str, moe_dir: Path, tmp_path: Path) -> Non
 
 
 def sharded(source: Path, target: Path) -> Path:
-    """A copy in several files."""
+    """Return a copy of the checkpoint in several files."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(WEIGHTS))
     load_whole(str(source), dtype="auto").save_pretrained(target, max_shard_size="30KB")
     assert len(list(target.glob("model-*.safetensors"))) > 2
@@ -156,7 +156,7 @@ def test_a_shard_that_is_not_there_is_named(llama_dir: Path, tmp_path: Path) -> 
 
 
 def test_a_single_file_counts_before_an_index(llama_dir: Path, tmp_path: Path) -> None:
-    """Transformers reads the single file and no index, so an old index in the same folder is no fault."""
+    """Transformers reads the single file and ignores the index, so an outdated index in the directory is no error."""
     from finetune_trainer.model.weights import weight_faults
 
     directory = shutil.copytree(llama_dir, tmp_path / "both")

@@ -1,4 +1,4 @@
-"""No code of a model's or a tokenizer's own is run, and no call of the libraries leaves that to standard input."""
+"""Custom code of models and tokenizers never runs, and no library call asks about it on standard input."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from finetune_trainer.model.source import ModelSource
 
 SOURCES = Path(__file__).parents[2]
 READS = {"from_pretrained", "from_config", "load_dataset", "HFLM"}
-"""Calls that would run code of a model, a tokenizer, a data set or a task where they are let."""
+"""Calls that could run custom code of a model, tokenizer, dataset or task."""
 RUNS_NONE = {"GenerationConfig", "PeftConfig", "AutoHfQuantizer"}
-"""Classes whose methods of these names read JSON alone."""
+"""Classes whose methods of these names read only JSON."""
 
 
 def reading_calls(path: Path) -> Iterator[ast.Call]:
@@ -49,13 +49,13 @@ def test_every_call_refuses_custom_code(package: str) -> None:
 
 @pytest.fixture
 def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that custom code writes when it runs; a `y` waits on standard input."""
+    """Return the file that custom code writes when it runs, with `y` answers on standard input."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
     return tmp_path / "ran"
 
 
 def with_code(source: Path, target: Path, ran: Path) -> Path:
-    """A model whose architecture and tokenizer are code in its directory."""
+    """Save a model whose architecture and tokenizer are code in its directory."""
     shutil.copytree(source, target)
     effect = f"open({str(ran)!r}, 'w').close()\n"
     base = "from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast\n"
@@ -82,7 +82,7 @@ def test_an_architecture_in_code_is_refused_by_its_auto_map(llama_dir: Path, tmp
     message = str(error.value)
     assert "auto_map: AutoConfig: mine.MyConfig, AutoModelForCausalLM: mine.MyModel" in message
     assert "never run" in message and "convert it to an architecture that transformers supports" in message
-    load_tokenizer(ModelSource(str(directory), None, None, str(directory)))  # which needs no code
+    load_tokenizer(ModelSource(str(directory), None, None, str(directory)))  # this needs no custom code
     assert_untouched(ran)
 
 

@@ -1,4 +1,4 @@
-"""LoRA on stacked experts by its factors: PEFT's values without PEFT's copies of whole stacks."""
+"""LoRA on stacked experts is computed from its factors: PEFT's values without PEFT's copies of whole stacks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Gradients = dict[str, torch.Tensor]
 
 
 def adapted(family: str, r: int = 2, size: float = 0.1, **how: Any) -> Any:
-    """A tiny model with LoRA on all of its layers, the adapters random."""
+    """Return a tiny model with random LoRA adapters on all layers."""
     model = build(family, **how)
     with_lora = get_peft_model(model, lora_config(Lora(r=r), model))
     torch.manual_seed(1)
@@ -29,7 +29,7 @@ def adapted(family: str, r: int = 2, size: float = 0.1, **how: Any) -> Any:
 
 
 def step(model: Any) -> tuple[torch.Tensor, Gradients]:
-    """Logits and gradients of one batch."""
+    """Return the logits and gradients of one batch."""
     inputs = batch()
     model.zero_grad()
     output = model(**inputs, labels=inputs["input_ids"])
@@ -40,7 +40,7 @@ def step(model: Any) -> tuple[torch.Tensor, Gradients]:
 
 @pytest.fixture
 def summed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
-    """Shapes of the stacks that were summed up with their adapters."""
+    """Record the shapes of the stacks to which adapters are added."""
     shapes: list[tuple[int, ...]] = []
     library = torch.baddbmm
 
@@ -69,7 +69,7 @@ def test_values_and_gradients_are_pefts(family: str, summed: list[tuple[int, ...
 
 
 def kept_bytes(model: Any) -> int:
-    """Bytes that autograd keeps of a forward pass, weights left out."""
+    """Return the bytes that autograd saves in a forward pass, without the weights."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -85,7 +85,7 @@ def kept_bytes(model: Any) -> int:
 
 
 def test_autograd_keeps_no_stack() -> None:
-    """PEFT keeps 2 * 64 * 32 + 32 * 64 float32 weights of each of 8 experts in 3 layers.
+    """PEFT saves 2 * 64 * 32 + 32 * 64 float32 weights for each of 8 experts in 3 layers.
 
     The factors, whose rank 2 is padded to 8, have 8 * (32 + 128) + 8 * (64 + 32).
     """
@@ -97,7 +97,7 @@ def test_autograd_keeps_no_stack() -> None:
 
 
 def test_other_implementations_are_pefts_own(summed: list[tuple[int, ...]]) -> None:
-    """The loop over experts reads single rows of a stack: there PEFT sums up as before."""
+    """The loop over experts indexes single rows of a stack, for which PEFT still adds the adapter."""
     model = adapted("qwen3_moe", implementation="eager")
     expected, _ = step(model)
     factor_adapters(model)
@@ -126,7 +126,7 @@ def test_other_uses_of_a_stack_get_the_sum() -> None:
 
 
 def test_transformers_own_replacement_takes_the_factors(summed: list[tuple[int, ...]]) -> None:
-    """Used on GPUs older than compute capability 8.0."""
+    """Transformers uses this fallback on GPUs older than compute capability 8.0."""
     stack, left, right = torch.randn(3, 6, 5), torch.randn(3, 6, 8), torch.randn(3, 8, 5)
     inputs, ends = torch.randn(7, 6), torch.tensor([2, 2, 7], dtype=torch.int32)
     found = torch.ops.transformers.grouped_mm_fallback(inputs, FactoredStack(stack, left, right, 0.5), offs=ends)
@@ -137,7 +137,7 @@ def test_transformers_own_replacement_takes_the_factors(summed: list[tuple[int, 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_float32_stacks_follow_autocast(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`grouped_mm` itself ignores autocast; the gradients are the float32 weights' own."""
+    """`grouped_mm` itself ignores autocast; the gradients reach the float32 weights."""
     formats: list[tuple[torch.dtype, torch.dtype]] = []
     library = torch.nn.functional.grouped_mm
 

@@ -1,4 +1,4 @@
-"""A generation configuration that transformers would refuse to save is repaired as it loads, or refused before."""
+"""A generation configuration that transformers would refuse to save is repaired on loading, or rejected early."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_what_only_saving_refuses_is_found(llama_dir: Path) -> None:
 
 
 def test_a_template_that_can_not_be_a_file_is_found(llama_dir: Path) -> None:
-    """Named templates are files of those names."""
+    """Named templates are saved as files with those names."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = {"default": "x", "with/slash": "y"}
     fault = next(saving_faults(read_config(str(llama_dir)), GenerationConfig(), tokenizer))
@@ -89,5 +89,5 @@ def test_a_template_that_can_not_be_a_file_is_found(llama_dir: Path) -> None:
 
 def test_a_configuration_that_can_not_be_written_is_found(llama_dir: Path) -> None:
     config = read_config(str(llama_dir))
-    config.extra = {1, 2}  # no JSON
+    config.extra = {1, 2}  # not JSON
     assert next(saving_faults(config, GenerationConfig(), None)).startswith("its configuration can't be saved: ")

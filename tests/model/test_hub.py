@@ -1,4 +1,4 @@
-"""An outage of the hub is distinguished from a missing model, at once and in one line."""
+"""An outage of the Hub is distinguished from a missing model, immediately and in one line."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from finetune_trainer.model.config import load_tokenizer, read_config
 from finetune_trainer.model.source import ModelSource
 
 CLOSED = "http://127.0.0.1:9"
-"""Nothing listens on the discard port."""
+"""No server listens on the discard port."""
 MODEL = "acme/model"
 
 
 class Hub(ThreadingHTTPServer):
-    """Answers every request with one status and one of the hub's error codes."""
+    """A server that answers every request with one status and one of the Hub's error codes."""
 
     daemon_threads = True
     status = 404
@@ -61,13 +61,13 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def log_message(self, *_: Any) -> None:
-        """Nothing on standard error."""
+        """Write no log to standard error."""
 
 
 @pytest.fixture
 def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The hub may be asked, and its cache is empty."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # restored where the code under test sets it
+    """Enable access to the Hub, with an empty cache."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # so that monkeypatch restores it after the code under test sets it
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(hub, "_outages", [])
@@ -95,7 +95,7 @@ def unreachable(online: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read_everything() -> list[Exception]:
-    """What reading a model, a tokenizer and a data set raises."""
+    """Return the errors of reading a model, a tokenizer and a dataset."""
     found: list[Exception] = []
     for read in (
         lambda: read_config(MODEL),
@@ -160,7 +160,7 @@ def test_what_is_no_name_is_not_asked_for(server: Hub) -> None:
 
 
 def test_an_outage_in_the_middle_is_one_too(server: Hub) -> None:
-    """What the libraries raise of a failed download is an OSError, as of a file that is not there."""
+    """The libraries raise OSError for a failed download as well as for a missing file."""
     server.answers(200)
     with pytest.raises(Outage, match="connection lost"), hub_access(MODEL, "model"):
         try:
@@ -182,7 +182,7 @@ def test_offline_by_choice_says_so(online: None, monkeypatch: pytest.MonkeyPatch
 
 
 def cached(cache: Path, source: Path) -> None:
-    """Fill the hub's cache with a model, as a download does."""
+    """Add a model to the Hub cache, as a download does."""
     repository, commit = cache / "models--acme--model", "0" * 40
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
@@ -197,7 +197,7 @@ def test_without_an_answer_the_cache_serves(unreachable: None, llama_dir: Path, 
         assert constants.HF_HUB_OFFLINE, "so that the libraries don't retry"
     assert time.monotonic() - started < 5
     with pytest.raises(Outage), hub_access("acme/other", "model"):
-        """Not in the cache."""
+        """The model is not in the cache."""
 
 
 def test_validate_ends_with_one_line_and_exit_code_1(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where weights are read to: straight onto the worker's device, and on a CPU not twice."""
+"""Weights are loaded directly onto the worker's device, and on a CPU not twice."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from finetune_trainer.training.context import Placement
 from finetune_trainer.training.reset_state import reset_stage_state
 
 META = torch.device("meta")
-"""Stands in for an accelerator: what is read onto it never was in the host's memory."""
+"""Replaces an accelerator: weights loaded onto it were never in host memory."""
 
 
 @pytest.mark.parametrize("family", ["llama_dir", "moe_dir"])
 def test_weights_are_read_straight_onto_the_device(family: str, request: pytest.FixtureRequest) -> None:
     model = load_whole(str(request.getfixturevalue(family)), dtype="auto", device=META)
     assert {weight.device for weight in model.parameters()} == {META}
-    assert not hasattr(model, "hf_device_map")  # trainers neither move nor divide a model that has one
+    assert not hasattr(model, "hf_device_map")  # trainers neither move nor shard a model that has one
 
 
 def test_a_stage_reads_onto_its_workers_device(
     llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the code before, each worker of a node had the whole model in the host's memory first."""
+    """No worker of a node needs host memory for the whole model first."""
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
     data = {"sources": [{"inline": [{"prompt": "a", "completion": "b"}] * 4}]}
@@ -50,13 +50,13 @@ def test_a_stage_reads_onto_its_workers_device(
     context = replace(open_stage(job, tmp_path), placement=Placement(0, 0, 1, accelerator=True))
     try:
         assert {weight.device for weight in starting_model(context).parameters()} == {META}
-        assert replace(context, zero=3).load_device is None  # ZeRO-3 divides the weights as they load
+        assert replace(context, zero=3).load_device is None  # ZeRO-3 partitions the weights while they load
     finally:
         reset_stage_state()
 
 
 def test_loading_on_a_cpu_holds_the_weights_once(tmp_path: Path) -> None:
-    """The weights are the pages of the file, until something writes to them."""
+    """The weights are memory-mapped from the file, until they are written to."""
     wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 7, "num_attention_heads": 16}
     big = save(make_model(**wide).to(torch.bfloat16), tmp_path / "big")
     small = save(make_model().to(torch.bfloat16), tmp_path / "small")

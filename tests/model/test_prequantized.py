@@ -1,4 +1,4 @@
-"""Models that were saved quantized are refused by name where they can't be trained, and dequantized where asked."""
+"""Pre-quantized models are rejected by name if they cannot be trained, and dequantized on request."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from finetune_trainer.model.prequantized import environment_fault, quantization_
 from finetune_trainer.model.source import ModelSource
 
 FP4 = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-"""The values of MXFP4 (OCP Microscaling Formats 1.0); 32 of them share a power of two."""
+"""The values of MXFP4 (OCP Microscaling Formats 1.0); each 32 of them share a power of two."""
 
 
 def job_model(directory: Path, cache: Path, **fields: Any) -> JobModel:
@@ -34,7 +34,7 @@ def job_model(directory: Path, cache: Path, **fields: Any) -> JobModel:
 
 
 def bnb(source: Path, target: Path, **options: Any) -> Path:
-    """The model as bitsandbytes quantizes and transformers saves it."""
+    """Save the model as quantized by bitsandbytes."""
     config = BitsAndBytesConfig(**options)
     model = AutoModelForCausalLM.from_pretrained(
         source, quantization_config=config, dtype=torch.float32, trust_remote_code=False
@@ -43,7 +43,7 @@ def bnb(source: Path, target: Path, **options: Any) -> Path:
 
 
 def fp8(source: Path, target: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The model with linear layers in FP8 as DeepSeek and Qwen publish them, and what those weights mean."""
+    """Save the model with FP8 linear layers as DeepSeek and Qwen publish them; return the dequantized weights too."""
     meant: dict[str, Tensor] = {}
 
     def quantize(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ def fp8(source: Path, target: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def mxfp4(source: Path, target: Path) -> tuple[Path, dict[str, Tensor]]:
-    """gpt-oss with experts in MXFP4 as it is published, and what those weights mean."""
+    """Save gpt-oss with MXFP4 experts as published; return the dequantized weights too."""
     model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False)
     shutil.copytree(source, target)
     found: dict[str, Tensor] = {}

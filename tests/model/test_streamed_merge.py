@@ -1,4 +1,4 @@
-"""A merge that goes through the base's files: the files that PEFT's merge of the whole model gives, in less memory."""
+"""A merge that streams the base's files writes the same files as PEFT's merge of the whole model, in less memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from finetune_trainer.model.vocabulary import resize_embeddings
 SHARD = 60_000
 AUTO = auto_class("causal")
 CLOSE = 1e-5
-"""Logits in float32: the adapter next to its layer or in it, two orders of the same sum."""
+"""Tolerance for float32 logits: a separate adapter and a merged one add in different orders."""
 PEAK_SHARD = 32 << 20
 
 
@@ -41,7 +41,7 @@ def _base(directory: Path, family: str, dtype: torch.dtype = torch.float32, **fi
 
 
 def _adapter(base: Path, directory: Path, rows: int | None = None, **lora: Any) -> Path:
-    """Save a job's adapter whose every trained weight is away from where it started."""
+    """Save an adapter of a job whose trained weights all differ from their initial values."""
     model = load_whole(str(base), AUTO, dtype="auto")
     if rows is not None:
         resize_embeddings(model, rows)
@@ -49,7 +49,7 @@ def _adapter(base: Path, directory: Path, rows: int | None = None, **lora: Any) 
 
 
 def _peft_adapter(base: Path, directory: Path, modules: list[str], **more: Any) -> Path:
-    """Save an adapter that PEFT makes and a job does not."""
+    """Save an adapter that PEFT can create and a job cannot."""
     config = LoraConfig(r=4, target_modules=modules, task_type="CAUSAL_LM", **more)
     return _trained_adapter(load_whole(str(base), AUTO, dtype="auto"), config, base, directory)
 
@@ -79,7 +79,7 @@ def _streamed(base: Path, adapter: Path, directory: Path, rows: int | None = Non
 
 
 def _by_peft(base: Path, adapter: Path, directory: Path, rows: int | None = None) -> Path:
-    """PEFT's merge of the whole model, in float32 and rounded once."""
+    """Return the files of PEFT's merge of the whole model, in float32 and rounded once."""
     model = load_whole(str(base), AUTO, dtype="auto")
     if rows is not None:
         resize_embeddings(model, rows)
@@ -141,7 +141,7 @@ def test_embeddings_with_added_rows_are_merged(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_an_adapter_on_tied_embeddings_is_added_once(tmp_path: Path) -> None:
-    """PEFT's own merge adds it twice: once for the embedding and once for the head, which are one weight."""
+    """PEFT's own merge adds it twice: to the embedding and to the head, which share one weight."""
     base = _base(tmp_path, "qwen3", tie_word_embeddings=True)
     adapter = _peft_adapter(base, tmp_path, ["q_proj", "embed_tokens"], ensure_weight_tying=True)
     expected = logits(attach_adapter(load_whole(str(base), AUTO, dtype="auto"), adapter).eval())
@@ -161,7 +161,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_streamed_is_merged_as_a_whole(tmp_path: Path) -> None:
-    """An adapter with biases of its own changes weights that are not told from the files of the layer's weight."""
+    """An adapter with its own biases changes weights that the names in its files do not show."""
     base = _base(tmp_path, "qwen2")
     _peft_adapter(base, tmp_path, ["q_proj"], lora_bias=True)
     assert _plan(base, tmp_path / "adapter") is None
@@ -173,9 +173,9 @@ def test_what_cannot_be_streamed_is_merged_as_a_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("family", "files"), [("llama", 3.0), pytest.param("qwen3_moe", 3.0, marks=pytest.mark.long)])
 def test_memory_stays_near_one_file(family: str, files: float, tmp_path: Path) -> None:
-    """A model of five files in bfloat16. On the code before, the peak is the whole model in float32, and copies.
+    """Merge a bfloat16 model of five files; a merge in memory would peak at the whole model in float32, plus copies.
 
-    Of 40 layers of experts, the names and shapes alone take half a file here.
+    The names and shapes of 40 layers of experts alone take half a file here.
     """
     wide = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 30}
     experts = {"num_hidden_layers": 40, "num_experts": 8, "moe_intermediate_size": 192, "hidden_size": 384}

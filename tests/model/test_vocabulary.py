@@ -1,4 +1,4 @@
-"""A tokenizer with more ids than the model has embedding rows is refused, or gets rows at the mean of the others."""
+"""A tokenizer with more ids than embedding rows is rejected, or the embedding gets new rows at the mean of the old."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_ids_beyond_the_embeddings_are_named(llama_dir: Path) -> None:
 
 
 def test_a_gap_in_the_ids_counts(llama_dir: Path) -> None:
-    """The length of a tokenizer is not its highest id: added tokens may begin further on."""
+    """The length of a tokenizer may differ from its highest id, because added tokens may leave a gap."""
     tokenizer, rows = make_tokenizer(), read_config(str(llama_dir)).vocab_size
 
     class Gapped(type(tokenizer)):  # type: ignore[misc]

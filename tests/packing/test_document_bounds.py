@@ -1,4 +1,4 @@
-"""What reaches attention for packed rows: each document's bounds and no mask, with flash attention and sdpa."""
+"""What attention gets for packed rows: each document's bounds and no mask, with flash attention and sdpa."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from finetune_trainer.training.packing_probe import Probe, log_probs
 
 LENGTH = 32
 ROWS = ([11, 9, 4], [32], [17, 3])
-"""Documents of three packed rows; the second has no padding."""
+"""Document lengths of three packed rows; the second row has no padding."""
 BOUNDS = [0, 11, 20, 24, 32, 64, 81, 84, 96]
-"""Where they and the padding start in the rows laid end to end."""
+"""Start positions of the documents and of the padding in the concatenated rows."""
 EXACT = 1e-5
 
 
@@ -44,7 +44,7 @@ def logits_alone(model: Any, rows: int) -> list[Tensor]:
 
 
 def logits_packed(model: Any, rows: int) -> list[Tensor]:
-    """Return the same logits out of packed rows."""
+    """Return the same logits from packed rows."""
     given = batch(rows)
     given.pop("labels")
     whole = model(**given, use_cache=False).logits
@@ -80,7 +80,7 @@ def test_flash_attention_gets_every_document(family: str, rows: int, monkeypatch
 
 @torch.no_grad()
 def test_flash_attention_without_bounds_is_not_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A family that passes neither bounds nor positions on to flash attention is refused."""
+    """A family that passes neither bounds nor positions to flash attention is rejected."""
     model = packed_models.build("llama")
     FlashStandIn(monkeypatch)
     with_flash(model)
@@ -97,7 +97,7 @@ def _without_bounds(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any
 
 @pytest.fixture
 def masks(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
-    """The mask of each call of torch's attention from now on."""
+    """Record the mask of each call of torch's attention."""
     seen: list[Tensor | None] = []
     torchs = nn.functional.scaled_dot_product_attention
 
@@ -112,7 +112,7 @@ def masks(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "deepseek_v3"])
 def test_sdpa_gets_no_mask(family: str, checkpointing: bool, masks: list[Tensor | None]) -> None:
-    """Under sdpa each document is a causal call of its own, with the loss and the gradients of the document alone."""
+    """Sdpa computes each document in a causal call of its own, with the loss and gradients of the document alone."""
     model = packed_models.build(family).train()
     for module in model.modules():  # gpt2 has dropout by default
         if isinstance(module, nn.Dropout):
@@ -135,7 +135,7 @@ def test_sdpa_gets_no_mask(family: str, checkpointing: bool, masks: list[Tensor 
 
 @torch.no_grad()
 def test_experts_see_the_batch_as_it_was() -> None:
-    """The balance loss and its router logits are those of rows with masks; padding does not count."""
+    """The load-balancing loss and its router logits equal those of rows with masks, without the padding."""
     model = packed_models.build("qwen3_moe")
     found = []
     for form in (Form.POSITIONS, Form.BOUNDS):
@@ -149,7 +149,7 @@ def test_experts_see_the_batch_as_it_was() -> None:
 @pytest.mark.parametrize("heads", [2, 4])
 @pytest.mark.parametrize("scaling", [None, 0.3])
 def test_attend_is_attention_with_a_mask(window: int | None, heads: int, scaling: float | None) -> None:
-    """The same outputs and gradients as transformers' own function with a mask of documents and windows."""
+    """Outputs and gradients equal those of transformers' function with a mask of documents and windows."""
     bounds = torch.tensor([0, 9, 10, 24], dtype=torch.int32)
     places = torch.arange(24)
     document = torch.bucketize(places, bounds, right=True)
@@ -168,7 +168,7 @@ def test_attend_is_attention_with_a_mask(window: int | None, heads: int, scaling
 
 
 def attention(groups: int = 1, causal: bool = True, **config: Any) -> nn.Module:
-    """Return what the function reads of an attention module."""
+    """Return a module with the attributes that the attention function reads."""
     module = nn.Module()
     module.num_key_value_groups, module.is_causal, module.layer_idx = groups, causal, 0  # type: ignore[assignment]
     module.config = SimpleNamespace(**config)  # type: ignore[assignment]
@@ -226,7 +226,7 @@ def test_a_family_that_keeps_its_window_to_itself_is_packed_by_masks() -> None:
 
 
 def test_torchs_kernel_gets_bounds_and_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch's variable-length kernel is called with, by a function of its signature: only a GPU has the kernel."""
+    """A function with the signature of torch's variable-length kernel, which needs a GPU, records its arguments."""
     stand_in, module = FlashStandIn(monkeypatch), attention(groups=2)
     calls: list[dict[str, Any]] = []
 

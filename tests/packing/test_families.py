@@ -1,4 +1,4 @@
-"""Packed loss = unpacked loss, or packing is refused: for every family, by what docs/packing.md says of it."""
+"""For every family, packed loss equals unpacked loss or packing is rejected, as docs/packing.md says."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from finetune_trainer.training.packing_probe import Finding, Probe
 
 DOCS = (Path(__file__).parents[2] / "docs" / "packing.md").read_text()
 EXACT, MIXED = 1e-5, 1e-4
-"""Largest difference of losses where documents are apart, and smallest where they are mixed."""
+"""Largest difference of losses if documents are separate, and smallest if they are mixed."""
 
 
 def documented() -> dict[str, Form | None]:
-    """Return each family's row in the table: the form in which it is packed, or None."""
+    """Return each family's form of packing in the table, or None if it is rejected."""
     forms = {**{str(form): form for form in Form}, "refused": None}
     rows = {name: re.search(rf"^\| {name} \| (.*) \|$", DOCS, re.MULTILINE) for name in forms}
     assert all(rows.values())
@@ -38,7 +38,7 @@ def test_the_table_has_every_family() -> None:
 
 @pytest.mark.parametrize("name", packed_models.FIELDS)
 def test_family(name: str) -> None:
-    """What keeps its documents apart has the losses and gradients of single documents; all else is refused."""
+    """A family that separates documents has the losses and gradients of single documents; others are rejected."""
     model = packed_models.build(name)
     finding = Probe(model, 2, torch.float32).find()
     assert finding.form == TABLE[name], finding
@@ -51,7 +51,7 @@ def test_family(name: str) -> None:
 
 
 def _with_gradients(model: Any, finding: Finding | None) -> tuple[float, torch.Tensor]:
-    """The loss, packed as found or not packed, and its gradient in all weights."""
+    """Return the loss, unpacked or packed in the form of the finding, and the gradient of all weights."""
     model.zero_grad()
     loss = packed_models.loss_alone(model) if finding is None else packed_models.loss_packed(model, finding.form)
     loss.backward()
@@ -62,7 +62,7 @@ def _with_gradients(model: Any, finding: Finding | None) -> tuple[float, torch.T
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["mistral", "opt"])
 def test_attention(name: str, attention: str) -> None:
-    """The form that is found holds for the attention that the job asks for."""
+    """The form that the probe finds is valid for the requested attention implementation."""
     model = packed_models.build(name, attn_implementation=attention)
     finding = Probe(model, 2, torch.float32).find()
     with torch.no_grad():
@@ -73,9 +73,9 @@ def test_attention(name: str, attention: str) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_small_models_of_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The preflight's findings on small models of transformers' own configurations hold for the loss.
+    """The preflight's findings on small models of transformers' default configurations agree with the loss.
 
-    It accepts no family that mixes documents, and refuses none that separates them in rows as the collator makes them.
+    It accepts no family that mixes documents, and rejects none that separates them in the collator's rows.
     """
     built: list[Any] = []
     monkeypatch.setattr(Trial, "_model", lambda self, make=Trial._model: built.append(make(self)) or built[-1])
@@ -96,6 +96,6 @@ def test_small_models_of_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
 def _found(family: str) -> Finding | None:
     try:
         config = AutoConfig.for_model(family).get_text_config()
-    except Exception:  # a few families have no configuration by default
+    except Exception:  # a few families have no default configuration
         return None
     return Trial(config, "auto", 2, "cpu").find()

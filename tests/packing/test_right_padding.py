@@ -1,4 +1,4 @@
-"""Causal batches that are padded on the right: the same loss and gradients without the attention mask."""
+"""Causal batches that are padded on the right have the same loss and gradients without the attention mask."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def batch(left: bool = False, vocab: int = packed_models.VOCAB) -> dict[str, Ten
 
 
 def given_masks(model: Any) -> list[Tensor | None]:
-    """Return the masks that the decoder gets in calls to come, after all hooks that are registered now."""
+    """Return a list that records the decoder's masks in later calls, after all currently registered hooks."""
     seen: list[Tensor | None] = []
 
     def see(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -51,7 +51,7 @@ def loss_and_gradients(model: Any, **more: Any) -> tuple[float, Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_loss_and_gradients(family: str) -> None:
-    """With full, windowed, latent and linear attention, convolutions, learned positions, and experts' balance loss."""
+    """This covers full, windowed, latent and linear attention, convolutions, learned positions and the balance loss."""
     model = packed_models.build(family)
     more = {"output_router_logits": True} if "moe" in family else {}
     expected, gradients = loss_and_gradients(model, **more)
@@ -64,7 +64,7 @@ def test_same_loss_and_gradients(family: str) -> None:
 
 
 def test_masks_that_are_needed_stay() -> None:
-    """Padding on the left, packed rows with their positions, and generation with a cache."""
+    """Masks are kept for padding on the left, packed rows with positions, and generation with a cache."""
     model = packed_models.build("llama")
     drop_right_padding(model)
     seen = given_masks(model)
@@ -80,7 +80,7 @@ def test_masks_that_are_needed_stay() -> None:
 
 @torch.no_grad()
 def test_load_statistics_leave_padding_out() -> None:
-    """The counter sees the mask, whether it is attached before or after the hook that takes the mask away."""
+    """The counter sees the mask, whether it is attached before or after the hook that drops the mask."""
     counts = []
     for first in (True, False):
         model = packed_models.build("qwen3_moe")
@@ -122,7 +122,7 @@ def test_encoders_keep_their_masks() -> None:
 @pytest.mark.timeout(7200)
 @torch.no_grad()
 def test_every_causal_family() -> None:
-    """Small models of transformers' own configurations: what is called causal has the same outputs without the mask."""
+    """Small models of default configurations that count as causal have the same outputs without the mask."""
     wrong: dict[str, float] = {}
     tried = 0
     for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -144,7 +144,7 @@ def test_every_causal_family() -> None:
 def _small(family: str) -> Any:
     try:
         config = AutoConfig.for_model(family).get_text_config()
-    except Exception:  # a few families have no configuration by default
+    except Exception:  # a few families have no default configuration
         return None
     model = Trial(config, "auto", 2, "cpu")._model()
     return None if model is None else model.eval()

@@ -1,4 +1,4 @@
-"""Sizes of checkpoints against hand calculations and real checkpoints; time, room and the grace period."""
+"""Checkpoint sizes compared with hand calculations and real checkpoints; saving time, free space and grace period."""
 
 from __future__ import annotations
 
@@ -35,10 +35,9 @@ LLAMA_70B = {
     "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False, "head_dim": 128,
 }  # fmt: skip
 WEIGHTS_70B = 70_553_706_496
-"""Llama 3 70B: 2 x 128256 x 8192 of embeddings and head, 80 layers of attention (2 x 8192 x 8192 + 2 x 8192 x 1024),
-MLP (3 x 8192 x 28672) and two norms (2 x 8192), and the last norm."""
+"""Llama 3 70B: 2 x 128256 x 8192 (embeddings, head) + 80 layers x 8192 x (2 x 9216 + 3 x 28672 + 2 norms) + 8192."""
 LORA_70B = 80 * 16 * ((8192 + 8192) * 2 + (8192 + 1024) * 2 + (8192 + 28672) * 3)
-"""Rank 16 on every linear layer: 207,093,760."""
+"""Rank 16 on every linear layer: 207,093,760 parameters."""
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +51,9 @@ def load(zero: int, **fields: Any) -> Workload:
 
 def test_a_full_70b_checkpoint(llama: ModelSize) -> None:
     assert llama.total == WEIGHTS_70B
-    # ZeRO-3: a float32 master and two moments of each weight, 12 bytes; the master copies are the weights.
+    # ZeRO-3: a float32 master weight and two moments per weight, 12 bytes; the master weights are the weights.
     assert checkpoint_bytes(llama, load(3)) == WEIGHTS_70B * 12 == 846_644_477_952
-    # ZeRO-2: bfloat16 weights besides, 14 bytes.
+    # ZeRO-2: additional bfloat16 weights, 14 bytes.
     assert checkpoint_bytes(llama, load(2)) == WEIGHTS_70B * 14
     # ZeRO-0: float32 weights and two moments, 12 bytes.
     assert checkpoint_bytes(llama, load(0)) == WEIGHTS_70B * 12
@@ -73,7 +72,7 @@ def test_a_70b_lora_checkpoint_has_the_adapter_alone(llama: ModelSize) -> None:
     [(0, 151_104, 605_544 + 1_224_688), (3, 151_104, 910_207 * 2), (0, 203_008, 813_544 + 1_650_123)],
 )
 def test_sizes_of_checkpoints_that_were_written(zero: int, parameters: int, measured: int, llama: ModelSize) -> None:
-    """Weights and optimizer files of runs of tiny models (transformers 5.23, DeepSpeed 0.19.8), in float32."""
+    """The weights and optimizer files are of runs of tiny float32 models (transformers 5.23, DeepSpeed 0.19.8)."""
     size = dataclasses.replace(llama, total=parameters, frozen=0)
     estimated = checkpoint_bytes(size, Workload(batch=1, length=8, dtype_bytes=4, zero=zero, workers=2))
     assert estimated == pytest.approx(measured, rel=0.02)

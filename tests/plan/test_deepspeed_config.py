@@ -1,4 +1,4 @@
-"""What of DeepSpeed's configuration depends on what is trained."""
+"""Fields of DeepSpeed's configuration that depend on the trained weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ADAPTER = AdapterSize(parameters=41_943_040, input_features=1, rank_features=1)
 
 @pytest.fixture(scope="module")
 def size() -> ModelSize:
-    """Of a model that does not matter: an adapter trains."""
+    """Return the size of any model; only the adapter is trained."""
     small = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     return model_size(meta_model(AutoConfig.for_model("qwen3", **small, num_attention_heads=1, head_dim=16)))
 

@@ -1,4 +1,4 @@
-"""Plans of stages with a score or answers of their own: steps, sequences, second models, and what drawing needs."""
+"""Plans of reward, rlhf, online and synthesis stages: steps, sequences, second models, and memory of generation."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_reward_model_has_a_score_in_place_of_a_head() -> None:
     (plan,) = _plan(REWARD)
     assert plan.parameters == sum(one.numel() for one in meta_model(tiny("qwen3"), "reward").parameters())
     (adapted,) = _plan({"reward": REWARD["reward"] | {"lora": {"r": 4}}})
-    assert adapted.trainable == adapted.parameters - plan.parameters > 32  # the head is trained beside the adapters
+    assert adapted.trainable == adapted.parameters - plan.parameters > 32  # the head is trained besides the adapters
     (dpo,) = _plan({"dpo": REWARD["reward"]})
     assert plan.memory.loss < dpo.memory.loss and plan.memory.activations == dpo.memory.activations
 
@@ -78,7 +78,7 @@ def test_rounds() -> None:
 
 
 def test_drawing_counts_where_it_needs_more_than_training() -> None:
-    """A long cache of keys and values of many answers against a short training pass; ZeRO-3 gathers the model."""
+    """A large KV cache of many answers exceeds a short training pass; ZeRO-3 gathers the model in addition."""
     few, many = (_plan(REWARD, _online(numGenerations=count))[1] for count in (2, 512))
     assert few.memory.drawing == 0 < many.memory.drawing
     divided = _plan(REWARD, _online(numGenerations=512), zero=3)[1]
@@ -102,7 +102,7 @@ def _teacher(memory: int = 8 << 30, **model: Any) -> TeacherPlan:
 
 
 def test_a_teacher_on_the_job_s_own_workers(tmp_path: Path) -> None:
-    """Its weights, with keys and values of a batch of answers; the job's model, or one of its own."""
+    """A local teacher needs its weights and a KV cache; it is the job's model or another one."""
     own = _teacher()
     model = meta_model(tiny("qwen3"))
     assert own.parameters == sum(one.numel() for one in model.parameters())

@@ -1,4 +1,4 @@
-"""Plans of published models against calculations by hand, every number as arithmetic to follow."""
+"""Plans of published models compared with hand calculations, with every number as arithmetic."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NCCL = 2 * 24 * (4 * MIB + 120 * 640 * 8 * 8 + 8 * 512 * 8 * 16)
 
 
 def planned(model: dict[str, Any], device: str = "H200", workers: int = 1, zero: Any = "auto", **sft: Any) -> StagePlan:
-    """`finetune plan` of one packed stage."""
+    """Return the plan of one packed stage."""
     data = {"sources": [{"inline": [{"text": "x"}]}]}
     job = {
         "apiVersion": "finetune.dev/v1alpha1",
@@ -53,28 +53,28 @@ def planned(model: dict[str, Any], device: str = "H200", workers: int = 1, zero:
 
 
 def shown(stage: StagePlan) -> dict[str, int]:
-    """The parts of a plan that are not 0. A mask would be one: packed rows need none here."""
+    """Return the nonzero parts of a plan; packed rows need no mask here."""
     return {name: count for name, count in stage.memory.parts().items() if count}
 
 
 def lora(r: int, shapes: list[tuple[int, int]]) -> int:
-    """Parameters of LoRA on layers [in, out]."""
+    """Return the number of LoRA parameters on layers [in, out]."""
     return sum(r * inputs + r * outputs for inputs, outputs in shapes)
 
 
-# Qwen3-8B: seven linear layers in each of 36, adapters of rank 16.
+# Qwen3-8B: seven linear layers in each of 36 layers, adapters of rank 16.
 LAYERS_8B = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 12288), (4096, 12288), (12288, 4096)]
 LINEAR_8B = 36 * sum(inputs * outputs for inputs, outputs in LAYERS_8B)
 TOTAL_8B = 2 * 151936 * 4096 + LINEAR_8B + 36 * (2 * 4096 + 2 * 128) + 4096  # embeddings and head, layers, norms
 ADAPTER_8B = 36 * lora(16, LAYERS_8B)
-# Bytes that one layer keeps of one token, in bfloat16 on a frozen base.
+# Bytes saved per token by one layer, in bfloat16 on a frozen base.
 TOKEN_8B = (
     2 * 4096 * 4  # the inputs of two norms, in float32
     + (4096 + 1024 + 1024 + 4096) * 2  # queries, keys, values, the attention's output
     + (4096 + 1024) * 4  # the inputs of the norms on queries and keys, in float32
     + 4 * 12288 * 2  # gate, its activation, up, the product
     + (6 * 4096 + 12288) * 2  # inputs of the seven adapters, each with a copy
-    + 7 * 16 * 2  # the adapters' middles
+    + 7 * 16 * 2  # the adapters' outputs of rank 16
 )
 
 
@@ -87,7 +87,7 @@ def test_qwen3_8b_lora_packed_at_8k() -> None:
         "weights": 2 * TOTAL_8B + 4 * ADAPTER_8B,  # bfloat16, and float32 adapters
         "gradients": 4 * ADAPTER_8B,
         "optimizer": (4 + 4) * ADAPTER_8B,
-        "activations": 8192 * (36 * TOKEN_8B + 2 * 4096 * 2),  # and the last hidden states before and after the norm
+        "activations": 8192 * (36 * TOKEN_8B + 2 * 4096 * 2),  # plus the last hidden states before and after the norm
         "loss": 4096 * 32768 * 2 + 8192 * 4096 * 4,  # one tile of logits, the float32 gradients of the hidden states
         "buffers": 2 * ADAPTER_8B,  # autocast's copy of the adapters
         "context": CONTEXT,
@@ -97,17 +97,17 @@ def test_qwen3_8b_lora_packed_at_8k() -> None:
 
 
 def test_qwen3_8b_lora_packed_at_8k_with_checkpointing() -> None:
-    """Each layer keeps its input, and one layer at a time all of its own."""
+    """Each layer saves its input, and one layer at a time saves all of its activations."""
     stage = planned(QWEN3_8B, device="L40S", maxLength=8192, lora={}, gradientCheckpointing=True)
     assert stage.memory.activations == 8192 * (36 * 4096 * 2 + TOKEN_8B)
     assert stage.fits and stage.memory.total == pytest.approx(22.7e9, rel=5e-3)
 
 
 def test_qwen3_8b_lora_on_eight_gpus() -> None:
-    """ZeRO-2: masters and moments divided, two reduce buckets as large as the gradients, NCCL."""
+    """ZeRO-2: sharded master weights and moments, two reduce buckets as large as the gradients, and NCCL."""
     stage = planned(QWEN3_8B, workers=8, zero=2, maxLength=8192, lora={}, gradientCheckpointing=True)
     share = ADAPTER_8B // 8
-    bucket = 666 * 65536  # the least multiple of 65536 above it
+    bucket = 666 * 65536  # the least multiple of 65536 that is not smaller
     assert ADAPTER_8B % 8 == 0 and 665 * 65536 < ADAPTER_8B <= bucket
     found = stage.memory
     assert found.weights == 2 * (TOTAL_8B + ADAPTER_8B)
@@ -137,12 +137,12 @@ TOKEN_30B = (
     + 8 * (2048 + 4 * 768 + 2 * 16 + 2048) * 2  # 8 experts: the token, four of the MLP, two middles, the output
     + 2 * 128 * 4  # the router's logits and their softmax, in float32
     + (3 * 2048 + 4096) * 2  # inputs of the attention's four adapters, each with a copy
-    + 4 * 16 * 2  # their middles
+    + 4 * 16 * 2  # their outputs of rank 16
 )
 
 
 def test_qwen3_30b_a3b_lora() -> None:
-    """LoRA on everything is computed by its factors: no sum with a stack is in the plan."""
+    """LoRA on all layers is computed from its factors, so the plan has no sums with expert stacks."""
     assert (TOTAL_30B, EXPERTS_30B) == (30_532_122_624, 28_991_029_248)
     assert (ON_ATTENTION, ON_EXPERTS) == (13_369_344, 629_145_600)
     stage = planned(QWEN3_30B_A3B, maxLength=4096, lora={})
@@ -164,14 +164,14 @@ def test_qwen3_30b_a3b_lora() -> None:
 
 def test_a_token_of_qwen3_30b_a3b_meets_8_of_128_adapted_experts() -> None:
     adapted = ON_ATTENTION + ON_EXPERTS * 8 // 128
-    active = TOTAL_30B - EXPERTS_30B + EXPERTS_30B * 8 // 128 - 151936 * 2048  # the embedding is looked up
+    active = TOTAL_30B - EXPERTS_30B + EXPERTS_30B * 8 // 128 - 151936 * 2048  # the embedding is a lookup
     attention = 4 * 48 * 32 * 128 * 4096
     assert planned(QWEN3_30B_A3B, maxLength=4096, lora={}).flops_per_token == 4 * active + 3 * attention + 6 * adapted
 
 
 @pytest.fixture(scope="module")
 def qwen3_30b() -> tuple[Any, Workload]:
-    """Its size, and LoRA on everything."""
+    """Return its size, and a workload with LoRA on all layers."""
     from transformers import AutoConfig
 
     from finetune_api.training import Lora
@@ -182,7 +182,7 @@ def qwen3_30b() -> tuple[Any, Workload]:
 
 
 def test_sums_of_stacks_and_adapters_would_be_58_gb(qwen3_30b: tuple[Any, Workload]) -> None:
-    """PEFT's own way, which families without a grouped product still go: W + BA of every stack, in bfloat16."""
+    """PEFT, still used for families without a grouped product, computes W + BA of every stack in bfloat16."""
     size, load = qwen3_30b
     sums = replace(load, summed_stacks=True)
     assert pytest.approx(58.0e9, rel=1e-3) == 2 * EXPERTS_30B
@@ -191,7 +191,7 @@ def test_sums_of_stacks_and_adapters_would_be_58_gb(qwen3_30b: tuple[Any, Worklo
 
 
 def test_full_training_of_qwen3_30b_a3b(qwen3_30b: tuple[Any, Workload]) -> None:
-    """ZeRO-0 casts every expert to bfloat16 in each pass; ZeRO-1 and above hold them in it."""
+    """ZeRO-0 casts every expert to bfloat16 in each pass; ZeRO-1 and above store them in bfloat16."""
     size, load = qwen3_30b
     full = replace(load, adapter=None)
     assert estimate(size, full).experts == 2 * EXPERTS_30B + 2 * EXPERTS_30B // 48
@@ -203,7 +203,7 @@ def test_full_training_of_qwen3_30b_a3b(qwen3_30b: tuple[Any, Workload]) -> None
 
 
 def test_zero_3_gathers_a_whole_layer() -> None:
-    """Qwen3-235B-A22B: 128 experts of [4096, 1536] in each layer are 2.4 billion weights, gathered together."""
+    """In Qwen3-235B-A22B, ZeRO-3 gathers 128 experts of [4096, 1536] per layer, 2.4 billion weights, at once."""
     wide = QWEN3_30B_A3B | {"hidden_size": 4096, "moe_intermediate_size": 1536, "num_attention_heads": 64}
     stage = planned(wide, workers=16, zero=3, maxLength=4096, gradientCheckpointing=True)
     layer = 128 * 3 * 4096 * 1536 + 128 * 4096 + 4096 * (64 + 4 + 4) * 128 + 64 * 128 * 4096 + 2 * 4096 + 2 * 128
@@ -212,7 +212,7 @@ def test_zero_3_gathers_a_whole_layer() -> None:
 
 
 def test_advice_for_a_mixture_that_does_not_fit() -> None:
-    """The adapters on the experts fill an H100: the plan names the layers to adapt instead."""
+    """The adapters on the experts fill an H100, so the plan advises which layers to adapt instead."""
     long = {"maxLength": 16384, "gradientCheckpointing": True, "lora": {"r": 32}}
     stage = planned(QWEN3_30B_A3B, device="H100", **long)
     assert not stage.fits
@@ -221,7 +221,7 @@ def test_advice_for_a_mixture_that_does_not_fit() -> None:
 
 @pytest.mark.parametrize(("model", "zero"), [(QWEN3_8B, 0), (QWEN3_30B_A3B, 1)])
 def test_full_training_of_a_mixture_prefers_zero_1(model: dict[str, Any], zero: int) -> None:
-    """On one GPU too, a dense model being trained by torch alone there."""
+    """On one GPU too, where a dense model is trained without DeepSpeed."""
     small = {"num_hidden_layers": 2, "vocab_size": 1024}
     stage = planned(model | small, maxLength=1024)
     assert stage.fits and stage.zero == zero

@@ -1,4 +1,4 @@
-"""Host memory of a node in the plan, each term next to a calculation by hand."""
+"""The plan's host memory of a node, each term compared with a hand calculation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LLAMA_70B = {
     "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 8192,
 }  # fmt: skip
 N = 70_553_706_496
-"""Weights of Llama-3-70B."""
+"""Number of weights of Llama-3-70B."""
 GPUS = PlanContext(known_device("A100-80GB") or Device("", 0, ""), workers=2)
 NODE = {"nodes": 1, "gpusPerNode": 2}
 QLORA = {"data": DATA, "maxLength": 1024, "lora": {"r": 16}, "quantization": {"bits": 4}}
@@ -42,10 +42,10 @@ def host(
 
 
 def test_merging_qlora_of_a_70b_model() -> None:
-    """The merge of a 70B QLoRA adapter needs the memory of one file of the result.
+    """The merge of a 70B QLoRA adapter needs the memory of one output file.
 
-    In addition it needs the largest merged weight (of an MLP) in bfloat16 and float32 with its change, and the adapter in
-    float32. The whole base in float32 would take 282 GB.
+    In addition it needs the largest merged weight (of an MLP) in bfloat16 and float32 with its update, and the adapter
+    in float32. The whole base in float32 would take 282 GB.
     """
     found = qlora().stages[0].host
     assert found is not None
@@ -67,10 +67,10 @@ def test_what_is_not_merged_takes_no_memory_for_it() -> None:
 
 
 def test_full_training_and_what_it_offloads() -> None:
-    """ZeRO-3 with both offloads on 2 nodes of 8 GPUs.
+    """ZeRO-3 offloads weights and optimizer states on 2 nodes of 8 GPUs.
 
-    Each node holds half of the 12 bytes of optimizer states and 2 bytes of weights per parameter. The result is the whole
-    model in bfloat16 on the first node.
+    Each node holds half of the 12 bytes of optimizer states and 2 bytes of weights per parameter. The result is the
+    whole model in bfloat16 on the first node.
     """
     stage = {"data": DATA, "maxLength": 1024, "dataloaderNumWorkers": 3}
     sharding = {"zero": 3, "offloadOptimizer": True, "offloadParam": True}

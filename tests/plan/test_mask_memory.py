@@ -1,4 +1,4 @@
-"""The plan's term for attention masks: which layers get one, and its bytes, by hand and as torch keeps them."""
+"""The plan's attention masks: which layers get one, and their bytes, by hand and as torch saves them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GPU = known_device("H100") or Device("", 0, "")
 CPU = Device("CPU", 8 << 30, "cpu")
 LONG = {"maxLength": 8192, "perDeviceTrainBatchSize": 8}
 PAIRS = 8 * 8192**2
-"""Pairs of tokens in a batch of `LONG`."""
+"""Token pairs in a batch of `LONG`."""
 
 
 def masks(kind: str, model: dict[str, Any], device: Device = GPU, attention: str = "auto", **fields: Any) -> int:
@@ -77,7 +77,7 @@ def test_prompts_are_padded_in_front() -> None:
 
 
 def test_windows_are_masks() -> None:
-    """Five of six layers see 1024 tokens; torch's variable-length kernel needs no mask for that, a CPU does."""
+    """Five of six layers have a window of 1024 tokens; torch's variable-length kernel on a GPU needs no mask for it."""
     assert masks("sft", GEMMA, **LONG) == PAIRS * (1 + 5 * 2)
     assert masks("pretrain", GEMMA, blockSize=8192, perDeviceTrainBatchSize=8) == PAIRS * (1 + 5 * 2)
     assert masks("sft", GEMMA, **LONG | {"maxLength": 1023}) == 0
@@ -86,13 +86,13 @@ def test_windows_are_masks() -> None:
 
 
 def test_families_that_are_packed_by_masks() -> None:
-    """Attention in chunks: each layer has a mask, of one of two kinds."""
+    """With chunked attention each layer has one of two kinds of masks."""
     assert masks("sft", LLAMA4, packing=True, **LONG) == PAIRS * (2 + 2 * 2)
     assert masks("sft", LLAMA4, **LONG) == PAIRS * (1 + 2)
 
 
 def test_encoders() -> None:
-    """Blocks are full; layers with a window of 128 tokens have a mask."""
+    """Blocks have no padding; only layers with a window of 128 tokens have a mask."""
     fields = {"model_type": "modernbert", "dtype": "bfloat16"} | FIELDS["modernbert"]
     kinds = ["full_attention", "sliding_attention", "sliding_attention"] * 2
     encoder = fields | {"num_hidden_layers": 6, "max_position_embeddings": 8192, "layer_types": kinds}
@@ -104,7 +104,7 @@ def test_encoders() -> None:
 
 
 def test_what_sdpa_is_not() -> None:
-    """Eager attention has its scores counted; flash attention has no mask."""
+    """Eager attention counts its scores elsewhere; flash attention has no mask."""
     for attention in ("eager", "flash_attention_2"):
         assert masks("sft", GEMMA, attention=attention, **LONG) == 0
 
@@ -118,7 +118,7 @@ def test_it_is_a_part_of_its_own() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_bytes_are_what_torch_keeps(checkpointing: bool) -> None:
-    """The storages with a value for each pair of tokens that are alive after a forward pass with padding in front."""
+    """The planned bytes equal the tensors [..., length, length] that a forward pass with left padding saves."""
     model = AutoModelForCausalLM.from_config(tiny("llama", num_hidden_layers=4)).train()
     if checkpointing:
         model.gradient_checkpointing_enable()

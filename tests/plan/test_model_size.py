@@ -120,7 +120,7 @@ def test_attention_adapters_of_an_expert_model_take_dropout() -> None:
 
 
 def test_tied_embeddings_take_no_adapter() -> None:
-    """PEFT would adapt the head with them, and TRL's trainers raise a ValueError once the model is loaded."""
+    """PEFT would adapt the tied head too, and TRL's trainers raise a ValueError after the model is loaded."""
     asked = Lora(targetModules=["q_proj", "embed_tokens"])
     with pytest.raises(UserError, match="'embed_tokens' is tied to the output head, which takes no adapter"):
         lora_config(asked, meta_model(tiny("qwen3")))

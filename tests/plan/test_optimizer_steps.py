@@ -53,7 +53,7 @@ def test_steps_are_the_trainers(rows: int, values: dict[str, object], tmp_path: 
 
 @pytest.mark.parametrize(("rows", "workers", "expected"), [(100, 3, 5), (97, 2, 7), (1, 4, 1), (16, 2, 1)])
 def test_steps_with_several_workers(rows: int, workers: int, expected: int) -> None:
-    """The count of batches is that of accelerate's sampler, of which each worker takes every n-th."""
+    """The number of batches is that of accelerate's sampler, of which each worker takes every n-th."""
     from accelerate.data_loader import BatchSamplerShard
     from torch.utils.data import BatchSampler, SequentialSampler
 
@@ -71,7 +71,7 @@ def test_unknown_rows_leave_unknown_steps() -> None:
 
 
 def test_flops_of_llama_8b() -> None:
-    """6 N + 12 L H Q T, by hand: N without the input embedding."""
+    """Computed by hand as 6 N + 12 L H Q T, where N excludes the input embedding."""
     config = AutoConfig.for_model(
         "llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=8,
@@ -90,7 +90,7 @@ def test_forward_flops_are_torchs() -> None:
     model = AutoModelForCausalLM.from_config(tiny("qwen3"), attn_implementation="eager")
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.arange(16)[None]).logits.sum().backward()
-    norms = 2 * 2 * 8 + 2 * 2 * 32 + 32  # counted as parameters, multiplied by without a matrix product
+    norms = 2 * 2 * 8 + 2 * 2 * 32 + 32  # counted as parameters, but used without a matrix product
     ours = (flops_per_token(model_size(model), 16) - 6 * norms) * 16
     assert counter.get_total_flops() == pytest.approx(ours, rel=0.01)
 

@@ -1,7 +1,7 @@
 """The choice between transformers and vLLM for `rlhf`, and the GPU memory of vLLM.
 
-vLLM itself needs a GPU. The tests have only the metadata of its distribution, which is all that the project reads before
-a stage starts.
+vLLM itself needs a GPU. The tests have only the metadata of its distribution, which is all that the project reads
+before a stage starts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SFT = {"sft": {"data": {"sources": [{"inline": [{"text": "x"}]}]}, "maxLength": 
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make a distribution `vllm` of a version visible, with metadata and no code."""
+    """Return a function that installs metadata of a `vllm` version, without code."""
 
     def add(release: str) -> None:
         folder = tmp_path / "site" / f"vllm-{release}.dist-info"
@@ -47,7 +47,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def plan(fields: dict[str, Any] | None = None, device: str = "H200", model: dict[str, Any] | None = None,
          before: dict[str, Any] | None = SFT) -> StagePlan:  # fmt: skip
-    """The plan of an `rlhf` stage that draws 8 answers at a time, of at most 16 tokens to prompts of at most 10."""
+    """Return the plan of an `rlhf` stage that generates 8 answers at once, with up to 10 prompt and 16 new tokens."""
     rlhf = {"data": DATA, "rewards": [{"regex": "a"}], "generation": {"maxNewTokens": 16}, "numGenerations": 4}
     spec = {"model": {"path": "m"} | (model or {}), "stages": [before] if before else []}
     spec["stages"].append({"rlhf": rlhf | {"perDeviceTrainBatchSize": 2} | (fields or {})})
@@ -109,11 +109,11 @@ def test_another_version_is_refused(install: Any, release: str) -> None:
 
 
 def test_its_memory_by_hand() -> None:
-    """Qwen3-8B, 32 answers of 1,024 tokens in bfloat16.
+    """Qwen3-8B generates 32 answers of 1,024 tokens in bfloat16.
 
-    Weights: 16.4 GB. Keys and values: 36 layers x 2 x 8 heads x 128 x 2 bytes = 147,456 bytes a token, 4.83 GB.
+    Weights: 16.4 GB. KV cache: 36 layers x 2 x 8 heads x 128 x 2 bytes = 147,456 bytes per token, 4.83 GB.
     Profiling: 4,096 tokens x (4 x 4,096 + 3 x 12,288) x 2 bytes = 0.44 GB, and logits of 32 answers x 151,936 x 12
-    bytes = 0.06 GB. CUDA's context: 0.67 GB. Together 22.4 GB of 150.3 GB.
+    bytes = 0.06 GB. CUDA context: 0.67 GB. Together 22.4 GB of 150.3 GB.
     """
     config = Qwen3Config(
         hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
@@ -143,7 +143,7 @@ def test_the_worker_sets_what_is_planned(install: Any, monkeypatch: pytest.Monke
 
 
 def _context(accelerator: bool) -> Any:
-    """What `engine_arguments` reads of a stage's context."""
+    """Return the fields of a stage's context that `engine_arguments` reads."""
     import torch
 
     job = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "p"},
@@ -164,7 +164,7 @@ def _spec() -> Any:
 
 
 def test_the_pin_is_of_the_installed_libraries() -> None:
-    """A new torch or TRL needs another vLLM: this test fails when either changes.
+    """A new torch or TRL needs another vLLM, so this test fails when either changes.
 
     `vllm_version` must then be resolved again.
     """

@@ -36,7 +36,7 @@ def static(size, load: Workload) -> int:  # type: ignore[no-untyped-def]
 
 
 def test_states_of_full_training(llama) -> None:  # type: ignore[no-untyped-def]
-    """16 bytes per parameter (ZeRO, arXiv 1910.02054, section 3.1), divided by stage as its figure 1."""
+    """16 bytes per parameter (ZeRO, arXiv 1910.02054, section 3.1), divided per stage as in its figure 1."""
     load = Workload(batch=1, length=1024, workers=8)
     assert static(llama, load) == 16 * N
     assert static(llama, replace(load, zero=1)) == pytest.approx((4 + 12 / 8) * N, rel=1e-6)
@@ -58,7 +58,7 @@ def test_optimizer_and_gradients_are_adamws() -> None:
 
 
 def test_qlora(llama) -> None:  # type: ignore[no-untyped-def]
-    """4.127 bits per linear weight (QLoRA, section 3); embedding and head stay in bfloat16; adapters 16 bytes."""
+    """4.127 bits per linear weight (QLoRA, section 3), bfloat16 embedding and head, 16 bytes per adapter weight."""
     adapter = AdapterSize(parameters=41_943_040, input_features=1, rank_features=1)
     load = Workload(batch=1, length=1024, adapter=adapter, quantized_bits=4)
     linear = N - 2 * 128256 * 4096 - 65 * 4096
@@ -73,7 +73,7 @@ def test_activations_follow_their_formula(llama) -> None:  # type: ignore[no-unt
     full = estimate(llama, load).activations
     assert estimate(llama, replace(load, batch=4)).activations == 2 * full
     assert estimate(llama, replace(load, checkpointing=True)).activations < full / 9
-    scores = 32 * 32 * 1024 * 6 * 2048  # layers · heads · length · (float32 and bfloat16) · tokens
+    scores = 32 * 32 * 1024 * 6 * 2048  # layers * heads * length * (float32 and bfloat16) * tokens
     assert estimate(llama, replace(load, eager=True)).activations == pytest.approx(full + scores)
 
 
@@ -95,13 +95,13 @@ def test_offload_moves_to_the_host(llama) -> None:  # type: ignore[no-untyped-de
 
 def test_a_reference_model_is_divided_by_zero_3(llama) -> None:  # type: ignore[no-untyped-def]
     load = Workload(batch=1, length=1024, reference=True, workers=4)
-    assert estimate(llama, load).reference == 4 * N  # loaded as the model in training is: in float32
+    assert estimate(llama, load).reference == 4 * N  # loaded in float32 like the trained model
     assert estimate(llama, replace(load, zero=1)).reference == 2 * N
     assert estimate(llama, replace(load, zero=3)).reference == pytest.approx(N / 2, rel=1e-6)
 
 
 def needs(zero: int) -> Memory:
-    """A worker that needs 100, 60, 40 and 20 GiB."""
+    """Return the memory of a worker that needs 100, 60, 40 or 20 GiB under ZeRO-0 to 3."""
     return Memory((100, 60, 40, 20)[zero] * GIB, 0, 0, 0, 0, 0, 0, 0)
 
 
@@ -160,9 +160,9 @@ def test_constants_are_the_libraries() -> None:
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "bert"])
 def test_activations_are_what_autograd_saves(family: str, adapted: bool) -> None:
-    """Within 5%, in float32 on a CPU: distinct storages that autograd keeps, the loss and the weights left out.
+    """The plan is within 5% of the distinct storages that autograd saves, without the loss and the weights.
 
-    Of a mixture of experts they include LoRA's factors on the stacks; the plan's part has one layer's gradients, too.
+    For a mixture of experts they include LoRA's factors on the stacks; the plan also has one layer's gradients.
     """
     if adapted and family == "bert":
         pytest.skip("adapters are for causal models")

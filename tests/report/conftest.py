@@ -8,5 +8,5 @@ from support.report import synthetic as made_up_run
 
 @pytest.fixture(scope="session")
 def synthetic() -> ModuleType:
-    """Return the module that makes up a run."""
+    """Return the module that writes a synthetic run."""
     return made_up_run

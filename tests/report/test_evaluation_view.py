@@ -1,4 +1,4 @@
-"""An evaluation on the page: metrics by model with differences, the gate's word, answers side by side."""
+"""The evaluation section of the report: metrics with differences, the gate's verdict, answers side by side."""
 
 from __future__ import annotations
 

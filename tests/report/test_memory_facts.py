@@ -1,4 +1,4 @@
-"""What the report says of a worker's memory."""
+"""The report's facts about a worker's memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ON_GPU = {"peak": 40 * GIB, "reserved": 44 * GIB, "context": GIB // 2, "nccl": G
 
 
 def record(synthetic: ModuleType, root: Path, done: dict[str, Any], **columns: int) -> StageRecord:
-    """The record of a made-up sft stage with that in its done.json and with these columns in its metrics."""
+    """Return the record of a synthetic sft stage with this memory in its done.json and these columns in its metrics."""
     synthetic.write_run(root)
     stage = root / "stages/02-sft"
     if done:

@@ -20,7 +20,7 @@ VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
 class Page(HTMLParser):
-    """Elements, references and texts of a page; fails where tags don't nest."""
+    """Elements, references and texts of a page; raises if tags are not nested correctly."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ CHAT = [
 
 
 def test_a_chat_sample_shows_its_turns_and_what_was_asked_last(synthetic: ModuleType, tmp_path: Path) -> None:
-    """`training.samples` writes a conversation's prompt as `messages`."""
+    """`training.samples` writes the prompt of a conversation as `messages`."""
     synthetic.write_run(tmp_path)
     rows = {when: [{"messages": CHAT, "reference": "4", "output": when}] for when in ("before", "after")}
     (tmp_path / "stages/02-sft/samples.json").write_text(json.dumps(rows))

@@ -1,4 +1,4 @@
-"""A judge behind an endpoint that fails, stalls and says odd things: ratings are right or missing, paid for once."""
+"""A judge behind an endpoint that fails, stalls and returns garbage: ratings are right or missing, and charged once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RIGHT = [[float((number + at) % 4) for at in range(4)] for number in range(12)]
 
 
 def _rates(body: dict[str, Any]) -> str:
-    """Rates an answer by the number in it, in the order in which it is shown."""
+    """Rate each answer by the number in it, in the order of the prompt."""
     return json.dumps({"scores": [int(found) for found in re.findall(r"worth (\d)", body["messages"][0]["content"])]})
 
 
@@ -41,7 +41,7 @@ def _ask(judge: EndpointJudge, count: int = 12) -> list[list[float | None]]:
 def test_ratings_through_faults_and_a_second_run(tmp_path: Path) -> None:
     with FaultyTeacher(_rates, faults=0.4, seed=3, stall=4.0) as server:
         first = _judge(server, tmp_path)
-        assert _ask(first, 8) == RIGHT[:8]  # and the loop serves a second call
+        assert _ask(first, 8) == RIGHT[:8]  # the event loop also serves a second call
         assert _ask(first) == RIGHT
         assert server.fared["good"] < sum(server.fared.values())
         paid = server.charged

@@ -1,4 +1,4 @@
-"""Rewards one by one and together, and what a judge makes of them."""
+"""Single and combined rewards, and how judges use them."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_win_rate() -> None:
 
 
 def test_a_reward_as_a_judge() -> None:
-    """It sees each answer with its own prompt and columns, and its numbers go back to the right groups."""
+    """The judge passes each answer with its own prompt and columns, and returns the scores in the right groups."""
 
     def reward(prompts: list[str], completions: list[str], bonus: list[int], **_: Any) -> list[float]:
         return [float(f"{prompt}{text}") + more for prompt, text, more in zip(prompts, completions, bonus, strict=True)]

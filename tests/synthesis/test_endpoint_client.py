@@ -1,4 +1,4 @@
-"""The client of OpenAI-compatible servers, against a real one that fails, stalls, refuses and resets."""
+"""The client of OpenAI-compatible servers, tested with a real one that fails, stalls, rejects and resets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def endpoint(server: FaultyTeacher, **fields: Any) -> Endpoint:
 
 
 def asked(at: Endpoint, requests: list[ChatRequest], journal: Journal | None = None) -> list[Any]:
-    """The answers, or errors, of requests made all at once."""
+    """Return the answers or errors of requests that are sent at once."""
 
     async def all_of_them() -> list[Any]:
         async with ChatClient(at, "teacher.endpoint") as client:
@@ -49,7 +49,7 @@ def asked(at: Endpoint, requests: list[ChatRequest], journal: Journal | None = N
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pauses of a hundredth: the waiting itself is not what is tested."""
+    """Shorten the pauses between retries, which these tests do not measure."""
     monkeypatch.setattr(client_module, "FIRST_PAUSE", 0.005)
     monkeypatch.setattr(client_module, "MAX_PAUSE", 0.05)
 
@@ -65,7 +65,7 @@ def test_every_request_is_answered_once_whatever_goes_wrong(seed: int, tmp_path:
         assert [answer.text for answer in answers] == [f"you said {number}" for number in range(60)]
         assert server.charged == 60 and not server.charged_twice
         assert set(server.fared) == {*FAULTS, "good"}
-        # A request that was given up is under way at the server until it notices.
+        # The server notices late that the client has given up a request.
         assert server.most_under_way <= 8 + server.fared["stall"] + server.fared["stall in the body"]
 
 
@@ -207,7 +207,7 @@ def test_requests_a_minute_are_spread() -> None:
     with FaultyTeacher(echo) as server:
         started = time.monotonic()
         asked(endpoint(server, requestsPerMinute=1200), [request(f"{number}") for number in range(11)])
-        # 20 a second: the eleventh goes half a second after the first; 0.1 s for a timer that rounds.
+        # 20 a second: the eleventh is sent half a second after the first; 0.1 s for a timer that rounds.
         assert time.monotonic() - started > 0.4
 
 
@@ -238,7 +238,7 @@ def test_retry_after() -> None:
 def _answer_with(
     server: FaultyTeacher, response: Callable[[Any], Any], when: Callable[[dict[str, Any]], bool] = lambda body: True
 ) -> None:
-    """Have the server give another response where a request's body says so."""
+    """Make the server return another response to the requests that `when` selects."""
     from aiohttp import web
 
     usual = server._good

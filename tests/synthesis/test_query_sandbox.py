@@ -1,4 +1,4 @@
-"""Queries of all kinds on the real engines: what only reads runs, all else is refused, and nothing hangs or dies."""
+"""Queries of all kinds on the real engines: read-only ones run, others are rejected, and nothing hangs or crashes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ENGINES: list[Engine] = ["sqlite", "duckdb", "cypher"]
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
-    """The sandbox of an engine's small database, one for all tests."""
+    """Return a function that opens the sandbox of an engine's small database, shared by all tests."""
     made: dict[Engine, Sandbox] = {}
 
     def open_one(engine: Engine) -> Sandbox:
@@ -101,9 +101,9 @@ def test_what_comes_of_a_query(opened: Open, engine: Engine, query: str, expecte
     else:
         with pytest.raises(QueryFailed) as caught:
             sandbox.run(query)
-        # Which bound a greedy query meets first is the machine's speed.
+        # The machine's speed decides which limit an expensive query reaches first.
         assert caught.value.kind in expected.split(" or "), caught.value
-    # Two seconds of grace, one to start a process again, the rest for a busy machine.
+    # Two seconds of grace, one to restart a process, the rest for a busy machine.
     assert time.monotonic() - started < SECONDS + 10
     assert sandbox.run(WHOLE[engine]).rows == ((2,),), "the engine is as good as before"
     assert not Path("/tmp/never").exists()

@@ -1,4 +1,4 @@
-"""The methods that make data, item by item, driven by scripted teachers and real databases."""
+"""The synthesis methods, item by item, with scripted teachers and real databases."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ DOCUMENT = "Coral reefs grow in warm and shallow water. They are built by small 
 
 
 def rules() -> ModuleType:
-    """The example's server."""
+    """Import the example's teacher server."""
     path = Path(__file__).parents[2] / "examples" / "teacher_server.py"
     spec = importlib.util.spec_from_file_location("teacher_server", path)
     assert spec is not None and spec.loader is not None
@@ -58,7 +58,7 @@ def teacher(**fields: Any) -> Teacher:
 
 
 def run(items: list[Item], say: Callable[[str], str | Failed], sandbox: Sandbox | None = None) -> list[Outcome]:
-    """Outcomes where `say` answers the last message of each request."""
+    """Return the outcomes when `say` answers the last message of each request."""
 
     def reply(effect: Effect) -> Reply:
         if not isinstance(effect, Ask):

@@ -1,4 +1,4 @@
-"""Chat templates, each with a property of a family, and conversations for all of them."""
+"""Chat templates, each with a property of a model family, and conversations to test them with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Messages = list[dict[str, Any]]
 
 
 def _joined(user: str, assistant: str, ask: str = "", *, loop: str = "messages", before: str = "") -> str:
-    """A template of what it writes for a user's message (or any other) and for an assistant's, and for a prompt."""
+    """Return a chat template from its parts for user messages, assistant messages and the generation prompt."""
     branches = "{% if m['role'] == 'assistant' %}" + assistant + "{% else %}" + user + "{% endif %}"
     prompt = "{% if add_generation_prompt %}" + ask + "{% endif %}"
     return before + "{% for m in " + loop + " %}" + branches + "{% endfor %}" + prompt
@@ -40,17 +40,17 @@ _ANSWER = "{% set c = m['content'].split('</think>')[-1].lstrip('\n') %}"
 TEMPLATES = {
     "chatml": _joined(_CHATML, _CHATML, _ASK),
     "default-system": _joined(_CHATML, _CHATML, _ASK, before=_DEFAULT),
-    # The header of an answer is not in the prompt: the model writes it.
+    # The prompt does not contain the header of an answer: the model generates it.
     "no-prompt": _joined(_CHATML, _CHATML),
     "marked-no-end": _joined(_CHATML, _HEAD + "{% generation %}{{ m['content'] }}{% endgeneration %}" + _END, _ASK),
-    # The mark begins with a part of the prompt and ends after the turn's end.
+    # The `generation` block starts inside the prompt and ends after the end of the turn.
     "marked-wide": _joined(_CHATML, "{% generation %}" + _CHATML + "{% endgeneration %}", _ASK),
     "mistral": _joined(
         _USERS_ONLY + "{{ '[INST] ' + m['content'] + ' [/INST]' }}",
         "{{ ' ' + m['content'] + eos_token }}",
         before="{{ bos_token }}",
     ),
-    # The system text goes into the last user's turn, so that earlier turns change once more follow.
+    # The system text is part of the last user turn, so earlier turns render differently once more turns follow.
     "mistral3": _joined(
         "{{ '[INST] ' + (sys + '\n\n' if loop.index0 == last.at and sys else '') + m['content'] + '[/INST]' }}",
         "{{ ' ' + m['content'] + eos_token }}",
@@ -69,55 +69,55 @@ TEMPLATES = {
         "{{ 'ASSISTANT: ' + m['content'] + eos_token }}",
         "{{ 'ASSISTANT:' }}",
     ),
-    # Nothing ends an answer.
+    # No stop token ends an answer.
     "alpaca": _joined(
         "{{ '### ' + m['role'] + ':\n' + m['content'] + '\n\n' }}",
         "{{ '### Response:\n' + m['content'] + '\n\n' }}",
         "{{ '### Response:\n' }}",
     ),
-    # The next role's marker ends an answer, and nothing the last one.
+    # The next role's special token ends an answer; nothing ends the last one.
     "glm": _joined(
         "{{ '<|' + m['role'] + '|>\n' + m['content'] }}",
         "{{ '<|assistant|>\n' + m['content'] }}",
         "{{ '<|assistant|>\n' }}",
     ),
-    # The end-of-text token ends the conversation, and a marker the answers before.
+    # The EOS token ends the conversation; a special token ends the earlier answers.
     "metharme": _joined(
         "{{ '<|' + m['role'] + '|>' + m['content'] }}",
         "{{ '<|assistant|>' + m['content'] }}{% if loop.last %}{{ eos_token }}{% endif %}",
         "{{ '<|assistant|>' }}",
     ),
-    # The end-of-text token comes after the last turn's end.
+    # The EOS token comes after the end of the last turn.
     "phi3": _joined(
         "{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}",
         "{{ '<|assistant|>\n' + m['content'] + '<|end|>\n' }}",
         "{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}",
     ),
-    # Two tokens end an answer; an answer's header comes at the end even where none is asked for.
+    # Two tokens end an answer; an answer's header is rendered last even without `add_generation_prompt`.
     "command": _joined(
         "{{ '<|start|><|' + m['role'] + '|>' + m['content'] + '<|end|>' }}",
         "{{ '<|start|><|assistant|><|answer|>' + m['content'] + '<|/answer|><|end|>' }}",
         "{{ '<|start|><|assistant|><|answer|>' }}{% else %}{{ '<|start|><|assistant|>' }}",
     ),
-    # Words come at the end even where no answer is asked for, and more of them than an answer has.
+    # Text is rendered last even without `add_generation_prompt`, and it is longer than an answer's header.
     "code-llama": _joined(
         "{{ 'Source: ' + m['role'] + '\n\n ' + m['content'] + ' <|step|> ' }}",
         "{{ 'Source: assistant\n\n ' + m['content'] + ' <|step|> ' }}",
         "{% endif %}{{ 'Source: assistant\nDestination: user\n\n ' }}{% if false %}",
     ),
-    # The prompt opens a thought, the history leaves thoughts out.
+    # The prompt opens a thought; the history omits thoughts.
     "think": _joined(
         _CHATML,
         _ANSWER + "{{ '<|im_start|>assistant\n' + (m['content'] if loop.last else c) + '<|im_end|>\n' }}",
         "{{ '<|im_start|>assistant\n<think>\n' }}",
     ),
-    # The same, and thoughts are left out of the last answer as well.
+    # As above, and the last answer's thought is omitted as well.
     "think-dropped": _joined(
         _CHATML,
         _ANSWER + "{{ '<|im_start|>assistant\n' + c + '<|im_end|>\n' }}",
         "{{ '<|im_start|>assistant\n<think>\n' }}",
     ),
-    # The last answer gets a thought, an empty one if it has none; the prompt has none.
+    # The last answer always gets a thought, possibly an empty one; the prompt has none.
     "think-last": _joined(
         _CHATML,
         _THOUGHT + _ANSWER + "{{ '<|im_start|>assistant\n' }}{% if loop.last %}{{ '<think>\n' + t.strip('\n') +"
@@ -126,18 +126,18 @@ TEMPLATES = {
     ),
     # The prompt ends with an empty thought.
     "think-closed": _joined(_CHATML, _CHATML, "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}"),
-    # Content is a list of parts, as of vision models.
+    # Content is a list of parts, as in vision models.
     "parts": _joined(
         "{{ m['role'] | capitalize + ':' }}{% for p in m['content'] %}{{ ' ' + (p['text'] or '') }}{% endfor %}" + _END,
         "{{ 'Assistant:' }}{% for p in m['content'] %}{{ ' ' + (p['text'] or '') }}{% endfor %}" + _END,
         "{{ 'Assistant:' }}",
     ),
 }
-"""Written for these tests. Some have the properties of the cases in ../shared/cases."""
+"""Templates written for these tests; some have the properties of the cases in ../shared/cases."""
 
 
 def _with_tools(arguments: str, before: str = "{{ m['content'] or '' }}", after: str = "") -> str:
-    """ChatML with tools, whose calls have their arguments as `arguments` says."""
+    """Return a ChatML template with tools that renders the arguments of a call with `arguments`."""
     calls = "{% for t in m.tool_calls or [] %}{{ '<tool_call>' + t.function.name + ' ' }}" + arguments
     calls += "{{ '</tool_call>' }}{% endfor %}"
     listed = "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
@@ -151,17 +151,17 @@ TOOL_TEMPLATES = {
         "{{ t.function.arguments if t.function.arguments is string else t.function.arguments | tojson }}"
     ),
     "items": _with_tools("{% for k, v in t.function.arguments | items %}{{ k + '=' + (v | tojson) }}{% endfor %}"),
-    # DeepSeek's joins texts, which fails with an object.
+    # DeepSeek's template concatenates strings, which fails with an object.
     "strings": _with_tools("{{ '' + t.function.arguments }}"),
-    # An object would come out as Python writes it.
+    # An object would be rendered as a Python repr.
     "printed": _with_tools("{{ t.function.arguments }}"),
-    # DeepSeek-R1's writes calls only where content is null.
+    # DeepSeek-R1's template renders calls only if the content is null.
     "null": _with_tools(
         "{{ '' + t.function.arguments }}",
         "{% if m['content'] is not none %}{{ m['content'] }}{% else %}",
         "{% endif %}",
     ),
-    # Gemma 4's: results stand inside of the model's turn, and their marker ends a call.
+    # Gemma 4's template puts tool results inside the model's turn, and their special token ends a call.
     "inside": _joined(
         "{% if m['role'] == 'tool' %}{{ '<|tool_response>' + m['content'] + '<tool_response|>' }}{% else %}"
         + _CHATML
@@ -179,7 +179,7 @@ TRL_TEMPLATES = {
     for name, text in vars(trl.chat_template_utils).items()
     if name.endswith("_chat_template") and "training" not in name and isinstance(text, str)
 }
-"""The templates of real models that TRL knows, from its package."""
+"""The chat templates of real models that TRL ships."""
 
 CALL = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
 TOOLS = [
@@ -225,7 +225,7 @@ CONVERSATIONS: dict[str, Messages] = {
 }
 
 _BAR = "\uff5c"
-"""What DeepSeek's tokens have in place of a vertical line."""
+"""The character in DeepSeek's special tokens that looks like a vertical line."""
 _MARKER = re.compile(
     rf"<[|{_BAR}][^<>\n]*?[|{_BAR}]>|<\|[a-z_]+>|<[a-z_]+\|>|<(?:start_of_turn|end_of_turn|end_of_utterance)>"
 )
@@ -237,7 +237,7 @@ _ENDS = (
 
 @cache
 def _bytes() -> str:
-    """A byte-level tokenizer, as JSON."""
+    """Return a byte-level tokenizer as JSON."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -249,7 +249,7 @@ def _bytes() -> str:
 
 
 def tokenizer_for(template: str | None, more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """A tokenizer whose special tokens are the markers in a template."""
+    """Return a tokenizer whose special tokens are those in the template."""
     backend = Tokenizer.from_str(_bytes())
     roles = ("<|user|>", "<|assistant|>", "<|system|>", "<|tool|>") if template and "'<|' + m" in template else ()
     markers = list(dict.fromkeys([*_MARKER.findall(template or ""), *roles, *more]))

@@ -1,4 +1,4 @@
-"""Short ways to write stages and files."""
+"""Short helpers to write stages and data files."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def dpo(data: dict[str, Any], **more: Any) -> DpoSpec:
 
 
 def trained_text(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any]) -> str:
-    """The text that carries loss."""
+    """Return the text of the tokens that have a loss."""
     return tokenizer.decode([token for token in row["labels"] if token != -100])
 
 
 def turns(*contents: str) -> list[dict[str, str]]:
-    """A conversation that the user begins."""
+    """Return a conversation that starts with the user."""
     roles = ("user", "assistant")
     return [{"role": roles[index % 2], "content": content} for index, content in enumerate(contents)]

@@ -1,4 +1,4 @@
-"""Tiny random models of every family that ESFT is proved on."""
+"""Tiny random models of every family that the ESFT tests cover."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ FAMILIES = tuple(FIELDS)
 
 
 def build(family: str, implementation: str = "grouped_mm", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A random model whose routers tell tokens apart."""
+    """Return a random model whose routers distinguish tokens."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **(FIELDS[family] | changes))
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -71,7 +71,7 @@ def build(family: str, implementation: str = "grouped_mm", dtype: torch.dtype = 
 
 
 def batch(rows: int = 4, length: int = 16, low: int = 3, high: int = VOCAB, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Random tokens [rows, length], the second and third row padded."""
+    """Return random tokens [rows, length]; the second and third rows are padded."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(low, high, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
@@ -82,13 +82,13 @@ def batch(rows: int = 4, length: int = 16, low: int = 3, high: int = VOCAB, seed
 
 @torch.no_grad()
 def logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[rows, length, vocabulary] in evaluation mode."""
+    """Return the logits [rows, length, vocabulary] in evaluation mode."""
     result: torch.Tensor = model.eval()(**inputs).logits
     return result
 
 
 def train(model: Any, inputs: dict[str, torch.Tensor], steps: int, rate: float = 1e-2) -> torch.optim.AdamW:
-    """AdamW with weight decay 0.1 on what has a gradient."""
+    """Train the weights that have a gradient using AdamW with weight decay 0.1."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.1)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)

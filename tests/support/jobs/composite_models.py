@@ -1,4 +1,4 @@
-"""Tiny random models of composite families: each family's own default configuration, made small."""
+"""Tiny random models of composite families: each family's default configuration, made small."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForMultimodalLM, PretrainedConfig, PreTrainedModel
 
 VOCAB, SPECIAL = 448, 410
-"""The tokenizer of the tests has 400 entries: ids from `SPECIAL` on mark images and sound, and no text has them."""
+"""The test tokenizer has 400 entries; ids from `SPECIAL` on mark images and sound, and do not occur in text."""
 FIELDS: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "d_model", "embed_dim", "n_embd", "dim", "out_hidden_size", "projection_dim"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "mlp_dim"), 64),
@@ -106,7 +106,7 @@ WHOLE: dict[str, dict[str, Any]] = {
         **_THINKER,
     },
 }  # fmt: skip
-"""Fields of families whose default configuration can't be shrunken."""
+"""Fields of families whose default configuration cannot be shrunk."""
 
 
 def config_of(family: str, **more: Any) -> PretrainedConfig:
@@ -120,7 +120,7 @@ def config_of(family: str, **more: Any) -> PretrainedConfig:
 
 
 def build(family: str, dtype: torch.dtype = torch.float32, auto: Any = AutoModelForMultimodalLM) -> PreTrainedModel:
-    """Return a model with weights at random, zeros and ones of norms and gates included, so that each counts."""
+    """Return a model whose weights are all random, also norms and gates, so that each affects the output."""
     torch.manual_seed(0)
     model: PreTrainedModel = auto.from_config(config_of(family), dtype=dtype)
     with torch.no_grad():
@@ -158,6 +158,6 @@ def _change(config: Any, changes: dict[str, Any]) -> None:
 
 
 def _get(config: Any, name: str) -> Any:
-    with suppress(Exception):  # fields that differ among layers refuse to be read
+    with suppress(Exception):  # reading fields that differ among layers raises
         return getattr(config, name, None)
     return None

@@ -1,4 +1,4 @@
-"""A stage in this process under the guard of bad numbers, and rows that give such numbers."""
+"""Stages in this process under the guard against bad losses, and rows that give such losses."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def rows(count: int, *bad: int) -> list[Job]:
 
 
 def order(count: int, seed: int = 42) -> list[int]:
-    """The rows of the first pass over the data, in the order in which they are trained on."""
+    """Return the rows of the first epoch in the order of training."""
     prepared = np.random.default_rng([seed, 0]).permutation(count)
     return prepared[torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()].tolist()
 
 
 def job(base: Job, policy: str, data: list[Job], **stage: Any) -> Job:
-    """An SFT job of one pass over the rows, two a step, that logs and saves each step."""
+    """Return an SFT job of one epoch with two rows per step, which logs and saves each step."""
     fields = {
         "data": {"sources": [{"inline": data}]},
         "maxLength": 64,
@@ -56,7 +56,7 @@ def job(base: Job, policy: str, data: list[Job], **stage: Any) -> Job:
 
 
 class _Poison(TrainerCallback):
-    """Embeds the bad token as NaN, in the model that trains."""
+    """Replaces the embedding of the bad token by NaN in the trained model."""
 
     def __init__(self, trainer: Any) -> None:
         self.token = trainer.processing_class(BAD, add_special_tokens=False)["input_ids"][-1]
@@ -67,7 +67,7 @@ class _Poison(TrainerCallback):
 
 
 class _Publishes(TrainerCallback):
-    """Completes each checkpoint, as the worker's own callback does."""
+    """Publishes each checkpoint, like the worker's own callback."""
 
     def __init__(self, store: CheckpointStore, guard: LossGuard) -> None:
         self.store, self.guard = store, guard
@@ -81,7 +81,7 @@ class _Publishes(TrainerCallback):
 
 @contextmanager
 def guarded(context: StageContext, said: list[str], callbacks: tuple[TrainerCallback, ...] = ()) -> Iterator[Any]:
-    """The stage's trainer before its first step."""
+    """Yield the stage's trainer before its first step."""
     storage = Storage(context.run.root)
     store = CheckpointStore(storage, context.layout, Path(context.output_dir, "scratch"))
     guard = LossGuard(context, Collectives(), DroppedSteps(store), said.append)

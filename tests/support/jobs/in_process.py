@@ -1,4 +1,4 @@
-"""One stage in the test's own process: the trainer that a worker builds, without Ray around it."""
+"""Run one stage in the test's own process, with the trainer that a worker builds, but without Ray."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from finetune_trainer.training.reset_state import reset_stage_state
 from finetune_trainer.training.stage_work import StageWork
 
 Job = dict[str, Any]
-torch.set_num_threads(1)  # tiny models gain nothing by more, and lose much where other processes want the cores
+torch.set_num_threads(1)  # tiny models gain nothing from more threads, and lose much on a busy machine
 
 
 def open_stage(job: Job, directory: Path, zero: int = 0) -> StageContext:
-    """What the job's first stage is built from, on one CPU worker. Relative paths start in `directory`."""
+    """Return the context of the job's first stage on one CPU worker; relative paths start in `directory`."""
     root = directory / "runs" / job["metadata"]["name"]
     places = {"root": str(root), "baseDir": str(directory), "cacheDir": os.environ["FINETUNE_CACHE"]}
     run = RunConfig.model_validate({"job": job, **places})
@@ -34,7 +34,7 @@ def open_stage(job: Job, directory: Path, zero: int = 0) -> StageContext:
 
 
 class _Saves(TrainerCallback):
-    """Lets the feed write into each checkpoint, as the worker's own callback does."""
+    """Saves the feed's state in each checkpoint, like the worker's own callback."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -45,7 +45,7 @@ class _Saves(TrainerCallback):
 
 @contextmanager
 def resumed(context: StageContext, step: int) -> Iterator[Any]:
-    """The stage's trainer after its last step, gone on from its checkpoint of a step."""
+    """Yield the stage's trainer after its last step, resumed from the checkpoint of `step`."""
     directory = context.output_dir / f"checkpoint-{step}"
     with trained(replace(context, resumed=ResumePoint(step, directory)), checkpoint=directory) as trainer:
         yield trainer
@@ -58,13 +58,12 @@ def trained(
     checkpoint: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Iterator[Any]:
-    """The stage's trainer after its last step, evaluated before the first and after the last one where asked for.
-
-    What the libraries remember of it is gone afterwards.
+    """Yield the stage's trainer after its last step, and reset the libraries' global state afterwards.
 
     Args:
-        checkpoint: to go on from.
-        callbacks: of the trainer, beside its own.
+        evaluate: whether to evaluate before the first and after the last step.
+        checkpoint: directory to resume from.
+        callbacks: additional callbacks of the trainer.
     """
     trainer = make_trainer(context)
     trainer.args.eval_on_start = evaluate
@@ -81,6 +80,6 @@ def trained(
 
 
 def losses(job: Job, directory: Path) -> list[float]:
-    """The loss of every step of the job's first stage."""
+    """Return the loss of every step of the job's first stage."""
     with trained(open_stage(job, directory)) as trainer:
         return [row["loss"] for row in trainer.state.log_history if "loss" in row]

@@ -1,4 +1,4 @@
-"""What an evaluation must measure, by plain transformers: one row at a time, each token or pair counted once."""
+"""Expected evaluation metrics with plain transformers: one row at a time, each token or pair counted once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 @torch.no_grad()
 def token_means(model: Any, rows: Iterable[Row]) -> dict[str, float]:
-    """Loss, entropy and accuracy over all tokens of prepared rows that have a label."""
+    """Return the loss, entropy and accuracy over all labelled tokens of prepared rows."""
     sums = torch.zeros(4, dtype=torch.float64)
     for row in rows:
         logits, wanted = scored(model, row)
@@ -26,13 +26,13 @@ def token_means(model: Any, rows: Iterable[Row]) -> dict[str, float]:
 
 @torch.no_grad()
 def scored(model: Any, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [n, vocabulary] and labels [n] of the tokens of a row that count."""
+    """Return the logits [n, vocabulary] and labels [n] of a row's labelled tokens."""
     ids, labels = torch.as_tensor(row["input_ids"]), torch.as_tensor(row["labels"])[1:]
     return model(ids[None]).logits[0, :-1][labels != -100], labels[labels != -100]
 
 
 def pair_means(rewards: torch.Tensor) -> dict[str, float]:
-    """What a reward stage measures, of rewards [pairs, 2] of chosen and rejected answers."""
+    """Return the metrics of a reward stage from rewards [pairs, 2] of chosen and rejected answers."""
     margins = rewards[:, 0] - rewards[:, 1]
     loss = -functional.logsigmoid(margins)
     parts = {"loss": loss, "accuracy": (margins > 0).float(), "margin": margins, "mean_reward": rewards}

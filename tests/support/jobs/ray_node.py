@@ -1,6 +1,6 @@
-"""A node of a Ray cluster on this machine, as a pod is one: `ray_node.py head|worker|drive RUN_CONFIG PORT`.
+"""Run one node of a Ray cluster on this machine, like a pod: `ray_node.py head|worker|drive RUN_CONFIG PORT`.
 
-It differs from `finetune_trainer.launch.node` in the ports alone: the nodes share this machine's.
+It differs from `finetune_trainer.launch.node` only in the ports, because the nodes share this machine's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HEAD, WORKER = "127.0.0.1", "127.0.0.2"
 
 
 def node(role: str, config: Path, port: str) -> int:
-    """Start the node; the first one then drives the job, and its exit code is the job's."""
+    """Start the node; the head then drives the job and returns its exit code."""
     run = RunConfig.model_validate_json(config.read_text())
     apply_environment(quiet_environment(accelerator=False))
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -43,7 +43,7 @@ def node(role: str, config: Path, port: str) -> int:
 
 
 def drive(config: Path) -> int:
-    """Run the job by the nodes that are there."""
+    """Run the job on the available nodes."""
     from finetune_trainer.errors import UserError, exit_code_of
     from finetune_trainer.launch.pipeline import Pipeline
     from finetune_trainer.progress.plain_reporter import PlainReporter

@@ -1,4 +1,4 @@
-"""Runs whole jobs as a user does, in processes of their own."""
+"""Run whole jobs like a user, in subprocesses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Job = dict[str, Any]
 
 
 def start(job: Path, *options: str) -> subprocess.Popen[str]:
-    """`finetune run`, its output readable line by line."""
+    """Start `finetune run` with its output as readable lines."""
     command = [sys.executable, "-c", "from finetune_cli.main import main; main()", "run", str(job), *options]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"COLUMNS": "200"}
@@ -27,14 +27,14 @@ def start(job: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def run(job: Path, *options: str, timeout: float = 600) -> tuple[int, str]:
-    """Exit code and output of `finetune run`."""
+    """Return the exit code and output of `finetune run`."""
     process = start(job, *options)
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
 
 
 def workers(driver: int) -> list[psutil.Process]:
-    """Ray Train's worker processes below a driver; none where it has none (yet, or any more)."""
+    """Return Ray Train's worker processes below a driver; empty if it has none."""
     try:
         children = psutil.Process(driver).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -47,7 +47,7 @@ def kill(process: psutil.Process) -> None:
 
 
 def curve(stage: Path) -> list[tuple[int, float, float, int]]:
-    """(step, loss, learning rate, tokens) of every step of a stage."""
+    """Return (step, loss, learning rate, tokens) of every step of a stage."""
     rows = read_metrics((stage / "metrics.jsonl").read_text())
     return [(row["step"], row["loss"], row["learning_rate"], row["tokens"]) for row in rows if "loss" in row]
 
@@ -63,11 +63,11 @@ def done(stage: Path) -> dict[str, Any]:
 def under_each_zero(
     job: Job, write_job: Callable[[Job], Path], directory: Path, stages: Callable[[int], list[Job]]
 ) -> dict[int, list[Path]]:
-    """Run one job by one worker (ZeRO-0), and by two with ZeRO-1, 2 and 3; its stages' directories by ZeRO stage.
+    """Run one job with one worker (ZeRO-0) and with two (ZeRO-1, 2 and 3); return the stage directories by ZeRO stage.
 
     Args:
-        directory: what its storage lies in.
-        stages: the job's stages for so many workers, each of which has its share of a step's rows.
+        directory: parent of the job's storage.
+        stages: returns the job's stages for a number of workers, each of which gets its share of a step's rows.
     """
     found = {}
     for zero in (0, 1, 2, 3):

@@ -1,4 +1,4 @@
-"""Jobs that make data, for tests: what they start from and what they leave, and the stage without Ray around it."""
+"""Helpers for synthesis jobs: their inputs and output files, and the stage without Ray."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ DOCUMENTS = [
 
 
 def brain() -> Callable[[Job], str]:
-    """The example's rules, and answers that can't be read now and then."""
+    """Return the example server's rules, which occasionally give an unparseable answer."""
     namespace: dict[str, Any] = {"__name__": "rules"}
     exec((Path(__file__).parents[3] / "examples" / "teacher_server.py").read_text(), namespace)
 
@@ -59,7 +59,7 @@ def brain() -> Callable[[Job], str]:
 
 
 def stage(server: FaultyTeacher, method: Job, **endpoint: Any) -> Job:
-    """Its timeout lets a busy machine receive each answer in time: the server counts it once it is sent."""
+    """Return the stage; its timeout suits a busy machine, because the server counts each answer that it sends."""
     at = {"baseUrl": server.url, "model": "teacher", "promptPrice": 1.0, "completionPrice": 2.0, "timeoutSeconds": 15}
     return {"synthesize": {**method, "teacher": {"endpoint": {**at, **endpoint}}}}
 
@@ -81,7 +81,7 @@ def journaled(job: Job) -> int:
 
 
 def end_whole_tree(process: Any) -> None:
-    """SIGKILL to the driver and all below it, as a machine that loses power; they are gone afterwards."""
+    """Kill the driver and all its descendants at once, as a power failure does, and wait until they are gone."""
     below = psutil.Process(process.pid).children(recursive=True)
     for one in [psutil.Process(process.pid), *below]:
         try:
@@ -93,20 +93,20 @@ def end_whole_tree(process: Any) -> None:
 
 
 class _End:
-    """The worker's side of a channel that ends here: what it is told is dropped, and an event asks it to stop."""
+    """A worker's channel without a driver: events are dropped, and a `threading.Event` requests a stop."""
 
     def __init__(self, stop: threading.Event) -> None:
         self._stop = stop
 
     def send(self, event: object) -> None:
-        """Nobody listens."""
+        """Drop the event."""
 
     def stop_requested(self) -> bool:
         return self._stop.is_set()
 
 
 def perform_stage(job: Job, directory: Path, stop: threading.Event | None = None) -> dict[str, float] | None:
-    """The job's first stage in this process; None where it was stopped. Relative paths start in `directory`."""
+    """Run the job's first stage in this process; return None if it was stopped. Relative paths start in `directory`."""
     context = open_stage(job, directory)
     end: Any = _End(stop or threading.Event())
     tools = StageIO(context, Storage(context.run.root), Collectives(), end, directory / "scratch")

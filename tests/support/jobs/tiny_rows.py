@@ -1,4 +1,4 @@
-"""Texts and dialogues for the tiny model; no part of conftest.py, whose name several directories of tests share."""
+"""Texts and dialogues for the tiny model; not in conftest.py, because several test directories have one."""
 
 from __future__ import annotations
 

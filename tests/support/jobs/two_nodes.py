@@ -1,4 +1,4 @@
-"""A job on two Ray nodes of this machine. Each has its own processes and, at the same path, a cache of its own."""
+"""A job on two Ray nodes of this machine, each with its own processes and its own cache at the same path."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _NODE = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "-
 
 
 def require_namespaces() -> None:
-    """Skip the test where this process may not make namespaces."""
+    """Skip the test if this process may not create namespaces."""
     if shutil.which("unshare") is None or subprocess.run([*_NODE, "true"], capture_output=True).returncode:
         pytest.skip("needs unshare and the right to make mount and PID namespaces")
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node: its cache as seen from here, and its processes."""
+    """A node: the path of its cache on this machine, and its processes."""
 
     cache: Path
     process: subprocess.Popen[str]
 
 
 class TwoNodes:
-    """Start both nodes with `job`, whose files lie in `directory`.
+    """Starts both nodes with `job`, whose files are in `directory`.
 
     Args:
         shared: whether both nodes have the same cache, as on a shared volume.
@@ -64,7 +64,7 @@ class TwoNodes:
 
     @property
     def output(self) -> str:
-        """What the driver has said so far."""
+        """Return the driver's output so far."""
         return (self.directory / "head.log").read_text()
 
     def wait(self, seconds: float) -> int:

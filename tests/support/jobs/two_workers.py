@@ -1,6 +1,6 @@
-"""Two workers of one stage without Ray: forks of a process that has imported the libraries and done nothing else.
+"""Two workers of one stage without Ray, forked from a process that has only imported the libraries.
 
-Forks of the test's own process would hang where it has trained before: autograd's threads do not survive a fork.
+Forks of the test's own process would hang if it has trained before: autograd's threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def on_two_workers(work: Callable[[int], Any]) -> list[Any]:
     """Return what `work(rank)` returns on each of two workers that are joined by gloo.
 
     Raises:
-        AssertionError: a worker raised, with its traceback; or it did not answer.
+        AssertionError: a worker raised (with its traceback), or it did not answer.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTS)

@@ -1,4 +1,4 @@
-"""Tiny models, saved as any training would save them, and changed as published checkpoints are found to be."""
+"""Tiny models in the standard Hugging Face layout, and helpers that change them like published checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE with an end-of-text token, which pads too."""
+    """Return a byte-level BPE whose EOS token is also its padding token."""
     trainer = ByteLevelBPETokenizer()
     trainer.train_from_iterator(TEXT, vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
     return PreTrainedTokenizerFast(
@@ -38,7 +38,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(family: str = "llama", **fields: Any) -> PreTrainedModel:
-    """A model from scratch, always the same."""
+    """Return a randomly initialised model, always the same."""
     torch.manual_seed(0)
     special = {"vocab_size": len(make_tokenizer()), "eos_token_id": 0, "pad_token_id": 0, "bos_token_id": None}
     moe = EXPERTS if family == "qwen3_moe" else {}
@@ -53,7 +53,7 @@ def save(model: PreTrainedModel, directory: Path) -> Path:
 
 
 def changed(source: Path, target: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
-    """Copy a saved model, its tensors changed."""
+    """Copy a saved model with changed tensors."""
     shutil.copytree(source, target)
     save_file(change(load_file(source / WEIGHTS)), target / WEIGHTS, metadata={"format": "pt"})
     return target
@@ -68,6 +68,6 @@ def configure(directory: Path, file: str = "config.json", **fields: Any) -> Path
 
 
 def logits(model: Any) -> Tensor:
-    """A model's logits of one short row [tokens, vocabulary]."""
+    """Return a model's logits [tokens, vocabulary] of one short row."""
     with torch.no_grad():
         return model.eval()(input_ids=torch.arange(10)[None]).logits[0].float()

@@ -1,4 +1,4 @@
-"""FlashAttention on a CPU: transformers' own code around functions of flash_attn's signature that record calls."""
+"""FlashAttention on a CPU: transformers' code with fakes of flash_attn's functions that record calls."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transformers import modeling_flash_attention_utils as utils
 
 
 class FlashStandIn:
-    """Takes the place of flash_attn's functions while a test runs.
+    """Replaces flash_attn's functions while a test runs.
 
     Attributes:
         bounds: `cu_seqlens_q` of each call of the variable-length function.
-        whole: shapes of the queries of each call of the function for whole rows.
+        whole: query shapes of each call of the fixed-length function.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,13 +50,13 @@ class FlashStandIn:
 
 
 def with_flash(model: Any) -> Any:
-    """Return a model that was built with another attention, with flash attention."""
+    """Switch a model that was built with another attention implementation to flash attention."""
     model.config._attn_implementation = "flash_attention_2"
     return model
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, window: tuple[int, int]) -> Tensor:
-    """Return the attention of rows [B, L, heads, width], by a mask, as FlashAttention defines causal and window."""
+    """Return the attention of rows [B, L, heads, width], with a mask for FlashAttention's causal and window options."""
     places = torch.arange(q.shape[1])
     back = places[:, None] - places
     seen = torch.ones_like(back, dtype=torch.bool)

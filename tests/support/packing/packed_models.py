@@ -1,4 +1,4 @@
-"""Tiny random models of the families whose packed rows are documented (docs/packing.md), and losses of documents."""
+"""Tiny random models of the families in docs/packing.md, and losses of their documents."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ FIELDS: dict[str, Fields] = {
     "recurrent_gemma": _BASE
     | {"lru_width": 64, "attention_window_size": 16, "block_types": ["recurrent", "attention"]},
     "rwkv": _IDS | {"hidden_size": 64, "num_hidden_layers": 2, "context_length": 64},
-    # Others with a structure of their own: sinks, chunks, layers without positions, latent attention, parallel blocks.
+    # Families with other structures: sinks, chunks, layers without positions, latent attention, parallel blocks.
     "afmoe": _WINDOW | _MOE | {"layer_types": ["sliding_attention", "full_attention"], "num_dense_layers": 1},
     "biogpt": _PLAIN,
     "codegen": _GPT2 | {"rotary_dim": 8},
@@ -131,7 +131,7 @@ FIELDS: dict[str, Fields] = {
 
 
 def build(name: str, **options: Any) -> PreTrainedModel:
-    """Return a random float32 model, its weights large enough that documents which mix show.
+    """Return a random float32 model, with weights large enough that mixing documents changes the loss.
 
     Args:
         name: one of `FIELDS`; its first word is the family.
@@ -163,7 +163,7 @@ def loss_alone(model: Any) -> Tensor:
 
 
 def loss_packed(model: Any, form: Form | None) -> Tensor:
-    """Return the same loss with the documents packed into two padded rows, in a form or as the collator makes them."""
+    """Return the same loss with the documents packed into two padded rows, in a form or as the collator packs them."""
     first, second, third = documents()
     packed = ((first + third, [len(first), len(third)]), (second, [len(second)]))
     rows = [{"input_ids": ids, "labels": ids, "seq_lengths": lengths} for ids, lengths in packed]

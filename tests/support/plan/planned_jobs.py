@@ -1,4 +1,4 @@
-"""Jobs whose plans are tested, and plans as text."""
+"""Jobs for the tests of plans, and plans as text."""
 
 from __future__ import annotations
 

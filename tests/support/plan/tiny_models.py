@@ -25,5 +25,5 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 
 def tiny(family: str, **changes: Any) -> PretrainedConfig:
-    """The configuration of a tiny model."""
+    """Return the configuration of a tiny model."""
     return AutoConfig.for_model(family, **(FIELDS[family] | changes))

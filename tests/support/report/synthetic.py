@@ -1,4 +1,4 @@
-"""A run directory made up for tests: what a pipeline of four stages leaves, with hostile content in it."""
+"""A synthetic run directory with the files of a pipeline of four stages, some with hostile content."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run_config(root: Path) -> RunConfig:
 
 
 def write_run(root: Path, finished: int = 4) -> None:
-    """Write a run whose first `finished` stages are done and whose next one, if any, is under way."""
+    """Write a run whose first `finished` stages are done and whose next one, if any, is running."""
     root.mkdir(parents=True, exist_ok=True)
     (root / RUN_CONFIG).write_text(json.dumps(run_config(root).to_json()))
     for layout in layouts()[: finished + 1]:

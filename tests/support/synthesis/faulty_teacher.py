@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on this machine that goes wrong at random, by a seed, and counts what it charges for."""
+"""A local OpenAI-compatible server that fails at random, with a seed, and counts the answers that it charges for."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ KEY = "sk-this-key-must-never-be-seen-0123456789"
 
 
 class FaultyTeacher:
-    """A context manager: the server runs in a thread of its own while it is open.
+    """A server that runs in a thread of its own, as a context manager.
 
     Args:
-        answer: the text that answers a request's body.
-        faults: the share of requests that fare badly, each in one of the ways of `FAULTS`.
+        answer: returns the text that answers a request's body.
+        faults: the share of requests that fail, each with one of `FAULTS`.
         stall: seconds that a stalled response hangs.
     """
 
@@ -47,16 +47,16 @@ class FaultyTeacher:
         self.random = random.Random(seed)
         self.kinds: tuple[str, ...] = FAULTS
         self.paid: Counter[str] = Counter()
-        """How often each request (its body) was answered in full: sent to its end with status 200, and charged."""
+        """How often each request body was answered completely with status 200, and so charged."""
         self.fared: Counter[str] = Counter()
-        """How requests fared: `good`, or the fault."""
+        """Number of requests by outcome: `good`, or the fault."""
         self.bodies: list[Json] = []
         self.headers: list[dict[str, str]] = []
         self.under_way = self.most_under_way = self.admitted = 0
         self.hold_after: int | None = None
-        """Once so many answers are charged, no further one is given until `release`."""
+        """After this many charged answers, requests wait until `release`."""
         self.held = threading.Event()
-        """Set once a request waits so."""
+        """Set when a request waits."""
         self._released = threading.Event()
         self._idle = threading.Event()
         self._idle.set()
@@ -81,7 +81,7 @@ class FaultyTeacher:
     def until_left(self, seconds: float = 60) -> None:
         """Wait until no request is in progress.
 
-        The server notices late that a client was killed, and until then would still answer it and charge for the answer.
+        The server notices late that a client was killed, and until then still answers it and charges for the answer.
 
         Raises:
             AssertionError: a request is still in progress after `seconds`.
@@ -153,14 +153,14 @@ class FaultyTeacher:
         content = json.dumps(self.completion(body)).encode()
         response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": str(len(content))})
         await response.prepare(request)
-        # Counted first: the client may have it before the next line runs.
+        # Count before sending: the client may have the response before the next line runs.
         self.paid[json.dumps(body, sort_keys=True)] += 1
         await response.write(content)
         await response.write_eof()
         return response
 
     def completion(self, body: Json) -> Json:
-        """The whole response to a request's body."""
+        """Return the complete response to a request's body."""
         text = self.answer(body)
         prompt = sum(len(message["content"].split()) for message in body["messages"])
         return {
@@ -188,7 +188,7 @@ class FaultyTeacher:
         return await self._broken(request, fault, whole.encode())
 
     async def _broken(self, request: web.Request, fault: str, content: bytes) -> web.StreamResponse:
-        """A response that ends, or hangs, in the middle."""
+        """Return a response that ends or stalls in the middle."""
         response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": str(len(content))})
         if fault != "reset":
             await response.prepare(request)
