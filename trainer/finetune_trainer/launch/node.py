@@ -32,6 +32,8 @@ from finetune_trainer.runtime import apply_environment, quiet_environment
 HEAD_SECONDS = 1800.0
 """How long a node waits for the head pod, which may still be pulling its image."""
 RETRY_SECONDS = 0.5
+JOIN_ATTEMPTS, JOIN_SECONDS = 5, 180.0
+"""Number of starts of Ray, if it ends within this time although the head accepts connections."""
 LOST_SECONDS = 5.0
 """A driver that has been unreachable for this time counts as ended."""
 SIGTERM_EXIT = 128 + signal.SIGTERM
@@ -95,10 +97,20 @@ def _worker(run: RunConfig, place: NodeRole) -> int:
         print(f"no Ray head at {place.address} within {HEAD_SECONDS:.0f} s", file=sys.stderr)
         return ExitCode.FAILED
     address = socket.gethostbyname(host)  # KubeRay deletes the name's Service together with the pods
-    ray = subprocess.Popen([*_RAY, "start", "--block", *place.options], env=_environment(place))
-    signal.signal(signal.SIGTERM, lambda *_: _leave(address, ray))
-    ray.wait()
+    _stay_joined(place, address, int(port))
     return ExitCode.FAILED
+
+
+def _stay_joined(place: NodeRole, host: str, port: int) -> None:
+    """Run Ray on this node until the head ends. Start it again if it cannot join, as happens on a busy machine."""
+    for _ in range(JOIN_ATTEMPTS):
+        started = time.monotonic()
+        ray = subprocess.Popen([*_RAY, "start", "--block", *place.options], env=_environment(place))
+        signal.signal(signal.SIGTERM, lambda *_, ray=ray: _leave(host, ray))
+        killed = ray.wait() < 0
+        if killed or time.monotonic() - started > JOIN_SECONDS or not _accepts(host, port):
+            return
+        print(f"Ray on this node could not join {place.address}: starting it again", file=sys.stderr, flush=True)
 
 
 def _unfit(run: RunConfig) -> ExitCode:
@@ -144,9 +156,15 @@ def _reachable(host: str, port: int) -> bool:
     """Wait until the head pod runs: its name is then in DNS and its port is open."""
     deadline = time.monotonic() + HEAD_SECONDS
     while time.monotonic() < deadline:
-        try:
-            socket.create_connection((host, port), timeout=2).close()
+        if _accepts(host, port):
             return True
-        except OSError:
-            time.sleep(RETRY_SECONDS)  # polls, because there is no event to wait for
+        time.sleep(RETRY_SECONDS)  # polls, because there is no event to wait for
     return False
+
+
+def _accepts(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
