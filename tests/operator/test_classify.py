@@ -72,7 +72,7 @@ CASES: dict[str, tuple[tuple[PodView, ...], Reason, str, bool, bool]] = {
         True, True),
     "killed without a message": (
         (pod(exit_code=137, terminated="Error"),), Reason.UNKNOWN, "exit code 137, SIGKILL", True, True),
-    "no pod at all": ((), Reason.UNKNOWN, "the trainer ended without a message", True, True),
+    "no pod at all": ((), Reason.UNKNOWN, "the trainer exited without an error message", True, True),
     "an init container whose code means what it likes": (
         (pod(exit_code=2, failed_container="fetch", termination_message="404"),), Reason.UNKNOWN,
         "container fetch ended with exit code 2", True, True),
@@ -120,7 +120,7 @@ def test_the_faults_of_a_bad_job_stay_whole() -> None:
     [
         (f"{FRAMES}OSError: [Errno 28] No space left\n{FRAMES}    ^^^^^^^^^^", "OSError: [Errno 28] No space left"),
         (f"{FRAMES}    ^^^^^^^^^^\n", "loss.backward()"),
-        ("    ^^^^^^^^^^", "the trainer ended without a message (exit code 1)"),
+        ("    ^^^^^^^^^^", "the trainer exited without an error message (exit code 1)"),
     ],
     ids=["an error before it", "code alone", "nothing else"],
 )
@@ -139,7 +139,7 @@ def test_the_log_s_end_of_a_driver_that_was_cut_off() -> None:
 def test_the_log_s_end_of_a_killed_driver_is_not_why_it_ended(code: int, signal: str) -> None:
     log = "[2/2 pretrain] 120/1500 · loss 4.3\n[2/2 pretrain] 130/1500 · loss 4.2"
     found = classify(FAILED, (pod(exit_code=code, phase="Failed", termination_message=log),), None)
-    assert found.message == f"the trainer ended without a message (exit code {code}, {signal})"
+    assert found.message == f"the trainer exited without an error message (exit code {code}, {signal})"
     assert found.traceback == log and found.retryable
 
 

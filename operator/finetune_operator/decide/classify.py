@@ -237,7 +237,7 @@ def _exit_code(run: RunView, pods: tuple[PodView, ...], report: AttemptReport | 
 
 def _no_message(code: int | None) -> str:
     end = f" (exit code {code}{f', {_SIGNALS[code]}' if code in _SIGNALS else ''})" if code is not None else ""
-    return f"the trainer ended without a message{end}"
+    return f"the trainer exited without an error message{end}"
 
 
 def _pod_and_node(pods: Iterable[PodView]) -> tuple[str | None, str | None]:
