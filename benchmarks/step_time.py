@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=6, help="turns of each side")
     parser.add_argument("--steps", type=int, default=60, help="steps of a turn")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--threads", type=int, default=cores, help="of either side; 1 bears a busy machine best")
+    parser.add_argument("--threads", type=int, default=cores, help="of each side; 1 varies least on a busy machine")
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     with tempfile.TemporaryDirectory() as directory:
