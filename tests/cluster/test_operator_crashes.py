@@ -17,7 +17,8 @@ from support.cluster.life import PATIENCE, Life, end_state
 from support.cluster.operator_process import OperatorProcess
 
 AT_ONCE = 3
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1200, func_only=True)]
+SOME_WRITES = (2, 8, 14)
+pytestmark = pytest.mark.timeout(1200, func_only=True)
 
 
 class Lives:
@@ -53,6 +54,19 @@ class Lives:
                 return end_state(jobs, life), sum(call.is_write for call in proxy.calls)
 
 
+def test_killed_after_some_writes(
+    control_plane: ControlPlane, finetune_jobs: client.CustomObjectsApi, tmp_path: Path, admin: Access
+) -> None:
+    """The short form of the test after every write: an early, a middle and a late write of the job."""
+    lives = Lives(control_plane, tmp_path)
+    with ThreadPoolExecutor(len(SOME_WRITES) + 1) as pool:
+        (undisturbed, writes), *killed = pool.map(lives.live, (0, *SOME_WRITES))
+    assert undisturbed["attempts"] == [(1, "TrainingFailed"), (2, "Interrupted"), (3, "Completed")]
+    assert writes > max(SOME_WRITES)
+    assert {kill: end for kill, (end, _) in zip(SOME_WRITES, killed, strict=True) if end != undisturbed} == {}
+
+
+@pytest.mark.long
 def test_killed_after_every_write(
     control_plane: ControlPlane, finetune_jobs: client.CustomObjectsApi, tmp_path: Path, admin: Access
 ) -> None:
