@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 def doctor_command(
     job: Annotated[
-        Path | None, typer.Argument(metavar="[JOB.yaml]", help="Job whose requirements are checked.")
+        Path | None, typer.Argument(metavar="[JOB.yaml]", help="The job whose requirements are checked.")
     ] = None,
     assignments: Assignments = [],  # noqa: B006  # typer's form
     as_json: Annotated[bool, typer.Option("--json", help="Print findings and facts as JSON.")] = False,

@@ -18,7 +18,7 @@ from finetune_cli.outcome import guarded
 from finetune_cli.starter import init_command
 from finetune_trainer.errors import UserError
 
-JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="Job file. `finetune init` creates one.")]
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The file of the job. `finetune init` creates one.")]
 Assignments = Annotated[
     list[str],
     typer.Option(

@@ -23,7 +23,7 @@ _QUESTIONS = (
 
 def init_command(
     path: Annotated[
-        Path, typer.Argument(metavar="[PATH]", help="Job file to write, or a directory for `job.yaml`.")
+        Path, typer.Argument(metavar="[PATH]", help="The job file to write, or a directory for `job.yaml`.")
     ] = Path("job.yaml"),
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Write a pipeline for a new model: tokenizer, pretrain, sft and dpo.")

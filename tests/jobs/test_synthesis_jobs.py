@@ -92,7 +92,11 @@ FAULTS = [
     ({"text2sql": {"database": {"sql": "CREATE TABEL x"}}}, {}, "text2sql.database.sql"),
     ({"text2sql": {"database": {"script": "none.sql"}}}, {}, "none.sql"),
     ({"text2cypher": {"database": {"cypher": "CREATE NODE TABEL x"}}}, {}, "text2cypher.database.cypher"),
-    ({"text2sql": {"database": {"sql": "CREATE TABLE x (y)"}}}, {"apiKeyEnv": "NOT_SET"}, "NOT_SET is not set"),
+    (
+        {"text2sql": {"database": {"sql": "CREATE TABLE x (y)"}}},
+        {"apiKeyEnv": "NOT_SET"},
+        "the environment variable NOT_SET, which must hold the API key, is not set",
+    ),
     ({"text2sql": {"database": {"sql": "CREATE TABLE x (y)"}}}, {"model": "techer"}, "did you mean `teacher`"),
     ({"questions": {}, "data": {"sources": [{"inline": [{"txt": "a"}]}]}}, {}, "no column `text`"),
     (
