@@ -134,3 +134,27 @@ class TrainingDeclaration(StageDeclaration):
     def padding_side(self) -> PaddingSide:
         """The side on which sequences of a batch are padded."""
         return "right"
+
+
+class WithoutReference(TrainingDeclaration):
+    """The facts of a stage that computes with no reference model."""
+
+    @property
+    def holds_reference(self) -> bool:
+        return False
+
+    @property
+    def extra_forwards(self) -> int:
+        return 0
+
+
+class LanguageModelLoss(WithoutReference):
+    """The facts of a stage whose loss is that of a language model on each row."""
+
+    @property
+    def sequences_per_row(self) -> int:
+        return 1
+
+    @property
+    def token_loss(self) -> bool:
+        return True

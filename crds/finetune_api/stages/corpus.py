@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.data import DataSpec
-from finetune_api.declaration import Produces, RowKind, StageDeclaration, Task
+from finetune_api.declaration import LanguageModelLoss, Produces, RowKind, StageDeclaration, Task
 from finetune_api.training import PositiveInt, TrainingSpec
 
 SpecialToken = Annotated[str, Field(min_length=1, max_length=64)]
@@ -41,7 +41,7 @@ class TokenizerSpec(StageDeclaration):
         return "text"
 
 
-class PretrainSpec(TrainingSpec):
+class PretrainSpec(LanguageModelLoss, TrainingSpec):
     """Language modeling on plain text, from random weights or continued."""
 
     objective: Literal["causal", "masked"] = "causal"
@@ -80,20 +80,4 @@ class PretrainSpec(TrainingSpec):
 
     @property
     def fills_rows(self) -> bool:
-        return True
-
-    @property
-    def sequences_per_row(self) -> int:
-        return 1
-
-    @property
-    def holds_reference(self) -> bool:
-        return False
-
-    @property
-    def extra_forwards(self) -> int:
-        return 0
-
-    @property
-    def token_loss(self) -> bool:
         return True

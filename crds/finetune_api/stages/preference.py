@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import ApiModel, Json, cel, rules
-from finetune_api.declaration import Produces, RowKind, Task
+from finetune_api.declaration import Produces, RowKind, Task, WithoutReference
 from finetune_api.training import (
     QUANTIZED_LORA_RULE,
     STREAMING_RULE,
@@ -142,7 +142,7 @@ class DpoSpec(PairSpec, PreferenceLoss):
         return 0 if self.reference == "precomputed" else 1
 
 
-class RewardSpec(PairSpec):
+class RewardSpec(WithoutReference, PairSpec):
     """Train a reward model that scores chosen answers above rejected ones (Bradley-Terry loss)."""
 
     model_config = rules(
@@ -169,11 +169,3 @@ class RewardSpec(PairSpec):
     @property
     def task(self) -> Task:
         return "reward"
-
-    @property
-    def holds_reference(self) -> bool:
-        return False
-
-    @property
-    def extra_forwards(self) -> int:
-        return 0

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import cel, rules
-from finetune_api.declaration import RowKind
+from finetune_api.declaration import LanguageModelLoss, RowKind
 from finetune_api.training import (
     QUANTIZED_LORA_RULE,
     STREAMING_RULE,
@@ -21,7 +21,7 @@ Overflow = Literal["auto", "error", "truncate", "drop", "split"]
 PACKING_RULE = cel("!self.packing || has(self.maxLength)", "packing needs maxLength: the length of a packed row")
 
 
-class SupervisedSpec(TrainingSpec):
+class SupervisedSpec(LanguageModelLoss, TrainingSpec):
     """Training on dialogues. The loss covers the assistant tokens of every turn."""
 
     model_config = rules(STREAMING_RULE, PACKING_RULE)
@@ -55,22 +55,6 @@ class SupervisedSpec(TrainingSpec):
     @property
     def packs(self) -> bool:
         return self.packing
-
-    @property
-    def sequences_per_row(self) -> int:
-        return 1
-
-    @property
-    def holds_reference(self) -> bool:
-        return False
-
-    @property
-    def extra_forwards(self) -> int:
-        return 0
-
-    @property
-    def token_loss(self) -> bool:
-        return True
 
 
 class SftSpec(AdapterSpec, SupervisedSpec):

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from finetune_operator.core.conditions import Reason, Type, moment
 from finetune_operator.core.names import PREFLIGHT_RUN
 from finetune_operator.core.settings import Settings
-from finetune_operator.core.snapshot import RunState, RunView
+from finetune_operator.core.snapshot import PodView, RunState, RunView
 from finetune_operator.decide.actions import DeleteRun, StartRun
 from finetune_operator.decide.classify import Ending, classify, termination_report, waiting
 from finetune_operator.decide.oom_advice import with_preflight_advice
@@ -44,6 +44,11 @@ def preflight(draft: Draft) -> bool:
         return _preflight_failed(draft, ending)
     if run.state is RunState.QUEUED:
         return _held(draft, run)
+    return _starting_or_running(draft, run, pods)
+
+
+def _starting_or_running(draft: Draft, run: RunView, pods: tuple[PodView, ...]) -> bool:
+    """Report what preflight waits for, and fail the job if its pods cannot start in time."""
     stuck = waiting(pods, draft.seen.complaints)
     draft.set(Type.PLANNED, "Unknown", *(stuck or (Reason.PREFLIGHT_RUNNING, "")))
     limit = patience(stuck[0], draft.settings) if stuck is not None else 0

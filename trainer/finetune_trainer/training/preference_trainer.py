@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from finetune_trainer.training.held_out import without_gathering
 from finetune_trainer.training.stage_trainer import StageTrainer
 
 
@@ -32,6 +33,20 @@ class PreferenceTrainer(StageTrainer):
         rows = self._row_count(inputs)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         return loss * (rows * self.stage.rows_share) if self.model.training else loss
+
+    def held_out_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, float]]:
+        """Return the loss of a held-out batch and TRL's metrics of it, without the router's loss of MoE models."""
+        trl_trainer: Any = self  # the trainers of TRL define the flag and the metrics
+        balanced: bool = trl_trainer.aux_loss_enabled
+        self.aux_loss_enabled = False
+        try:
+            with without_gathering(self):
+                loss = self.compute_loss(model, inputs)
+        finally:
+            self.aux_loss_enabled = balanced
+        means = {name: values[-1] for name, values in trl_trainer._metrics["eval"].items()}
+        trl_trainer._metrics["eval"].clear()
+        return loss, means
 
     def _row_count(self, batch: dict[str, Any]) -> int:
         return len(batch["input_ids"]) // self.sequences_per_row

@@ -11,7 +11,7 @@ from finetune_trainer.data import PreferenceCollator
 from finetune_trainer.training.adapter_model import adapted_model, adapted_trainer, starting_model
 from finetune_trainer.training.arguments import loss_arguments, training_arguments
 from finetune_trainer.training.context import StageContext
-from finetune_trainer.training.held_out import Sums, preference_loss, preference_sums, without_gathering
+from finetune_trainer.training.held_out import Sums, preference_loss, preference_sums
 from finetune_trainer.training.preference_trainer import PreferenceTrainer
 
 
@@ -23,14 +23,8 @@ class DpoTrainer(PreferenceTrainer, trl.DPOTrainer):
 
         The loss types `aot` and `aot_unpaired` compare the pairs of a batch by rank, so they depend on the batch size.
         """
-        balanced, self.aux_loss_enabled = self.aux_loss_enabled, False
-        try:
-            with without_gathering(self):
-                loss = self.compute_loss(model, inputs)
-        finally:
-            self.aux_loss_enabled = balanced
-        means = {name: values[-1] for name, values in self._metrics["eval"].items() if name != "num_tokens"}
-        self._metrics["eval"].clear()
+        loss, means = self.held_out_loss(model, inputs)
+        means.pop("num_tokens", None)
         kinds = zip(self.loss_types, self.loss_weights, strict=True)
         sft_weight = sum(weight for kind, weight in kinds if kind == "sft")
         return preference_sums(loss, means, inputs["completion_mask"], sft_weight)

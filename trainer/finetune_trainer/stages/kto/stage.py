@@ -16,7 +16,7 @@ from finetune_trainer.model.config import context_length
 from finetune_trainer.training.adapter_model import adapted_model, adapted_trainer, starting_model
 from finetune_trainer.training.arguments import training_arguments
 from finetune_trainer.training.context import StageContext
-from finetune_trainer.training.held_out import Sums, without_gathering
+from finetune_trainer.training.held_out import Sums
 from finetune_trainer.training.preference_trainer import PreferenceTrainer
 
 Rows = Sequence[dict[str, Any]]
@@ -67,14 +67,7 @@ class KtoTrainer(PreferenceTrainer, trl.KTOTrainer):
 
         The KL is estimated from the rows of each batch, so it depends on the batch size.
         """
-        balanced, self.aux_loss_enabled = self.aux_loss_enabled, False
-        try:
-            with without_gathering(self):
-                loss = self.compute_loss(model, inputs)
-        finally:
-            self.aux_loss_enabled = balanced
-        means = {name: values[-1] for name, values in self._metrics["eval"].items()}
-        self._metrics["eval"].clear()
+        loss, means = self.held_out_loss(model, inputs)
         return kto_sums(loss, means, inputs["label"], inputs["completion_mask"])
 
     def finish_means(self, means: dict[str, float]) -> dict[str, float]:
